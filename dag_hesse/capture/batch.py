@@ -1,0 +1,135 @@
+"""The forms a batch may have, checked before any heavy work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dag_hesse.errors import BatchError, NonFiniteError
+
+_FORMS = "(inputs, targets), a dict of keyword inputs, or an iterable of either"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch: positional and keyword inputs of the model, targets (None if the model makes its own loss).
+
+    ``tensors`` are all tensors of the three, flattened; ``size`` is the number of samples.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: Any
+    size: int
+
+    @property
+    def tree(self) -> tuple[Any, ...]:
+        """The batch as one pytree."""
+        return (self.args, self.kwargs, self.targets)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch, in pytree order."""
+        return [leaf for leaf in pytree.tree_leaves(self.tree) if isinstance(leaf, Tensor)]
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each of ``tensors``."""
+        leaves, _ = pytree.tree_flatten_with_path(self.tree)
+        roots = ("inputs", "inputs", "targets")
+        return [
+            roots[path[0].idx] + pytree.keystr(path[1:]) for path, leaf in leaves if isinstance(leaf, Tensor)
+        ]
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """Shapes and dtypes: batches of equal signature share one captured graph."""
+        leaves, spec = pytree.tree_flatten(self.tree)
+        described = tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves)
+        return described, str(spec)
+
+
+def _plain(value: Any) -> Any:
+    """Turn any mapping (a tokenizer's output, say) into a dict."""
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _size(inputs: list[Tensor], targets: list[Tensor]) -> int:
+    """The targets' leading axis, if some input has an axis of that size; else the first input's leading axis."""
+    for target in targets:
+        if target.ndim and any(target.shape[0] in x.shape for x in inputs):
+            return int(target.shape[0])
+    for tensor in inputs:
+        if tensor.ndim:
+            return int(tensor.shape[0])
+    raise BatchError(f"no tensor of the batch has a batch axis; expected {_FORMS}.")
+
+
+def one_batch(batch: Any) -> Batch:
+    """Parse one batch.
+
+    Raises:
+        BatchError: unknown form, no tensors, or no samples.
+    """
+    if isinstance(batch, Batch):
+        return batch
+    if isinstance(batch, Mapping):
+        args, kwargs, targets = (), dict(batch), None
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, targets = _plain(batch[0]), _plain(batch[1])
+        kwargs = inputs if isinstance(inputs, dict) else {}
+        args = () if isinstance(inputs, dict) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    else:
+        hint = " For inputs without targets pass (inputs, None)." if isinstance(batch, Tensor) else ""
+        raise BatchError(f"a batch of type {type(batch).__name__} cannot be used; expected {_FORMS}.{hint}")
+    inputs_found = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    targets_found = [t for t in pytree.tree_leaves(targets) if isinstance(t, Tensor)]
+    if not inputs_found:
+        raise BatchError(f"the batch's inputs hold no tensor (found {type(args[0] if args else kwargs).__name__}).")
+    size = _size(inputs_found, targets_found)
+    if size == 0 or any(t.numel() == 0 for t in inputs_found):
+        raise BatchError("the batch is empty: give at least one sample.")
+    return Batch(args, kwargs, targets, size)
+
+
+def _is_one(batch: Any) -> bool:
+    if isinstance(batch, (Mapping, Tensor, Batch)):
+        return True
+    if isinstance(batch, tuple):
+        return True
+    return isinstance(batch, list) and len(batch) == 2 and isinstance(batch[0], Tensor)
+
+
+def batches(batch: Any) -> list[Batch]:
+    """Parse a batch or an iterable of batches.
+
+    Raises:
+        BatchError: as :func:`one_batch`, or nothing to iterate over.
+    """
+    if _is_one(batch) or not isinstance(batch, Iterable):
+        return [one_batch(batch)]
+    found = [one_batch(item) for item in batch]
+    if not found:
+        raise BatchError("the iterable of batches is empty or used up: give at least one batch.")
+    return found
+
+
+def check_finite(names: Iterable[str], tensors: Iterable[Tensor], what: str) -> None:
+    """Raise :class:`NonFiniteError` naming the first tensor that holds NaN or infinity."""
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise NonFiniteError(f"{what} '{name}' holds {bad} NaN or infinite values; curvature there is undefined.")
+
+
+def check_devices(model: torch.nn.Module, batch: Batch) -> None:
+    """Raise :class:`BatchError` if model and batch lie on different devices."""
+    places = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
+    for name, tensor in zip(batch.names, batch.tensors, strict=True):
+        if places and tensor.device not in places and tensor.ndim:
+            raise BatchError(f"'{name}' is on {tensor.device} but the model is on {sorted(map(str, places))}: move one.")

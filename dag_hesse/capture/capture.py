@@ -1,0 +1,90 @@
+"""The capture stage: checks, trace, conversion, batch layout, points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dag_hesse.capture.batch import Batch, check_devices, check_finite, one_batch
+from dag_hesse.capture.convert import convert
+from dag_hesse.capture.coupling import annotate
+from dag_hesse.capture.losses import Loss
+from dag_hesse.capture.points import default_points, resolve_points
+from dag_hesse.capture.tracer import trace_forward
+from dag_hesse.errors import BatchError, NonDifferentiableError
+from dag_hesse.ir import CurvatureGraph, Kind, verify
+
+
+def _check(model: nn.Module, batch: Batch) -> None:
+    if not isinstance(model, nn.Module):
+        raise BatchError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
+    check_devices(model, batch)
+    named = list(model.named_parameters())
+    check_finite((n for n, _ in named), (p.detach() for _, p in named), "parameter")
+    check_finite((n for n, _ in model.named_buffers()), model.buffers(), "buffer")
+    check_finite(batch.names, batch.tensors, "batch tensor")
+
+
+def _check_rules(graph: CurvatureGraph) -> None:
+    """Every node between a parameter or input and the loss has a rule, or at least an autograd kernel."""
+    on_path = graph.ancestors([graph.loss])
+    for node in graph.opaque:
+        name = getattr(node.target, "name", lambda: "")()
+        known = any(
+            torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+            for key in ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd")
+        )
+        if on_path[node.index] and not known:
+            raise NonDifferentiableError(f"{node.where} has no derivative, and lies on the path to the loss.")
+
+
+def trace(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: str | None = None) -> CurvatureGraph:
+    """Trace, type, verify and annotate; the graph has no points yet."""
+    batch = one_batch(batch)
+    _check(model, batch)
+    gm, called = trace_forward(model, batch, loss)
+    graph = verify(convert(gm, model, called, batch.size, output))
+    _check_rules(graph)
+    return annotate(graph, batch)
+
+
+def capture(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: Loss | None = None,
+    output: str | None = None,
+    points: Sequence[str] | str | None = None,
+    space: str = "activation",
+) -> CurvatureGraph:
+    """Turn model and loss, run on one batch, into a typed graph (design §3, capture).
+
+    Args:
+        model: any module; it comes back exactly as it was.
+        batch: ``(inputs, targets)`` or a dict of keyword inputs.
+        loss: ``callable(output, targets) -> scalar``; None: the model's own, or inferred from the targets' dtype.
+        output: name of the module or tap that the loss consumes, where it cannot be inferred.
+        points: names, glob patterns or parameter names; None picks at most 16 from the module tree.
+        space: ``"activation"`` or ``"parameter"``: what a module's name stands for.
+
+    Returns:
+        The graph; ``print(graph)`` is readable, ``graph.points`` are its points in topological order.
+
+    Raises:
+        CaptureError, LossError, BatchError, PointError, NonFiniteError: see :mod:`dag_hesse.errors`.
+
+    Example:
+        >>> import torch, dag_hesse
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> graph = dag_hesse.capture(model, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])))
+        >>> [point.name for point in graph.points]
+        ['1']
+    """
+    graph = trace(model, batch, loss=loss, output=output)
+    graph.points = (
+        default_points(graph, model, space) if points is None else resolve_points(graph, model, points, space)
+    )
+    return graph

@@ -1,0 +1,134 @@
+"""Which loss is meant, and which tensors it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dag_hesse.capture.batch import Batch
+from dag_hesse.errors import LossError
+
+Loss = Callable[[Any, Any], Tensor]
+
+RECOGNIZED = frozenset(
+    {
+        F.cross_entropy,
+        F.nll_loss,
+        F.mse_loss,
+        F.l1_loss,
+        F.huber_loss,
+        F.smooth_l1_loss,
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+        F.kl_div,
+        F.gaussian_nll_loss,
+        F.poisson_nll_loss,
+        F.cosine_embedding_loss,
+        F.soft_margin_loss,
+        F.multilabel_soft_margin_loss,
+    }
+)
+
+
+def field(output: Any, name: str) -> Any:
+    """``output.name`` or ``output[name]``, None where there is neither."""
+    if isinstance(output, Mapping):
+        return output.get(name)
+    return getattr(output, name, None) if not isinstance(output, Tensor) else None
+
+
+def prediction(output: Any) -> Tensor:
+    """The tensor of a model's output that an inferred loss is applied to."""
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "prediction", "output", "out"):
+        if isinstance(found := field(output, name), Tensor):
+            return found
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    if isinstance(values, (tuple, list)) and values and isinstance(values[0], Tensor):
+        return values[0]
+    raise LossError(f"no loss can be inferred for a model output of type {type(output).__name__}: pass loss=.")
+
+
+def own_loss(output: Any) -> Tensor | None:
+    """The loss that the model computed itself, if it did."""
+    if isinstance(found := field(output, "loss"), Tensor):
+        return found
+    if isinstance(output, Tensor) and output.numel() == 1 and output.is_floating_point():
+        return output
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor) and output[0].ndim == 0:
+        return output[0]
+    return None
+
+
+def inferred(output: Any, targets: Any) -> Tensor:
+    """Cross-entropy for integer targets, mean squared error for floating-point ones (design §5)."""
+    predicted = prediction(output)
+    if not isinstance(targets, Tensor):
+        raise LossError(f"no loss can be inferred for targets of type {type(targets).__name__}: pass loss=.")
+    if targets.is_floating_point():
+        if predicted.shape != targets.shape:
+            raise LossError(
+                f"mean squared error needs equal shapes, got output {tuple(predicted.shape)} and targets "
+                f"{tuple(targets.shape)}: reshape one, or pass loss=."
+            )
+        return F.mse_loss(predicted, targets)
+    if predicted.ndim > 2 and targets.shape == predicted.shape[:-1]:  # (batch, positions, classes)
+        return F.cross_entropy(predicted.flatten(0, -2), targets.flatten())
+    if predicted.ndim < 2 or targets.shape != (predicted.shape[0], *predicted.shape[2:]):
+        raise LossError(
+            f"cross-entropy (integer targets) needs output (batch, classes, …) and targets (batch, …), got "
+            f"{tuple(predicted.shape)} and {tuple(targets.shape)}: pass loss=, or floating-point targets."
+        )
+    return F.cross_entropy(predicted, targets)
+
+
+def evaluate(output: Any, batch: Batch, targets: Any, kwargs: dict[str, Any], loss: Loss | None) -> Tensor:
+    """Apply the user's, the model's or the inferred loss.
+
+    Raises:
+        LossError: there is none, or it is not a scalar tensor.
+    """
+    if loss is not None:
+        value = loss(output, kwargs if batch.targets is None and kwargs else targets)
+    elif batch.targets is None:
+        value = own_loss(output)
+        if value is None:
+            raise LossError(
+                f"the batch has no targets and the model's output ({type(output).__name__}) no loss: pass loss=, "
+                "give targets, or include labels in the batch."
+            )
+    else:
+        value = inferred(output, targets)
+    if not isinstance(value, Tensor):
+        raise LossError(f"the loss is a {type(value).__name__}; expected a scalar tensor.")
+    if value.numel() != 1:
+        raise LossError(f"the loss has shape {tuple(value.shape)}; expected a scalar: reduce it (.mean() or .sum()).")
+    if not value.is_floating_point():
+        raise LossError(f"the loss has dtype {value.dtype}; expected floating point.")
+    return value.reshape(())
+
+
+class LossInputs(torch.overrides.TorchFunctionMode):
+    """Marks what recognised loss functions are given, and cuts the tape inside ``torch.no_grad()`` regions."""
+
+    def __init__(self, mark: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mark = mark
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in RECOGNIZED:
+            if args:
+                args = (self.mark(args[0]), *args[1:])
+            elif isinstance(kwargs.get("input"), Tensor):
+                kwargs["input"] = self.mark(kwargs["input"])
+        result = func(*args, **kwargs)
+        if torch.is_grad_enabled() or func is torch._C._set_grad_enabled:
+            return result
+        # A traced graph does not record that a region was not differentiated: say it with a detach.
+        return result.detach() if isinstance(result, Tensor) and result.is_floating_point() else result

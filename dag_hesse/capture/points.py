@@ -1,0 +1,249 @@
+"""Which points: chosen from the module tree, or named by the user."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from math import prod
+
+from torch import nn
+
+from dag_hesse.errors import NonDifferentiableError, PointError, choose, suggest
+from dag_hesse.ir import CurvatureGraph, Kind, Point
+
+MOST = 16
+SPACES = ("activation", "parameter")
+
+
+def _activation(graph: CurvatureGraph, name: str, sites: Sequence[int]) -> Point:
+    shapes = []
+    for site in sites:
+        node, layout = graph.nodes[site], graph.layouts[site]
+        shape = list(node.shape)
+        if layout is not None:
+            shape[layout.axis] = layout.outer * layout.inner
+            if shape[layout.axis] == 1:
+                del shape[layout.axis]
+        shapes.append(tuple(shape))
+    if len(set(shapes)) > 1:
+        raise PointError(
+            f"'{name}' was called with outputs of different shapes {shapes}, so one perturbation cannot be shared: "
+            f"name single calls, '{name}[0]' … '{name}[{len(sites) - 1}]'."
+        )
+    return Point(name, shapes[0], prod(shapes[0]), "activation", tuple(sites))
+
+
+def _parameter(graph: CurvatureGraph, name: str, members: Sequence[str]) -> Point:
+    sites = tuple(graph.parameters[member] for member in members)
+    sizes = [graph.nodes[site].numel for site in sites]
+    shape = graph.nodes[sites[0]].shape if len(sites) == 1 else (sum(sizes),)
+    return Point(name, shape, sum(sizes), "parameter", sites)
+
+
+def _alive(graph: CurvatureGraph) -> list[bool]:
+    return graph.ancestors([graph.loss])
+
+
+def _require_path(graph: CurvatureGraph, point: Point) -> None:
+    alive = _alive(graph)
+    if any(alive[site] for site in point.sites):
+        return
+    reached = graph.descendants(point.sites)
+    for node in graph.nodes:
+        if node.kind is Kind.CONST and any(reached[parent] for parent in node.inputs):
+            raise NonDifferentiableError(
+                f"point '{point.name}' reaches the loss only through {node.where}, which has no derivative."
+            )
+    raise PointError(f"the loss does not depend on point '{point.name}': leave it out.")
+
+
+def _in_order(graph: CurvatureGraph, points: list[Point]) -> tuple[Point, ...]:
+    for point in points:
+        _require_path(graph, point)
+    unique = {point.name: point for point in points}
+    return tuple(sorted(unique.values(), key=lambda point: (min(_depth(graph, point)), point.name)))
+
+
+def _depth(graph: CurvatureGraph, point: Point) -> list[int]:
+    """Activations come where they are computed, parameters where they are first used."""
+    if point.kind == "activation":
+        return list(point.sites)
+    alive = _alive(graph)
+    return [min((c for c in graph.children[s] if alive[c]), default=s) for s in point.sites]
+
+
+def _call(graph: CurvatureGraph, name: str) -> tuple[str, int] | None:
+    match = re.fullmatch(r"(.*)\[(\d+)\]", name)
+    if match and match.group(1) in graph.taps and int(match.group(2)) < len(graph.taps[match.group(1)]):
+        return match.group(1), int(match.group(2))
+    return None
+
+
+def _members(graph: CurvatureGraph, model: nn.Module, prefix: str) -> list[str]:
+    """The used parameters of the module at ``prefix``, or the parameter itself (tied names are resolved)."""
+    canonical = {id(p): n for n, p in model.named_parameters()}
+    found = [
+        canonical[id(p)]
+        for n, p in model.named_parameters(remove_duplicate=False)
+        if n == prefix or n.startswith(prefix + ".")
+    ]
+    return [name for name in dict.fromkeys(found) if name in graph.parameters]
+
+
+def _named(graph: CurvatureGraph, model: nn.Module, name: str, space: str) -> Point | None:
+    """The point called exactly ``name``, if there is one."""
+    all_parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    if name in all_parameters or space == "parameter":
+        members = _members(graph, model, name)
+        if members:
+            return _parameter(graph, name, members)
+        if name in all_parameters:
+            raise PointError(f"the loss does not depend on parameter '{name}': leave it out.")
+        return None
+    if name in graph.taps:
+        return _activation(graph, name, graph.taps[name])
+    call = _call(graph, name)
+    return _activation(graph, name, [graph.taps[call[0]][call[1]]]) if call else None
+
+
+def _missing(graph: CurvatureGraph, model: nn.Module, name: str, space: str) -> PointError:
+    if name in graph.unread:
+        return PointError(f"the loss does not depend on point '{name}': leave it out.")
+    modules = dict(model.named_modules())
+    if name in graph.modules:
+        return PointError(f"the output of module '{name}' is not a floating-point tensor, so it has no derivative.")
+    if name in modules and space == "activation":
+        return PointError(f"module '{name}' ({type(modules[name]).__name__}) was not called in the forward pass.")
+    known = [*graph.taps, *graph.parameters] if space == "activation" else [*graph.parameters, *modules]
+    return PointError(f"point '{name}' matches no module, tap or parameter. {suggest(name, known)}")
+
+
+def resolve_points(
+    graph: CurvatureGraph, model: nn.Module, names: Sequence[str] | str, space: str = "activation"
+) -> tuple[Point, ...]:
+    """Points for the user's names and glob patterns, in topological order.
+
+    Raises:
+        PointError: a name that matches nothing (near names are suggested), or that the loss does not depend on.
+    """
+    choose("space", space, SPACES)
+    alive, points = _alive(graph), []
+    for name in [names] if isinstance(names, str) else list(names):
+        if not isinstance(name, str):
+            raise PointError(f"points must be names, got {type(name).__name__}.")
+        exact = _named(graph, model, name, space)
+        if exact is not None:
+            points.append(exact)
+            continue
+        if space == "activation":
+            matches = [n for n in graph.taps if fnmatchcase(n, name) and any(alive[s] for s in graph.taps[n])]
+        else:
+            matches = []
+        matches = matches or [n for n in graph.parameters if fnmatchcase(n, name)]
+        if not matches:
+            raise _missing(graph, model, name, space)
+        points += [p for n in matches if (p := _named(graph, model, n, space)) is not None]
+    if not points:
+        raise PointError("the list of points is empty: name at least one, or pass None to have them chosen.")
+    return _in_order(graph, points)
+
+
+# --- default choice -------------------------------------------------------------------------------------------------
+
+
+class _Chooser:
+    """Walks the module tree for the places a reader would name: blocks, stages, or activations."""
+
+    def __init__(self, graph: CurvatureGraph, model: nn.Module) -> None:
+        self.graph, self.modules = graph, dict(model.named_modules())
+        alive, after_out = _alive(graph), graph.descendants(graph.out)
+        self.sites = {
+            name: sites
+            for name, sites in graph.taps.items()
+            if name in self.modules and any(alive[s] and not after_out[s] for s in sites)
+        }
+
+    def children(self, name: str) -> list[tuple[str, bool]]:
+        """Called children, containers that are never called being opened; the flag says: element of a list."""
+        found = []
+        for child, module in self.modules[name].named_children():
+            path = f"{name}.{child}" if name else child
+            if path in self.sites:
+                found.append((path, isinstance(self.modules[name], (nn.ModuleList, nn.ModuleDict))))
+            elif path not in self.graph.modules:
+                found += [(p, True) for p, _ in self.children(path)]
+        return found
+
+    def composite(self, name: str) -> bool:
+        return any(path in self.sites for path, _ in self.children(name))
+
+    def choose(self, name: str = "") -> list[str]:
+        children = self.children(name)
+        composites = [(path, listed) for path, listed in children if self.composite(path)]
+        if not composites:
+            return self.leaves([path for path, _ in children])
+        if len(composites) == 1:
+            return self.choose(composites[0][0])
+        chosen: list[str] = []
+        if not composites[0][1]:
+            order = [path for path, _ in children]
+            before = order[: order.index(composites[0][0])]
+            chosen += [p for p in before[-1:] if not isinstance(self.modules[p], nn.Embedding)]
+        for path, _ in composites:
+            listed = [p for p, in_list in self.children(path) if in_list and self.composite(p)]
+            chosen += self.choose(path) if len(listed) > 1 else [path]
+        return chosen
+
+    def leaves(self, names: list[str]) -> list[str]:
+        active = [
+            name
+            for name in names
+            if type(self.modules[name]).__module__ == "torch.nn.modules.activation"
+            and not isinstance(self.modules[name], nn.MultiheadAttention)
+        ]
+        return active or [n for n in names if any(True for _ in self.modules[n].parameters())] or names
+
+
+def _spread(names: list[str], most: int) -> list[str]:
+    """At most ``most`` of the names, evenly spaced, ends kept."""
+    if len(names) <= most:
+        return names
+    return [names[round(k * (len(names) - 1) / (most - 1))] for k in range(most)]
+
+
+def _default_parameters(graph: CurvatureGraph, model: nn.Module) -> list[Point]:
+    chosen = _Chooser(graph, model).choose()
+    names = [name for name in chosen if _members(graph, model, name)]
+    if len(names) < 2:
+        names = [n for n, m in model.named_modules() if n and any(True for _ in m.parameters(recurse=False))]
+        names = [name for name in names if _members(graph, model, name)]
+    return [_parameter(graph, name, _members(graph, model, name)) for name in _spread(names, MOST)]
+
+
+def default_points(graph: CurvatureGraph, model: nn.Module, space: str = "activation") -> tuple[Point, ...]:
+    """At most 16 informative points: stem and stages of a ResNet, blocks of a Transformer, activations of an MLP.
+
+    Raises:
+        PointError: the model has no differentiable module output (or parameter) on a path to the loss.
+    """
+    choose("space", space, SPACES)
+    if space == "parameter":
+        points = _default_parameters(graph, model)
+    else:
+        chooser = _Chooser(graph, model)
+        outputs = [name for name in graph.taps if name.split(".")[0] == "output"]
+        names = [name for name in chooser.choose() if name in chooser.sites] or list(chooser.sites) or outputs
+        alive = _alive(graph)
+        calls = [
+            (name if len(graph.taps[name]) == 1 else f"{name}[{k}]", site)
+            for name in names
+            for k, site in enumerate(graph.taps[name])
+            if alive[site]
+        ]
+        calls = list({site: (name, site) for name, site in calls}.values())
+        kept = _spread([name for name, _ in calls], MOST)
+        points = [_activation(graph, name, [site]) for name, site in calls if name in kept]
+    if not points:
+        raise PointError("no module output lies on a path to the loss: name points=, or mark tensors with tap().")
+    return _in_order(graph, points)

@@ -1,0 +1,63 @@
+"""Marking tensors by name, from the user's code or from forward hooks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from dag_hesse.ir import ops
+
+_capturing: ContextVar[bool] = ContextVar("capturing", default=False)
+T = TypeVar("T")
+
+
+def tap(x: Tensor, name: str) -> Tensor:
+    """Mark ``x`` as a point called ``name``; outside capture this returns ``x`` itself.
+
+    Args:
+        x: any floating-point tensor of the forward pass.
+        name: the point's name; taps met k times become ``name[0]`` … ``name[k-1]``.
+
+    Returns:
+        A tensor equal to ``x``: use it in place of ``x`` from here on.
+
+    Example:
+        >>> import torch, dag_hesse
+        >>> x = torch.ones(2)
+        >>> dag_hesse.tap(x, "gate") is x
+        True
+    """
+    return ops.tap(x, name) if _capturing.get() and x.is_floating_point() else x
+
+
+class capturing:
+    """Context in which :func:`tap` leaves its mark."""
+
+    def __enter__(self) -> None:
+        self._token = _capturing.set(True)
+
+    def __exit__(self, *exc: object) -> None:
+        _capturing.reset(self._token)
+
+
+def map_tensors(tree: T, fn: Callable[[Tensor, str], Tensor], path: str = "") -> T:
+    """Apply ``fn(tensor, path)`` to the tensors of nested tuples, lists, mappings and dataclasses."""
+    if isinstance(tree, Tensor):
+        return fn(tree, path)  # type: ignore[return-value]
+    if isinstance(tree, Mapping):
+        items = {key: map_tensors(value, fn, f"{path}.{key}" if path else str(key)) for key, value in tree.items()}
+        if all(items[key] is tree[key] for key in items):
+            return tree
+        return type(tree)(**items) if dataclasses.is_dataclass(tree) else type(tree)(items)  # type: ignore[call-arg]
+    if isinstance(tree, (tuple, list)):
+        values = [map_tensors(value, fn, f"{path}.{k}" if path else str(k)) for k, value in enumerate(tree)]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)  # type: ignore[return-value]
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        fields = [f.name for f in dataclasses.fields(tree) if f.init]
+        changes = {n: map_tensors(getattr(tree, n), fn, f"{path}.{n}" if path else n) for n in fields}
+        return dataclasses.replace(tree, **changes)
+    return tree

@@ -1,0 +1,71 @@
+"""Typed errors: each says what was received, what was expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DagHesseError(Exception):
+    """Base class of every error raised by this package."""
+
+
+class CaptureError(DagHesseError):
+    """The model and loss could not be turned into one graph."""
+
+
+class LossError(DagHesseError, ValueError):
+    """The loss is missing, not a scalar, or not finite."""
+
+
+class BatchError(DagHesseError, ValueError):
+    """The batch has a form, a size or a device that cannot be used."""
+
+
+class NonFiniteError(DagHesseError, ValueError):
+    """A parameter, a buffer or the batch holds NaN or infinity."""
+
+
+class PointError(DagHesseError, ValueError):
+    """A requested point does not exist, is not differentiable, or is not on a path to the loss."""
+
+
+class NonDifferentiableError(PointError):
+    """The only paths from a point to the loss run through an op that has no derivative."""
+
+
+class BatchCouplingError(DagHesseError, ValueError):
+    """``batch_mode="per_sample"`` was asked of a model whose samples interact."""
+
+
+class OptionError(DagHesseError, ValueError):
+    """An option has a value that is not among its choices."""
+
+
+class MemoryBudgetError(DagHesseError, MemoryError):
+    """An exact result would not fit into the memory allowed."""
+
+
+class GraphError(DagHesseError, AssertionError):
+    """A stage produced a graph that breaks the IR's rules (a bug in this package: please report it)."""
+
+
+def suggest(name: str, known: Iterable[str], limit: int = 4) -> str:
+    """Return a sentence naming the known names nearest to ``name``.
+
+    >>> suggest("layre1", ["layer1", "layer2", "head"])
+    "Near names: 'layer1', 'layer2'."
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
+    names = near or known[:limit]
+    head = "Near names" if near else "Known names begin with"
+    return f"{head}: {', '.join(repr(n) for n in names)}." if names else "There are no names to choose from."
+
+
+def choose(option: str, value: object, choices: Iterable[str]) -> None:
+    """Raise :class:`OptionError` unless ``value`` is one of ``choices``."""
+    choices = tuple(choices)
+    if value not in choices:
+        hint = suggest(str(value), choices)
+        raise OptionError(f"{option}={value!r} is not one of {', '.join(map(repr, choices))}. {hint}")

@@ -1,0 +1,21 @@
+"""The shared vocabulary: typed nodes, their kinds, and the graph they form."""
+
+from dag_hesse.ir.graph import BatchLayout, Coupling, CurvatureGraph, Point
+from dag_hesse.ir.node import Kind, Node, Ref, bind, rebind
+from dag_hesse.ir.printer import render, render_around
+from dag_hesse.ir.verifier import verify
+
+__all__ = [
+    "BatchLayout",
+    "Coupling",
+    "CurvatureGraph",
+    "Kind",
+    "Node",
+    "Point",
+    "Ref",
+    "bind",
+    "rebind",
+    "render",
+    "render_around",
+    "verify",
+]

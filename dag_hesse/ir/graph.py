@@ -1,0 +1,133 @@
+"""The graph: nodes in topological order, and what names and batch axes mean in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from math import prod
+
+import torch
+
+from dag_hesse.ir.node import Kind, Node
+
+
+class Coupling(str, Enum):
+    """How a node's tensor depends on the samples of the batch."""
+
+    NONE = "none"  # the same for every sample: parameters, constants
+    SEPARATE = "separate"  # slice b depends on sample b alone
+    SUMMED = "summed"  # a sum over samples of per-sample terms (a reduced loss)
+    MIXED = "mixed"  # samples interact
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLayout:
+    """Where the samples lie: ``axis`` has size ``outer · batch · inner`` with the sample in the middle factor."""
+
+    axis: int
+    outer: int
+    batch: int
+    inner: int
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A place where curvature is measured: a module's output, a tap, or parameters.
+
+    Attributes:
+        name: module path, tap name, or parameter name.
+        shape: shape without the batch axis (activation), or of the parameter; ``(dim,)`` if several are joined.
+        dim: number of elements of ``shape``.
+        kind: ``"activation"`` or ``"parameter"``.
+        sites: node indices. Activations: one perturbation shared by all sites. Parameters: concatenated.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int
+    kind: str
+    sites: tuple[int, ...] = field(default=(), repr=False)
+
+
+@dataclass(slots=True)
+class CurvatureGraph:
+    """Model and loss as one list of typed nodes in topological order (design §3, IR).
+
+    ``parameters`` and ``inputs`` map names to nodes, ``constants`` holds the tensors of CONST leaves, ``taps`` maps
+    a point name to its nodes in call order, ``out`` lists the nodes that the loss consumes.
+    """
+
+    nodes: list[Node]
+    loss: int
+    out: tuple[int, ...]
+    batch_size: int
+    parameters: dict[str, int]
+    inputs: dict[int, int]  # node -> position among the batch's flattened tensors
+    constants: dict[int, torch.Tensor]
+    taps: dict[str, tuple[int, ...]]
+    modules: dict[str, str] = field(default_factory=dict)  # module path -> class name, in call order
+    points: tuple[Point, ...] = ()
+    children: list[list[int]] = field(default_factory=list, repr=False)
+    layouts: list[BatchLayout | None] = field(default_factory=list, repr=False)
+    couplings: list[Coupling] = field(default_factory=list, repr=False)
+    mean_loss: bool = False  # whether the loss divides by the number of samples
+    separable_loss: bool = False  # whether the loss is a sum over samples of functions of their own slice of out
+    separable: bool = False  # whether, moreover, out's slices depend on their own sample alone
+    unread: frozenset[str] = frozenset()  # taps that the loss does not read
+
+    def __post_init__(self) -> None:
+        if not self.children:
+            self.children = [[] for _ in self.nodes]
+            for node in self.nodes:
+                for parent in dict.fromkeys(node.inputs):
+                    self.children[parent].append(node.index)
+
+    def __str__(self) -> str:
+        from dag_hesse.ir.printer import render
+
+        return render(self)
+
+    @property
+    def opaque(self) -> tuple[Node, ...]:
+        """Nodes differentiated by autograd on their op alone."""
+        return tuple(node for node in self.nodes if node.kind is Kind.OPAQUE)
+
+    def descendants(self, sources: Iterable[int]) -> list[bool]:
+        """Mark the nodes that a derivative reaches from ``sources`` (which are included)."""
+        marked = [False] * len(self.nodes)
+        for source in sources:
+            marked[source] = True
+        for node in self.nodes:
+            if not marked[node.index] and node.kind is not Kind.CONST:
+                marked[node.index] = any(marked[parent] for parent in node.inputs)
+        return marked
+
+    def ancestors(self, sinks: Iterable[int]) -> list[bool]:
+        """Mark the nodes from which a derivative reaches one of ``sinks`` (which are included)."""
+        marked = [False] * len(self.nodes)
+        for sink in sinks:
+            marked[sink] = True
+        for node in reversed(self.nodes):
+            if marked[node.index] and node.kind is not Kind.CONST:
+                for parent in node.inputs:
+                    marked[parent] = marked[parent] or self.nodes[parent].is_float
+        return marked
+
+    @property
+    def loss_subgraph(self) -> list[bool]:
+        """Mark the ops downstream of ``out``: their second-order terms make the GN channel (design §2.2)."""
+        marked = self.descendants(self.out)
+        for index in self.out:
+            marked[index] = any(marked[parent] for parent in self.nodes[index].inputs)
+        return marked
+
+    def per_sample_numel(self, index: int) -> int:
+        """Elements of a node's tensor that belong to one sample."""
+        node = self.nodes[index]
+        if self.couplings and self.couplings[index] in (Coupling.SEPARATE, Coupling.MIXED) and self.layouts[index]:
+            return node.numel // self.batch_size
+        return prod(node.shape)

@@ -1,0 +1,101 @@
+"""Nodes: one tensor each, with the op that makes it and the kind of that op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+
+
+class Kind(str, Enum):
+    """What is known of an op's derivatives before any number is seen (design §3, IR)."""
+
+    STRUCTURAL = "structural"  # linear data movement and sums
+    CONTRACTION = "contraction"  # bilinear: mm, bmm, conv
+    POINTWISE = "pointwise"  # elementwise with second derivative
+    PIECEWISE_LINEAR = "piecewise"  # second derivative 0 almost everywhere
+    ROWWISE = "rowwise"  # softmax, norms, logsumexp
+    GATHER = "gather"  # rows picked by integer indices
+    OPAQUE = "opaque"  # differentiated by autograd on the op alone
+    INPUT = "input"
+    PARAM = "param"
+    CONST = "const"  # anything no derivative passes through
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands in a node's arguments for its ``slot``-th input."""
+
+    slot: int
+
+
+@dataclass(slots=True)
+class Node:
+    """One tensor-valued node of a :class:`~dag_hesse.ir.CurvatureGraph`.
+
+    ``args``/``kwargs`` are the op's arguments with every tensor replaced by a :class:`Ref` into ``inputs``
+    (indices of earlier nodes). ``output`` selects one result of an op that returns several.
+    """
+
+    index: int
+    op: str
+    target: Callable[..., Any] | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: Kind
+    output: int | None = None
+    name: str = ""  # parameter, buffer or input name
+    owner: str = ""  # module that ran the op
+    source: str = ""  # file:line in the user's code
+    taps: list[str] = field(default_factory=list)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the node's tensor."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def is_float(self) -> bool:
+        """Whether a derivative can pass through this node's tensor."""
+        return self.dtype.is_floating_point
+
+    @property
+    def where(self) -> str:
+        """Op, module and source line, for messages."""
+        parts = [self.op, f"in module '{self.owner}'" if self.owner else "", f"at {self.source}" if self.source else ""]
+        return " ".join(part for part in parts if part)
+
+
+def rebind(tree: Any, fn: Callable[[Ref], Any]) -> Any:
+    """Replace every :class:`Ref` in an argument tree by ``fn(ref)``."""
+    if isinstance(tree, Ref):
+        return fn(tree)
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(rebind(item, fn) for item in tree)
+    return tree
+
+
+def bind(node: Node, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return ``(args, kwargs)`` of ``node`` with its inputs' ``values`` (one per slot) put in."""
+    args = tuple(rebind(arg, lambda ref: values[ref.slot]) for arg in node.args)
+    return args, {key: rebind(arg, lambda ref: values[ref.slot]) for key, arg in node.kwargs.items()}
+
+
+def execute(node: Node, values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Run the node's op on the values of its inputs (one per slot)."""
+    assert node.target is not None, f"{node.op} is a leaf and has no op to run"
+    args, kwargs = bind(node, values)
+    result = node.target(*args, **kwargs)
+    return result if node.output is None else result[node.output]

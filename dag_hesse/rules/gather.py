@@ -1,0 +1,216 @@
+"""Rows and elements picked by integer indices, and extrema (which pick by value)."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from dag_hesse.ir.node import Kind, bind
+from dag_hesse.rules.base import Call, Linearized, Rule, Tangents, linear, no_pairs
+from dag_hesse.rules.structural import axes
+
+aten = torch.ops.aten
+
+
+def _zeros(c: Call, g: Tensor, slot: int = 0) -> Tensor:
+    return g.new_zeros(c.shape(slot))
+
+
+def _index(c: Call, g: Tensor, slot: int) -> Tensor:
+    indices = [None if ref is None else c.values[ref.slot] for ref in c.node.args[1]]
+    return aten.index_put(_zeros(c, g), indices, g, True)
+
+
+def _index_select(c: Call, g: Tensor, slot: int) -> Tensor:
+    return _zeros(c, g).index_add(c.argument(1), c.argument(2), g)
+
+
+def _gather(c: Call, g: Tensor, slot: int) -> Tensor:
+    return _zeros(c, g).scatter_add(c.argument(1), c.argument(2), g)
+
+
+def _embedding_forward(c: Call, inputs: tuple[Tensor, ...]) -> Tensor:
+    rows = inputs[0][inputs[1]]
+    padding = c.argument(2, "padding_idx", -1)
+    # Autograd never differentiates the padding row, so neither tangent nor adjoint passes it.
+    return rows if padding < 0 else rows * (inputs[1] != padding).unsqueeze(-1)
+
+
+def _embedding(c: Call, g: Tensor, slot: int) -> Tensor:
+    index, padding = c.values[1].reshape(-1), c.argument(2, "padding_idx", -1)
+    rows = g.reshape(-1, g.shape[-1])
+    if padding >= 0:
+        rows = rows * (index != padding).unsqueeze(-1)
+    return _zeros(c, g).index_add(0, index, rows)
+
+
+def _scatter(c: Call, g: Tensor, slot: int) -> Tensor:
+    dim, index = c.argument(1), c.argument(2)
+    return g.scatter(dim, index, 0.0) if slot == 0 else _first_rows(g.gather(dim, index), c.shape(slot))
+
+
+def _scatter_add(c: Call, g: Tensor, slot: int) -> Tensor:
+    return g if slot == 0 else _first_rows(g.gather(c.argument(1), c.argument(2)), c.shape(slot))
+
+
+def _first_rows(g: Tensor, shape: torch.Size) -> Tensor:
+    """Pad with zeros up to ``shape`` (a scatter source may be larger than its index)."""
+    padding = [p for have, want in zip(reversed(g.shape), reversed(shape), strict=True) for p in (0, want - have)]
+    return torch.constant_pad_nd(g, padding) if any(padding) else g
+
+
+def _scatter_value(c: Call, g: Tensor, slot: int) -> Tensor:
+    return g.scatter(c.argument(1), c.argument(2), 0.0)
+
+
+def _scatter_value_forward(c: Call, inputs: tuple[Tensor, ...]) -> Tensor:
+    return inputs[0].scatter(c.argument(1), c.argument(2), 0.0)
+
+
+def _index_add(c: Call, g: Tensor, slot: int) -> Tensor:
+    return g if slot == 0 else g.index_select(c.argument(1), c.argument(2)) * c.node.kwargs.get("alpha", 1)
+
+
+def _index_put(c: Call, g: Tensor, slot: int) -> Tensor:
+    indices = [None if ref is None else c.values[ref.slot] for ref in c.node.args[1]]
+    if slot != 0:
+        return aten.index(g, indices).sum_to_size(c.shape(slot))
+    return g if c.argument(3, "accumulate", False) else aten.index_put(g, indices, g.new_zeros(()))
+
+
+def _slice_scatter(c: Call, g: Tensor, slot: int) -> Tensor:
+    dim, start, end, step = (c.argument(k, n, d) for k, n, d in _SLICE)
+    if slot == 1:
+        return aten.slice(g, dim, start, end, step)
+    return aten.slice_scatter(g, g.new_zeros(c.shape(1)), dim, start, end, step)
+
+
+_SLICE = ((2, "dim", 0), (3, "start", None), (4, "end", None), (5, "step", 1))
+
+
+def _select_scatter(c: Call, g: Tensor, slot: int) -> Tensor:
+    dim, index = c.argument(2), c.argument(3)
+    return g.select(dim, index) if slot == 1 else aten.select_scatter(g, g.new_zeros(c.shape(1)), dim, index)
+
+
+def _copy(c: Call, g: Tensor, slot: int) -> Tensor:
+    return torch.zeros_like(g) if slot == 0 else g.sum_to_size(c.shape(1))
+
+
+@final
+class _Picked(Linearized):
+    """Output elements are input elements along ``dim``, at saved indices (max.dim, sort, topk, …)."""
+
+    def __init__(self, call: Call) -> None:
+        shape = call.shape()
+        results = _results(call)
+        self.dim = int(call.argument(_DIM_POSITION.get(call.node.op, 1), "dim", -1)) % max(len(shape), 1)
+        self.shape, self.out_shape = shape, call.out.shape
+        index = results[1]
+        self.index = index if index.ndim == len(shape) else index.unsqueeze(self.dim)
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        x = tangents[0]
+        picked = x.gather(self.dim + 1, self.index.expand(x.shape[0], *self.index.shape))
+        return picked.reshape(x.shape[0], *self.out_shape)
+
+    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
+        probes = cotangent.shape[0]
+        index = self.index.expand(probes, *self.index.shape)
+        zeros = cotangent.new_zeros(probes, *self.shape)
+        return zeros.scatter_add(self.dim + 1, index, cotangent.reshape(index.shape))
+
+
+def _results(call: Call) -> tuple[Tensor, ...]:
+    """Run the op again for all its results: the indices are wanted here, the values were there."""
+    args, kwargs = bind(call.node, call.values)
+    return call.node.target(*args, **kwargs)  # type: ignore[misc]
+
+
+_DIM_POSITION = {"aten.topk.default": 2, "aten.kthvalue.default": 2}
+
+
+@final
+class _MaxPool(Linearized):
+    """Windows' maxima: gather at the flattened spatial index that pooling returned."""
+
+    def __init__(self, call: Call) -> None:
+        self.spatial = 3 if "3d" in call.node.op else 2
+        results = _results(call)
+        self.shape, self.out_shape = call.shape(), call.out.shape
+        self.index = results[1].flatten(-self.spatial)
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        x = tangents[0].flatten(-self.spatial)
+        return x.gather(-1, self.index.expand(x.shape[0], *self.index.shape)).reshape(x.shape[0], *self.out_shape)
+
+    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
+        probes = cotangent.shape[0]
+        lead, cells = self.shape[: -self.spatial], prod(self.shape[-self.spatial :])
+        zeros = cotangent.new_zeros(probes, *lead, cells)
+        index = self.index.expand(probes, *self.index.shape)
+        return zeros.scatter_add(-1, index, cotangent.flatten(-self.spatial)).reshape(probes, *self.shape)
+
+
+@final
+class _Extremum(Linearized):
+    """amax/amin and full max/min: ties share the derivative evenly, as in autograd."""
+
+    def __init__(self, call: Call) -> None:
+        x = call.values[0]
+        self.dims = axes(call.argument(1, "dim"), x.ndim)
+        keep = [1 if k in self.dims else n for k, n in enumerate(x.shape)]
+        ties = (x == call.out.reshape(keep)).to(x.dtype)
+        self.share = ties / ties.sum(self.dims, keepdim=True)
+        self.keep, self.shape, self.out_shape = keep, x.shape, call.out.shape
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        total = (self.share * tangents[0]).sum([d + 1 for d in self.dims])
+        return total.reshape(total.shape[0], *self.out_shape)
+
+    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
+        return self.share * cotangent.reshape(cotangent.shape[0], *self.keep)
+
+
+_picked = Rule(Kind.PIECEWISE_LINEAR, _Picked, no_pairs)
+_extremum = Rule(Kind.PIECEWISE_LINEAR, _Extremum, no_pairs)
+_max_pool = Rule(Kind.PIECEWISE_LINEAR, _MaxPool, no_pairs)
+
+
+def _rows(transpose: Any, **options: Any) -> Rule:
+    return linear(transpose, kind=Kind.GATHER, **options)
+
+
+TABLE: dict[str, Rule] = {
+    "aten.index.Tensor": _rows(_index),
+    "aten._unsafe_index.Tensor": _rows(_index),
+    "aten.index_select.default": _rows(_index_select),
+    "aten.gather.default": _rows(_gather),
+    "aten.embedding.default": _rows(_embedding, forward=_embedding_forward),
+    "aten.scatter.src": _rows(_scatter),
+    "aten.scatter.value": _rows(_scatter_value, forward=_scatter_value_forward),
+    "aten.scatter_add.default": _rows(_scatter_add),
+    "aten.index_add.default": _rows(_index_add),
+    "aten.index_put.default": _rows(_index_put),
+    "aten._unsafe_index_put.default": _rows(_index_put),
+    "aten.slice_scatter.default": _rows(_slice_scatter),
+    "aten.select_scatter.default": _rows(_select_scatter),
+    "aten.copy.default": _rows(_copy),
+    **{
+        f"aten.{name}": _picked
+        for name in ("max.dim", "min.dim", "sort.default", "topk.default", "kthvalue.default", "median.dim", "mode.default")
+    },
+    "aten.amax.default": _extremum,
+    "aten.amin.default": _extremum,
+    "aten.max.default": _extremum,
+    "aten.min.default": _extremum,
+    "aten.max_pool2d_with_indices.default": _max_pool,
+    "aten.max_pool3d_with_indices.default": _max_pool,
+    "aten.adaptive_max_pool2d.default": _max_pool,
+    "aten.adaptive_max_pool3d.default": _max_pool,
+}
+
+__all__ = ["TABLE"]

@@ -1,0 +1,220 @@
+"""Ops rewritten into ops that have a rule, while the model is traced.
+
+Order of precedence: an op with a rule stays whole; an op listed here is rewritten as given; one with a decomposition
+in torch is rewritten by it; anything else stays and becomes OPAQUE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from math import inf, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import core_aten_decompositions
+
+from dag_hesse.ir.ops import standardize
+from dag_hesse.rules.structural import axes
+from dag_hesse.rules.table import RULES
+
+aten = torch.ops.aten
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int]) -> Tensor:
+    if weight is not None:
+        x = x * weight.reshape(shape)
+    return x if bias is None else x + bias.reshape(shape)
+
+
+def _channels(x: Tensor) -> list[int]:
+    return [1, -1, *[1] * (x.ndim - 2)]
+
+
+def _layer_norm(x: Tensor, shape: list[int], weight: Any, bias: Any, eps: float) -> tuple[Tensor, ...]:
+    y = _affine(standardize(x, list(range(-len(shape), 0)), eps, True), weight, bias, list(shape))
+    return y, y, y
+
+
+def _group_norm(
+    x: Tensor, weight: Any, bias: Any, n: int, c: int, cells: int, groups: int, eps: float
+) -> tuple[Tensor, ...]:
+    y = standardize(x.reshape(n, groups, -1), [2], eps, True).reshape(x.shape)
+    y = _affine(y, weight, bias, _channels(x))
+    return y, y, y
+
+
+def _rms_norm(x: Tensor, shape: list[int], weight: Any, eps: float | None) -> tuple[Tensor, ...]:
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    y = _affine(standardize(x, list(range(-len(shape), 0)), eps, False), weight, None, list(shape))
+    return y, y
+
+
+def _batch_norm(
+    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float, outputs: int = 3
+) -> tuple[Tensor, ...]:
+    shape = _channels(x)
+    if training or mean is None:
+        y = _affine(standardize(x, [0, *range(2, x.ndim)], eps, True), weight, bias, shape)
+    else:  # one affine map: scale and shift are computed once, not once a probe
+        scale = torch.rsqrt(var + eps)
+        scale = scale if weight is None else scale * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        y = _affine(x, scale, shift, shape)
+    return (y,) * outputs
+
+
+def _batch_norm_no_stats(x: Tensor, weight: Any, bias: Any, training: bool, momentum: float, eps: float) -> Any:
+    return _batch_norm(x, weight, bias, None, None, training, momentum, eps)
+
+
+def _cudnn_batch_norm(*args: Any) -> tuple[Tensor, ...]:
+    return _batch_norm(*args, outputs=4)
+
+
+def _batch_norm_with_update(x: Tensor, w: Any, b: Any, mean: Any, var: Any, momentum: float, eps: float) -> Any:
+    return _batch_norm(x, w, b, mean, var, True, momentum, eps, outputs=4)
+
+
+def _batch_norm_no_update(x: Tensor, w: Any, b: Any, mean: Any, var: Any, momentum: float, eps: float) -> Any:
+    return _batch_norm(x, w, b, mean, var, False, momentum, eps, outputs=4)
+
+
+def _scaled(x: Tensor, factor: Any) -> Tensor:
+    return x if factor == 1 else x * factor
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    product = _scaled(a @ b if a.ndim == 2 else torch.bmm(a, b), alpha)
+    return product if beta == 0 else product + _scaled(bias, beta)
+
+
+def _addbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return _scaled(torch.bmm(a, b).sum(0), alpha) + _scaled(bias, beta)
+
+
+def _mv(a: Tensor, x: Tensor) -> Tensor:
+    return torch.mm(a, x.unsqueeze(1)).squeeze(1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum()
+
+
+def _addmv(bias: Tensor, a: Tensor, x: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return _scaled(_mv(a, x), alpha) + _scaled(bias, beta)
+
+
+def _trilinear(
+    a: Tensor, b: Tensor, c: Tensor, e1: list[int], e2: list[int], e3: list[int], sums: list[int], unroll: int = 1
+) -> Tensor:
+    for axis in sorted(e1):
+        a = a.unsqueeze(axis)
+    for axis in sorted(e2):
+        b = b.unsqueeze(axis)
+    for axis in sorted(e3):
+        c = c.unsqueeze(axis)
+    return (a * b * c).sum(sums)
+
+
+def _split(x: Tensor, size: int, dim: int = 0) -> list[Tensor]:
+    total = x.shape[dim]
+    return [x.narrow(dim, start, min(size, total - start)) for start in range(0, total, size)] or [x]
+
+
+def _split_sizes(x: Tensor, sizes: list[int], dim: int = 0) -> list[Tensor]:
+    return [x.narrow(dim, sum(sizes[:k]), size) for k, size in enumerate(sizes)]
+
+
+def _unbind(x: Tensor, dim: int = 0) -> list[Tensor]:
+    return [x.select(dim, k) for k in range(x.shape[dim])]
+
+
+def _var(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
+    dims = axes(dim, x.ndim)
+    centered = x - x.mean(dims, keepdim=True)
+    count = prod(x.shape[d] for d in dims) - (1 if correction is None else correction)
+    return (centered * centered).sum(dims, keepdim=keepdim) / max(count, 0)
+
+
+def _std(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
+    return _var(x, dim, correction=correction, keepdim=keepdim).sqrt()
+
+
+def _var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    return _var(x, dim, correction=correction, keepdim=keepdim), x.mean(axes(dim, x.ndim), keepdim=keepdim)
+
+
+def _std_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    variance, mean = _var_mean(x, dim, correction=correction, keepdim=keepdim)
+    return variance.sqrt(), mean
+
+
+def _vector_norm(x: Tensor, order: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    x, dims = (x if dtype is None else x.to(dtype)), axes(dim, x.ndim)
+    if order == 2:
+        return (x * x).sum(dims, keepdim=keepdim).sqrt()
+    if order == 1:
+        return x.abs().sum(dims, keepdim=keepdim)
+    if order in (inf, -inf):
+        return (torch.amax if order > 0 else torch.amin)(x.abs(), dims, keepdim)
+    return x.abs().pow(order).sum(dims, keepdim=keepdim).pow(1 / order)
+
+
+def _max_pool1d(x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil: bool = False) -> Tensor:
+    def wide(value: Any, neutral: int) -> list[int]:
+        return [neutral, *([value] if isinstance(value, int) else value)]
+
+    size = wide(kernel, 1)
+    step = wide(stride, 1) if stride else size
+    lifted = x.unsqueeze(-2)
+    return aten.max_pool2d_with_indices(lifted, size, step, wide(padding, 0), wide(dilation, 1), ceil)[0].squeeze(-2)
+
+
+LOWERINGS: Mapping[Any, Callable[..., Any]] = {
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_group_norm.default: _group_norm,
+    aten._fused_rms_norm.default: _rms_norm,
+    aten.native_batch_norm.default: _batch_norm,
+    aten._native_batch_norm_legit.default: _batch_norm,
+    aten._native_batch_norm_legit.no_stats: _batch_norm_no_stats,
+    aten._native_batch_norm_legit_no_training.default: (
+        lambda x, w, b, mean, var, momentum, eps: _batch_norm(x, w, b, mean, var, False, momentum, eps)
+    ),
+    aten._batch_norm_with_update.default: _batch_norm_with_update,
+    aten._batch_norm_no_update.default: _batch_norm_no_update,
+    aten.cudnn_batch_norm.default: _cudnn_batch_norm,
+    aten.addmm.default: _addmm,
+    aten.baddbmm.default: _addmm,
+    aten.addbmm.default: _addbmm,
+    aten.addmv.default: _addmv,
+    aten.mv.default: _mv,
+    aten.dot.default: _dot,
+    aten._trilinear.default: _trilinear,
+    aten.split.Tensor: _split,
+    aten.unsafe_split.Tensor: _split,
+    aten.split_with_sizes.default: _split_sizes,
+    aten.unsafe_split_with_sizes.default: _split_sizes,
+    aten.unbind.int: _unbind,
+    aten.var.correction: _var,
+    aten.std.correction: _std,
+    aten.var_mean.correction: _var_mean,
+    aten.std_mean.correction: _std_mean,
+    aten.linalg_vector_norm.default: _vector_norm,
+    aten.max_pool1d.default: _max_pool1d,
+}
+
+# Torch's own decompositions that would hide something from us (a custom kernel is kept, a cut is seen).
+_KEEP = {"aten.detach.default", "aten.bernoulli.default"}
+
+
+@cache
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return the decomposition table that capture hands to the tracer."""
+    theirs = {
+        op: fn
+        for op, fn in core_aten_decompositions().items()
+        if str(op) not in RULES and str(op) not in _KEEP and not str(op).split(".")[1].endswith("_")
+    }
+    return {**theirs, **LOWERINGS}

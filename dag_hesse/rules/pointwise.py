@@ -1,0 +1,302 @@
+"""Elementwise ops: one row each, first and second derivative side by side."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dag_hesse.ir.node import Kind, Node
+from dag_hesse.rules.base import Call, Coefficient, Pairs, Rule, binary, diagonal, piecewise_linear, pointwise
+
+_INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
+_SELU_ALPHA = 1.6732632423543772
+_SELU_SCALE = 1.0507009873554805
+
+
+def _x(c: Call) -> Tensor:
+    return c.values[0]
+
+
+def _mask(condition: Tensor, like: Tensor) -> Tensor:
+    return condition.to(like.dtype)
+
+
+def _between(x: Tensor, low: Any, high: Any, *, closed: bool) -> Tensor:
+    inside = torch.ones_like(x, dtype=torch.bool)
+    if low is not None:
+        inside = inside & ((x >= low) if closed else (x > low))
+    if high is not None:
+        inside = inside & ((x <= high) if closed else (x < high))
+    return _mask(inside, x)
+
+
+# gelu(x) = x Φ(x); tanh form: x s(u), s = (1 + tanh u)/2, u = k (x + a x³)
+_K, _A = math.sqrt(2 / math.pi), 0.044715
+
+
+def _gelu_d1(c: Call) -> Tensor:
+    x = _x(c)
+    if c.argument(1, "approximate", "none") == "tanh":
+        t, du = torch.tanh(_K * (x + _A * x**3)), _K * (1 + 3 * _A * x * x)
+        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * _INV_SQRT_2PI * torch.exp(-0.5 * x * x)
+
+
+def _gelu_d2(c: Call) -> Tensor:
+    x = _x(c)
+    if c.argument(1, "approximate", "none") == "tanh":
+        t, du = torch.tanh(_K * (x + _A * x**3)), _K * (1 + 3 * _A * x * x)
+        dt = 1 - t * t
+        return dt * du + 0.5 * x * dt * (6 * _K * _A * x - 2 * t * du * du)
+    return (2 - x * x) * _INV_SQRT_2PI * torch.exp(-0.5 * x * x)
+
+
+def _softplus_d1(c: Call) -> Tensor:
+    x, beta, threshold = _x(c), c.argument(1, "beta", 1), c.argument(2, "threshold", 20)
+    return torch.where(x * beta > threshold, torch.ones_like(x), torch.sigmoid(beta * x))
+
+
+def _softplus_d2(c: Call) -> Tensor:
+    x, beta, threshold = _x(c), c.argument(1, "beta", 1), c.argument(2, "threshold", 20)
+    s = torch.sigmoid(beta * x)
+    return torch.where(x * beta > threshold, torch.zeros_like(x), beta * s * (1 - s))
+
+
+def _elu_scales(c: Call) -> tuple[float, float, float]:
+    """(negative coefficient, positive slope, negative rate) of scale·(x if x > 0 else alpha (exp(rate x) - 1))."""
+    if c.node.op.startswith("aten.selu"):
+        return _SELU_ALPHA * _SELU_SCALE, _SELU_SCALE, 1.0
+    if c.node.op.startswith("aten.celu"):
+        alpha = c.argument(1, "alpha", 1.0)
+        return alpha, 1.0, 1.0 / alpha
+    alpha, scale, rate = c.argument(1, "alpha", 1.0), c.argument(2, "scale", 1.0), c.argument(3, "input_scale", 1.0)
+    return alpha * scale, scale, rate
+
+
+def _elu_d1(c: Call) -> Tensor:
+    x, (negative, positive, rate) = _x(c), _elu_scales(c)
+    return torch.where(x > 0, torch.full_like(x, positive), negative * rate * torch.exp(rate * x.clamp(max=0)))
+
+
+def _elu_d2(c: Call) -> Tensor:
+    x, (negative, _, rate) = _x(c), _elu_scales(c)
+    return torch.where(x > 0, torch.zeros_like(x), negative * rate * rate * torch.exp(rate * x.clamp(max=0)))
+
+
+def _silu_d1(c: Call) -> Tensor:
+    s = torch.sigmoid(_x(c))
+    return s * (1 + _x(c) * (1 - s))
+
+
+def _silu_d2(c: Call) -> Tensor:
+    s = torch.sigmoid(_x(c))
+    return s * (1 - s) * (2 + _x(c) * (1 - 2 * s))
+
+
+def _mish_d1(c: Call) -> Tensor:
+    x = _x(c)
+    t, s = torch.tanh(torch.nn.functional.softplus(x)), torch.sigmoid(x)
+    return t + x * (1 - t * t) * s
+
+
+def _mish_d2(c: Call) -> Tensor:
+    x = _x(c)
+    t, s = torch.tanh(torch.nn.functional.softplus(x)), torch.sigmoid(x)
+    dt = (1 - t * t) * s
+    return 2 * dt + x * dt * (1 - s - 2 * t * s)
+
+
+def _hardswish_d1(c: Call) -> Tensor:
+    x = _x(c)
+    return torch.where(x <= -3, torch.zeros_like(x), torch.where(x < 3, x / 3 + 0.5, torch.ones_like(x)))
+
+
+def _sigmoid_d1(c: Call) -> Tensor:
+    return c.out * (1 - c.out)
+
+
+def _power_partials(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
+    x, p = _x(c), c.argument(1, "exponent")
+    if p == 2:  # the common square: no transcendental function
+        return {0: 2 * x}, {(0, 0): torch.full_like(x, 2.0)}
+    first = p * x ** (p - 1) if p != 0 else torch.zeros_like(x)
+    return {0: first}, ({(0, 0): p * (p - 1) * x ** (p - 2)} if p not in (0, 1) else {})
+
+
+def _power_pairs(node: Node) -> Pairs:
+    return frozenset() if node.args[1] in (0, 1) else frozenset({(0, 0)})
+
+
+def _constant(value: float) -> Rule:
+    return piecewise_linear(lambda c: value)
+
+
+def _scalar_multiple(sign: int) -> Rule:
+    """x times (or over) the number in argument 1."""
+    return piecewise_linear(lambda c: float(c.argument(1, "other")) ** sign)
+
+
+SMOOTH: dict[str, Rule] = {
+    "aten.exp.default": pointwise(lambda c: c.out, lambda c: c.out),
+    "aten.exp2.default": pointwise(lambda c: math.log(2) * c.out, lambda c: math.log(2) ** 2 * c.out),
+    "aten.expm1.default": pointwise(lambda c: c.out + 1, lambda c: c.out + 1),
+    "aten.log.default": pointwise(lambda c: 1 / _x(c), lambda c: -1 / _x(c) ** 2),
+    "aten.log2.default": pointwise(lambda c: 1 / (_x(c) * math.log(2)), lambda c: -1 / (_x(c) ** 2 * math.log(2))),
+    "aten.log10.default": pointwise(lambda c: 1 / (_x(c) * math.log(10)), lambda c: -1 / (_x(c) ** 2 * math.log(10))),
+    "aten.log1p.default": pointwise(lambda c: 1 / (1 + _x(c)), lambda c: -1 / (1 + _x(c)) ** 2),
+    "aten.sqrt.default": pointwise(lambda c: 0.5 / c.out, lambda c: -0.25 / c.out**3),
+    "aten.rsqrt.default": pointwise(lambda c: -0.5 * c.out**3, lambda c: 0.75 * c.out**5),
+    "aten.reciprocal.default": pointwise(lambda c: -(c.out**2), lambda c: 2 * c.out**3),
+    "aten.sin.default": pointwise(lambda c: torch.cos(_x(c)), lambda c: -c.out),
+    "aten.cos.default": pointwise(lambda c: -torch.sin(_x(c)), lambda c: -c.out),
+    "aten.tan.default": pointwise(lambda c: 1 + c.out**2, lambda c: 2 * c.out * (1 + c.out**2)),
+    "aten.sinh.default": pointwise(lambda c: torch.cosh(_x(c)), lambda c: c.out),
+    "aten.cosh.default": pointwise(lambda c: torch.sinh(_x(c)), lambda c: c.out),
+    "aten.tanh.default": pointwise(lambda c: 1 - c.out**2, lambda c: -2 * c.out * (1 - c.out**2)),
+    "aten.atan.default": pointwise(lambda c: 1 / (1 + _x(c) ** 2), lambda c: -2 * _x(c) / (1 + _x(c) ** 2) ** 2),
+    "aten.asin.default": pointwise(lambda c: (1 - _x(c) ** 2) ** -0.5, lambda c: _x(c) * (1 - _x(c) ** 2) ** -1.5),
+    "aten.acos.default": pointwise(lambda c: -((1 - _x(c) ** 2) ** -0.5), lambda c: -_x(c) * (1 - _x(c) ** 2) ** -1.5),
+    "aten.sigmoid.default": pointwise(_sigmoid_d1, lambda c: c.out * (1 - c.out) * (1 - 2 * c.out)),
+    "aten.log_sigmoid_forward.default": pointwise(
+        lambda c: torch.sigmoid(-_x(c)), lambda c: -torch.sigmoid(_x(c)) * torch.sigmoid(-_x(c))
+    ),
+    "aten.erf.default": pointwise(
+        lambda c: 2 / math.sqrt(math.pi) * torch.exp(-_x(c) ** 2),
+        lambda c: -4 / math.sqrt(math.pi) * _x(c) * torch.exp(-_x(c) ** 2),
+    ),
+    "aten.silu.default": pointwise(_silu_d1, _silu_d2),
+    "aten.gelu.default": pointwise(_gelu_d1, _gelu_d2),
+    "aten.softplus.default": pointwise(_softplus_d1, _softplus_d2),
+    "aten.elu.default": pointwise(_elu_d1, _elu_d2),
+    "aten.selu.default": pointwise(_elu_d1, _elu_d2),
+    "aten.celu.default": pointwise(_elu_d1, _elu_d2),
+    "aten.mish.default": pointwise(_mish_d1, _mish_d2),
+    "aten.hardswish.default": pointwise(_hardswish_d1, lambda c: _between(_x(c), -3, 3, closed=False) / 3),
+    "aten.pow.Tensor_Scalar": diagonal(Kind.POINTWISE, _power_partials, _power_pairs),
+}
+
+PIECEWISE: dict[str, Rule] = {
+    "aten.relu.default": piecewise_linear(lambda c: _mask(c.out > 0, c.out)),
+    "aten.relu6.default": piecewise_linear(lambda c: _between(_x(c), 0, 6, closed=False)),
+    "aten.leaky_relu.default": piecewise_linear(
+        lambda c: torch.where(_x(c) > 0, 1.0, c.argument(1, "negative_slope", 0.01)).to(c.out.dtype)
+    ),
+    "aten.abs.default": piecewise_linear(lambda c: torch.sign(_x(c))),
+    "aten.hardtanh.default": piecewise_linear(
+        lambda c: _between(_x(c), c.argument(1, "min_val", -1.0), c.argument(2, "max_val", 1.0), closed=False)
+    ),
+    "aten.hardsigmoid.default": piecewise_linear(lambda c: _between(_x(c), -3, 3, closed=False) / 6),
+    "aten.clamp.default": piecewise_linear(
+        lambda c: _between(_x(c), c.argument(1, "min"), c.argument(2, "max"), closed=True)
+    ),
+    "aten.clamp_min.default": piecewise_linear(lambda c: _between(_x(c), c.argument(1, "min"), None, closed=True)),
+    "aten.clamp_max.default": piecewise_linear(lambda c: _between(_x(c), None, c.argument(1, "max"), closed=True)),
+    "aten.threshold.default": piecewise_linear(lambda c: _mask(_x(c) > c.argument(1, "threshold"), c.out)),
+    "aten.neg.default": _constant(-1.0),
+    "aten.mul.Scalar": _scalar_multiple(1),
+    "aten.div.Scalar": _scalar_multiple(-1),
+    "aten.add.Scalar": _constant(1.0),
+    "aten.sub.Scalar": _constant(1.0),
+    # Constant almost everywhere: autograd gives them a zero derivative, and so do we.
+    "aten.sign.default": _constant(0.0),
+    "aten.floor.default": _constant(0.0),
+    "aten.ceil.default": _constant(0.0),
+    "aten.round.default": _constant(0.0),
+    "aten.trunc.default": _constant(0.0),
+}
+
+
+def _chosen(choose_first: Any) -> tuple[Any, Any]:
+    """Partials of minimum/maximum: 1 where the operand is chosen, ½ at ties (as autograd does)."""
+
+    def share(a: Any, b: Any, y: Tensor) -> Tensor:
+        return _mask(choose_first(a, b), y) + 0.5 * _mask(torch.eq(a, b), y)
+
+    return share, lambda a, b, y: 1 - share(a, b, y)
+
+
+def _one(a: Any, b: Any, y: Tensor) -> float:
+    return 1.0
+
+
+def _scaled_sum(sign: float) -> Rule:
+    """a ± alpha·b."""
+
+    def partials(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
+        slots = (c.slot(0), c.slot(1))
+        scales = (1.0, sign * float(c.node.kwargs.get("alpha", 1)))
+        return {slot: k for slot, k in zip(slots, scales, strict=True) if slot is not None}, {}
+
+    return diagonal(Kind.PIECEWISE_LINEAR, partials, lambda node: frozenset())
+
+
+def _where(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
+    condition, first = c.argument(0), {}
+    for position, picked in ((1, condition), (2, ~condition)):
+        slot = c.slot(position)
+        if slot is not None and c.active[slot]:
+            first[slot] = _mask(picked, c.out)
+    return first, {}
+
+
+def _masked_fill(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
+    mask, first = c.argument(1), {}
+    slot, value_slot = c.slot(0), c.slot(2)
+    if slot is not None:
+        first[slot] = _mask(~mask, c.out)
+    if value_slot is not None:
+        first[value_slot] = _mask(mask, c.out)
+    return first, {}
+
+
+def _tensor_clamp(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
+    x, low, high = c.argument(0), c.argument(1, "min"), c.argument(2, "max")
+    below = x < low if low is not None else torch.zeros_like(x, dtype=torch.bool)
+    above = x > high if high is not None else torch.zeros_like(x, dtype=torch.bool)
+    if low is not None and high is not None:
+        below = below & (low < high)  # where low ≥ high the result is high
+        above = above | (low >= high)
+    shares = (~(below | above), below & ~above, above)
+    return {s: _mask(m, c.out) for p, m in enumerate(shares) if (s := c.slot(p)) is not None}, {}
+
+
+_maximum_a, _maximum_b = _chosen(torch.gt)
+_minimum_a, _minimum_b = _chosen(torch.lt)
+
+
+def _log(x: Any, y: Tensor) -> Tensor:
+    return torch.log(x if isinstance(x, Tensor) else torch.as_tensor(x, dtype=y.dtype, device=y.device))
+
+
+BINARY: dict[str, Rule] = {
+    "aten.add.Tensor": _scaled_sum(1.0),
+    "aten.sub.Tensor": _scaled_sum(-1.0),
+    "aten.mul.Tensor": binary(lambda a, b, y: b, lambda a, b, y: a, dab=_one),
+    "aten.div.Tensor": binary(
+        lambda a, b, y: 1 / b,
+        lambda a, b, y: -y / b,
+        dab=lambda a, b, y: -1 / (b * b),
+        dbb=lambda a, b, y: 2 * y / (b * b),
+    ),
+    "aten.pow.Tensor_Tensor": binary(
+        lambda a, b, y: b * a ** (b - 1),
+        lambda a, b, y: y * _log(a, y),
+        daa=lambda a, b, y: b * (b - 1) * a ** (b - 2),
+        dab=lambda a, b, y: a ** (b - 1) * (1 + b * _log(a, y)),
+        dbb=lambda a, b, y: y * _log(a, y) ** 2,
+    ),
+    "aten.pow.Scalar": binary(_one, lambda a, b, y: y * _log(a, y), dbb=lambda a, b, y: y * _log(a, y) ** 2),
+    "aten.maximum.default": binary(_maximum_a, _maximum_b, kind=Kind.PIECEWISE_LINEAR),
+    "aten.minimum.default": binary(_minimum_a, _minimum_b, kind=Kind.PIECEWISE_LINEAR),
+    "aten.where.self": diagonal(Kind.PIECEWISE_LINEAR, _where, lambda node: frozenset()),
+    "aten.masked_fill.Scalar": diagonal(Kind.PIECEWISE_LINEAR, _masked_fill, lambda node: frozenset()),
+    "aten.masked_fill.Tensor": diagonal(Kind.PIECEWISE_LINEAR, _masked_fill, lambda node: frozenset()),
+    "aten.clamp.Tensor": diagonal(Kind.PIECEWISE_LINEAR, _tensor_clamp, lambda node: frozenset()),
+}
+
+TABLE: dict[str, Rule] = {**SMOOTH, **PIECEWISE, **BINARY}
+
+__all__ = ["TABLE"]

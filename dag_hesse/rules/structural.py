@@ -1,0 +1,221 @@
+"""Linear data movement, sums and pooling: the op itself moves tangents, its transpose moves cotangents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dag_hesse.ir.node import execute
+from dag_hesse.rules.base import Call, Rule, linear
+
+aten = torch.ops.aten
+
+
+def axes(dims: Any, ndim: int) -> list[int]:
+    """Normalize a dim argument (None, int or list) to a list of non-negative axes."""
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return list(range(ndim))
+    return [d % max(ndim, 1) for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def _reshape(c: Call, g: Tensor, slot: int) -> Tensor:
+    return g.reshape(c.shape())
+
+
+def _permute(c: Call, g: Tensor, slot: int) -> Tensor:
+    dims = axes(c.argument(1, "dims"), g.ndim)
+    return g.permute([dims.index(k) for k in range(len(dims))])
+
+
+def _expand(c: Call, g: Tensor, slot: int) -> Tensor:
+    return g.sum_to_size(c.shape())
+
+
+def _repeat(c: Call, g: Tensor, slot: int) -> Tensor:
+    repeats, shape = c.argument(1, "repeats"), c.shape()
+    padded = (*(1,) * (len(repeats) - len(shape)), *shape)
+    folded = g.reshape([k for pair in zip(repeats, padded, strict=True) for k in pair])
+    return folded.sum(list(range(0, 2 * len(repeats), 2))).reshape(shape)
+
+
+def _slice(c: Call, g: Tensor, slot: int) -> Tensor:
+    dim, start, end = c.argument(1, "dim", 0), c.argument(2, "start"), c.argument(3, "end")
+    size = c.shape()[dim]
+    return aten.slice_backward(g, c.shape(), dim, start or 0, size if end is None else end, c.argument(4, "step", 1))
+
+
+def _select(c: Call, g: Tensor, slot: int) -> Tensor:
+    return aten.select_backward(g, c.shape(), c.argument(1, "dim"), c.argument(2, "index"))
+
+
+def _cat(c: Call, g: Tensor, slot: int) -> Tensor:
+    dim = axes(c.argument(1, "dim", 0), g.ndim)[0]
+    parts = [ref.slot for ref in c.node.args[0]]
+    start = sum(c.shape(p)[dim] for p in parts[: parts.index(slot)] if len(c.shape(p)) == g.ndim)
+    return g.narrow(dim, start, c.shape(slot)[dim])
+
+
+def _stack(c: Call, g: Tensor, slot: int) -> Tensor:
+    parts = [ref.slot for ref in c.node.args[0]]
+    return g.select(c.argument(1, "dim", 0), parts.index(slot))
+
+
+def _flip(c: Call, g: Tensor, slot: int) -> Tensor:
+    return g.flip(c.argument(1, "dims"))
+
+
+def _roll(c: Call, g: Tensor, slot: int) -> Tensor:
+    return torch.roll(g, [-s for s in c.argument(1, "shifts")], c.argument(2, "dims", []))
+
+
+def _pad_forward(c: Call, inputs: tuple[Tensor, ...]) -> Tensor:
+    return torch.constant_pad_nd(inputs[0], c.argument(1, "pad"), 0.0)
+
+
+def _pad(c: Call, g: Tensor, slot: int) -> Tensor:
+    return torch.constant_pad_nd(g, [-p for p in c.argument(1, "pad")], 0.0)
+
+
+def _padding_backward(name: str) -> Rule:
+    backward = getattr(aten, f"{name}_backward").default
+
+    def transpose(c: Call, g: Tensor, slot: int) -> Tensor:
+        return backward(g, g.new_zeros(c.shape()), c.argument(1, "padding"))
+
+    return linear(transpose)
+
+
+def _cast(c: Call, g: Tensor, slot: int) -> Tensor:
+    return g.to(dtype=c.values[0].dtype, device=c.values[0].device)
+
+
+def _diagonal(c: Call, g: Tensor, slot: int) -> Tensor:
+    return aten.diagonal_backward(
+        g, c.shape(), c.argument(1, "offset", 0), c.argument(2, "dim1", 0), c.argument(3, "dim2", 1)
+    )
+
+
+def _unfold(c: Call, g: Tensor, slot: int) -> Tensor:
+    return aten.unfold_backward(g, c.shape(), *c.node.args[1:4])
+
+
+def _same_op(c: Call, g: Tensor, slot: int) -> Tensor:
+    return execute(c.node, [g])
+
+
+def _spread(c: Call, g: Tensor, position: int = 1) -> Tensor:
+    """Undo a reduction: insert the reduced axes and expand."""
+    shape = c.shape()
+    reduced = axes(c.argument(position, "dim"), len(shape))
+    return g.reshape([1 if k in reduced else n for k, n in enumerate(shape)]).expand(shape)
+
+
+def _sum(c: Call, g: Tensor, slot: int) -> Tensor:
+    return _spread(c, g)
+
+
+def _mean(c: Call, g: Tensor, slot: int) -> Tensor:
+    shape = c.shape()
+    count = prod(shape[k] for k in axes(c.argument(1, "dim"), len(shape)))
+    return _spread(c, g) / max(count, 1)
+
+
+def _cumsum(c: Call, g: Tensor, slot: int) -> Tensor:
+    dim = c.argument(1, "dim")
+    return g.flip(dim).cumsum(dim).flip(dim)
+
+
+def _pool(backward: Callable[..., Tensor], parameters: Sequence[tuple[int, str, Any]]) -> Rule:
+    def transpose(c: Call, g: Tensor, slot: int) -> Tensor:
+        return backward(g, g.new_zeros(c.shape()), *(c.argument(*parameter) for parameter in parameters))
+
+    return linear(transpose)
+
+
+_AVERAGE = [
+    (1, "kernel_size", None),
+    (2, "stride", []),
+    (3, "padding", 0),
+    (4, "ceil_mode", False),
+    (5, "count_include_pad", True),
+    (6, "divisor_override", None),
+]
+
+
+def _resample(name: str, parameters: int) -> Rule:
+    """Interpolation: (input, output_size, *parameters); its backward also takes the input's size."""
+    backward = getattr(aten, f"{name}_backward").default
+
+    def transpose(c: Call, g: Tensor, slot: int) -> Tensor:
+        size = c.argument(1, "output_size")
+        rest = [c.node.args[k] if k < len(c.node.args) else None for k in range(2, 2 + parameters)]
+        return backward(g.contiguous(), size, list(c.shape()), *rest)
+
+    return linear(transpose)
+
+
+def _col2im(c: Call, g: Tensor, slot: int) -> Tensor:
+    return aten.im2col(g, *c.node.args[2:])
+
+
+def _im2col(c: Call, g: Tensor, slot: int) -> Tensor:
+    return aten.col2im(g, list(c.shape()[-2:]), *c.node.args[1:])
+
+
+_VIEWS = ["view", "_unsafe_view", "reshape", "clone", "alias", "lift_fresh_copy", "squeeze", "unsqueeze", "_reshape_alias"]
+
+TABLE: dict[str, Rule] = {
+    **{f"aten.{name}.default": linear(_reshape) for name in _VIEWS},
+    "aten.squeeze.dim": linear(_reshape),
+    "aten.squeeze.dims": linear(_reshape),
+    "aten.permute.default": linear(_permute),
+    "aten.transpose.int": linear(lambda c, g, slot: g.transpose(c.argument(1), c.argument(2))),
+    "aten.t.default": linear(lambda c, g, slot: g.t()),
+    "aten.expand.default": linear(_expand),
+    "aten.repeat.default": linear(_repeat),
+    "aten.slice.Tensor": linear(_slice),
+    "aten.select.int": linear(_select),
+    "aten.cat.default": linear(_cat),
+    "aten.stack.default": linear(_stack),
+    "aten.flip.default": linear(_flip),
+    "aten.roll.default": linear(_roll),
+    "aten.constant_pad_nd.default": linear(_pad, _pad_forward),
+    **{
+        f"aten.{mode}_pad{n}d.default": _padding_backward(f"{mode}_pad{n}d")
+        for mode in ("reflection", "replication")
+        for n in (1, 2, 3)
+    },
+    "aten._to_copy.default": linear(_cast),
+    "aten.diagonal.default": linear(_diagonal),
+    "aten.unfold.default": linear(_unfold),
+    "aten.tril.default": linear(_same_op),
+    "aten.triu.default": linear(_same_op),
+    "aten.sum.default": linear(_sum),
+    "aten.sum.dim_IntList": linear(_sum),
+    "aten.mean.default": linear(_mean),
+    "aten.mean.dim": linear(_mean),
+    "aten.cumsum.default": linear(_cumsum),
+    "aten.avg_pool2d.default": _pool(aten.avg_pool2d_backward, _AVERAGE),
+    "aten.avg_pool3d.default": _pool(aten.avg_pool3d_backward, _AVERAGE),
+    "aten._adaptive_avg_pool2d.default": _pool(aten._adaptive_avg_pool2d_backward, []),
+    "aten._adaptive_avg_pool3d.default": _pool(aten._adaptive_avg_pool3d_backward, []),
+    **{
+        f"aten.upsample_{mode}{n}d.default": _resample(f"upsample_{mode}{n}d", n)
+        for mode in ("nearest",)
+        for n in (1, 2, 3)
+    },
+    **{f"aten._upsample_nearest_exact{n}d.default": _resample(f"_upsample_nearest_exact{n}d", n) for n in (1, 2, 3)},
+    "aten.upsample_linear1d.default": _resample("upsample_linear1d", 2),
+    "aten.upsample_bilinear2d.default": _resample("upsample_bilinear2d", 3),
+    "aten.upsample_bicubic2d.default": _resample("upsample_bicubic2d", 3),
+    "aten.upsample_trilinear3d.default": _resample("upsample_trilinear3d", 4),
+    "aten.im2col.default": linear(_im2col),
+    "aten.col2im.default": linear(_col2im),
+    "dag_hesse.tap.default": linear(_reshape, lambda c, inputs: inputs[0]),
+}
+
+__all__ = ["TABLE", "axes"]

@@ -1,0 +1,163 @@
+"""Static analysis of a captured graph for its points; the graph algorithms are in ``csrc/core.cpp``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dag_hesse import _core
+from dag_hesse.ir import Coupling, CurvatureGraph, Kind
+from dag_hesse.rules.table import pairs_of
+
+_LEAVES = (Kind.INPUT, Kind.PARAM, Kind.CONST)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the graph alone says about the n points' blocks. All arrays are n×n, in the order of ``graph.points``.
+
+    Attributes:
+        gn_alive, tensor_alive: False where H_GN (H_T) is identically zero (design §3).
+        rank_bound: per-sample bound on rank H_GN[v,w]: least node-capacity cut to ``out``, and rank ∇²L.
+        shared_rank_bound: the same for the batch average, min(B·bound, d_v, d_w) (sharpens Proposition 31).
+        distance: points passed on the way from v to w, or of both to where they meet; -1 if they never do.
+    """
+
+    graph: CurvatureGraph
+    gn_alive: NDArray[np.bool_]
+    tensor_alive: NDArray[np.bool_]
+    rank_bound: NDArray[np.int64]
+    shared_rank_bound: NDArray[np.int64]
+    distance: NDArray[np.int64]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the points."""
+        return tuple(point.name for point in self.graph.points)
+
+    @property
+    def alive(self) -> NDArray[np.bool_]:
+        """False where the whole block is identically zero."""
+        return self.gn_alive | self.tensor_alive
+
+    def __str__(self) -> str:
+        from dag_hesse.structure.text import render
+
+        return render(self)
+
+
+def _edges(graph: CurvatureGraph) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Edges a derivative can pass, between nodes that reach the loss."""
+    alive = graph.ancestors([graph.loss])
+    found = [
+        (parent, node.index)
+        for node in graph.nodes
+        if node.kind not in _LEAVES and alive[node.index]
+        for parent in dict.fromkeys(node.inputs)
+        if graph.nodes[parent].is_float
+    ]
+    table = np.array(found, dtype=np.int64).reshape(-1, 2)
+    return table[:, 0].copy(), table[:, 1].copy()
+
+
+def _interaction_pairs(graph: CurvatureGraph, *, loss_side: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pairs of nodes that meet in a second derivative of an op of the loss (or of the model)."""
+    alive, in_loss = graph.ancestors([graph.loss]), graph.loss_subgraph
+    found = [
+        (node.inputs[i], node.inputs[j])
+        for node in graph.nodes
+        if alive[node.index] and in_loss[node.index] == loss_side
+        for i, j in pairs_of(node)
+        if graph.nodes[node.inputs[i]].is_float and graph.nodes[node.inputs[j]].is_float
+    ]
+    table = np.array(found, dtype=np.int64).reshape(-1, 2)
+    return table[:, 0].copy(), table[:, 1].copy()
+
+
+def _loss_rank(graph: CurvatureGraph) -> int:
+    """Bound on rank ∇²L of one sample: K−1 a row for softmax cross-entropy over K classes, else the size of out."""
+    size = sum(graph.per_sample_numel(index) for index in graph.out)
+    if len(graph.out) != 1:
+        return size
+    alive = graph.ancestors([graph.loss])
+    index = graph.out[0]
+    while True:
+        readers = [k for k in graph.children[index] if alive[k]]
+        if len(readers) != 1:
+            return size
+        node = graph.nodes[readers[0]]
+        if node.op == "aten._log_softmax.default":
+            classes = node.shape[node.args[1]]
+            return graph.per_sample_numel(node.index) // classes * (classes - 1)
+        if node.kind is not Kind.STRUCTURAL:
+            return size
+        index = node.index
+
+
+def _distances(graph: CurvatureGraph) -> NDArray[np.int64]:
+    points = graph.points
+    site_of: dict[int, set[int]] = {}
+    for k, point in enumerate(points):
+        for site in point.sites:
+            site_of.setdefault(site, set()).add(k)
+    alive, count = graph.ancestors([graph.loss]), len(points)
+    far = np.iinfo(np.int64).max // 4
+    hops = np.full((count, count + 1), far)  # the last column is the loss
+    for k, point in enumerate(points):
+        seen, stack = set(point.sites), list(point.sites)
+        while stack:
+            for child in graph.children[stack.pop()]:
+                if child in seen or not alive[child] or graph.nodes[child].kind is Kind.CONST:
+                    continue
+                seen.add(child)
+                others = site_of.get(child, set()) - {k}
+                for other in others:
+                    hops[k, other] = 1
+                if child == graph.loss:
+                    hops[k, count] = 1
+                if not others:
+                    stack.append(child)
+        hops[k, k] = 0
+    square = np.vstack([hops, np.full((1, count + 1), far)])
+    square[count, count] = 0
+    for middle in range(count):
+        square = np.minimum(square, square[:, middle : middle + 1] + square[middle : middle + 1, :])
+    # Siblings meet at a common descendant; the loss is one for every pair.
+    meet = (square[:count, None, :] + square[None, :count, :]).min(axis=2)
+    direct = np.minimum(square[:count, :count], square[:count, :count].T)
+    distance = np.where(direct < far, direct, meet)
+    return np.where(distance < far, distance, -1)
+
+
+def analyze_structure(graph: CurvatureGraph) -> Structure:
+    """Analyze a graph that has points. No numerics: works on any size."""
+    source, target = _edges(graph)
+    members = np.array([site for point in graph.points for site in point.sites], dtype=np.int64)
+    groups = np.array([k for k, point in enumerate(graph.points) for _ in point.sites], dtype=np.int64)
+    count = len(graph.points)
+    reached = _core.reach(len(graph.nodes), source, target, members, groups, count)
+    alive = [
+        _core.interactions(reached, *_interaction_pairs(graph, loss_side=side)).astype(bool) for side in (True, False)
+    ]
+    capacity = np.array([graph.per_sample_numel(k) for k in range(len(graph.nodes))], dtype=np.int64)
+    sinks = np.array(graph.out, dtype=np.int64)
+    cuts = np.array(
+        [_core.min_cut(source, target, capacity, np.array(p.sites, dtype=np.int64), sinks) for p in graph.points],
+        dtype=np.int64,
+    )
+    dims = np.array([point.dim for point in graph.points], dtype=np.int64)
+    rank = np.minimum(np.minimum(cuts[:, None], cuts[None, :]), _loss_rank(graph))
+    rank = np.where(alive[0], rank, 0)
+    shared = np.minimum(rank * graph.batch_size, np.minimum(dims[:, None], dims[None, :]))
+    return Structure(graph, alive[0], alive[1], rank, shared, _distances(graph))
+
+
+def coupled_node(graph: CurvatureGraph) -> str:
+    """Where samples first interact on the way to ``out``, for messages; empty if nowhere."""
+    on_path = graph.ancestors(graph.out)
+    for node in graph.nodes:
+        if on_path[node.index] and node.kind is not Kind.CONST and graph.couplings[node.index] is Coupling.MIXED:
+            return node.where
+    return ""

@@ -1,0 +1,7 @@
+"""Linearize once, then sweep: tangents forward, adjoints back in two channels (design §3, linearize and sweep)."""
+
+from dag_hesse.sweep.engine import Adjoint, pullback, sweep
+from dag_hesse.sweep.linearize import Linearization
+from dag_hesse.sweep.problem import Blocks, Problem
+
+__all__ = ["Adjoint", "Blocks", "Linearization", "Problem", "pullback", "sweep"]

@@ -1,0 +1,82 @@
+"""Between vectors of a point and tensors of its nodes: the three meanings of the batch axis (design §2.3).
+
+Vectors are (probes, groups, dim). ``"sum"``: one vector for all samples, read as the sum over samples (one group).
+``"each"``: one vector per sample (a group each). ``"whole"``: one vector over the whole tensor (one group).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from dag_hesse.ir import BatchLayout, CurvatureGraph, Point
+from dag_hesse.sweep.engine import Adjoint
+
+MODES = ("sum", "each", "whole")
+
+
+def _factors(shape: Sequence[int], layout: BatchLayout) -> tuple[int, int, int, int, int]:
+    before, after = prod(shape[: layout.axis]), prod(shape[layout.axis + 1 :])
+    return before, layout.outer, layout.batch, layout.inner, after
+
+
+def to_tensor(z: Tensor, shape: Sequence[int], layout: BatchLayout | None, how: str) -> Tensor:
+    """Vectors (probes, groups, dim) -> perturbation (probes, *shape)."""
+    probes = z.shape[0]
+    if layout is None or how == "whole":
+        return z.reshape(probes, *shape)
+    before, outer, batch, inner, after = _factors(shape, layout)
+    if how == "sum":
+        spread = z.reshape(probes, before, outer, 1, inner, after)
+        return spread.expand(-1, -1, -1, batch, -1, -1).reshape(probes, *shape)
+    each = z.reshape(probes, batch, before, outer, inner, after)
+    return each.permute(0, 2, 3, 1, 4, 5).reshape(probes, *shape)
+
+
+def to_vector(x: Tensor, shape: Sequence[int], layout: BatchLayout | None, how: str) -> Tensor:
+    """Adjoint (probes, *shape) -> vectors (probes, groups, dim): the transpose of :func:`to_tensor`."""
+    probes = x.shape[0]
+    if layout is None or how == "whole":
+        return x.reshape(probes, 1, -1)
+    before, outer, batch, inner, after = _factors(shape, layout)
+    split = x.reshape(probes, before, outer, batch, inner, after)
+    if how == "sum":
+        return split.sum(3).reshape(probes, 1, -1)
+    return split.permute(0, 3, 1, 2, 4, 5).reshape(probes, batch, -1)
+
+
+def seed(graph: CurvatureGraph, point: Point, z: Tensor, how: str) -> dict[int, Tensor]:
+    """Perturbations of a point's nodes: the same at all calls of a module, consecutive pieces for joined parameters."""
+    if point.kind == "activation":
+        return {k: to_tensor(z, graph.nodes[k].shape, graph.layouts[k], how) for k in point.sites}
+    sizes = [graph.nodes[k].numel for k in point.sites]
+    pieces = z.split(sizes, dim=-1)
+    return {
+        k: to_tensor(piece, graph.nodes[k].shape, None, how) for k, piece in zip(point.sites, pieces, strict=True)
+    }
+
+
+def read(graph: CurvatureGraph, point: Point, data: dict[int, Tensor], like: Tensor, how: str) -> Tensor:
+    """Vectors (probes, groups, dim) of a point from its nodes' adjoints; missing nodes count as zero."""
+    vectors = []
+    for k in point.sites:
+        shape, layout = graph.nodes[k].shape, graph.layouts[k] if point.kind == "activation" else None
+        x = data.get(k)
+        vectors.append(to_vector(like.new_zeros(1).expand(like.shape[0], *shape) if x is None else x, shape, layout, how))
+    if point.kind == "parameter":
+        return torch.cat(vectors, dim=-1)
+    return torch.stack(vectors).sum(0) if len(vectors) > 1 else vectors[0]
+
+
+def read_parts(
+    graph: CurvatureGraph, point: Point, found: dict[int, Adjoint], like: Tensor, how: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """(GN, T) vectors of a point after a sweep; None for a part that nothing reached."""
+    parts: list[Tensor | None] = []
+    for channel in (0, 1):
+        data = {k: part for k in point.sites if k in found and (part := found[k].parts[channel]) is not None}
+        parts.append(read(graph, point, data, like, how) if data else None)
+    return parts[0], parts[1]

@@ -1,0 +1,152 @@
+"""The sweep: (★) of design §2.1, as a tangent pass and a two-channel adjoint pass over linearized calls.
+
+A second-order term raised by an op of the loss subgraph goes to the GN channel, one raised by a model op to the T
+channel (design §2.2). The channels lie one behind the other along the probe axis, so that every product runs once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dag_hesse.sweep.linearize import Linearization
+
+
+@dataclass(slots=True)
+class Adjoint:
+    """Adjoints of one node: GN, T, or both stacked along the probe axis (GN first).
+
+    ``data`` is (probes, *node) or (2·probes, *node). ``owned`` says whether it may be written to.
+    """
+
+    data: Tensor
+    gn: bool
+    tensor: bool
+    owned: bool = False
+
+    @property
+    def parts(self) -> tuple[Tensor | None, Tensor | None]:
+        """(GN, T), None for a channel that nothing has reached."""
+        if self.gn and self.tensor:
+            half = self.data.shape[0] // 2
+            return self.data[:half], self.data[half:]
+        return (self.data, None) if self.gn else (None, self.data)
+
+    def add(self, other: Adjoint) -> Adjoint:
+        """Return the sum, in place where this adjoint is owned."""
+        if (self.gn, self.tensor) == (other.gn, other.tensor):
+            if self.owned:
+                self.data.add_(other.data)
+                return self
+            return Adjoint(self.data + other.data, self.gn, self.tensor, owned=True)
+        wide, narrow = (self, other) if self.gn and self.tensor else (other, self)
+        if not (wide.gn and wide.tensor):
+            first, second = (wide, narrow) if wide.gn else (narrow, wide)
+            return Adjoint(torch.cat([first.data, second.data]), True, True, owned=True)
+        if not wide.owned:
+            wide = Adjoint(wide.data.clone(), True, True, owned=True)
+        half = wide.data.shape[0] // 2
+        (wide.data[:half] if narrow.gn else wide.data[half:]).add_(narrow.data)
+        return wide
+
+
+def _push(lin: Linearization, seeds: Mapping[int, Tensor], useful: list[bool]) -> dict[int, Tensor]:
+    """Tangent pass: return the tangents that second-order terms will read."""
+    graph, tangents, kept = lin.graph, dict(seeds), {}  # type: ignore[var-annotated]
+    readers = [len(children) for children in graph.children]
+    first = min(seeds, default=len(graph.nodes))
+    for node in graph.nodes[first:]:
+        call = lin.calls.get(node.index)
+        if call is not None and useful[node.index]:
+            given = {slot: tangents[k] for slot, k in enumerate(node.inputs) if k in tangents and lin.active[k]}
+            if given:
+                moved = call.jvp(given)
+                tangents[node.index] = moved + seeds[node.index] if node.index in seeds else moved
+        if node.index in tangents and node.index in lin.kept:
+            kept[node.index] = tangents[node.index]
+        for k in set(node.inputs):
+            readers[k] -= 1
+            if readers[k] == 0:
+                tangents.pop(k, None)
+    return kept
+
+
+def _fresh(x: Tensor, *others: Tensor) -> bool:
+    """Whether nobody else holds ``x``'s memory, as far as these tensors go."""
+    if x._base is not None:
+        return False
+    place = x.untyped_storage().data_ptr()
+    return all(place != other.untyped_storage().data_ptr() for other in others)
+
+
+def _pull(
+    lin: Linearization,
+    cotangents: Mapping[int, Tensor],
+    tangents: Mapping[int, Tensor],
+    reads: Iterable[int],
+    *,
+    split: bool,
+) -> dict[int, Adjoint]:
+    """Adjoint pass from ``cotangents`` (GN channel) and the second-order terms that ``tangents`` raise."""
+    graph, reads = lin.graph, set(reads)
+    needed = graph.descendants(reads)
+    adjoints = {k: Adjoint(g, gn=True, tensor=False) for k, g in cotangents.items()}
+    found: dict[int, Adjoint] = {}
+
+    def give(k: int, term: Adjoint) -> None:
+        adjoints[k] = adjoints[k].add(term) if k in adjoints else term
+
+    for node in reversed(graph.nodes):
+        mine = adjoints.pop(node.index, None)
+        if mine is not None and lin.sample is not None and node.index in graph.out:
+            mine = Adjoint(lin.mask(node.index, mine.data), mine.gn, mine.tensor, owned=True)
+        if mine is not None and node.index in reads:
+            found[node.index] = mine
+        call = lin.calls.get(node.index)
+        if call is None or not needed[node.index]:
+            continue
+        met = {}
+        if node.index in lin.curved:
+            met = {slot: tangents[k] for slot, k in enumerate(node.inputs) if k in tangents}
+        if mine is None and not met:
+            continue
+        to_gn = lin.in_loss[node.index] or not split
+        for slot, k in enumerate(node.inputs):
+            if not (lin.active[k] and needed[k]):
+                continue
+            if mine is not None:
+                data = call.vjp(mine.data, slot)
+                give(k, Adjoint(data, mine.gn, mine.tensor, _fresh(data, mine.data)))
+            bent = call.second(met, slot) if met else None
+            if bent is not None:
+                give(k, Adjoint(bent, gn=to_gn, tensor=not to_gn, owned=_fresh(bent, *met.values())))
+    return found
+
+
+def sweep(
+    lin: Linearization, seeds: Mapping[int, Tensor], reads: Iterable[int], *, split: bool = True
+) -> dict[int, Adjoint]:
+    """One Hessian product: perturb the nodes in ``seeds``, return the adjoints' change at ``reads``.
+
+    Args:
+        lin: the linearized graph.
+        seeds: per node, its perturbation (probes, *node).
+        reads: nodes to read.
+        split: keep GN and T apart; False adds both into the GN channel (then it holds all of H).
+
+    Returns:
+        Per read node an :class:`Adjoint`; nodes that nothing reaches are missing (their product is zero).
+    """
+    with torch.no_grad():
+        tangents = _push(lin, seeds, lin.feeds_curved)
+        return _pull(lin, {}, tangents, reads, split=split)
+
+
+def pullback(lin: Linearization, cotangents: Mapping[int, Tensor], reads: Iterable[int]) -> dict[int, Tensor]:
+    """First-order adjoints Σ J[u←v]ᵀ ū at ``reads`` for ``cotangents`` (probes, *node) at nodes u."""
+    with torch.no_grad():
+        found = _pull(lin, cotangents, {}, reads, split=True)
+    return {k: adjoint.data for k, adjoint in found.items()}

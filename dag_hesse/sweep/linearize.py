@@ -1,0 +1,130 @@
+"""One forward and one backward: everything nonlinear is evaluated here, and never again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dag_hesse.errors import LossError, NonDifferentiableError
+from dag_hesse.ir import CurvatureGraph, Kind
+from dag_hesse.ir.node import execute
+from dag_hesse.rules import Call, Linearized, rule_for
+from dag_hesse.rules.table import pairs_of
+
+
+class Linearization:
+    """A graph linearized at one batch: per node a :class:`~dag_hesse.rules.Linearized`, second-order terms weighted by λ.
+
+    Args:
+        graph: captured graph with points.
+        model: where parameters are read from.
+        tensors: the batch's tensors.
+        sites: nodes that will be seeded or read; only nodes between them and the loss are linearized.
+        tensor_part: whether second-order terms of model ops will be wanted.
+        sample: restrict the loss to this sample (design §2.3); None: the whole batch.
+
+    Attributes:
+        loss: value of the loss.
+        calls: per node index, its linearized call.
+        curved: nodes with a second-order term.
+    """
+
+    def __init__(
+        self,
+        graph: CurvatureGraph,
+        model: nn.Module,
+        tensors: list[Tensor],
+        sites: Iterable[int],
+        *,
+        tensor_part: bool = True,
+        sample: int | None = None,
+    ) -> None:
+        self.graph, self.sample, self.tensor_part = graph, sample, tensor_part
+        reached, alive = graph.descendants(sites), graph.ancestors([graph.loss])
+        self.active = [a and b for a, b in zip(reached, alive, strict=True)]
+        self.in_loss = graph.loss_subgraph
+        self.calls: dict[int, Linearized] = {}
+        self.curved = self._find_curved()
+        self.feeds_curved = graph.ancestors(k for c in self.curved for k in graph.nodes[c].inputs)
+        self.kept = {k for c in self.curved for k in graph.nodes[c].inputs if self.active[k]}
+        with torch.no_grad():
+            self.loss = self._forward(dict(model.named_parameters()), tensors)
+            if not bool(torch.isfinite(self.loss)):
+                raise LossError(f"the loss is {float(self.loss)}; curvature there is undefined.")
+            self._backward()
+
+    def _find_curved(self) -> set[int]:
+        found = set()
+        for node in self.graph.nodes:
+            if not self.active[node.index] or not (self.tensor_part or self.in_loss[node.index]):
+                continue
+            if any(self.active[node.inputs[i]] and self.active[node.inputs[j]] for i, j in pairs_of(node)):
+                found.add(node.index)
+        return found
+
+    def _forward(self, parameters: dict[str, Tensor], tensors: list[Tensor]) -> Tensor:
+        values: dict[int, Tensor] = {}
+        readers = [len(children) for children in self.graph.children]
+        for node in self.graph.nodes:
+            if node.target is None:
+                values[node.index] = self._leaf(node.index, parameters, tensors)
+                continue
+            inputs = tuple(values[k] for k in node.inputs)
+            out = values[node.index] = execute(node, inputs)
+            if self.active[node.index] and node.kind not in (Kind.INPUT, Kind.PARAM, Kind.CONST):
+                on = tuple(self.active[k] for k in node.inputs)
+                if any(on):
+                    self.calls[node.index] = self._linearize(Call(node, inputs, out, on))
+            for k in set(node.inputs):
+                readers[k] -= 1
+                if readers[k] == 0:
+                    del values[k]
+        return values[self.graph.loss].reshape(())
+
+    def _leaf(self, index: int, parameters: dict[str, Tensor], tensors: list[Tensor]) -> Tensor:
+        node = self.graph.nodes[index]
+        if node.kind is Kind.PARAM:
+            return parameters[node.name].detach()
+        if node.kind is Kind.INPUT:
+            return tensors[self.graph.inputs[index]].detach()
+        return self.graph.constants[index].detach()
+
+    def _linearize(self, call: Call) -> Linearized:
+        try:
+            return rule_for(call.node).linearize(call)
+        except RuntimeError as error:
+            if call.node.kind is Kind.OPAQUE:
+                raise NonDifferentiableError(f"{call.node.where} cannot be differentiated: {error}") from error
+            raise
+
+    def _backward(self) -> None:
+        """Propagate λ down to the curved nodes and let them keep what they need of it."""
+        wanted = self.graph.descendants(self.kept)
+        lam: dict[int, Tensor] = {self.graph.loss: torch.ones_like(self.loss).reshape(self.graph.nodes[self.graph.loss].shape)}
+        for node in reversed(self.graph.nodes):
+            mine = lam.pop(node.index, None)
+            call = self.calls.get(node.index)
+            if mine is None:
+                continue
+            if node.index in self.graph.out:
+                mine = self.mask(node.index, mine)
+            if call is None:
+                continue
+            if node.index in self.curved:
+                call.curve(mine)
+            for slot, k in enumerate(node.inputs):
+                if self.active[k] and wanted[k]:
+                    term = call.vjp(mine.unsqueeze(0), slot).squeeze(0)
+                    lam[k] = lam[k] + term if k in lam else term
+
+    def mask(self, index: int, x: Tensor) -> Tensor:
+        """Zero all samples but ``self.sample`` in a tensor at node ``index``, probes in front or not."""
+        layout = self.graph.layouts[index]
+        if self.sample is None or layout is None:
+            return x
+        axis = layout.axis + x.ndim - len(self.graph.nodes[index].shape)
+        places = torch.arange(x.shape[axis], device=x.device) // layout.inner % layout.batch
+        keep = (places == self.sample).reshape([-1 if k == axis else 1 for k in range(x.ndim)])
+        return x * keep

@@ -1,0 +1,229 @@
+"""Points, batches and batch mode put together: vectors in, vectors out, whatever the batch axis means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dag_hesse.capture import Batch
+from dag_hesse.ir import CurvatureGraph, Point
+from dag_hesse.sweep.embed import read_parts, seed
+from dag_hesse.sweep.engine import sweep
+from dag_hesse.sweep.linearize import Linearization
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Products of one source's probes with the blocks of one read point: (probes, groups, dim) each; None is zero."""
+
+    gn: Tensor | None
+    tensor: Tensor | None
+
+    @property
+    def full(self) -> Tensor | None:
+        """GN + T."""
+        if self.gn is None or self.tensor is None:
+            return self.tensor if self.gn is None else self.gn
+        return self.gn + self.tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """One set of probes: ``z`` (probes, groups, dim) at point ``source``, read at points ``reads`` (indices)."""
+
+    source: int
+    z: Tensor
+    reads: tuple[int, ...]
+
+
+@dataclass
+class Entry:
+    """One batch (or one sample of it) of the problem; ``scale`` multiplies its Hessian."""
+
+    graph: CurvatureGraph
+    batch: Batch
+    scale: float
+    sample: int | None = None
+    groups: int = 1
+
+
+class Problem:
+    """What is to be measured: a model, its batches, its points, and what the batch axis means.
+
+    Args:
+        model: the module whose parameters are read.
+        graphs, batches: one captured graph per batch (the same object for batches of equal shapes).
+        batch_mode: ``"shared"``, ``"per_sample"`` or ``"joint"`` (design §2.3).
+        tensor_part: whether the T channel is wanted.
+        with_out: linearize from ``out`` on as well (the Gram route seeds there).
+        chunk: most probes in one sweep; halved when memory runs out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graphs: Sequence[CurvatureGraph],
+        batches: Sequence[Batch],
+        batch_mode: str,
+        *,
+        tensor_part: bool = True,
+        with_out: bool = True,
+        chunk: int = 8,
+    ) -> None:
+        self.model, self.mode, self.chunk = model, batch_mode, chunk
+        self.tensor_part, self.with_out = tensor_part, with_out
+        first = graphs[0]
+        self.points = first.points
+        unbatched = any(p.kind == "parameter" or any(first.layouts[k] is None for k in p.sites) for p in self.points)
+        self.masked = batch_mode == "per_sample" and unbatched
+        self.how = self._reading(first, unbatched)
+        total = sum(batch.size for batch in batches)
+        self.entries: list[Entry] = []
+        for graph, batch in zip(graphs, batches, strict=True):
+            if self.masked:
+                scale = float(batch.size) if graph.mean_loss else 1.0
+                self.entries += [Entry(graph, batch, scale, sample=b) for b in range(batch.size)]
+            elif batch_mode == "per_sample":
+                self.entries.append(Entry(graph, batch, float(batch.size) if graph.mean_loss else 1.0, None, batch.size))
+            else:
+                scale = batch.size / total if graph.mean_loss and batch_mode == "shared" else 1.0
+                self.entries.append(Entry(graph, batch, scale, None, batch.size if self.how == "each" else 1))
+        self.groups = sum(entry.groups for entry in self.entries) if self.separate_groups else 1
+        self._kept: Linearization | None = None
+        self.sweeps = 0  # probes swept so far, for reports
+
+    def _reading(self, graph: CurvatureGraph, unbatched: bool) -> str:
+        if self.mode == "shared" or self.masked:
+            return "sum"
+        if self.mode == "per_sample":
+            return "each"
+        return "each" if graph.separable and not unbatched else "whole"
+
+    @property
+    def separate_groups(self) -> bool:
+        """Whether every sample has a block of its own (then results have a group per sample)."""
+        return self.mode == "per_sample" or self.how == "each"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the points."""
+        return self.entries[0].graph.nodes[self.points[0].sites[0]].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batch lies."""
+        return self.entries[0].batch.tensors[0].device
+
+    def dim(self, index: int) -> int:
+        """Length of a point's vectors, per group."""
+        point = self.points[index]
+        if self.how == "whole" and point.kind == "activation":
+            return self.entries[0].graph.nodes[point.sites[0]].numel
+        return point.dim
+
+    def linearizations(self) -> Iterator[tuple[Entry, Linearization]]:
+        """Each entry with its linearization; with one entry it is kept, else made anew in every pass."""
+        for entry in self.entries:
+            if self._kept is not None:
+                yield entry, self._kept
+                continue
+            sites = {k for point in self.points_of(entry) for k in point.sites}
+            sites |= set(entry.graph.out) if self.with_out else set()
+            with torch.random.fork_rng(_devices(self.device)):
+                lin = Linearization(
+                    entry.graph,
+                    self.model,
+                    entry.batch.tensors,
+                    sites,
+                    tensor_part=self.tensor_part,
+                    sample=entry.sample,
+                )
+            if len(self.entries) == 1:
+                self._kept = lin
+            yield entry, lin
+
+    def points_of(self, entry: Entry) -> tuple[Point, ...]:
+        """The points as nodes of this entry's graph."""
+        return entry.graph.points
+
+    def run(self, requests: Sequence[Request], *, split: bool = True, progress: Callable[[int], None] | None = None) -> list[dict[int, Blocks]]:
+        """Sweep all requests through all entries.
+
+        Returns:
+            Per request, ``{read point: Blocks}``; shared entries are added, per-sample groups put side by side.
+        """
+        results: list[dict[int, Blocks]] = [{} for _ in requests]
+        start = 0
+        for entry, lin in self.linearizations():
+            stop = start + entry.groups if self.separate_groups else 1
+            for request, result in zip(requests, results, strict=True):
+                z = request.z[:, start:stop] if self.separate_groups else request.z
+                for v, blocks in self._one(entry, lin, request, z, split, progress).items():
+                    result[v] = self._merge(result.get(v), blocks, start)
+            start = stop if self.separate_groups else 0
+        return results
+
+    def _merge(self, old: Blocks | None, new: Blocks, start: int) -> Blocks:
+        def part(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            if not self.separate_groups or len(self.entries) == 1:
+                return b if a is None else a if b is None else a + b
+            some = a if a is not None else b
+            if some is None:
+                return None
+            a = some.new_zeros(some.shape[0], start, some.shape[2]) if a is None else a
+            b = some.new_zeros(some.shape[0], 1, some.shape[2]) if b is None else b
+            return torch.cat([a, b], dim=1)
+
+        return new if old is None else Blocks(part(old.gn, new.gn), part(old.tensor, new.tensor))
+
+    def _one(
+        self,
+        entry: Entry,
+        lin: Linearization,
+        request: Request,
+        z: Tensor,
+        split: bool,
+        progress: Callable[[int], None] | None,
+    ) -> dict[int, Blocks]:
+        points = self.points_of(entry)
+        sites = {k for v in request.reads for k in points[v].sites}
+        parts: dict[int, tuple[list[Tensor | None], list[Tensor | None]]] = {v: ([], []) for v in request.reads}
+        done = 0
+        while done < z.shape[0]:
+            piece = z[done : done + self.chunk]
+            try:
+                found = sweep(lin, seed(entry.graph, points[request.source], piece, self.how), sites, split=split)
+                read_now = {v: read_parts(entry.graph, points[v], found, piece, self.how) for v in request.reads}
+            except (MemoryError, RuntimeError) as error:
+                if self.chunk == 1 or not _out_of_memory(error):
+                    raise
+                self.chunk = max(1, self.chunk // 2)  # halve and go on
+                continue
+            for v, (gn, tensor) in read_now.items():
+                parts[v][0].append(gn)
+                parts[v][1].append(tensor)
+            done += piece.shape[0]
+            self.sweeps += piece.shape[0]
+            if progress is not None:
+                progress(piece.shape[0])
+        return {v: Blocks(_join(gn, entry.scale), _join(tensor, entry.scale)) for v, (gn, tensor) in parts.items()}
+
+
+def _join(parts: list[Tensor | None], scale: float) -> Tensor | None:
+    """Chunks of probes, one behind the other. Whether a part is zero is structural, so it is the same for all."""
+    tensors = [part for part in parts if part is not None]
+    if not tensors:
+        return None
+    joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return joined if scale == 1.0 else joined * scale
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "not enough memory" in str(error)
+
+
+def _devices(device: torch.device) -> list[int]:
+    return [device.index or 0] if device.type == "cuda" else []

@@ -1,0 +1,78 @@
+"""Plain torch definition of the diagonal contraction.
+
+A node a = φ(x_1 … x_k), elementwise with broadcasting, is linearized once into first partials ``c_i = ∂φ/∂x_i`` and
+λ-weighted second partials ``h_ij = λ ∂²φ/∂x_i∂x_j`` (tensors broadcastable to a's shape, or numbers). Tangents and
+adjoints carry one leading probe axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Coefficient = Tensor | float
+
+
+def lift(x: Tensor, ndim: int) -> Tensor:
+    """Insert axes after the probe axis so that ``x`` (probes, *s) broadcasts against ``ndim`` trailing axes."""
+    missing = ndim - (x.ndim - 1)
+    return x if missing == 0 else x.reshape(x.shape[0], *(1,) * missing, *x.shape[1:])
+
+
+def reduce_to(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Sum ``x`` (probes, *out) over the axes along which ``shape`` was broadcast to ``out``."""
+    if x.shape[1:] == torch.Size(shape):
+        return x
+    extra = x.ndim - 1 - len(shape)
+    axes = list(range(1, extra + 1))
+    axes += [1 + extra + k for k, size in enumerate(shape) if size == 1 and x.shape[1 + extra + k] != 1]
+    if axes:
+        x = x.sum(axes)
+    return x.reshape(x.shape[0], *shape)
+
+
+def scale(c: Coefficient, x: Tensor) -> Tensor:
+    """Return ``c ∘ x``, without a copy where c is the number 1."""
+    if not isinstance(c, Tensor):
+        return x if c == 1 else x * c
+    return x * c
+
+
+def tangent(partials: Sequence[Coefficient | None], tangents: Mapping[int, Tensor], shape: Sequence[int]) -> Tensor:
+    """Return ȧ = Σ_i c_i ∘ ẋ_i of shape (probes, *shape)."""
+    total: Tensor | None = None
+    for slot, xdot in tangents.items():
+        c = partials[slot]
+        assert c is not None
+        term = scale(c, lift(xdot, len(shape)))
+        total = term if total is None else total + term
+    assert total is not None
+    target = (total.shape[0], *shape)
+    return total if total.shape == torch.Size(target) else total.expand(target)
+
+
+def adjoint(partial: Coefficient, cotangent: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return x̄_i = c_i ∘ ā summed to the input's ``shape``."""
+    return reduce_to(scale(partial, cotangent), shape)
+
+
+def curvature(
+    seconds: Mapping[tuple[int, int], Coefficient],
+    tangents: Mapping[int, Tensor],
+    slot: int,
+    shape: Sequence[int],
+    out_shape: Sequence[int],
+) -> Tensor | None:
+    """Return Σ_j h_ij ∘ ẋ_j summed to input i's ``shape``; None where no tangent meets a second partial."""
+    total: Tensor | None = None
+    for other, xdot in tangents.items():
+        h = seconds.get((slot, other))
+        if h is None:
+            continue
+        term = scale(h, lift(xdot, len(out_shape)))
+        total = term if total is None else total + term
+    if total is None:
+        return None
+    return reduce_to(total.expand(total.shape[0], *out_shape), shape)
