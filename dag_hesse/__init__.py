@@ -1,2 +1,32 @@
+"""Inter-layer Hessian maps for PyTorch: which layers interact through curvature, and what Gauss-Newton misses.
+
+>>> import torch, dag_hesse as dh
+>>> net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 5), torch.nn.Tanh(),
+...                           torch.nn.Linear(5, 3))
+>>> report = dh.analyze(net, (torch.randn(6, 4), torch.randint(0, 3, (6,))))
+>>> report.names
+('1', '3')
+"""
+
+from dag_hesse.analyze import analyze
 from dag_hesse.capture import capture, tap
-from dag_hesse.structure import analyze_structure
+from dag_hesse.errors import DagHesseError
+from dag_hesse.ir import CurvatureGraph, Point
+from dag_hesse.report import CurvatureReport, load
+from dag_hesse.structure import Structure, structure
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CurvatureGraph",
+    "CurvatureReport",
+    "DagHesseError",
+    "Point",
+    "Structure",
+    "__version__",
+    "analyze",
+    "capture",
+    "load",
+    "structure",
+    "tap",
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -179,11 +178,11 @@ def trace_forward(model: nn.Module, batch: Batch, loss: Loss | None) -> tuple[fx
         CaptureError: the forward cannot be traced; the message says why.
         LossError: the loss is missing or not a scalar.
     """
-    tensors, called = batch.tensors, {}  # type: tuple[list[Tensor], dict[str, str]]
-    loss_count: Counter[str] = Counter()
+    called: dict[str, str] = {}
+    # Tracing reads shapes, not values; views (slices of a data set, say) cannot be made fake, so stand-ins go in.
+    tensors = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in batch.tensors]
 
     def mark(x: Tensor) -> Tensor:
-        loss_count[LOSS_INPUT] += 1
         return ops.tap(x, LOSS_INPUT) if isinstance(x, Tensor) and x.is_floating_point() else x
 
     fast_path = torch.backends.mha.get_fastpath_enabled()

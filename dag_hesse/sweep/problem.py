@@ -94,6 +94,7 @@ class Problem:
         self.groups = sum(entry.groups for entry in self.entries) if self.separate_groups else 1
         self._kept: Linearization | None = None
         self.sweeps = 0  # probes swept so far, for reports
+        self._losses: dict[int, float] = {}
 
     def _reading(self, graph: CurvatureGraph, unbatched: bool) -> str:
         if self.mode == "shared" or self.masked:
@@ -116,6 +117,20 @@ class Problem:
     def device(self) -> torch.device:
         """Where the batch lies."""
         return self.entries[0].batch.tensors[0].device
+
+    @property
+    def loss(self) -> float:
+        """The loss over all batches: a mean over samples, or a sum where the loss is one. NaN before any sweep."""
+        if not self._losses:
+            return float("nan")
+        by_batch = {id(e.batch): (e.batch.size, self._losses[id(e)]) for e in self.entries if id(e) in self._losses}
+        total = sum(size for size, _ in by_batch.values())
+        mean = self.entries[0].graph.mean_loss
+        return sum(value * (size / total if mean else 1.0) for size, value in by_batch.values())
+
+    def release(self) -> None:
+        """Let the kept linearization go; the next sweep makes it anew."""
+        self._kept = None
 
     def dim(self, index: int) -> int:
         """Length of a point's vectors, per group."""
@@ -141,6 +156,7 @@ class Problem:
                     tensor_part=self.tensor_part,
                     sample=entry.sample,
                 )
+            self._losses[id(entry)] = float(lin.loss)
             if len(self.entries) == 1:
                 self._kept = lin
             yield entry, lin

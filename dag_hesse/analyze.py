@@ -1,0 +1,170 @@
+"""analyze(): the stages in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from dag_hesse.capture import Batch, batches, capture
+from dag_hesse.capture.losses import Loss
+from dag_hesse.errors import BatchError, OptionError, choose
+from dag_hesse.estimate import assemble, estimate
+from dag_hesse.estimate.run import Progress
+from dag_hesse.ir import CurvatureGraph
+from dag_hesse.plan import Plan, plan
+from dag_hesse.plan.planner import BATCH_MODES, MODES
+from dag_hesse.report import CurvatureReport
+from dag_hesse.report.blocks import BlockReader
+from dag_hesse.structure import analyze_structure
+from dag_hesse.sweep import Problem
+
+
+def analyze(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: Loss | None = None,
+    output: str | None = None,
+    points: Sequence[str] | str | None = None,
+    space: str = "activation",
+    batch_mode: str = "shared",
+    mode: str = "auto",
+    probes: int = 32,
+    rtol: float | None = None,
+    memory: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> CurvatureReport:
+    """Map the inter-layer Hessian blocks of a model on a batch (paper, Definitions 23 and 24; design §2).
+
+    Args:
+        model: any ``nn.Module``; it comes back exactly as it was.
+        batch: ``(inputs, targets)``, a dict of keyword inputs, or an iterable of either, taken as one loss.
+        loss: ``callable(output, targets) -> scalar tensor``; None: the model's own, or inferred from the targets.
+        output: name of the module or tap that the loss consumes, where it cannot be inferred.
+        points: module names, taps, glob patterns or parameter names; None: at most 16 from the module tree.
+        space: ``"activation"`` or ``"parameter"``: what module names stand for.
+        batch_mode: ``"shared"`` (one perturbation for all samples), ``"per_sample"`` or ``"joint"`` (design §2.3).
+        mode: ``"auto"``, ``"exact"``, ``"gram"`` or ``"probes"``.
+        probes: Rademacher probes per source point, where probes are used.
+        rtol: keep probing until every relative standard error is below this.
+        memory: bytes that results and sweeps may take; None: half of what is free.
+        seed: of the probes. The global RNG is neither read for them nor changed.
+        progress: called with (stage, sweeps done, sweeps foreseen).
+
+    Returns:
+        A :class:`~dag_hesse.CurvatureReport` of n points: n×n maps with methods and standard errors.
+
+    Raises:
+        DagHesseError: a subclass says what was received, what was expected and what to do, before heavy work.
+
+    Example:
+        >>> import torch, dag_hesse
+        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+        <torch...>
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+        >>> report = dag_hesse.analyze(model, (torch.randn(10, 8), torch.randint(0, 3, (10,))))
+        >>> report.names, report.resonance.shape, bool((report.tensor_norm == 0.0).all())
+        (('1', '3'), (2, 2), True)
+    """
+    _check_options(mode, batch_mode, probes, rtol, memory)
+    clock = {"start": time.perf_counter()}
+    parsed = batches(batch)
+    if batch_mode == "joint" and len(parsed) > 1:
+        raise BatchError("batch_mode='joint' holds one batch; concatenate the stream, or use 'shared' or 'per_sample'.")
+    graphs = _capture_all(model, parsed, loss, output, points, space)
+    clock["capture"] = time.perf_counter()
+    structures = [analyze_structure(graph) for graph in {id(graph): graph for graph in graphs}.values()]
+    schedule = plan(structures, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory)
+    clock["plan"] = time.perf_counter()
+    problem = Problem(
+        model,
+        graphs,
+        parsed,
+        batch_mode,
+        tensor_part=bool(structures[0].tensor_alive.any()),
+        with_out=schedule.gram_columns > 0,
+        chunk=schedule.chunk,
+    )
+    metrics = assemble(estimate(problem, schedule, rtol=rtol, seed=seed, progress=progress), schedule)
+    clock["estimate"] = time.perf_counter()
+    structure = structures[0]
+    return CurvatureReport(
+        graphs[0].points,
+        metrics.values,
+        metrics.stderr,
+        metrics.method,
+        structure.distance,
+        structure.rank_bound,
+        _facts(model, problem, schedule, parsed, space, mode, seed, clock),
+        BlockReader(problem),
+    )
+
+
+def _check_options(mode: str, batch_mode: str, probes: int, rtol: float | None, memory: int | None) -> None:
+    choose("mode", mode, MODES)
+    choose("batch_mode", batch_mode, BATCH_MODES)
+    if not isinstance(probes, int) or probes < 2:
+        raise OptionError(f"probes={probes!r}; expected an integer of at least 2 (a standard error needs two).")
+    if rtol is not None and not 0 < rtol < 1:
+        raise OptionError(f"rtol={rtol!r}; expected a relative error between 0 and 1, or None.")
+    if memory is not None and memory <= 0:
+        raise OptionError(f"memory={memory!r}; expected a positive number of bytes, or None.")
+
+
+def _capture_all(
+    model: nn.Module,
+    parsed: Sequence[Batch],
+    loss: Loss | None,
+    output: str | None,
+    points: Sequence[str] | str | None,
+    space: str,
+) -> list[CurvatureGraph]:
+    """One graph per batch; batches of equal shapes share theirs, and all have the first one's points."""
+    by_signature: dict[Any, CurvatureGraph] = {}
+    names = points
+    for one in parsed:
+        if one.signature not in by_signature:
+            graph = capture(model, one, loss=loss, output=output, points=names, space=space)
+            by_signature[one.signature] = graph
+            names = [point.name for point in graph.points]
+            first = next(iter(by_signature.values()))
+            if [p.shape for p in graph.points] != [p.shape for p in first.points]:
+                raise BatchError(
+                    "the batches give points of different shapes, so their blocks cannot be added: "
+                    f"{[p.shape for p in first.points]} and {[p.shape for p in graph.points]}."
+                )
+    return [by_signature[one.signature] for one in parsed]
+
+
+def _facts(
+    model: nn.Module,
+    problem: Problem,
+    schedule: Plan,
+    parsed: Sequence[Batch],
+    space: str,
+    mode: str,
+    seed: int,
+    clock: dict[str, float],
+) -> dict[str, Any]:
+    stamps = list(clock.items())
+    seconds = {name: t - before for (_, before), (name, t) in zip(stamps, stamps[1:], strict=False)}
+    return {
+        "model": type(model).__name__,
+        "loss": problem.loss,
+        "batch_size": sum(batch.size for batch in parsed),
+        "batch_mode": problem.mode,
+        "space": space,
+        "mode": mode,
+        "seed": seed,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "device": str(problem.device),
+        "opaque": sorted({node.op for node in problem.entries[0].graph.opaque}),
+        "sweeps": problem.sweeps + schedule.gram_columns,
+        "predicted_flops": schedule.flops,
+        "seconds": {**seconds, "total": stamps[-1][1] - stamps[0][1]},
+    }

@@ -1,0 +1,189 @@
+"""The command line: ``dag-hesse analyze SPEC``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from dag_hesse import __version__
+from dag_hesse.analyze import analyze
+from dag_hesse.errors import DagHesseError, OptionError, suggest
+from dag_hesse.estimate.run import Progress
+from dag_hesse.experiments import models
+from dag_hesse.plan.planner import BATCH_MODES, MODES
+from dag_hesse.report.files import write_whole
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+Built = tuple[nn.Module, Any]
+
+
+def _image(model: nn.Module, batch: int, side: int, classes: int) -> Built:
+    return model.eval(), (torch.randn(batch, 3, side, side), torch.randint(0, classes, (batch,)))
+
+
+def _sequence(model: nn.Module, batch: int) -> Built:
+    return model.eval(), (torch.randn(batch, 8, 16), torch.randn(batch))
+
+
+def _gpt2(batch: int, side: int) -> Built:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ids = torch.randint(0, 1000, (batch, side))
+    config = GPT2Config(n_layer=4, n_embd=256, n_head=4, vocab_size=1000, n_positions=max(side, 128))
+    return GPT2LMHeadModel(config).eval(), {"input_ids": ids, "labels": ids}
+
+
+# Built-in SPECs: random weights and random data of the model's usual shapes; (batch, image side or length).
+BUILT_IN: dict[str, tuple[Callable[[int, int], Built], int, int]] = {
+    "resnet18": (lambda b, s: _image(models.resnet18(), b, s, 10), 32, 32),
+    "resnet18-silu": (lambda b, s: _image(models.resnet18(activation=nn.SiLU), b, s, 10), 32, 32),
+    "plain-resnet18": (lambda b, s: _image(models.resnet18(skip=False), b, s, 10), 32, 32),
+    "resnet50": (lambda b, s: _image(models.resnet50(), b, s, 1000), 8, 64),
+    "mlp": (
+        lambda b, s: (models.mlp([3 * s * s, 256, 256, 256, 10]), (torch.randn(b, 3 * s * s), torch.randint(0, 10, (b,)))),
+        64,
+        16,
+    ),
+    "toy-attention": (lambda b, s: _sequence(models.ToyAttention(), b), 64, 8),
+    "gpt2": (_gpt2, 2, 64),
+}
+
+
+def load_spec(spec: str, batch: int | None, side: int | None, seed: int) -> tuple[Any, ...]:
+    """Return (model, batch[, loss]) for a built-in name or ``module:callable``.
+
+    Raises:
+        OptionError: there is no such name, module or callable, or it returns something else.
+    """
+    torch.manual_seed(seed)
+    if spec in BUILT_IN:
+        build, usual_batch, usual_side = BUILT_IN[spec]
+        return build(batch or usual_batch, side or usual_side)
+    module_name, colon, name = spec.partition(":")
+    if not colon:
+        raise OptionError(f"SPEC '{spec}' is neither built in nor of the form module:callable. {suggest(spec, BUILT_IN)}")
+    sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"SPEC '{spec}' cannot be loaded: {error}.") from error
+    made = function()
+    if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
+        raise OptionError(f"SPEC '{spec}' returned {type(made).__name__}; expected (model, batch) or (model, batch, loss).")
+    return made
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress | None]:
+    """A bar on stderr while sweeps run; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="dag-hesse", description="Inter-layer Hessian maps for PyTorch models.")
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    a = commands.add_parser(
+        "analyze",
+        help="map the Hessian blocks between a model's layers",
+        description="Map the Hessian blocks between a model's layers: resonance R, coupling C, stable rank D, GN-gap.",
+        epilog=f"Built-in SPECs (random weights and data): {', '.join(BUILT_IN)}. Exit codes: 0 done, 1 refused with a "
+        "message, 2 wrong usage, 130 interrupted.",
+    )
+    a.add_argument("spec", metavar="SPEC", help="module:callable that returns (model, batch[, loss]), or a built-in name")
+    a.add_argument("--points", nargs="+", metavar="NAME", help="modules, taps, globs or parameters (default: chosen)")
+    a.add_argument("--space", choices=("activation", "parameter"), default="activation", help="what module names stand for")
+    a.add_argument("--batch-mode", choices=BATCH_MODES, default="shared", help="meaning of the batch axis")
+    a.add_argument("--mode", choices=MODES, default="auto", help="how norms are obtained")
+    a.add_argument("--probes", type=int, default=32, metavar="N", help="Rademacher probes per source (default: 32)")
+    a.add_argument("--rtol", type=float, metavar="X", help="probe until relative standard errors are below X")
+    a.add_argument("--memory", type=float, metavar="GIB", help="memory that results and sweeps may take")
+    a.add_argument("--batch", type=int, metavar="N", help="batch size of a built-in SPEC")
+    a.add_argument("--image", type=int, metavar="N", help="image side or sequence length of a built-in SPEC")
+    a.add_argument("--seed", type=int, default=0, metavar="N", help="of the probes and of built-in models (default: 0)")
+    a.add_argument("--device", default="cpu", help="where to run (default: cpu)")
+    a.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    a.add_argument("--out", type=Path, metavar="DIR", help="write report.json, .safetensors, .html and .png there")
+    a.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    return top
+
+
+def _to(device: str, tree: Any) -> Any:
+    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, tree)
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    model, batch, *loss = load_spec(options.spec, options.batch, options.image, options.seed)
+    if options.device != "cpu":
+        model, batch = model.to(options.device), _to(options.device, batch)
+    with progress_bar() as progress:
+        report = analyze(
+            model,
+            batch,
+            loss=loss[0] if loss else None,
+            points=options.points,
+            space=options.space,
+            batch_mode=options.batch_mode,
+            mode=options.mode,
+            probes=options.probes,
+            rtol=options.rtol,
+            memory=int(options.memory * 2**30) if options.memory else None,
+            seed=options.seed,
+            progress=progress,
+        )
+    if not options.quiet:
+        print(report)
+    if options.json:
+        report.to_json(options.json)
+    if options.out:
+        report.to_json(options.out / "report.json")
+        report.save(options.out / "report.safetensors")
+        report.to_html(options.out / "report.html")
+        figure = report.plot()
+        write_whole(options.out / "report.png", lambda path: figure.savefig(path, dpi=130))
+        if not options.quiet:
+            print(f"\nwritten to {options.out.resolve()}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        _analyze(options)
+    except DagHesseError as error:
+        print(f"dag-hesse: {type(error).__name__}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("dag-hesse: interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Exact blocks by identity probes, from the side the plan chose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, svds
+from torch import Tensor
+
+from dag_hesse.estimate.norms import NormTable
+from dag_hesse.sweep import Blocks, Problem
+from dag_hesse.sweep.problem import Request
+
+_DENSE = 512
+
+
+def identity(problem: Problem, source: int) -> Tensor:
+    """Unit vectors (dim, groups, dim) of a point: every group's at once."""
+    dim = problem.dim(source)
+    eye = torch.eye(dim, dtype=problem.dtype, device=problem.device)
+    return eye[:, None, :].expand(dim, problem.groups, dim)
+
+
+def exact_blocks(
+    problem: Problem, source: int, reads: tuple[int, ...], progress: Callable[[int], None] | None = None
+) -> dict[int, Blocks]:
+    """Blocks H[v, source] for v in ``reads``: tensors (d_source, groups, d_v), None where nothing reaches v."""
+    return problem.run([Request(source, identity(problem, source), reads)], progress=progress)[0]
+
+
+def squares(block: Tensor | None, groups: int) -> np.ndarray:
+    """Squared Frobenius norm per group."""
+    if block is None:
+        return np.zeros(groups)
+    return block.double().pow(2).sum((0, 2)).cpu().numpy()
+
+
+def spectral_norm(matrix: Tensor) -> float:
+    """Largest singular value: dense for small matrices, Lanczos to machine precision for large ones."""
+    if min(matrix.shape) <= _DENSE:
+        return float(torch.linalg.matrix_norm(matrix.double(), 2))
+    if not bool(matrix.any()):
+        return 0.0
+    dense = matrix.double().cpu().numpy()
+    operator = LinearOperator(dense.shape, matvec=dense.__matmul__, rmatvec=dense.T.__matmul__, dtype=np.float64)
+    start = np.random.default_rng(0).standard_normal(min(dense.shape))
+    return float(svds(operator, k=1, tol=0, v0=start, return_singular_vectors=False)[0])
+
+
+def enter(problem: Problem, table: NormTable, source: int, blocks: dict[int, Blocks]) -> None:
+    """Enter the norms of exact blocks into the table."""
+    for v, block in blocks.items():
+        pair = (min(v, source), max(v, source))
+        for part, tensor in (("full", block.full), ("gn", block.gn), ("tensor", block.tensor)):
+            if pair not in table.frobenius[part]:  # the Gram route may have been there
+                table.set_exact(part, pair, squares(tensor, problem.groups))
+        if block.full is None:
+            values = np.zeros(problem.groups)
+        else:
+            values = np.array([spectral_norm(block.full[:, g]) for g in range(problem.groups)])
+        table.spectral[pair] = (values, np.zeros(problem.groups))

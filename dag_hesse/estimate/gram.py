@@ -1,0 +1,174 @@
+"""Exact Gauss–Newton norms without probes (design §3, Gram route).
+
+∇²L = R Σ Rᵀ with Σ = diag(±1) (all + for a convex loss). Reverse sweeps seeded with R's columns give S_v, and
+H_GN[v, w] = S_vᵀ Σ S_w, whose norms need only Gram matrices of the size of the batch's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from scipy.linalg import eigh
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor
+
+from dag_hesse.estimate.norms import Array, NormTable
+from dag_hesse.ir import CurvatureGraph
+from dag_hesse.sweep import Linearization, Problem, pullback, sweep
+from dag_hesse.sweep.embed import read, to_tensor, to_vector
+from dag_hesse.sweep.problem import Entry
+
+
+def _sizes(graph: CurvatureGraph, how: str) -> list[int]:
+    """Lengths of the out tensors' vectors."""
+    numels = [graph.nodes[k].numel for k in graph.out]
+    return numels if how == "whole" else [n // graph.batch_size for n in numels]
+
+
+def _out_tensors(graph: CurvatureGraph, z: Tensor, how: str) -> dict[int, Tensor]:
+    pieces = z.split(_sizes(graph, how), dim=-1)
+    return {
+        k: to_tensor(piece, graph.nodes[k].shape, graph.layouts[k], how)
+        for k, piece in zip(graph.out, pieces, strict=True)
+    }
+
+
+def _out_vector(graph: CurvatureGraph, found: dict[int, Tensor], like: Tensor, how: str) -> Tensor:
+    vectors = [
+        to_vector(
+            found.get(k, like.new_zeros(1).expand(like.shape[0], *graph.nodes[k].shape)),
+            graph.nodes[k].shape,
+            graph.layouts[k],
+            how,
+        )
+        for k in graph.out
+    ]
+    return torch.cat(vectors, dim=-1)
+
+
+def loss_hessian(graph: CurvatureGraph, lin: Linearization, chunk: int) -> Tensor:
+    """∇²L over ``out``: (batch, C, C) per sample where the loss separates, else (1, B·C, B·C)."""
+    how = "each" if graph.separable_loss else "whole"
+    size = sum(_sizes(graph, how))
+    dtype, device = lin.loss.dtype, lin.loss.device
+    eye = torch.eye(size, dtype=dtype, device=device)[:, None, :]
+    rows = []
+    for piece in eye.split(chunk):
+        seeds = _out_tensors(graph, piece, "sum" if how == "each" else how)
+        found = sweep(lin, seeds, graph.out, split=False)
+        rows.append(_out_vector(graph, {k: a.data for k, a in found.items()}, piece, how))
+    return torch.cat(rows).transpose(0, 1)
+
+
+def _factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """R (…, C, r) and signs (…, r) with R diag(signs) Rᵀ = ∇²L; directions null for every sample are dropped."""
+    symmetric = 0.5 * (hessian + hessian.mT).double()
+    values, vectors = torch.linalg.eigh(symmetric)
+    size = values.abs()
+    floor = size.max() * torch.finfo(hessian.dtype).eps * values.shape[-1]
+    keep = (size > floor).any(0)
+    roots = vectors[..., keep] * size[..., keep].sqrt().unsqueeze(-2)
+    return roots.to(hessian.dtype), torch.where(values[..., keep] < 0, -1.0, 1.0)
+
+
+def _seeds(entry: Entry, roots: Tensor, alone: bool, separable: bool) -> Iterator[tuple[Tensor, str]]:
+    """Cotangents at out, (rows, groups, size) each, and how they are embedded."""
+    if not separable:
+        yield roots.permute(2, 0, 1), "whole"
+        return
+    columns = roots.permute(2, 0, 1)  # (r, batch, C)
+    if alone:
+        yield columns, "each"
+        return
+    samples = range(columns.shape[1]) if entry.sample is None else [entry.sample]
+    for b in samples:
+        only = torch.zeros_like(columns)
+        only[:, b] = columns[:, b]
+        yield only, "each"
+
+
+def _rows(problem: Problem, entry: Entry, lin: Linearization, progress: Callable[[int], None] | None) -> tuple[list[Tensor], Tensor]:
+    """Per point S_v (groups, rows, dim), and signs (groups, rows)."""
+    graph, points = entry.graph, problem.points_of(entry)
+    separable = graph.separable_loss
+    roots, signs = _factor(loss_hessian(graph, lin, 4 * problem.chunk))
+    unbatched = any(p.kind == "parameter" or any(graph.layouts[k] is None for k in p.sites) for p in points)
+    alone = separable and graph.separable and not unbatched and entry.sample is None
+    how = "each" if alone else problem.how
+    sites = {k for point in points for k in point.sites}
+    parts: list[list[Tensor]] = [[] for _ in points]
+    for z, embed in _seeds(entry, roots, alone, separable):
+        for piece in z.split(2 * problem.chunk):
+            found = pullback(lin, _out_tensors(graph, piece, embed), sites)
+            for rows, point in zip(parts, points, strict=True):
+                rows.append(read(graph, point, found, piece, how))
+            if progress is not None:
+                progress(piece.shape[0])
+    stacked = [torch.cat(rows) for rows in parts]  # (rows, groups or batch, dim)
+    if alone:
+        rows = [s.transpose(0, 1) for s in stacked]  # (batch, r, dim)
+        if problem.separate_groups:
+            return rows, signs
+        return [s.reshape(1, -1, s.shape[-1]) for s in rows], signs.reshape(1, -1)
+    if separable and entry.sample is not None:
+        signs = signs[entry.sample : entry.sample + 1]
+    return [s.transpose(0, 1) for s in stacked], signs.reshape(1, -1)
+
+
+def _gram_roots(s: Tensor) -> Array:
+    """A matrix G (rows, rank) with G Gᵀ = S Sᵀ, from the eigenvectors of the Gram matrix."""
+    values, vectors = eigh((s @ s.T).double().cpu().numpy())
+    keep = values > max(values[-1], 0.0) * np.finfo(np.float64).eps * len(values)
+    return vectors[:, keep] * np.sqrt(values[keep])
+
+
+def _top(matrix: Array) -> float:
+    """Largest singular value of a small dense matrix, by Lanczos on the smaller side."""
+    small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    if small.shape[0] <= 32:
+        return float(np.linalg.norm(small, 2)) if small.size else 0.0
+    operator = LinearOperator((small.shape[0],) * 2, matvec=lambda x: small @ (small.T @ x), dtype=np.float64)
+    start = small @ np.ones(small.shape[1]) + 1e-3
+    return float(np.sqrt(eigsh(operator, k=1, tol=0, v0=start, return_eigenvectors=False)[0]))
+
+
+def gram_norms(problem: Problem, table: NormTable, full: set[tuple[int, int]], progress: Callable[[int], None] | None = None) -> dict[tuple[int, int], Array]:
+    """Enter exact GN norms of all pairs; pairs in ``full`` have no tensor part, so they are the block's own norms.
+
+    Returns:
+        ‖H_GN‖_F² per pair and group.
+    """
+    rows: list[list[Tensor]] = [[] for _ in problem.points]
+    all_signs: list[Tensor] = []
+    for entry, lin in problem.linearizations():
+        s, signs = _rows(problem, entry, lin, progress)
+        for k, part in enumerate(s):
+            rows[k].append(part * entry.scale**0.5)
+        all_signs.append(signs)
+    if problem.separate_groups:  # every sample has rows of its own
+        members = [[s for part in r for s in part] for r in rows]
+        signs = [s for part in all_signs for s in part]
+    else:  # one group holds the rows of all batches
+        members = [[torch.cat([part[0] for part in r])] for r in rows]
+        signs = [torch.cat([part[0] for part in all_signs])]
+    count = len(problem.points)
+    squares = np.zeros((count, count, len(signs)))
+    spectral = np.zeros_like(squares)
+    for g, sign in enumerate(signs):
+        roots = [_gram_roots(member[g]) for member in members]
+        sigma = sign.double().cpu().numpy()[:, None]
+        for v in range(count):
+            for w in range(v, count):
+                core = roots[v].T @ (sigma * roots[w])
+                squares[v, w, g] = (core**2).sum()
+                if (v, w) in full:
+                    spectral[v, w, g] = _top(core)
+    known = {(v, w): squares[v, w] for v in range(count) for w in range(v, count)}
+    for pair, value in known.items():
+        table.set_exact("gn", pair, value)
+        if pair in full:
+            table.set_exact("full", pair, value)
+            table.spectral[pair] = (spectral[pair], np.zeros(len(signs)))
+    return known

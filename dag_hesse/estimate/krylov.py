@@ -1,0 +1,129 @@
+"""Spectral norms by Golub–Kahan bidiagonalization of all pairs at once, started from the probes' products.
+
+Each half-step is one probe per pair, and probes of one point share a sweep. The stated error is the residual r of the
+leading Ritz pair, or r²/gap where that is less (gap: to the next Ritz value), as for any symmetric eigenproblem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dag_hesse.estimate.norms import NormTable
+from dag_hesse.sweep import Problem
+from dag_hesse.sweep.problem import Request
+
+
+@dataclass
+class _Bidiagonal:
+    """State of one pair (v, w): orthonormal left vectors at v, right vectors at w, both (groups, dim)."""
+
+    v: int
+    w: int
+    left: list[Tensor]
+    right: list[Tensor] = field(default_factory=list)
+    alphas: list[Tensor] = field(default_factory=list)  # (groups,)
+    betas: list[Tensor] = field(default_factory=list)
+    value: Tensor | None = None
+    error: Tensor | None = None
+
+    def take_right(self, product: Tensor) -> None:
+        """Hᵀ u_k has come: the next right vector."""
+        x = _orthogonal(product, self.right)
+        norm = x.norm(dim=-1)
+        self.alphas.append(norm)
+        self.right.append(x / norm.clamp_min(torch.finfo(x.dtype).tiny).unsqueeze(-1))
+
+    def take_left(self, product: Tensor) -> None:
+        """H x_k has come: the next left vector; then the Ritz values are known with their residual."""
+        u = _orthogonal(product, self.left)
+        norm = u.norm(dim=-1)
+        self.betas.append(norm)
+        self.left.append(u / norm.clamp_min(torch.finfo(u.dtype).tiny).unsqueeze(-1))
+        steps = len(self.alphas)
+        lower = torch.zeros(norm.shape[0], steps + 1, steps, dtype=torch.float64)
+        for k in range(steps):
+            lower[:, k, k] = self.alphas[k].double().cpu()
+            lower[:, k + 1, k] = self.betas[k].double().cpu()
+        u_small, s, _ = torch.linalg.svd(lower, full_matrices=False)
+        self.value = s[:, 0]
+        # H x − σu = 0 and Hᵀu − σx = α_{k+1} e_{k+1}ᵀ u: the new row's weight bounds the residual.
+        bound = torch.stack([a.double().cpu() for a in self.alphas]).amax(0).maximum(s[:, 0])
+        residual = (u_small[:, steps, 0].abs() * bound).minimum(s[:, 0])
+        gap = s[:, 0] - s[:, 1] if steps > 1 else torch.zeros_like(residual)
+        self.error = torch.where(residual < gap, residual**2 / gap.clamp_min(1e-300), residual)
+
+
+def _orthogonal(x: Tensor, basis: list[Tensor]) -> Tensor:
+    for _ in range(2):  # twice is enough
+        for b in basis:
+            x = x - (x * b).sum(-1, keepdim=True) * b
+    return x
+
+
+def _leading(products: Tensor) -> Tensor:
+    """Leading left singular vector (groups, d) of the products (probes, groups, d)."""
+    y = products.transpose(0, 1)  # (groups, probes, d)
+    gram = (y @ y.mT).double()
+    _, vectors = torch.linalg.eigh(gram)
+    u = (vectors[..., -1:].to(y.dtype).mT @ y).squeeze(1)
+    return u / u.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
+
+
+def _half_step(problem: Problem, states: list[_Bidiagonal], *, from_left: bool, progress: Callable[[int], None] | None) -> None:
+    """One product for every pair; pairs that start at the same point share a sweep."""
+    by_source: dict[int, list[_Bidiagonal]] = {}
+    for state in states:
+        by_source.setdefault(state.v if from_left else state.w, []).append(state)
+    requests = [
+        Request(
+            source,
+            torch.stack([s.left[-1] if from_left else s.right[-1] for s in members]),
+            tuple(sorted({s.w if from_left else s.v for s in members})),
+        )
+        for source, members in by_source.items()
+    ]
+    results = problem.run(requests, split=False, progress=progress)
+    for members, found in zip(by_source.values(), results, strict=True):
+        for k, state in enumerate(members):
+            product = found[state.w if from_left else state.v].full
+            dim = problem.dim(state.w if from_left else state.v)
+            if product is None:
+                product = torch.zeros(len(members), problem.groups, dim, dtype=problem.dtype, device=problem.device)
+            state.take_right(product[k]) if from_left else state.take_left(product[k])
+
+
+def spectral_norms(
+    problem: Problem,
+    table: NormTable,
+    starts: dict[tuple[int, int], Tensor],
+    *,
+    tolerance: float = 1e-2,
+    steps: int = 12,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Enter spectral norms and their errors for the pairs (v, w) of ``starts``.
+
+    Args:
+        problem: the sweeps.
+        table: where to enter.
+        starts: per pair (v, w) products H[v, w] z, (probes, groups, d_v).
+        tolerance: stop a pair when its error is below this share of its value.
+        steps: most steps (two sweeps each).
+    """
+    states = [_Bidiagonal(v, w, [_leading(products)]) for (v, w), products in starts.items()]
+    open_states = states
+    for _ in range(steps):
+        if not open_states:
+            break
+        _half_step(problem, open_states, from_left=True, progress=progress)
+        _half_step(problem, open_states, from_left=False, progress=progress)
+        open_states = [s for s in open_states if bool((s.error > tolerance * s.value).any())]  # type: ignore[operator]
+    for state in states:
+        assert state.value is not None and state.error is not None
+        pair = (min(state.v, state.w), max(state.v, state.w))
+        table.spectral[pair] = (np.asarray(state.value), np.asarray(state.error))

@@ -1,0 +1,103 @@
+"""From norms to the paper's metrics (design §2.5), with standard errors by the delta method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dag_hesse.estimate.norms import Array, Norm, NormTable
+from dag_hesse.plan import Plan
+
+METRICS = ("resonance", "coupling", "stable_rank", "gn_gap", "gn_norm", "tensor_norm")
+_EPSILON = 1e-30  # keeps the GN-gap of a block without GN part finite
+_RANK = {"zero": 0, "gram": 1, "exact": 2, "probes": 3}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """n×n arrays by metric name: values, standard errors (0.0 where exact), and methods."""
+
+    values: dict[str, Array]
+    stderr: dict[str, Array]
+    method: dict[str, NDArray[np.str_]]
+
+
+def _relative_error(terms: Sequence[tuple[Norm, float]]) -> float:
+    """Relative standard error of Π normᵖ: terms from the same source share their probes, others are independent."""
+    by_source: dict[int, Array] = {}
+    for norm, power in terms:
+        if norm.spread is None or norm.value == 0.0:
+            continue
+        deviation = power * (norm.spread - norm.value) / norm.value
+        held = by_source.get(norm.source)
+        by_source[norm.source] = deviation if held is None or len(held) != len(deviation) else held + deviation
+    variances = (d.var(ddof=1) / len(d) for d in by_source.values())
+    return float(np.sqrt(sum(variances)))
+
+
+def _stable_rank(table: NormTable, pair: tuple[int, int], resonance: Norm) -> tuple[float, float]:
+    squares = table.squares[pair]
+    spectral, error = table.spectral[pair]
+    if not spectral.any():
+        return float("nan"), 0.0
+    if table.mode == "per_sample":
+        some = spectral > 0
+        value = float((squares[some] / spectral[some] ** 2).mean())
+        off = float((error[some] / spectral[some]).mean())
+    else:
+        top = int(spectral.argmax())
+        value, off = float(squares.sum() / spectral[top] ** 2), float(error[top] / spectral[top])
+    norm_part = 2 * resonance.stderr / resonance.value if resonance.value else 0.0
+    return value, value * float(np.hypot(norm_part, 2 * off))
+
+
+def assemble(table: NormTable, plan: Plan) -> Metrics:
+    """Compute every metric of every pair."""
+    count = len(plan.structure.names)
+    values = {name: np.zeros((count, count)) for name in METRICS}
+    stderr = {name: np.zeros((count, count)) for name in METRICS}
+
+    def put(name: str, v: int, w: int, value: float, error: float) -> None:
+        for i, j in ((v, w), (w, v)):
+            values[name][i, j], stderr[name][i, j] = value, error
+
+    for v in range(count):
+        for w in range(v, count):
+            full, gn, tensor = (table.frobenius[part][v, w] for part in ("full", "gn", "tensor"))
+            put("resonance", v, w, full.value, full.stderr)
+            put("gn_norm", v, w, gn.value, gn.stderr)
+            put("tensor_norm", v, w, tensor.value, tensor.stderr)
+            gap = tensor.value / (gn.value + _EPSILON)
+            put("gn_gap", v, w, gap, gap * _relative_error([(tensor, 1.0), (gn, -1.0)]))
+            put("stable_rank", v, w, *_stable_rank(table, (v, w), full))
+            ends = [table.frobenius["full"][v, v], table.frobenius["full"][w, w]]
+            scale = float(np.sqrt(ends[0].value * ends[1].value))
+            coupling = 1.0 if v == w and full.value else full.value / scale if scale else float("nan")
+            off = 0.0 if v == w else _relative_error([(full, 1.0), (ends[0], -0.5), (ends[1], -0.5)])
+            put("coupling", v, w, coupling, coupling * off if scale else 0.0)
+    return Metrics(values, stderr, _methods(plan))
+
+
+def _worst(*methods: NDArray[np.str_]) -> NDArray[np.str_]:
+    """Elementwise the least exact of the methods."""
+    ranks = np.stack([np.vectorize(_RANK.__getitem__)(m) for m in methods])
+    return np.array(list(_RANK))[ranks.max(0)]
+
+
+def _methods(plan: Plan) -> dict[str, NDArray[np.str_]]:
+    full, gn, tensor = plan.method, plan.gn_method, plan.tensor_method
+    ends = np.diag(full)
+    coupling = _worst(full, np.broadcast_to(ends[:, None], full.shape), np.broadcast_to(ends[None, :], full.shape))
+    coupling = np.where(full == "zero", "zero", coupling)
+    np.fill_diagonal(coupling, np.where(ends == "probes", "exact", ends))  # C(v, v) = 1 by definition
+    return {
+        "resonance": full,
+        "coupling": coupling,
+        "stable_rank": full,
+        "gn_gap": np.where(tensor == "zero", "zero", _worst(tensor, gn)),
+        "gn_norm": gn,
+        "tensor_norm": tensor,
+    }

@@ -1,0 +1,74 @@
+"""What estimators hand over: norms of a pair's block, per group of samples, with the probes' spread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+PARTS = ("full", "gn", "tensor")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of one block, aggregated over groups.
+
+    Attributes:
+        value: the norm.
+        spread: jackknife pseudo-values (probes,) whose mean is ``value``; None where it is exact.
+        source: which point's probes ``spread`` belongs to (spreads of one source are correlated).
+    """
+
+    value: float
+    spread: Array | None = None
+    source: int = -1
+
+    @property
+    def stderr(self) -> float:
+        """Standard error; 0.0 where exact."""
+        if self.spread is None:
+            return 0.0
+        return float(self.spread.std(ddof=1) / np.sqrt(len(self.spread)))
+
+
+@dataclass
+class NormTable:
+    """Frobenius norms of the parts of each unordered pair, and the full block's spectral norm per group.
+
+    ``mode`` fixes how groups (samples) are put together: ``per_sample`` averages norms, ``joint`` takes the norm of the
+    block-diagonal whole; ``shared`` has one group.
+    """
+
+    mode: str
+    frobenius: dict[str, dict[tuple[int, int], Norm]] = field(default_factory=lambda: {part: {} for part in PARTS})
+    spectral: dict[tuple[int, int], tuple[Array, Array]] = field(default_factory=dict)  # (values, errors) per group
+    squares: dict[tuple[int, int], Array] = field(default_factory=dict)  # ‖H_g‖_F² per group, of the full block
+
+    def aggregate(self, squares: Array) -> Array:
+        """Norm of the whole from squared Frobenius norms (…, groups) -> (…)."""
+        squares = np.maximum(squares, 0.0)
+        if self.mode == "per_sample":
+            return np.sqrt(squares).mean(-1)
+        return np.sqrt(squares.sum(-1))
+
+    def set_exact(self, part: str, pair: tuple[int, int], squares: Array) -> None:
+        """Enter exact squared norms per group."""
+        self.frobenius[part][pair] = Norm(float(self.aggregate(squares)))
+        if part == "full":
+            self.squares[pair] = squares
+
+    def set_sampled(self, part: str, pair: tuple[int, int], samples: Array, source: int) -> None:
+        """Enter per-probe estimates ‖H_g z_i‖² (probes, groups); the jackknife removes the bias of the root."""
+        count = len(samples)
+        mean = samples.mean(0)
+        whole = self.aggregate(mean)
+        if count < 2 or whole == 0.0:
+            self.frobenius[part][pair] = Norm(float(whole), np.full(max(count, 2), whole), source)
+        else:
+            without = self.aggregate((mean * count - samples) / (count - 1))
+            spread = count * whole - (count - 1) * without
+            self.frobenius[part][pair] = Norm(float(max(spread.mean(), 0.0)), spread, source)
+        if part == "full":
+            self.squares[pair] = np.maximum(mean, 0.0)

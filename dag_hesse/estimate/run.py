@@ -1,0 +1,98 @@
+"""Carry out a plan: every pair's norms, by the method the plan gave it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from dag_hesse.estimate.exact import enter, exact_blocks
+from dag_hesse.estimate.gram import gram_norms
+from dag_hesse.estimate.hutchinson import Sketch
+from dag_hesse.estimate.krylov import spectral_norms
+from dag_hesse.estimate.norms import PARTS, Array, NormTable
+from dag_hesse.plan import Plan
+from dag_hesse.sweep import Problem
+
+Progress = Callable[[str, int, int], None]  # (stage, sweeps done, sweeps foreseen)
+MOST_PROBES = 4096
+
+
+class _Counter:
+    def __init__(self, stage: str, total: int, report: Progress | None) -> None:
+        self.stage, self.total, self.report, self.done = stage, total, report, 0
+        self(0)
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        if self.report is not None:
+            self.report(self.stage, self.done, max(self.total, self.done))
+
+
+def _zeros(plan: Plan, problem: Problem, table: NormTable) -> None:
+    structure, none = plan.structure, np.zeros(problem.groups)
+    alive = {"full": structure.alive, "gn": structure.gn_alive, "tensor": structure.tensor_alive}
+    count = len(structure.names)
+    for v in range(count):
+        for w in range(v, count):
+            for part in PARTS:
+                if not alive[part][v, w]:
+                    table.set_exact(part, (v, w), none)
+            if not structure.alive[v, w]:
+                table.spectral[v, w] = (none, none)
+
+
+def _unsettled(table: NormTable, sketches: list[Sketch], rtol: float) -> list[Sketch]:
+    """Sources with a norm whose relative standard error is still above ``rtol``."""
+
+    def open_pair(v: int, w: int) -> bool:
+        norms = [table.frobenius[part].get((min(v, w), max(v, w))) for part in PARTS]
+        return any(norm is not None and norm.stderr > rtol * norm.value for norm in norms)
+
+    return [s for s in sketches if any(open_pair(v, s.source.point) for v in s.source.reads)]
+
+
+def estimate(problem: Problem, plan: Plan, *, rtol: float | None = None, seed: int = 0, progress: Progress | None = None) -> NormTable:
+    """Fill a table with every pair's norms.
+
+    Args:
+        problem: model, batches and points, ready to sweep.
+        plan: what to sweep.
+        rtol: double the probes of a source until its relative standard errors are below this.
+        seed: of the probes; the global RNG is not touched.
+        progress: called with (stage, sweeps done, sweeps foreseen).
+    """
+    table = NormTable(problem.mode)
+    _zeros(plan, problem, table)
+    count = len(plan.structure.names)
+    pairs = [(v, w) for v in range(count) for w in range(v, count)]
+    gn_known: dict[tuple[int, int], Array] = {}
+    if plan.gram_columns:
+        full = {pair for pair in pairs if plan.method[pair] == "gram"}
+        gn_known = gram_norms(problem, table, full, _Counter("gram", plan.gram_columns, progress))
+    exact = [s for s in plan.sources if s.method == "exact"]
+    counter = _Counter("exact", sum(s.probes for s in exact), progress) if exact else None
+    for source in exact:
+        enter(problem, table, source.point, exact_blocks(problem, source.point, source.reads, counter))
+    sampled = [s for s in plan.sources if s.method == "probes"]
+    if not sampled:
+        return table
+    counter = _Counter("probes", sum(s.probes for s in sampled), progress)
+    sketches = [
+        Sketch(problem, source, torch.Generator().manual_seed((seed * 1_000_003 + source.point) % 2**63))
+        for source in sampled
+    ]
+    for sketch in sketches:
+        sketch.extend(sketch.source.probes, counter)
+        sketch.enter(table, gn_known)
+    while rtol is not None and (todo := [s for s in _unsettled(table, sketches, rtol) if s.count < MOST_PROBES]):
+        for sketch in todo:
+            sketch.extend(sketch.count, counter)
+            sketch.enter(table, gn_known)
+    starts = {(v, s.source.point): y for s in sketches for v, y in s.start.items()}
+    missing = [(v, s.source.point) for s in sketches for v in s.source.reads if v not in s.start]
+    for v, w in missing:  # nothing reached v: the block is zero
+        table.spectral[min(v, w), max(v, w)] = (np.zeros(problem.groups), np.zeros(problem.groups))
+    spectral_norms(problem, table, starts, tolerance=min(1e-2, rtol or 1e-2), progress=_Counter("spectra", 2 * len(starts), progress))
+    return table

@@ -1,0 +1,77 @@
+"""FLOPs and bytes of sweeps, counted per node from shapes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+from dag_hesse.ir import CurvatureGraph, Kind, Node
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Floating-point operations and bytes moved."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(self.flops * factor, self.bytes * factor)
+
+
+def product_flops(graph: CurvatureGraph, node: Node) -> int:
+    """FLOPs of one linear product through a node (2 per multiply-add of a contraction, 1 per element elsewhere)."""
+    shapes = [graph.nodes[k].shape for k in node.inputs]
+    if node.op in ("aten.mm.default", "aten.bmm.default"):
+        return 2 * node.numel * shapes[0][-1]
+    if node.op == "aten.convolution.default":
+        weight, transposed = shapes[1], node.args[6]
+        per_output = prod(weight[2:]) * weight[1]
+        return 2 * (prod(shapes[0]) if transposed else node.numel) * per_output
+    return node.numel
+
+
+def _node_cost(graph: CurvatureGraph, node: Node) -> Cost:
+    size = node.dtype.itemsize
+    moved = node.numel + sum(graph.nodes[k].numel for k in node.inputs)
+    return Cost(product_flops(graph, node), moved * size)
+
+
+def path_cost(graph: CurvatureGraph, starts: Iterable[int]) -> Cost:
+    """Cost of one product through every node between ``starts`` and the loss (one tangent, or one adjoint channel)."""
+    reached, alive = graph.descendants(starts), graph.ancestors([graph.loss])
+    total = Cost()
+    for node in graph.nodes:
+        moves = node.kind not in (Kind.INPUT, Kind.PARAM, Kind.CONST)
+        if moves and alive[node.index] and any(reached[k] for k in node.inputs):
+            total = total + _node_cost(graph, node)
+    return total
+
+
+def probe_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
+    """Peak bytes that one probe of a sweep holds: tangents that nonlinear nodes read, and adjoints in two channels."""
+    reached, alive = graph.descendants(starts), graph.ancestors([graph.loss])
+    from dag_hesse.rules.table import pairs_of
+
+    kept = {
+        k
+        for node in graph.nodes
+        if reached[node.index] and alive[node.index] and pairs_of(node)
+        for k in node.inputs
+        if reached[k]
+    }
+    largest = max(node.numel * node.dtype.itemsize for node in graph.nodes)
+    return sum(graph.nodes[k].numel * graph.nodes[k].dtype.itemsize for k in kept) + 6 * largest
+
+
+def available_memory() -> int:
+    """Bytes of main memory that are free now."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 4 << 30

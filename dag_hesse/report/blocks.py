@@ -1,0 +1,39 @@
+"""Exact blocks on demand, while the model is still what it was."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dag_hesse.errors import PointError
+from dag_hesse.estimate import exact_blocks
+from dag_hesse.sweep import Problem
+
+
+class BlockReader:
+    """Computes H[v, w] or one of its parts by identity probes from the smaller side."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.versions = problem, _versions(problem)
+        problem.release()
+
+    def __call__(self, v: int, w: int, part: str) -> Tensor:
+        problem = self.problem
+        if _versions(problem) != self.versions:
+            raise PointError("the model's parameters changed since analyze(): analyze it again to read blocks.")
+        from_w = problem.dim(w) <= problem.dim(v)
+        source, target = (w, v) if from_w else (v, w)
+        blocks = exact_blocks(problem, source, (target,))[target]
+        problem.release()
+        found = {"full": blocks.full, "gn": blocks.gn, "tensor": blocks.tensor}[part]
+        if found is None:
+            shape = (problem.dim(source), problem.groups, problem.dim(target))
+            found = torch.zeros(shape, dtype=problem.dtype, device=problem.device)
+        block = found.permute(1, 2, 0) if from_w else found.transpose(0, 1)  # (groups, d_v, d_w)
+        if problem.mode == "joint" and problem.groups > 1:
+            return torch.block_diag(*block)
+        return block if problem.mode == "per_sample" else block[0].contiguous()
+
+
+def _versions(problem: Problem) -> tuple[tuple[int, int], ...]:
+    return tuple((id(p), p._version) for p in problem.model.parameters())

@@ -1,0 +1,153 @@
+"""The report: n×n maps of the points, how each number was obtained, and blocks on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dag_hesse.errors import PointError, choose, suggest
+from dag_hesse.estimate import METRICS
+from dag_hesse.ir import Point
+
+Array = NDArray[np.float64]
+BlockReader = Callable[[int, int, str], Tensor]
+
+
+@dataclass(frozen=True)
+class CurvatureReport:
+    """A curvature map over n points (design §5).
+
+    Attributes:
+        points: the points, in topological order; they label both axes of every array.
+        values: n×n float64 arrays by metric name (also as attributes: ``resonance``, ``coupling``, …).
+        stderr: their standard errors, 0.0 where exact.
+        method: how each number was obtained: ``"exact"``, ``"gram"``, ``"probes"`` or ``"zero"`` (structurally).
+        distance: points passed on the way between two points; -1 if they never meet.
+        rank_bound: per-sample bound on the rank of the GN part.
+        facts: loss value, batch size and mode, space, options, opaque ops, sweeps, seconds by stage.
+    """
+
+    points: tuple[Point, ...]
+    values: Mapping[str, Array]
+    stderr: Mapping[str, Array]
+    method: Mapping[str, NDArray[np.str_]]
+    distance: NDArray[np.int64]
+    rank_bound: NDArray[np.int64]
+    facts: Mapping[str, Any]
+    _reader: BlockReader | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the points: labels of both axes."""
+        return tuple(point.name for point in self.points)
+
+    @property
+    def resonance(self) -> Array:
+        """R(v, w) = ‖H[v, w]‖_F (Definition 23)."""
+        return self.values["resonance"]
+
+    @property
+    def coupling(self) -> Array:
+        """C(v, w) = R(v, w)/√(R(v, v) R(w, w)) (Definition 23); may exceed 1."""
+        return self.values["coupling"]
+
+    @property
+    def stable_rank(self) -> Array:
+        """D(v, w) = ‖H‖_F²/‖H‖₂² (Definition 24); NaN where the block is zero."""
+        return self.values["stable_rank"]
+
+    @property
+    def gn_gap(self) -> Array:
+        """‖H_T‖_F/‖H_GN‖_F."""
+        return self.values["gn_gap"]
+
+    @property
+    def gn_norm(self) -> Array:
+        """‖H_GN‖_F."""
+        return self.values["gn_norm"]
+
+    @property
+    def tensor_norm(self) -> Array:
+        """‖H_T‖_F; exactly 0.0 where the structure proves it."""
+        return self.values["tensor_norm"]
+
+    @property
+    def phi(self) -> float:
+        """Φ = Σ_{v≠w} R²/Σ R²: what a preconditioner that is block-diagonal in these points discards (design §2.5)."""
+        squares = self.resonance**2
+        total = squares.sum()
+        return float((total - np.trace(squares)) / total) if total else 0.0
+
+    def index(self, point: str | int) -> int:
+        """Position of a point given by name or position.
+
+        Raises:
+            PointError: no such point; near names are suggested.
+        """
+        if isinstance(point, int) and -len(self.points) <= point < len(self.points):
+            return point % len(self.points)
+        if point in self.names:
+            return self.names.index(str(point))
+        raise PointError(f"point {point!r} is not in this report. {suggest(str(point), self.names)}")
+
+    def block(self, v: str | int, w: str | int, part: str = "full") -> Tensor:
+        """The exact block H[v, w], computed now.
+
+        Args:
+            v, w: points, by name or position.
+            part: ``"full"``, ``"gn"`` or ``"tensor"``.
+
+        Returns:
+            ``shared``: (d_v, d_w); ``per_sample``: (batch, d_v, d_w); ``joint``: (batch·d_v, batch·d_w).
+
+        Raises:
+            PointError: the report was loaded from a file, the model changed since, or there is no such point.
+        """
+        choose("part", part, ("full", "gn", "tensor"))
+        i, j = self.index(v), self.index(w)
+        if self._reader is None:
+            raise PointError("a loaded report holds maps, not blocks: run analyze() again for report.block().")
+        return self._reader(i, j, part)
+
+    def __str__(self) -> str:
+        from dag_hesse.report.text import render
+
+        return render(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data (NaN as None)."""
+        from dag_hesse.report.files import to_dict
+
+        return to_dict(self)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write :meth:`to_dict` as JSON, whole or not at all."""
+        from dag_hesse.report.files import write_json
+
+        write_json(self, path)
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as one safetensors file; :func:`dag_hesse.load` reads it back."""
+        from dag_hesse.report.files import save
+
+        save(self, path)
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one self-contained HTML page with the maps and the table."""
+        from dag_hesse.report.html import write_html
+
+        write_html(self, path)
+
+    def plot(self, metrics: Sequence[str] = ("resonance", "coupling", "stable_rank", "gn_gap")) -> Any:
+        """Heat maps of the metrics and metric against distance, as a matplotlib Figure (extra: ``plot``)."""
+        from dag_hesse.report.plots import overview
+
+        for metric in metrics:
+            choose("metric", metric, METRICS)
+        return overview(self, metrics)
