@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -152,7 +153,7 @@ def _facts(
     clock: dict[str, float],
 ) -> dict[str, Any]:
     stamps = list(clock.items())
-    seconds = {name: t - before for (_, before), (name, t) in zip(stamps, stamps[1:], strict=False)}
+    seconds = {name: t - before for (_, before), (name, t) in itertools.pairwise(stamps)}
     return {
         "model": type(model).__name__,
         "loss": problem.loss,

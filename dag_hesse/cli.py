@@ -49,7 +49,10 @@ BUILT_IN: dict[str, tuple[Callable[[int, int], Built], int, int]] = {
     "plain-resnet18": (lambda b, s: _image(models.resnet18(skip=False), b, s, 10), 32, 32),
     "resnet50": (lambda b, s: _image(models.resnet50(), b, s, 1000), 8, 64),
     "mlp": (
-        lambda b, s: (models.mlp([3 * s * s, 256, 256, 256, 10]), (torch.randn(b, 3 * s * s), torch.randint(0, 10, (b,)))),
+        lambda b, s: (
+            models.mlp([3 * s * s, 256, 256, 256, 10]),
+            (torch.randn(b, 3 * s * s), torch.randint(0, 10, (b,))),
+        ),
         64,
         16,
     ),
@@ -70,7 +73,9 @@ def load_spec(spec: str, batch: int | None, side: int | None, seed: int) -> tupl
         return build(batch or usual_batch, side or usual_side)
     module_name, colon, name = spec.partition(":")
     if not colon:
-        raise OptionError(f"SPEC '{spec}' is neither built in nor of the form module:callable. {suggest(spec, BUILT_IN)}")
+        raise OptionError(
+            f"SPEC '{spec}' is neither built in nor of the form module:callable. {suggest(spec, BUILT_IN)}"
+        )
     sys.path.insert(0, "")
     try:
         function = getattr(importlib.import_module(module_name), name)
@@ -78,7 +83,9 @@ def load_spec(spec: str, batch: int | None, side: int | None, seed: int) -> tupl
         raise OptionError(f"SPEC '{spec}' cannot be loaded: {error}.") from error
     made = function()
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
-        raise OptionError(f"SPEC '{spec}' returned {type(made).__name__}; expected (model, batch) or (model, batch, loss).")
+        raise OptionError(
+            f"SPEC '{spec}' returned {type(made).__name__}; expected (model, batch) or (model, batch, loss)."
+        )
     return made
 
 
@@ -116,9 +123,13 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"Built-in SPECs (random weights and data): {', '.join(BUILT_IN)}. Exit codes: 0 done, 1 refused with a "
         "message, 2 wrong usage, 130 interrupted.",
     )
-    a.add_argument("spec", metavar="SPEC", help="module:callable that returns (model, batch[, loss]), or a built-in name")
+    a.add_argument(
+        "spec", metavar="SPEC", help="module:callable that returns (model, batch[, loss]), or a built-in name"
+    )
     a.add_argument("--points", nargs="+", metavar="NAME", help="modules, taps, globs or parameters (default: chosen)")
-    a.add_argument("--space", choices=("activation", "parameter"), default="activation", help="what module names stand for")
+    a.add_argument(
+        "--space", choices=("activation", "parameter"), default="activation", help="what module names stand for"
+    )
     a.add_argument("--batch-mode", choices=BATCH_MODES, default="shared", help="meaning of the batch axis")
     a.add_argument("--mode", choices=MODES, default="auto", help="how norms are obtained")
     a.add_argument("--probes", type=int, default=32, metavar="N", help="Rademacher probes per source (default: 32)")

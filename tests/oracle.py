@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Blocks = dict[tuple[str, str], Tensor]
+
+
+@contextmanager
+def _no_onednn() -> Iterator[None]:
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def _first_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -29,6 +42,7 @@ class Leaves:
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.model, self.names = model, list(names)
         self.made: dict[str, list[Tensor]] = {name: [] for name in names}
+        self.values: dict[str, Tensor] = {}
 
     def __enter__(self) -> Leaves:
         self.handles = []
@@ -52,7 +66,7 @@ class Leaves:
                     if name in (base, f"{base}[{calls}]"):
                         leaf = torch.zeros_like(x, requires_grad=True)
                         self.made[name].append(leaf)
-                        x = x + leaf
+                        x = self.values[name] = x + leaf
                 return x
 
             return _first_tensor(output, change)
@@ -60,42 +74,83 @@ class Leaves:
         return hook
 
 
-def _jacobian(grads: Sequence[Tensor], of: Sequence[Tensor]) -> Tensor:
-    """Rows: elements of the summed-over-calls gradient; columns: the same of ``of``."""
-    total = torch.stack([g.reshape(-1) for g in grads]).sum(0)
+def _jacobian(rows_of: Tensor, of: Sequence[Tensor]) -> Tensor:
+    """Rows: elements of ``rows_of``; columns: elements of ``of``, summed over its tensors (calls of one module)."""
     rows = []
-    for k in range(total.numel()):
-        if not total.requires_grad:
-            rows.append(torch.zeros(of[0].numel(), dtype=total.dtype))
+    for y in rows_of.reshape(-1):
+        if not y.requires_grad:
+            rows.append(torch.zeros(of[0].numel(), dtype=y.dtype))
             continue
-        row = torch.autograd.grad(total[k], of, retain_graph=True, allow_unused=True)
+        row = torch.autograd.grad(y, of, retain_graph=True, allow_unused=True)
         rows.append(sum((torch.zeros_like(o) if r is None else r).reshape(-1) for r, o in zip(row, of, strict=True)))
     return torch.stack(rows)
 
 
-def dense(
-    model: nn.Module, run: Callable[[], Tensor], names: Sequence[str], parameters: Sequence[str] = ()
-) -> dict[tuple[str, str], Tensor]:
-    """Joint blocks H[v, w] over whole tensors (batch axis included) for module and parameter names.
+class Truth:
+    """Joint blocks (batch axes included) of a model's loss: ``full[v, w]`` and ``gn[v, w]``.
 
-    ``run()`` calls the model and returns the scalar loss.
+    Args:
+        model, run: ``run()`` calls the model and returns the scalar loss.
+        names, parameters: modules (or calls of them) and parameters: the points.
+        out: the module whose output the loss consumes ("" is the model itself).
+        axes: batch axis of a point, where it is not 0.
     """
-    with Leaves(model, names) as leaves, sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
-        loss = run()
-    own = dict(model.named_parameters())
-    groups = {**leaves.made, **{name: [own[name]] for name in parameters}}
-    flat = [leaf for group in groups.values() for leaf in group]
-    grads = torch.autograd.grad(loss, flat, create_graph=True, allow_unused=True)
-    of_leaf = {id(x): torch.zeros_like(x) if g is None else g for x, g in zip(flat, grads, strict=True)}
-    return {
-        (v, w): _jacobian([of_leaf[id(x)] for x in groups[v]], groups[w]) for v in groups for w in groups
-    }
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Callable[[], Tensor],
+        names: Sequence[str],
+        parameters: Sequence[str] = (),
+        out: str = "",
+        axes: Mapping[str, int] | None = None,
+    ) -> None:
+        wanted = list(dict.fromkeys([*names, out]))
+        own = dict(model.named_parameters())
+        frozen = [p for p in own.values() if not p.requires_grad]
+        for p in frozen:
+            p.requires_grad_(True)
+        with Leaves(model, wanted) as leaves, sdpa_kernel(SDPBackend.MATH), _no_onednn():
+            loss = run()
+        groups = {**{name: leaves.made[name] for name in wanted}, **{name: [own[name]] for name in parameters}}
+        points = [*names, *parameters]
+        flat = list({id(leaf): leaf for group in groups.values() for leaf in group}.values())
+        grads = torch.autograd.grad(loss, flat, create_graph=True, allow_unused=True)
+        of_leaf = {id(x): torch.zeros_like(x) if g is None else g for x, g in zip(flat, grads, strict=True)}
+        total = {v: torch.stack([of_leaf[id(x)].reshape(-1) for x in group]).sum(0) for v, group in groups.items()}
+        self.full = {(v, w): _jacobian(total[v], groups[w]) for v in points for w in points}
+        hessian = _jacobian(total[out], groups[out])
+        slope = {v: _jacobian(leaves.values[out], groups[v]) for v in points}
+        self.gn = {(v, w): slope[v].T @ hessian @ slope[w] for v in points for w in points}
+        for p in frozen:
+            p.requires_grad_(False)
+        self.shapes = {v: tuple(groups[v][0].shape) for v in points}
+        self.axes = {v: (axes or {}).get(v, 0) for v in names}
+
+    def _split(self, x: Tensor, v: str) -> Tensor:
+        """(rows, columns) -> (batch, d_v, columns); a parameter has no batch."""
+        if v not in self.axes:
+            return x.unsqueeze(0)
+        return (
+            x.reshape(*self.shapes[v], -1)
+            .movedim(self.axes[v], 0)
+            .reshape(self.shapes[v][self.axes[v]], -1, x.shape[1])
+        )
+
+    def block(self, v: str, w: str, part: str, mode: str, samples: int = 0) -> Tensor:
+        """The block in a batch mode; ``samples``: batch size of a mean loss (``per_sample`` undoes its 1/B)."""
+        h = {"full": self.full, "gn": self.gn}[part][v, w] if part != "tensor" else self.full[v, w] - self.gn[v, w]
+        rows = self._split(h, v)
+        both = torch.stack([self._split(row.T, w) for row in rows])  # (b_v, b_w, d_w, d_v)
+        if mode == "joint":
+            return both.permute(0, 3, 1, 2).reshape(h.shape)  # sample by sample
+        if mode == "shared":
+            return both.sum((0, 1)).T
+        return torch.stack([both[b, b].T for b in range(len(rows))]) * samples
 
 
-def shared(block: Tensor, shape_v: Sequence[int], shape_w: Sequence[int], axis: int = 0) -> Tensor:
-    """SᵀHS of a joint block: sum both sides over the batch axis."""
-    h = block.reshape(*shape_v, *shape_w).sum((axis, len(shape_v) + axis))
-    rows = 1
-    for k, n in enumerate(shape_v):
-        rows *= 1 if k == axis else n
-    return h.reshape(rows, -1)
+def error(found: Tensor, expected: Tensor, scale: float = 0.0) -> float:
+    """Relative Frobenius error; ``scale`` is a floor of the denominator (a zero block has no scale of its own)."""
+    floor = max(float(expected.norm()), scale)
+    difference = float((found.double() - expected.double()).norm())
+    return difference / floor if floor else difference

@@ -43,7 +43,9 @@ class Batch:
         leaves, _ = pytree.tree_flatten_with_path(self.tree)
         roots = ("inputs", "inputs", "targets")
         return [
-            roots[path[0].idx] + pytree.keystr(path[1:]) for path, leaf in leaves if isinstance(leaf, Tensor)
+            roots[path[0].idx] + pytree.keystr(path[1:])  # type: ignore[attr-defined]
+            for path, leaf in leaves
+            if isinstance(leaf, Tensor)
         ]
 
     @property
@@ -132,4 +134,6 @@ def check_devices(model: torch.nn.Module, batch: Batch) -> None:
     places = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
     for name, tensor in zip(batch.names, batch.tensors, strict=True):
         if places and tensor.device not in places and tensor.ndim:
-            raise BatchError(f"'{name}' is on {tensor.device} but the model is on {sorted(map(str, places))}: move one.")
+            raise BatchError(
+                f"'{name}' is on {tensor.device} but the model is on {sorted(map(str, places))}: move one."
+            )

@@ -15,7 +15,7 @@ from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.points import default_points, resolve_points
 from dag_hesse.capture.tracer import trace_forward
 from dag_hesse.errors import BatchError, NonDifferentiableError
-from dag_hesse.ir import CurvatureGraph, Kind, verify
+from dag_hesse.ir import CurvatureGraph, verify
 
 
 def _check(model: nn.Module, batch: Batch) -> None:

@@ -152,7 +152,9 @@ def _source(stack_trace: str | None) -> str:
     return own[-1] if own else ""
 
 
-def convert(gm: fx.GraphModule, model: nn.Module, called: dict[str, str], batch_size: int, output: str | None) -> CurvatureGraph:
+def convert(
+    gm: fx.GraphModule, model: nn.Module, called: dict[str, str], batch_size: int, output: str | None
+) -> CurvatureGraph:
     """Type the traced graph and drop what the loss does not read.
 
     Raises:

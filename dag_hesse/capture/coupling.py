@@ -19,7 +19,9 @@ from dag_hesse.ir import BatchLayout, Coupling, CurvatureGraph, Kind, Node
 from dag_hesse.ir.node import execute
 from dag_hesse.rules.structural import axes
 
-_SPATIAL = re.compile(r"(?:pool|upsample\w*?|reflection_pad|replication_pad|im2col|col2im|nearest_exact)(\d)?d?\b|im2col|col2im")
+_SPATIAL = re.compile(
+    r"(?:pool|upsample\w*?|reflection_pad|replication_pad|im2col|col2im|nearest_exact)(\d)?d?\b|im2col|col2im"
+)
 _SUMS = {"aten.sum.default", "aten.sum.dim_IntList", "aten.mean.default", "aten.mean.dim"}
 _REDUCTIONS = _SUMS | {
     "aten.amax.default",
@@ -48,8 +50,21 @@ _ALONG = {  # ops that mix elements along the dims in the argument at this posit
     "dag_hesse.standardize.default": 1,
 }
 _ACCUMULATING = {"aten.scatter_add.default", "aten.index_add.default", "aten.col2im.default"}
-_SAME_SHAPE = {"aten._to_copy.default", "aten.tril.default", "aten.triu.default", "dag_hesse.tap.default", "aten.clone.default"}
-_LINEAR = {"aten.add.Tensor", "aten.sub.Tensor", "aten.neg.default", "aten.mul.Scalar", "aten.div.Scalar", "aten.add.Scalar"}
+_SAME_SHAPE = {
+    "aten._to_copy.default",
+    "aten.tril.default",
+    "aten.triu.default",
+    "dag_hesse.tap.default",
+    "aten.clone.default",
+}
+_LINEAR = {
+    "aten.add.Tensor",
+    "aten.sub.Tensor",
+    "aten.neg.default",
+    "aten.mul.Scalar",
+    "aten.div.Scalar",
+    "aten.add.Scalar",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,12 +222,20 @@ class _Walker:
         return _State(Coupling.SEPARATE, layouts[0])
 
     def labels(self, node: Node) -> _State:
-        if node.op in _ACCUMULATING or node.kwargs.get("accumulate") or (node.op.endswith("index_put.default") and len(node.args) > 3 and node.args[3]):
+        if (
+            node.op in _ACCUMULATING
+            or node.kwargs.get("accumulate")
+            or (node.op.endswith("index_put.default") and len(node.args) > 3 and node.args[3])
+        ):
             return _MIXED
         values: list[Tensor] = []
         for k in node.inputs:
             parent = self.graph.nodes[k]
-            value = self.label(k) if parent.is_float or self.states[k].layout and not self.is_index(node, k) else self.constant(k)
+            value = (
+                self.label(k)
+                if parent.is_float or (self.states[k].layout and not self.is_index(node, k))
+                else self.constant(k)
+            )
             if value is None:
                 return _MIXED
             values.append(value)

@@ -94,7 +94,7 @@ def evaluate(output: Any, batch: Batch, targets: Any, kwargs: dict[str, Any], lo
         LossError: there is none, or it is not a scalar tensor.
     """
     if loss is not None:
-        value = loss(output, kwargs if batch.targets is None and kwargs else targets)
+        value: Any = loss(output, kwargs if batch.targets is None and kwargs else targets)
     elif batch.targets is None:
         value = own_loss(output)
         if value is None:

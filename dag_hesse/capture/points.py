@@ -167,7 +167,7 @@ class _Chooser:
     def children(self, name: str) -> list[tuple[str, bool]]:
         """Called children, containers that are never called being opened; the flag says: element of a list."""
         found = []
-        for child, module in self.modules[name].named_children():
+        for child, _module in self.modules[name].named_children():
             path = f"{name}.{child}" if name else child
             if path in self.sites:
                 found.append((path, isinstance(self.modules[name], (nn.ModuleList, nn.ModuleDict))))

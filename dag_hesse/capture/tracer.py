@@ -41,6 +41,20 @@ def _preserved(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _plain_backends() -> Iterator[None]:
+    """Switch off what would hide ops: fused attention, oneDNN and cuDNN recurrences, MHA's inference path."""
+    fast_path, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)  # mkldnn.flags() would also set TF32, which warns on CPU builds
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch._C._set_mkldnn_enabled(onednn)
+
+
+@contextmanager
 def _hooked(model: nn.Module, called: dict[str, str]) -> Iterator[None]:
     """Tap every module's output, and note which module runs, while the context is open."""
     stack: list[str] = []
@@ -123,7 +137,7 @@ def _drop_buffer_updates(gm: fx.GraphModule) -> None:
 
 
 def _touches_derivatives(gm: fx.GraphModule) -> bool:
-    """Whether an in-place op writes to anything but a fresh constant that only it reads (a dropout mask being drawn)."""
+    """Whether an in-place op writes to more than a fresh constant that only it reads (a dropout mask being drawn)."""
     derived: set[fx.Node] = set()
     for node in gm.graph.nodes:
         if str(node.target).startswith("aten.empty"):
@@ -185,7 +199,6 @@ def trace_forward(model: nn.Module, batch: Batch, loss: Loss | None) -> tuple[fx
     def mark(x: Tensor) -> Tensor:
         return ops.tap(x, LOSS_INPUT) if isinstance(x, Tensor) and x.is_floating_point() else x
 
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         with ExitStack() as stack:
             enter = stack.enter_context
@@ -193,11 +206,7 @@ def trace_forward(model: nn.Module, batch: Batch, loss: Loss | None) -> tuple[fx
             enter(_hooked(model, called))
             enter(capturing())
             enter(torch.enable_grad())
-            # Backends that would hide ops: fused attention, oneDNN and cuDNN recurrences, MHA's inference path.
-            torch.backends.mha.set_fastpath_enabled(False)
-            enter(sdpa_kernel(SDPBackend.MATH))
-            enter(torch.backends.mkldnn.flags(enabled=False))
-            enter(torch.backends.cudnn.flags(enabled=False))
+            enter(_plain_backends())
             enter(fx_traceback.preserve_node_meta())
             enter(LossInputs(mark))
             gm = make_fx(
@@ -213,5 +222,3 @@ def trace_forward(model: nn.Module, batch: Batch, loss: Loss | None) -> tuple[fx
         raise
     except Exception as error:
         raise CaptureError(f"{type(model).__name__} could not be captured: {_explain(error)}") from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -89,7 +89,9 @@ def _seeds(entry: Entry, roots: Tensor, alone: bool, separable: bool) -> Iterato
         yield only, "each"
 
 
-def _rows(problem: Problem, entry: Entry, lin: Linearization, progress: Callable[[int], None] | None) -> tuple[list[Tensor], Tensor]:
+def _rows(
+    problem: Problem, entry: Entry, lin: Linearization, progress: Callable[[int], None] | None
+) -> tuple[list[Tensor], Tensor]:
     """Per point S_v (groups, rows, dim), and signs (groups, rows)."""
     graph, points = entry.graph, problem.points_of(entry)
     separable = graph.separable_loss
@@ -134,7 +136,9 @@ def _top(matrix: Array) -> float:
     return float(np.sqrt(eigsh(operator, k=1, tol=0, v0=start, return_eigenvectors=False)[0]))
 
 
-def gram_norms(problem: Problem, table: NormTable, full: set[tuple[int, int]], progress: Callable[[int], None] | None = None) -> dict[tuple[int, int], Array]:
+def gram_norms(
+    problem: Problem, table: NormTable, full: set[tuple[int, int]], progress: Callable[[int], None] | None = None
+) -> dict[tuple[int, int], Array]:
     """Enter exact GN norms of all pairs; pairs in ``full`` have no tensor part, so they are the block's own norms.
 
     Returns:
@@ -149,14 +153,14 @@ def gram_norms(problem: Problem, table: NormTable, full: set[tuple[int, int]], p
         all_signs.append(signs)
     if problem.separate_groups:  # every sample has rows of its own
         members = [[s for part in r for s in part] for r in rows]
-        signs = [s for part in all_signs for s in part]
+        group_signs = [s for part in all_signs for s in part]
     else:  # one group holds the rows of all batches
         members = [[torch.cat([part[0] for part in r])] for r in rows]
-        signs = [torch.cat([part[0] for part in all_signs])]
+        group_signs = [torch.cat([part[0] for part in all_signs])]
     count = len(problem.points)
-    squares = np.zeros((count, count, len(signs)))
+    squares = np.zeros((count, count, len(group_signs)))
     spectral = np.zeros_like(squares)
-    for g, sign in enumerate(signs):
+    for g, sign in enumerate(group_signs):
         roots = [_gram_roots(member[g]) for member in members]
         sigma = sign.double().cpu().numpy()[:, None]
         for v in range(count):

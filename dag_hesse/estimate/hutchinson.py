@@ -38,7 +38,9 @@ class Sketch:
 
     def __init__(self, problem: Problem, source: Source, generator: torch.Generator) -> None:
         self.problem, self.source, self.generator = problem, source, generator
-        self.samples: dict[str, dict[int, list[Array]]] = {p: {v: [] for v in source.reads} for p in ("full", "gn", "tensor")}
+        self.samples: dict[str, dict[int, list[Array]]] = {
+            p: {v: [] for v in source.reads} for p in ("full", "gn", "tensor")
+        }
         self.start: dict[int, Tensor] = {}  # per read point, left vectors (probes, groups, d_v) for the spectral norm
 
     @property
@@ -49,7 +51,9 @@ class Sketch:
 
     def request(self, probes: int) -> Request:
         """Fresh probes for this source."""
-        return Request(self.source.point, rademacher(self.problem, self.source.point, probes, self.generator), self.source.reads)
+        return Request(
+            self.source.point, rademacher(self.problem, self.source.point, probes, self.generator), self.source.reads
+        )
 
     def extend(self, probes: int, progress: Callable[[int], None] | None = None) -> None:
         """Sweep ``probes`` more."""

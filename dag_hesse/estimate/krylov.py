@@ -28,8 +28,8 @@ class _Bidiagonal:
     right: list[Tensor] = field(default_factory=list)
     alphas: list[Tensor] = field(default_factory=list)  # (groups,)
     betas: list[Tensor] = field(default_factory=list)
-    value: Tensor | None = None
-    error: Tensor | None = None
+    value: Tensor = field(default_factory=lambda: torch.zeros(0))
+    error: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def take_right(self, product: Tensor) -> None:
         """Hᵀ u_k has come: the next right vector."""
@@ -74,7 +74,9 @@ def _leading(products: Tensor) -> Tensor:
     return u / u.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
 
 
-def _half_step(problem: Problem, states: list[_Bidiagonal], *, from_left: bool, progress: Callable[[int], None] | None) -> None:
+def _half_step(
+    problem: Problem, states: list[_Bidiagonal], *, from_left: bool, progress: Callable[[int], None] | None
+) -> None:
     """One product for every pair; pairs that start at the same point share a sweep."""
     by_source: dict[int, list[_Bidiagonal]] = {}
     for state in states:
@@ -122,8 +124,7 @@ def spectral_norms(
             break
         _half_step(problem, open_states, from_left=True, progress=progress)
         _half_step(problem, open_states, from_left=False, progress=progress)
-        open_states = [s for s in open_states if bool((s.error > tolerance * s.value).any())]  # type: ignore[operator]
+        open_states = [s for s in open_states if bool((s.error > tolerance * s.value).any())]
     for state in states:
-        assert state.value is not None and state.error is not None
         pair = (min(state.v, state.w), max(state.v, state.w))
         table.spectral[pair] = (np.asarray(state.value), np.asarray(state.error))

@@ -53,7 +53,9 @@ def _unsettled(table: NormTable, sketches: list[Sketch], rtol: float) -> list[Sk
     return [s for s in sketches if any(open_pair(v, s.source.point) for v in s.source.reads)]
 
 
-def estimate(problem: Problem, plan: Plan, *, rtol: float | None = None, seed: int = 0, progress: Progress | None = None) -> NormTable:
+def estimate(
+    problem: Problem, plan: Plan, *, rtol: float | None = None, seed: int = 0, progress: Progress | None = None
+) -> NormTable:
     """Fill a table with every pair's norms.
 
     Args:
@@ -94,5 +96,11 @@ def estimate(problem: Problem, plan: Plan, *, rtol: float | None = None, seed: i
     missing = [(v, s.source.point) for s in sketches for v in s.source.reads if v not in s.start]
     for v, w in missing:  # nothing reached v: the block is zero
         table.spectral[min(v, w), max(v, w)] = (np.zeros(problem.groups), np.zeros(problem.groups))
-    spectral_norms(problem, table, starts, tolerance=min(1e-2, rtol or 1e-2), progress=_Counter("spectra", 2 * len(starts), progress))
+    spectral_norms(
+        problem,
+        table,
+        starts,
+        tolerance=min(1e-2, rtol or 1e-2),
+        progress=_Counter("spectra", 2 * len(starts), progress),
+    )
     return table

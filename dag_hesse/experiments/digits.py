@@ -72,8 +72,12 @@ def write(report: CurvatureReport, place: Path) -> None:
 def main(arguments: Sequence[str] = ()) -> None:
     """Train both networks, print and write their maps at init and after training."""
     parser = argparse.ArgumentParser(prog="python -m dag_hesse.experiments digits", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60, help="training time of each network (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder to write to (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="training time of each network (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-report"), help="folder to write to (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     images, labels = load_digits()
     held_out, rest = slice(0, 297), slice(297, None)

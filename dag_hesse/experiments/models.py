@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -119,7 +120,7 @@ def resnet50(classes: int = 1000, activation: Activation = nn.ReLU, width: int =
 def mlp(sizes: Sequence[int], activation: Activation = nn.ReLU) -> nn.Sequential:
     """Linear layers of the given sizes with activations between them."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), activation()]
     return nn.Sequential(*layers[:-1])
 

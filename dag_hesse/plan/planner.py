@@ -60,9 +60,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
         names = self.structure.names
-        rows = [
-            {**asdict(s), "point": names[s.point], "reads": [names[k] for k in s.reads]} for s in self.sources
-        ]
+        rows = [{**asdict(s), "point": names[s.point], "reads": [names[k] for k in s.reads]} for s in self.sources]
         return {
             "points": list(names),
             "method": self.method.tolist(),
@@ -77,20 +75,25 @@ class Plan:
     def __str__(self) -> str:
         names = self.structure.names
         width = max(len(name) for name in names)
-        lines = [f"plan: {self.flops / 1e9:.2f} GFLOP, {self.chunk} probes a sweep, {self.peak_bytes / 2**20:.0f} MiB peak"]
+        lines = [
+            f"plan: {self.flops / 1e9:.2f} GFLOP, {self.chunk} probes a sweep, {self.peak_bytes / 2**20:.0f} MiB peak"
+        ]
         if self.gram_columns:
-            lines.append(f"gram: {self.gram_columns} reverse sweeps, {self.gram_cost.flops / 1e9:.2f} GFLOP, all points")
+            lines.append(
+                f"gram: {self.gram_columns} reverse sweeps, {self.gram_cost.flops / 1e9:.2f} GFLOP, all points"
+            )
         for s in self.sources:
             reads = ", ".join(names[k] for k in s.reads)
-            lines.append(f"{names[s.point]:<{width}}  {s.method:<6} {s.probes:>6} probes  {s.flops / 1e9:>9.2f} GFLOP  reads {reads}")
+            lines.append(
+                f"{names[s.point]:<{width}}  {s.method:<6} {s.probes:>6} probes  {s.flops / 1e9:>9.2f} GFLOP"
+                f"  reads {reads}"
+            )
         return "\n".join(lines)
 
 
 def _dims(graph: CurvatureGraph, batch_mode: str) -> list[int]:
     whole = batch_mode == "joint" and not graph.separable
-    return [
-        graph.nodes[p.sites[0]].numel if whole and p.kind == "activation" else p.dim for p in graph.points
-    ]
+    return [graph.nodes[p.sites[0]].numel if whole and p.kind == "activation" else p.dim for p in graph.points]
 
 
 def _gram_columns(graph: CurvatureGraph, batch_mode: str) -> tuple[int, int]:
@@ -108,7 +111,15 @@ def _nested_out(graph: CurvatureGraph) -> bool:
     return any(graph.descendants([a])[b] for a in graph.out for b in graph.out if a != b)
 
 
-def _want_gram(graphs: Sequence[CurvatureGraph], dims: list[int], mode: str, batch_mode: str, probes: int, budget: int, itemsize: int) -> bool:
+def _want_gram(
+    graphs: Sequence[CurvatureGraph],
+    dims: list[int],
+    mode: str,
+    batch_mode: str,
+    probes: int,
+    budget: int,
+    itemsize: int,
+) -> bool:
     if mode in ("exact", "probes") or any(_nested_out(graph) for graph in graphs):
         return False
     after_out = graphs[0].loss_subgraph
@@ -124,18 +135,26 @@ def _want_gram(graphs: Sequence[CurvatureGraph], dims: list[int], mode: str, bat
     return affordable and rows <= _GRAM_ROWS and held <= budget
 
 
-def _check_exact(names: Sequence[str], dims: list[int], pairs: list[tuple[int, int]], itemsize: int, groups: int, budget: int) -> None:
+def _check_exact(
+    names: Sequence[str], dims: list[int], pairs: list[tuple[int, int]], itemsize: int, groups: int, budget: int
+) -> None:
     worst = max(pairs, key=lambda pair: dims[pair[0]] * dims[pair[1]], default=None)
     if worst is None:
         return
     source = min(worst, key=lambda k: dims[k])
-    need = 4 * groups * itemsize * dims[source] * sum(dims[v] for v in range(len(dims)) if (v, source) in pairs or (source, v) in pairs)
+    need = (
+        4
+        * groups
+        * itemsize
+        * dims[source]
+        * sum(dims[v] for v in range(len(dims)) if (v, source) in pairs or (source, v) in pairs)
+    )
     if need > budget:
         side = int((budget / (4 * groups * itemsize)) ** 0.5)
         raise MemoryBudgetError(
             f"mode='exact' needs {need / 2**30:.1f} GiB for the blocks of '{names[source]}' (block "
-            f"{dims[worst[0]]} × {dims[worst[1]]}), {budget / 2**30:.1f} GiB are allowed, which is enough for blocks of "
-            f"about {side} × {side}: raise memory=, choose smaller points, or use mode='auto' or 'probes'."
+            f"{dims[worst[0]]} × {dims[worst[1]]}), {budget / 2**30:.1f} GiB are allowed, which is enough for blocks "
+            f"of about {side} × {side}: raise memory=, choose smaller points, or use mode='auto' or 'probes'."
         )
 
 

@@ -36,6 +36,15 @@ def write_whole(path: str | Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+
+    def write(place: Path) -> None:
+        place.write_text(text, encoding="utf-8")
+
+    write_whole(path, write)
+
+
 def _plain(array: np.ndarray) -> Any:
     if array.dtype.kind != "f":
         return array.tolist()
@@ -65,12 +74,12 @@ def to_dict(report: CurvatureReport) -> dict[str, Any]:
 def write_json(report: CurvatureReport, path: str | Path) -> None:
     """Write :func:`to_dict` as JSON."""
     text = json.dumps(to_dict(report), indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(path, lambda place: place.write_text(text + "\n", encoding="utf-8") and None)
+    write_text(path, text + "\n")
 
 
 def save(report: CurvatureReport, path: str | Path) -> None:
     """Write arrays as safetensors, everything else as JSON in its header."""
-    arrays = {"distance": report.distance, "rank_bound": report.rank_bound}
+    arrays: dict[str, np.ndarray] = {"distance": report.distance, "rank_bound": report.rank_bound}
     for name in METRICS:
         arrays[f"value.{name}"], arrays[f"stderr.{name}"] = report.values[name], report.stderr[name]
     header = {
@@ -100,7 +109,8 @@ def load(path: str | Path) -> CurvatureReport:
     if header.get("format") != FORMAT:
         raise OptionError(f"'{path}' has format {header.get('format')!r}; expected {FORMAT!r}.")
     points = tuple(
-        Point(p["name"], tuple(p["shape"]), p["dim"], p["kind"], tuple(p["sites"])) for p in json.loads(header["points"])
+        Point(p["name"], tuple(p["shape"]), p["dim"], p["kind"], tuple(p["sites"]))
+        for p in json.loads(header["points"])
     )
     return CurvatureReport(
         points,

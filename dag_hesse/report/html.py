@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dag_hesse.errors import OptionError
 from dag_hesse.estimate import METRICS
-from dag_hesse.report.files import write_whole
+from dag_hesse.report.files import write_text
 from dag_hesse.report.report import CurvatureReport
 from dag_hesse.report.text import facts, number
 
@@ -54,4 +54,4 @@ def write_html(report: CurvatureReport, path: str | Path) -> None:
         f'<h1>{title}</h1>{lines}<div class="wide">{_svg(report)}</div>{tables}'
         "<p>± is the relative standard error of an estimate; hover a cell for its method.</p></html>\n"
     )
-    write_whole(path, lambda place: place.write_text(page, encoding="utf-8") and None)
+    write_text(path, page)

@@ -79,7 +79,9 @@ def overview(report: CurvatureReport, metrics: Sequence[str]) -> Any:
         heat_map(grid[0, k], report, metric)
         against_distance(grid[1, k], report, metric)
     facts = report.facts
-    figure.suptitle(f"{facts['model']} · {facts['space']} space · batch {facts['batch_size']} ({facts['batch_mode']})", fontsize=11)
+    figure.suptitle(
+        f"{facts['model']} · {facts['space']} space · batch {facts['batch_size']} ({facts['batch_mode']})", fontsize=11
+    )
     return figure
 
 

@@ -30,7 +30,7 @@ def number(value: float, error: float, method: str) -> str:
 
 
 def _table(report: CurvatureReport, metric: str) -> Table:
-    table = Table(title=_TITLES[metric], title_justify="left", show_edge=False, pad_edge=False, header_style="bold")
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
     for name in report.names:
         table.add_column(name, justify="right", no_wrap=True)
@@ -47,7 +47,8 @@ def facts(report: CurvatureReport) -> list[str]:
     counts = {m: int((report.method["resonance"] == m).sum()) for m in ("exact", "gram", "probes", "zero")}
     used = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     lines = [
-        f"{f['model']}: {len(report.points)} {f['space']} points, loss {f['loss']:.4g}, batch {f['batch_size']} ({f['batch_mode']})",
+        f"{f['model']}: {len(report.points)} {f['space']} points, loss {f['loss']:.4g}, "
+        f"batch {f['batch_size']} ({f['batch_mode']})",
         f"blocks: {used}; {f['sweeps']} sweeps; {f['seconds']['total']:.2f} s",
     ]
     if f["space"] == "parameter" and len(report.points) > 1:
@@ -59,11 +60,9 @@ def facts(report: CurvatureReport) -> list[str]:
 
 def render(report: CurvatureReport, width: int | None = None) -> str:
     """The whole report as plain text; ± gives the relative standard error of an estimate."""
-    tables = [_table(report, metric) for metric in _TITLES]
-    blank = Text("")
-    parts = [Text(line) for line in facts(report)]
-    for table in tables:
-        parts += [blank, table]  # type: ignore[list-item]
+    parts: list[Text | Table] = [Text(line) for line in facts(report)]
+    for metric, title in _TITLES.items():
+        parts += [Text(""), Text(title), _table(report, metric)]
     buffer = io.StringIO()
     wide = width or 24 + 16 * (len(report.points) + 1)
     Console(file=buffer, width=wide, color_system=None, legacy_windows=False).print(Group(*parts))

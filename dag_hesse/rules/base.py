@@ -7,7 +7,7 @@ carries one leading probe axis: tangents are (probes, *input), cotangents (probe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -111,7 +111,9 @@ def _run(call: Call, inputs: tuple[Tensor, ...]) -> Tensor:
 class _Linear(Linearized):
     def __init__(self, call: Call, forward: Forward, transpose: Transpose) -> None:
         # Shapes are all that is needed of the active inputs: let their storage go.
-        kept = tuple(v.new_empty(()).expand(v.shape) if on else v for v, on in zip(call.values, call.active, strict=True))
+        kept = tuple(
+            v.new_empty(()).expand(v.shape) if on else v for v, on in zip(call.values, call.active, strict=True)
+        )
         self.call = Call(call.node, kept, call.out.new_empty(()).expand(call.out.shape), call.active)
         self.forward, self.transpose = forward, transpose
 
@@ -207,7 +209,9 @@ def binary(
 
     def partials(call: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
         a, b, y = call.argument(0), call.argument(1, "other"), call.out
-        slots = {position: slot for position in (0, 1) if (slot := call.slot(position)) is not None and call.active[slot]}
+        slots = {
+            position: slot for position in (0, 1) if (slot := call.slot(position)) is not None and call.active[slot]
+        }
         first = {slot: firsts[position](a, b, y) for position, slot in slots.items()}
         second = {
             (i, j): d(a, b, y)

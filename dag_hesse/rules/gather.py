@@ -96,10 +96,6 @@ def _select_scatter(c: Call, g: Tensor, slot: int) -> Tensor:
     return g.select(dim, index) if slot == 1 else aten.select_scatter(g, g.new_zeros(c.shape(1)), dim, index)
 
 
-def _copy(c: Call, g: Tensor, slot: int) -> Tensor:
-    return torch.zeros_like(g) if slot == 0 else g.sum_to_size(c.shape(1))
-
-
 @final
 class _Picked(Linearized):
     """Output elements are input elements along ``dim``, at saved indices (max.dim, sort, topk, …)."""
@@ -198,10 +194,17 @@ TABLE: dict[str, Rule] = {
     "aten._unsafe_index_put.default": _rows(_index_put),
     "aten.slice_scatter.default": _rows(_slice_scatter),
     "aten.select_scatter.default": _rows(_select_scatter),
-    "aten.copy.default": _rows(_copy),
     **{
         f"aten.{name}": _picked
-        for name in ("max.dim", "min.dim", "sort.default", "topk.default", "kthvalue.default", "median.dim", "mode.default")
+        for name in (
+            "max.dim",
+            "min.dim",
+            "sort.default",
+            "topk.default",
+            "kthvalue.default",
+            "median.dim",
+            "mode.default",
+        )
     },
     "aten.amax.default": _extremum,
     "aten.amin.default": _extremum,

@@ -52,7 +52,15 @@ def _rms_norm(x: Tensor, shape: list[int], weight: Any, eps: float | None) -> tu
 
 
 def _batch_norm(
-    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float, outputs: int = 3
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    outputs: int = 3,
 ) -> tuple[Tensor, ...]:
     shape = _channels(x)
     if training or mean is None:
@@ -69,8 +77,10 @@ def _batch_norm_no_stats(x: Tensor, weight: Any, bias: Any, training: bool, mome
     return _batch_norm(x, weight, bias, None, None, training, momentum, eps)
 
 
-def _cudnn_batch_norm(*args: Any) -> tuple[Tensor, ...]:
-    return _batch_norm(*args, outputs=4)
+def _cudnn_batch_norm(
+    x: Tensor, w: Any, b: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
+) -> tuple[Tensor, ...]:
+    return _batch_norm(x, w, b, mean, var, training, momentum, eps, outputs=4)
 
 
 def _batch_norm_with_update(x: Tensor, w: Any, b: Any, mean: Any, var: Any, momentum: float, eps: float) -> Any:
@@ -162,7 +172,13 @@ def _vector_norm(x: Tensor, order: Any = 2, dim: Any = None, keepdim: bool = Fal
     return x.abs().pow(order).sum(dims, keepdim=keepdim).pow(1 / order)
 
 
-def _max_pool1d(x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil: bool = False) -> Tensor:
+def _copy(into: Tensor, x: Tensor, non_blocking: bool = False) -> Tensor:
+    return x.to(dtype=into.dtype, device=into.device).expand(into.shape).clone()
+
+
+def _max_pool1d(
+    x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil: bool = False
+) -> Tensor:
     def wide(value: Any, neutral: int) -> list[int]:
         return [neutral, *([value] if isinstance(value, int) else value)]
 
@@ -185,6 +201,7 @@ LOWERINGS: Mapping[Any, Callable[..., Any]] = {
     aten._batch_norm_with_update.default: _batch_norm_with_update,
     aten._batch_norm_no_update.default: _batch_norm_no_update,
     aten.cudnn_batch_norm.default: _cudnn_batch_norm,
+    aten.copy.default: _copy,
     aten.addmm.default: _addmm,
     aten.baddbmm.default: _addmm,
     aten.addbmm.default: _addbmm,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class _Opaque(Linearized):
         ]
 
 
-def _on_tape(fn: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def _on_tape(fn: Callable[[], Any]) -> Any:
     with torch.enable_grad():
         return fn()
 

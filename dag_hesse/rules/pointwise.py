@@ -164,8 +164,8 @@ SMOOTH: dict[str, Rule] = {
         lambda c: torch.sigmoid(-_x(c)), lambda c: -torch.sigmoid(_x(c)) * torch.sigmoid(-_x(c))
     ),
     "aten.erf.default": pointwise(
-        lambda c: 2 / math.sqrt(math.pi) * torch.exp(-_x(c) ** 2),
-        lambda c: -4 / math.sqrt(math.pi) * _x(c) * torch.exp(-_x(c) ** 2),
+        lambda c: 2 / math.sqrt(math.pi) * torch.exp(-(_x(c) ** 2)),
+        lambda c: -4 / math.sqrt(math.pi) * _x(c) * torch.exp(-(_x(c) ** 2)),
     ),
     "aten.silu.default": pointwise(_silu_d1, _silu_d2),
     "aten.gelu.default": pointwise(_gelu_d1, _gelu_d2),
@@ -234,7 +234,7 @@ def _scaled_sum(sign: float) -> Rule:
 
 
 def _where(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
-    condition, first = c.argument(0), {}
+    condition, first = c.argument(0), dict[int, Coefficient]()
     for position, picked in ((1, condition), (2, ~condition)):
         slot = c.slot(position)
         if slot is not None and c.active[slot]:
@@ -243,7 +243,7 @@ def _where(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coeff
 
 
 def _masked_fill(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
-    mask, first = c.argument(1), {}
+    mask, first = c.argument(1), dict[int, Coefficient]()
     slot, value_slot = c.slot(0), c.slot(2)
     if slot is not None:
         first[slot] = _mask(~mask, c.out)

@@ -136,7 +136,7 @@ def _pool(backward: Callable[..., Tensor], parameters: Sequence[tuple[int, str, 
     return linear(transpose)
 
 
-_AVERAGE = [
+_AVERAGE: list[tuple[int, str, Any]] = [
     (1, "kernel_size", None),
     (2, "stride", []),
     (3, "padding", 0),
@@ -166,7 +166,17 @@ def _im2col(c: Call, g: Tensor, slot: int) -> Tensor:
     return aten.col2im(g, list(c.shape()[-2:]), *c.node.args[1:])
 
 
-_VIEWS = ["view", "_unsafe_view", "reshape", "clone", "alias", "lift_fresh_copy", "squeeze", "unsqueeze", "_reshape_alias"]
+_VIEWS = [
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "clone",
+    "alias",
+    "lift_fresh_copy",
+    "squeeze",
+    "unsqueeze",
+    "_reshape_alias",
+]
 
 TABLE: dict[str, Rule] = {
     **{f"aten.{name}.default": linear(_reshape) for name in _VIEWS},

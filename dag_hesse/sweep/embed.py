@@ -1,7 +1,7 @@
 """Between vectors of a point and tensors of its nodes: the three meanings of the batch axis (design §2.3).
 
 Vectors are (probes, groups, dim). ``"sum"``: one vector for all samples, read as the sum over samples (one group).
-``"each"``: one vector per sample (a group each). ``"whole"``: one vector over the whole tensor (one group).
+``"each"``: one vector per sample (a group each). ``"whole"``: one vector, sample behind sample (one group).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _factors(shape: Sequence[int], layout: BatchLayout) -> tuple[int, int, int, 
 def to_tensor(z: Tensor, shape: Sequence[int], layout: BatchLayout | None, how: str) -> Tensor:
     """Vectors (probes, groups, dim) -> perturbation (probes, *shape)."""
     probes = z.shape[0]
-    if layout is None or how == "whole":
+    if layout is None:
         return z.reshape(probes, *shape)
     before, outer, batch, inner, after = _factors(shape, layout)
     if how == "sum":
@@ -39,13 +39,13 @@ def to_tensor(z: Tensor, shape: Sequence[int], layout: BatchLayout | None, how: 
 def to_vector(x: Tensor, shape: Sequence[int], layout: BatchLayout | None, how: str) -> Tensor:
     """Adjoint (probes, *shape) -> vectors (probes, groups, dim): the transpose of :func:`to_tensor`."""
     probes = x.shape[0]
-    if layout is None or how == "whole":
+    if layout is None:
         return x.reshape(probes, 1, -1)
     before, outer, batch, inner, after = _factors(shape, layout)
     split = x.reshape(probes, before, outer, batch, inner, after)
     if how == "sum":
         return split.sum(3).reshape(probes, 1, -1)
-    return split.permute(0, 3, 1, 2, 4, 5).reshape(probes, batch, -1)
+    return split.permute(0, 3, 1, 2, 4, 5).reshape(probes, 1 if how == "whole" else batch, -1)
 
 
 def seed(graph: CurvatureGraph, point: Point, z: Tensor, how: str) -> dict[int, Tensor]:
@@ -54,9 +54,7 @@ def seed(graph: CurvatureGraph, point: Point, z: Tensor, how: str) -> dict[int, 
         return {k: to_tensor(z, graph.nodes[k].shape, graph.layouts[k], how) for k in point.sites}
     sizes = [graph.nodes[k].numel for k in point.sites]
     pieces = z.split(sizes, dim=-1)
-    return {
-        k: to_tensor(piece, graph.nodes[k].shape, None, how) for k, piece in zip(point.sites, pieces, strict=True)
-    }
+    return {k: to_tensor(piece, graph.nodes[k].shape, None, how) for k, piece in zip(point.sites, pieces, strict=True)}
 
 
 def read(graph: CurvatureGraph, point: Point, data: dict[int, Tensor], like: Tensor, how: str) -> Tensor:
@@ -65,7 +63,9 @@ def read(graph: CurvatureGraph, point: Point, data: dict[int, Tensor], like: Ten
     for k in point.sites:
         shape, layout = graph.nodes[k].shape, graph.layouts[k] if point.kind == "activation" else None
         x = data.get(k)
-        vectors.append(to_vector(like.new_zeros(1).expand(like.shape[0], *shape) if x is None else x, shape, layout, how))
+        vectors.append(
+            to_vector(like.new_zeros(1).expand(like.shape[0], *shape) if x is None else x, shape, layout, how)
+        )
     if point.kind == "parameter":
         return torch.cat(vectors, dim=-1)
     return torch.stack(vectors).sum(0) if len(vectors) > 1 else vectors[0]

@@ -15,7 +15,7 @@ from dag_hesse.rules.table import pairs_of
 
 
 class Linearization:
-    """A graph linearized at one batch: per node a :class:`~dag_hesse.rules.Linearized`, second-order terms weighted by λ.
+    """A graph linearized at one batch: a :class:`~dag_hesse.rules.Linearized` a node, second-order terms λ-weighted.
 
     Args:
         graph: captured graph with points.
@@ -102,7 +102,9 @@ class Linearization:
     def _backward(self) -> None:
         """Propagate λ down to the curved nodes and let them keep what they need of it."""
         wanted = self.graph.descendants(self.kept)
-        lam: dict[int, Tensor] = {self.graph.loss: torch.ones_like(self.loss).reshape(self.graph.nodes[self.graph.loss].shape)}
+        lam: dict[int, Tensor] = {
+            self.graph.loss: torch.ones_like(self.loss).reshape(self.graph.nodes[self.graph.loss].shape)
+        }
         for node in reversed(self.graph.nodes):
             mine = lam.pop(node.index, None)
             call = self.calls.get(node.index)

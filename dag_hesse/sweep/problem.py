@@ -87,7 +87,9 @@ class Problem:
                 scale = float(batch.size) if graph.mean_loss else 1.0
                 self.entries += [Entry(graph, batch, scale, sample=b) for b in range(batch.size)]
             elif batch_mode == "per_sample":
-                self.entries.append(Entry(graph, batch, float(batch.size) if graph.mean_loss else 1.0, None, batch.size))
+                self.entries.append(
+                    Entry(graph, batch, float(batch.size) if graph.mean_loss else 1.0, None, batch.size)
+                )
             else:
                 scale = batch.size / total if graph.mean_loss and batch_mode == "shared" else 1.0
                 self.entries.append(Entry(graph, batch, scale, None, batch.size if self.how == "each" else 1))
@@ -165,7 +167,9 @@ class Problem:
         """The points as nodes of this entry's graph."""
         return entry.graph.points
 
-    def run(self, requests: Sequence[Request], *, split: bool = True, progress: Callable[[int], None] | None = None) -> list[dict[int, Blocks]]:
+    def run(
+        self, requests: Sequence[Request], *, split: bool = True, progress: Callable[[int], None] | None = None
+    ) -> list[dict[int, Blocks]]:
         """Sweep all requests through all entries.
 
         Returns:
