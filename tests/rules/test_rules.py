@@ -1,0 +1,164 @@
+"""Every row of the rule table against differences, inner products and nested autograd of the op itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dag_hesse.ir.node import Node, Ref, execute
+from dag_hesse.rules import RULES, Call
+from tests.oracle import error
+from tests.rules.samples import SAMPLES, Sample
+
+PROBES = 2
+ONCE = {"aten.hardsigmoid.default"}  # torch cannot differentiate it twice; it is linear almost everywhere
+
+
+def _op(name: str) -> Any:
+    namespace, packet, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+
+
+def make_call(name: str, sample: Sample, dtype: torch.dtype = torch.float64, special: float | None = None) -> Call:
+    """A call of the op on fresh arguments, all floating-point inputs active."""
+    values: list[Tensor] = []
+
+    def place(arg: Any) -> Any:
+        if isinstance(arg, Tensor):
+            if arg.is_floating_point():
+                arg = arg.to(dtype)
+                if special is not None and not values:
+                    arg.reshape(-1)[0::2] = special
+            values.append(arg)
+            return Ref(len(values) - 1)
+        if isinstance(arg, list):
+            return [place(item) for item in arg]
+        return arg
+
+    args = tuple(place(arg) for arg in sample.make())
+    options = dict(sample.options)
+    if "dtype" in options:
+        options["dtype"] = dtype
+    fields = dict(index=len(values), op=name, target=_op(name), args=args, kwargs=options, output=sample.output)
+    node = Node(inputs=tuple(range(len(values))), shape=(), dtype=dtype, kind=RULES[name].kind, **fields)
+    out = execute(node, values)
+    node.shape = tuple(out.shape)
+    return Call(node, tuple(values), out, tuple(v.is_floating_point() for v in values))
+
+
+def _slots(call: Call) -> list[int]:
+    return [slot for slot, on in enumerate(call.active) if on]
+
+
+def _run(call: Call, changed: dict[int, Tensor]) -> Tensor:
+    return execute(call.node, [changed.get(slot, value) for slot, value in enumerate(call.values)])
+
+
+def _autograd(call: Call, lam: Tensor, tangents: dict[int, Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """(Dᵀλ, Σ_j T·λ ẋ_j) per slot by nested autograd of the op on fresh leaves."""
+    leaves = {slot: call.values[slot].clone().requires_grad_() for slot in tangents}
+    # What the op may save as its own output must not be a leaf of ours.
+    out = _run(call, {slot: leaf + 0 for slot, leaf in leaves.items()})
+    zero = {slot: torch.zeros_like(leaf) for slot, leaf in leaves.items()}
+    if not out.requires_grad:
+        return zero, zero
+    order = list(leaves)
+    first = torch.autograd.grad(out, [leaves[k] for k in order], lam, create_graph=True, allow_unused=True)
+    terms = [(g * tangents[k]).sum() for k, g in zip(order, first, strict=True) if g is not None and g.requires_grad]
+    second: Any = [None] * len(order)
+    if terms and call.node.op not in ONCE:
+        second = torch.autograd.grad(sum(terms), [leaves[k] for k in order], allow_unused=True)
+    fill = lambda found: {k: zero[k] if g is None else g.detach() for k, g in zip(order, found, strict=True)}  # noqa: E731
+    return fill(first), fill(second)
+
+
+ROWS = [
+    pytest.param(name, sample, id=f"{name}-{k}") for name, found in SAMPLES.items() for k, sample in enumerate(found)
+]
+
+
+def test_the_samples_cover_the_table() -> None:
+    assert set(SAMPLES) == set(RULES)
+
+
+@pytest.mark.parametrize("name, sample", ROWS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+def test_products(name: str, sample: Sample, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    call = make_call(name, sample, dtype)
+    tolerance = 1e-10 if dtype is torch.float64 else 2e-4
+    lin = RULES[name].linearize(call)
+    tangents = {slot: torch.randn(PROBES, *call.shape(slot), dtype=dtype) for slot in _slots(call)}
+    pushed = lin.jvp(tangents)
+    assert pushed.shape == (PROBES, *call.out.shape)
+    assert pushed.dtype == dtype
+    if dtype is torch.float64 and sample.differences:
+        for k in range(PROBES):  # jvp by central differences
+            step = {slot: 1e-5 * tangent[k] for slot, tangent in tangents.items()}
+            ahead = _run(call, {slot: call.values[slot] + d for slot, d in step.items()})
+            back = _run(call, {slot: call.values[slot] - d for slot, d in step.items()})
+            assert error(pushed[k], (ahead - back) / 2e-5, 1e-3) < 2e-8
+    cotangent = torch.randn(PROBES, *call.out.shape, dtype=dtype)
+    pulled = {slot: lin.vjp(cotangent, slot) for slot in tangents}
+    inner = sum((pulled[slot] * tangents[slot]).sum() for slot in tangents)  # ⟨Dᵀḡ, ẋ⟩ = ⟨ḡ, Dẋ⟩
+    scale = float(cotangent.norm() * pushed.norm())
+    assert abs(float(inner - (cotangent * pushed).sum())) <= tolerance * max(scale, 1.0)
+    for slot, value in pulled.items():
+        assert value.shape == tangents[slot].shape
+    # one slot at a time is what a graph with other inputs constant does
+    alone = sum(lin.jvp({slot: tangent}) for slot, tangent in tangents.items())
+    assert error(alone, pushed, 1e-3) < tolerance
+
+
+@pytest.mark.parametrize("name, sample", [row for row in ROWS if row.values[1].autograd])
+def test_second_order(name: str, sample: Sample) -> None:
+    torch.manual_seed(1)
+    call = make_call(name, sample)
+    rule = RULES[name]
+    lin, pairs, slots = rule.linearize(call), rule.pairs(call.node), _slots(call)
+    lam = torch.randn_like(call.out)
+    lin.curve(lam)
+    full = {slot: torch.randn(PROBES, *call.shape(slot), dtype=torch.float64) for slot in slots}
+    for given in [full, *({slot: full[slot]} for slot in slots)]:
+        for k in range(PROBES):
+            rest = {slot: torch.zeros_like(call.values[slot]) for slot in slots}
+            pulled, bent = _autograd(call, lam, {**rest, **{slot: t[k] for slot, t in given.items()}})
+            for slot in slots:
+                assert error(lin.vjp(lam.unsqueeze(0), slot)[0], pulled[slot], 1e-3) < 1e-10
+                found = lin.second(given, slot)
+                zero = torch.zeros_like(call.values[slot])
+                assert error(zero if found is None else found[k], bent[slot], 1e-3) < 1e-9
+                if not any((slot, other) in pairs for other in given):
+                    assert found is None  # structure says so, and nobody computes it
+    for i, j in pairs:
+        assert (j, i) in pairs
+        left = lin.second({j: full[j]}, i)
+        right = lin.second({i: full[i]}, j)
+        assert left is not None and right is not None
+        assert abs(float((left[0] * full[i][0]).sum() - (right[0] * full[j][0]).sum())) < 1e-9
+
+
+SPECIAL = [
+    pytest.param(name, sample, point, id=f"{name}-{point}")
+    for name, found in SAMPLES.items()
+    for sample in found
+    for point in sample.special
+]
+
+
+@pytest.mark.parametrize("name, sample, point", SPECIAL)
+def test_conventions_at_kinks_are_those_of_autograd(name: str, sample: Sample, point: float) -> None:
+    torch.manual_seed(2)
+    call = make_call(name, sample, special=point)
+    lin, slots = RULES[name].linearize(call), _slots(call)
+    lam = torch.randn_like(call.out)
+    lin.curve(lam)
+    tangents = {slot: torch.randn_like(call.values[slot]) for slot in slots}
+    pulled, bent = _autograd(call, lam, tangents)
+    for slot in slots:
+        assert error(lin.vjp(lam.unsqueeze(0), slot)[0], pulled[slot], 1e-3) < 1e-12
+        found = lin.second({k: t.unsqueeze(0) for k, t in tangents.items()}, slot)
+        assert error(torch.zeros_like(pulled[slot]) if found is None else found[0], bent[slot], 1e-3) < 1e-12
