@@ -78,7 +78,9 @@ def _sizes(n: int, *rest: Any) -> list[Sample]:
 
 def _convolutions() -> list[Sample]:
     def one(x: tuple[int, ...], w: tuple[int, ...], bias: bool, *rest: Any) -> Sample:
-        return s(lambda: (normal(*x), normal(*w), normal((rest[3] and w[1] * rest[5]) or w[0]) if bias else None, *rest))
+        return s(
+            lambda: (normal(*x), normal(*w), normal((rest[3] and w[1] * rest[5]) or w[0]) if bias else None, *rest)
+        )
 
     return [
         one((2, 3, 6), (4, 3, 3), True, [1], [1], [1], False, [0], 1),
@@ -109,11 +111,14 @@ SAMPLES: dict[str, list[Sample]] = {
     "aten.expand.default": [s(lambda: (normal(3, 1), [2, 3, 4])), s(lambda: (normal(1, 3), [4, -1]))],
     "aten.repeat.default": [s(lambda: (normal(2, 3), [2, 1, 3]))],
     "aten.slice.Tensor": [
-        s(lambda: (normal(5, 3), 0, 1, 5, 2)), s(lambda: (normal(2, 5), -1, -3, 9223372036854775807)), s(lambda: (normal(4, 2),)),
+        s(lambda: (normal(5, 3), 0, 1, 5, 2)),
+        s(lambda: (normal(2, 5), -1, -3, 9223372036854775807)),
+        s(lambda: (normal(4, 2),)),
     ],
     "aten.select.int": [s(lambda: (normal(3, 4), 1, -2))],
     "aten.cat.default": [
-        s(lambda: ([normal(2, 3), normal(4, 3)],)), s(lambda: ([normal(2, 1), normal(2, 2), normal(2, 3)], -1)),
+        s(lambda: ([normal(2, 3), normal(4, 3)],)),
+        s(lambda: ([normal(2, 1), normal(2, 2), normal(2, 3)], -1)),
     ],
     "aten.stack.default": [s(lambda: ([normal(2, 3), normal(2, 3)], 1))],
     "aten.flip.default": [s(lambda: (normal(2, 3, 2), [0, -1]))],
@@ -130,12 +135,17 @@ SAMPLES: dict[str, list[Sample]] = {
     "dag_hesse.tap.default": [s(lambda: (normal(2, 3), "name"))],
     # sums and pooling
     "aten.sum.default": unary(),
-    "aten.sum.dim_IntList": [s(lambda: (normal(2, 3, 4), [0, -1])), s(lambda: (normal(2, 3), [1], True)), s(lambda: (normal(2, 3), None))],
+    "aten.sum.dim_IntList": [
+        s(lambda: (normal(2, 3, 4), [0, -1])),
+        s(lambda: (normal(2, 3), [1], True)),
+        s(lambda: (normal(2, 3), None)),
+    ],
     "aten.mean.default": unary(),
     "aten.mean.dim": [s(lambda: (normal(2, 3, 4), [1])), s(lambda: (normal(2, 3), [-1], True))],
     "aten.cumsum.default": [s(lambda: (normal(2, 4), 1)), s(lambda: (normal(3, 2), 0))],
     "aten.avg_pool2d.default": [
-        s(lambda: (normal(1, 2, 4, 4), [2, 2])), s(lambda: (normal(1, 2, 5, 5), [3, 2], [2, 1], [1, 0], True, False)),
+        s(lambda: (normal(1, 2, 4, 4), [2, 2])),
+        s(lambda: (normal(1, 2, 5, 5), [3, 2], [2, 1], [1, 0], True, False)),
         s(lambda: (normal(1, 1, 4, 4), [2, 2], [1, 1], [0, 0], False, True, 3)),
     ],
     "aten.avg_pool3d.default": [s(lambda: (normal(1, 2, 4, 3, 4), [2, 2, 2], [1, 1, 2]))],
@@ -148,7 +158,10 @@ SAMPLES: dict[str, list[Sample]] = {
     "aten.upsample_bicubic2d.default": _sizes(2, False),
     "aten.upsample_trilinear3d.default": _sizes(3, True),
     # elementwise
-    **{f"aten.{n}.default": unary() for n in ["neg", "exp", "exp2", "expm1", "sin", "cos", "tanh", "sinh", "cosh", "sigmoid", "erf", "silu", "mish"]},
+    **{
+        f"aten.{n}.default": unary()
+        for n in ["neg", "exp", "exp2", "expm1", "sin", "cos", "tanh", "sinh", "cosh", "sigmoid", "erf", "silu", "mish"]
+    },
     **{f"aten.{n}.default": unary(positive) for n in ["log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal"]},
     **{f"aten.{n}.default": unary(inside) for n in ["asin", "acos", "atan", "tan"]},
     **{f"aten.{n}.default": unary(apart) for n in ["floor", "ceil", "round", "trunc", "sign"]},
@@ -169,7 +182,8 @@ SAMPLES: dict[str, list[Sample]] = {
     "aten.clamp_min.default": unary(apart, 0.1),
     "aten.clamp_max.default": unary(apart, 0.1),
     "aten.clamp.Tensor": [
-        s(lambda: (apart(3, 4), inside(3, 4) / 100 - 0.23, inside(4) / 100 + 0.28)), s(lambda: (apart(3, 4), None, inside(3, 1) / 100)),
+        s(lambda: (apart(3, 4), inside(3, 4) / 100 - 0.23, inside(4) / 100 + 0.28)),
+        s(lambda: (apart(3, 4), None, inside(3, 1) / 100)),
     ],
     "aten.add.Tensor": [s(lambda: (normal(2, 3), normal(3))), s(lambda: (normal(2, 1), normal(2, 3)), alpha=2)],
     "aten.sub.Tensor": [s(lambda: (normal(2, 3), normal(1, 3)), alpha=3), s(lambda: (normal(3), normal()))],
@@ -179,12 +193,19 @@ SAMPLES: dict[str, list[Sample]] = {
     "aten.sub.Scalar": unary(normal, 1.5),
     "aten.mul.Scalar": unary(normal, 1.5),
     "aten.div.Scalar": unary(normal, 1.5),
-    "aten.pow.Tensor_Scalar": unary(positive, 2.5) + unary(normal, 3) + unary(normal, 1) + unary(normal, 0) + unary(normal, 2, special=_KINKS),
+    "aten.pow.Tensor_Scalar": unary(positive, 2.5)
+    + unary(normal, 3)
+    + unary(normal, 1)
+    + unary(normal, 0)
+    + unary(normal, 2, special=_KINKS),
     "aten.pow.Scalar": [s(lambda: (2.5, normal(3)))],
     "aten.pow.Tensor_Tensor": [s(lambda: (positive(2, 3), normal(3)))],
     "aten.maximum.default": [s(lambda: (apart(3, 2), apart(3, 2) + 0.03)), s(lambda: (apart(3, 2), normal() / 100))],
     "aten.minimum.default": [s(lambda: (apart(3, 2), apart(2) + 0.03))],
-    "aten.where.self": [s(lambda: (index(2, 3, 4).bool(), normal(3, 4), normal(4))), s(lambda: (index(2, 4).bool(), normal(3, 1), normal()))],
+    "aten.where.self": [
+        s(lambda: (index(2, 3, 4).bool(), normal(3, 4), normal(4))),
+        s(lambda: (index(2, 4).bool(), normal(3, 1), normal())),
+    ],
     "aten.masked_fill.Scalar": [s(lambda: (normal(3, 4), index(2, 4).bool(), -2.0))],
     "aten.masked_fill.Tensor": [s(lambda: (normal(3, 4), index(2, 3, 4).bool(), normal()))],
     # contractions
@@ -192,44 +213,69 @@ SAMPLES: dict[str, list[Sample]] = {
     "aten.bmm.default": [s(lambda: (normal(2, 3, 4), normal(2, 4, 2)))],
     "aten.convolution.default": _convolutions(),
     # gathers
-    "aten.index.Tensor": [s(lambda: (normal(4, 3), [index(4, 5)])), s(lambda: (normal(4, 3, 2), [None, index(3, 2, 2), index(2, 2, 1)]))],
+    "aten.index.Tensor": [
+        s(lambda: (normal(4, 3), [index(4, 5)])),
+        s(lambda: (normal(4, 3, 2), [None, index(3, 2, 2), index(2, 2, 1)])),
+    ],
     "aten._unsafe_index.Tensor": [s(lambda: (normal(4, 3), [None, index(3, 5)]))],
     "aten.index_select.default": [s(lambda: (normal(4, 3), 1, index(3, 5)))],
     "aten.gather.default": [s(lambda: (normal(4, 3), 1, index(3, 2, 4)))],
-    "aten.embedding.default": [s(lambda: (normal(5, 3), index(5, 2, 4))), Sample(lambda: (normal(5, 3), torch.tensor([1, 2, 1, 4]), 2), differences=False)],
+    "aten.embedding.default": [
+        s(lambda: (normal(5, 3), index(5, 2, 4))),
+        Sample(lambda: (normal(5, 3), torch.tensor([1, 2, 1, 4]), 2), differences=False),
+    ],
     "aten.scatter.src": [
-        s(lambda: (normal(3, 4), 1, torch.tensor([[0, 2], [3, 1]]), normal(2, 2))), Sample(lambda: (normal(3, 4), 1, torch.tensor([[0, 2], [3, 1]]), normal(3, 3)), autograd=False),
+        s(lambda: (normal(3, 4), 1, torch.tensor([[0, 2], [3, 1]]), normal(2, 2))),
+        Sample(lambda: (normal(3, 4), 1, torch.tensor([[0, 2], [3, 1]]), normal(3, 3)), autograd=False),
     ],
     "aten.scatter.value": [s(lambda: (normal(3, 4), 1, torch.tensor([[0, 2], [3, 1]]), 1.5))],
     "aten.scatter_add.default": [
-        s(lambda: (normal(3, 4), 1, index(4, 2, 3), normal(2, 3))), Sample(lambda: (normal(3, 4), 1, index(4, 2, 3), normal(3, 3)), autograd=False),
+        s(lambda: (normal(3, 4), 1, index(4, 2, 3), normal(2, 3))),
+        Sample(lambda: (normal(3, 4), 1, index(4, 2, 3), normal(3, 3)), autograd=False),
     ],
     "aten.index_add.default": [s(lambda: (normal(4, 3), 0, index(4, 5), normal(5, 3)), alpha=2)],
     "aten.index_put.default": [
-        s(lambda: (normal(4, 3), [torch.tensor([0, 2])], normal(2, 3))), s(lambda: (normal(4, 3), [index(4, 6)], normal(6, 3), True)),
+        s(lambda: (normal(4, 3), [torch.tensor([0, 2])], normal(2, 3))),
+        s(lambda: (normal(4, 3), [index(4, 6)], normal(6, 3), True)),
         s(lambda: (normal(4, 3), [None, torch.tensor([1])], normal())),
     ],
     "aten._unsafe_index_put.default": [s(lambda: (normal(4, 3), [index(4, 6)], normal(6, 3), True))],
     "aten.slice_scatter.default": [s(lambda: (normal(5, 2), normal(2, 2), 0, 1, 5, 2))],
     "aten.select_scatter.default": [s(lambda: (normal(3, 4), normal(3), 1, 2))],
-    **{f"aten.{n}.dim": [s(lambda: (apart(3, 4), 1), 0), s(lambda: (apart(3, 4), 0, True), 0)] for n in ("max", "min", "median")},
+    **{
+        f"aten.{n}.dim": [s(lambda: (apart(3, 4), 1), 0), s(lambda: (apart(3, 4), 0, True), 0)]
+        for n in ("max", "min", "median")
+    },
     "aten.sort.default": [s(lambda: (apart(3, 4), 0, True), 0)],
     "aten.topk.default": [s(lambda: (apart(3, 4), 2), 0), s(lambda: (apart(4, 3), 2, 0, False), 0)],
     "aten.kthvalue.default": [s(lambda: (apart(3, 4), 2), 0)],
     "aten.mode.default": [s(lambda: (apart(3, 4),), 0)],
-    "aten.amax.default": [s(lambda: (apart(3, 4), [1])), s(lambda: (apart(3, 4), [0, 1], True)), Sample(lambda: (torch.ones(3, 4, dtype=torch.float64), [1]), differences=False)],
+    "aten.amax.default": [
+        s(lambda: (apart(3, 4), [1])),
+        s(lambda: (apart(3, 4), [0, 1], True)),
+        Sample(lambda: (torch.ones(3, 4, dtype=torch.float64), [1]), differences=False),
+    ],
     "aten.amin.default": [s(lambda: (apart(3, 4), [-2]))],
     "aten.max.default": [s(lambda: (apart(3, 4),))],
     "aten.min.default": [s(lambda: (apart(3, 4),))],
     "aten.max_pool2d_with_indices.default": [
-        s(lambda: (apart(1, 2, 4, 5), [2, 2]), 0), s(lambda: (apart(1, 1, 6, 6), [3, 3], [2, 2], [1, 1]), 0), s(lambda: (apart(1, 1, 7, 7), [2, 2], [2, 2], [0, 0], [2, 2], True), 0),
+        s(lambda: (apart(1, 2, 4, 5), [2, 2]), 0),
+        s(lambda: (apart(1, 1, 6, 6), [3, 3], [2, 2], [1, 1]), 0),
+        s(lambda: (apart(1, 1, 7, 7), [2, 2], [2, 2], [0, 0], [2, 2], True), 0),
     ],
     "aten.max_pool3d_with_indices.default": [s(lambda: (apart(1, 1, 4, 4, 4), [2, 2, 2]), 0)],
     "aten.adaptive_max_pool2d.default": [s(lambda: (apart(1, 2, 5, 4), [2, 3]), 0)],
     "aten.adaptive_max_pool3d.default": [s(lambda: (apart(1, 1, 4, 3, 4), [2, 2, 2]), 0)],
     # rows
-    **{f"aten.{n}.default": [s(lambda: (normal(3, 4), -1, False)), s(lambda: (normal(3, 4), 0, False))] for n in ("_softmax", "_log_softmax")},
+    **{
+        f"aten.{n}.default": [s(lambda: (normal(3, 4), -1, False)), s(lambda: (normal(3, 4), 0, False))]
+        for n in ("_softmax", "_log_softmax")
+    },
     "aten._safe_softmax.default": [s(lambda: (normal(3, 4), -1))],
     "aten.logsumexp.default": [s(lambda: (normal(3, 4), [1])), s(lambda: (normal(2, 3, 4), [0, -1], True))],
-    "dag_hesse.standardize.default": [s(lambda: (normal(3, 5), [1], 1e-5, True)), s(lambda: (normal(4, 2, 3), [0, 2], 1e-3, True)), s(lambda: (normal(3, 5), [-1], 1e-6, False))],
-}  # fmt: skip
+    "dag_hesse.standardize.default": [
+        s(lambda: (normal(3, 5), [1], 1e-5, True)),
+        s(lambda: (normal(4, 2, 3), [0, 2], 1e-3, True)),
+        s(lambda: (normal(3, 5), [-1], 1e-6, False)),
+    ],
+}

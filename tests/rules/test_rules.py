@@ -14,6 +14,7 @@ from tests.oracle import error
 from tests.rules.samples import SAMPLES, Sample
 
 PROBES = 2
+LOOSE = {"aten.hardsigmoid.default": 1e-7}  # torch's backward kernel rounds 1/6 to float32
 ONCE = {"aten.hardsigmoid.default"}  # torch cannot differentiate it twice; it is linear almost everywhere
 
 
@@ -42,8 +43,18 @@ def make_call(name: str, sample: Sample, dtype: torch.dtype = torch.float64, spe
     options = dict(sample.options)
     if "dtype" in options:
         options["dtype"] = dtype
-    fields = dict(index=len(values), op=name, target=_op(name), args=args, kwargs=options, output=sample.output)
-    node = Node(inputs=tuple(range(len(values))), shape=(), dtype=dtype, kind=RULES[name].kind, **fields)
+    node = Node(
+        index=len(values),
+        op=name,
+        target=_op(name),
+        args=args,
+        kwargs=options,
+        inputs=tuple(range(len(values))),
+        shape=(),
+        dtype=dtype,
+        kind=RULES[name].kind,
+        output=sample.output,
+    )
     out = execute(node, values)
     node.shape = tuple(out.shape)
     return Call(node, tuple(values), out, tuple(v.is_floating_point() for v in values))
@@ -127,7 +138,7 @@ def test_second_order(name: str, sample: Sample) -> None:
             rest = {slot: torch.zeros_like(call.values[slot]) for slot in slots}
             pulled, bent = _autograd(call, lam, {**rest, **{slot: t[k] for slot, t in given.items()}})
             for slot in slots:
-                assert error(lin.vjp(lam.unsqueeze(0), slot)[0], pulled[slot], 1e-3) < 1e-10
+                assert error(lin.vjp(lam.unsqueeze(0), slot)[0], pulled[slot], 1e-3) < LOOSE.get(name, 1e-10)
                 found = lin.second(given, slot)
                 zero = torch.zeros_like(call.values[slot])
                 assert error(zero if found is None else found[k], bent[slot], 1e-3) < 1e-9
@@ -159,6 +170,6 @@ def test_conventions_at_kinks_are_those_of_autograd(name: str, sample: Sample, p
     tangents = {slot: torch.randn_like(call.values[slot]) for slot in slots}
     pulled, bent = _autograd(call, lam, tangents)
     for slot in slots:
-        assert error(lin.vjp(lam.unsqueeze(0), slot)[0], pulled[slot], 1e-3) < 1e-12
+        assert error(lin.vjp(lam.unsqueeze(0), slot)[0], pulled[slot], 1e-3) < LOOSE.get(name, 1e-12)
         found = lin.second({k: t.unsqueeze(0) for k, t in tangents.items()}, slot)
         assert error(torch.zeros_like(pulled[slot]) if found is None else found[0], bent[slot], 1e-3) < 1e-12
