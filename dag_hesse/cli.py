@@ -152,7 +152,10 @@ def _to(device: str, tree: Any) -> Any:
 def _analyze(options: argparse.Namespace) -> None:
     model, batch, *loss = load_spec(options.spec, options.batch, options.image, options.seed)
     if options.device != "cpu":
-        model, batch = model.to(options.device), _to(options.device, batch)
+        try:
+            model, batch = model.to(options.device), _to(options.device, batch)
+        except (RuntimeError, AssertionError) as error:
+            raise OptionError(f"--device {options.device} cannot be used: {error}") from error
     with progress_bar() as progress:
         report = analyze(
             model,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+import torch
+
 
 class DagHesseError(Exception):
     """Base class of every error raised by this package."""
@@ -48,6 +50,11 @@ class MemoryBudgetError(DagHesseError, MemoryError):
 
 class GraphError(DagHesseError, AssertionError):
     """A stage produced a graph that breaks the IR's rules (a bug in this package: please report it)."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or the device has run out of memory."""
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "not enough memory" in str(error)
 
 
 def suggest(name: str, known: Iterable[str], limit: int = 4) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -52,6 +51,24 @@ def _plain_backends() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch._C._set_mkldnn_enabled(onednn)
+
+
+@contextmanager
+def _custom_functions_refused() -> Iterator[None]:
+    """A trace would follow the forward of a custom autograd.Function and ignore its backward."""
+    apply = vars(torch.autograd.Function)["apply"]
+
+    def refuse(function: type, *args: Any, **kwargs: Any) -> None:
+        raise CaptureError(
+            f"the forward runs the custom autograd.Function '{function.__qualname__}', whose own backward a trace "
+            "would ignore: write it with differentiable ops instead (and switch activation checkpointing off)."
+        )
+
+    torch.autograd.Function.apply = classmethod(refuse)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply
 
 
 @contextmanager
@@ -173,11 +190,6 @@ def _explain(error: Exception) -> str:
             "the forward branches on tensor values (an `if`, `.item()` or `.tolist()` on data), so no one graph holds "
             f"for it: {text}"
         )
-    if re.search(r"autograd\.?Function|custom_function_call|setup_context", str(error)):
-        return (
-            "the forward runs a custom autograd.Function, whose own backward a trace of its forward would ignore: "
-            f"write it with differentiable ops instead. ({text})"
-        )
     return text
 
 
@@ -207,6 +219,7 @@ def trace_forward(model: nn.Module, batch: Batch, loss: Loss | None) -> tuple[fx
             enter(capturing())
             enter(torch.enable_grad())
             enter(_plain_backends())
+            enter(_custom_functions_refused())
             enter(fx_traceback.preserve_node_meta())
             enter(LossInputs(mark))
             gm = make_fx(

@@ -26,11 +26,16 @@ def _squares(x: Tensor | None, probes: int, groups: int) -> Array:
 
 
 def _controlled(samples: Array, control: Array, known: Array) -> Array:
-    """Subtract the part of each sample that a control of known mean explains (per group)."""
+    """Subtract the part of each sample that a control of known mean explains (per group).
+
+    What is left is spread by the degree of freedom that the fitted slope took, so that standard errors stay honest.
+    """
     centered = control - control.mean(0)
     variance = (centered**2).sum(0)
     slope = np.where(variance > 0, (centered * samples).sum(0) / np.where(variance > 0, variance, 1.0), 0.0)
-    return samples - slope * (control - known)
+    rest = samples - slope * (control - known)
+    mean, count = rest.mean(0), len(rest)
+    return mean + (rest - mean) * (max(count - 1, 1) / max(count - 2, 1)) ** 0.5
 
 
 class Sketch:

@@ -46,10 +46,13 @@ def _stable_rank(table: NormTable, pair: tuple[int, int], resonance: Norm) -> tu
     if table.mode == "per_sample":
         some = spectral > 0
         value = float((squares[some] / spectral[some] ** 2).mean())
-        off = float((error[some] / spectral[some]).mean())
+        off = float((np.broadcast_to(error, spectral.shape)[some] / spectral[some]).mean())
     else:
         top = int(spectral.argmax())
-        value, off = float(squares.sum() / spectral[top] ** 2), float(error[top] / spectral[top])
+        value, off = (
+            float(squares.sum() / spectral[top] ** 2),
+            float(np.broadcast_to(error, spectral.shape)[top] / spectral[top]),
+        )
     norm_part = 2 * resonance.stderr / resonance.value if resonance.value else 0.0
     return value, value * float(np.hypot(norm_part, 2 * off))
 

@@ -83,7 +83,7 @@ def _elu_d1(c: Call) -> Tensor:
 
 def _elu_d2(c: Call) -> Tensor:
     x, (negative, _, rate) = _x(c), _elu_scales(c)
-    return torch.where(x > 0, torch.zeros_like(x), negative * rate * rate * torch.exp(rate * x.clamp(max=0)))
+    return torch.where(x < 0, negative * rate * rate * torch.exp(rate * x.clamp(max=0)), torch.zeros_like(x))
 
 
 def _silu_d1(c: Call) -> Tensor:
@@ -182,7 +182,7 @@ PIECEWISE: dict[str, Rule] = {
     "aten.relu.default": piecewise_linear(lambda c: _mask(c.out > 0, c.out)),
     "aten.relu6.default": piecewise_linear(lambda c: _between(_x(c), 0, 6, closed=False)),
     "aten.leaky_relu.default": piecewise_linear(
-        lambda c: torch.where(_x(c) > 0, 1.0, c.argument(1, "negative_slope", 0.01)).to(c.out.dtype)
+        lambda c: torch.where(_x(c) > 0, torch.ones_like(c.out), c.argument(1, "negative_slope", 0.01))
     ),
     "aten.abs.default": piecewise_linear(lambda c: torch.sign(_x(c))),
     "aten.hardtanh.default": piecewise_linear(

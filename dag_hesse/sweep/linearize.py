@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from dag_hesse.errors import LossError, NonDifferentiableError
-from dag_hesse.ir import CurvatureGraph, Kind
+from dag_hesse.errors import CaptureError, LossError, NonDifferentiableError, out_of_memory
+from dag_hesse.ir import CurvatureGraph, Kind, Node
 from dag_hesse.ir.node import execute
 from dag_hesse.rules import Call, Linearized, rule_for
 from dag_hesse.rules.table import pairs_of
@@ -72,7 +72,7 @@ class Linearization:
                 values[node.index] = self._leaf(node.index, parameters, tensors)
                 continue
             inputs = tuple(values[k] for k in node.inputs)
-            out = values[node.index] = execute(node, inputs)
+            out = values[node.index] = self._execute(node, inputs)
             if self.active[node.index] and node.kind not in (Kind.INPUT, Kind.PARAM, Kind.CONST):
                 on = tuple(self.active[k] for k in node.inputs)
                 if any(on):
@@ -82,6 +82,15 @@ class Linearization:
                 if readers[k] == 0:
                     del values[k]
         return values[self.graph.loss].reshape(())
+
+    @staticmethod
+    def _execute(node: Node, inputs: tuple[Tensor, ...]) -> Tensor:
+        try:
+            return execute(node, inputs)
+        except (IndexError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
+            raise CaptureError(f"{node.where} fails on this batch: {error}") from error
 
     def _leaf(self, index: int, parameters: dict[str, Tensor], tensors: list[Tensor]) -> Tensor:
         node = self.graph.nodes[index]

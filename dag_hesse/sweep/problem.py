@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dag_hesse.capture import Batch
+from dag_hesse.errors import out_of_memory
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.sweep.embed import read_parts, seed
 from dag_hesse.sweep.engine import sweep
@@ -218,7 +219,7 @@ class Problem:
                 found = sweep(lin, seed(entry.graph, points[request.source], piece, self.how), sites, split=split)
                 read_now = {v: read_parts(entry.graph, points[v], found, piece, self.how) for v in request.reads}
             except (MemoryError, RuntimeError) as error:
-                if self.chunk == 1 or not _out_of_memory(error):
+                if self.chunk == 1 or not out_of_memory(error):
                     raise
                 self.chunk = max(1, self.chunk // 2)  # halve and go on
                 continue
@@ -239,10 +240,6 @@ def _join(parts: list[Tensor | None], scale: float) -> Tensor | None:
         return None
     joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     return joined if scale == 1.0 else joined * scale
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "not enough memory" in str(error)
 
 
 def _devices(device: torch.device) -> list[int]:

@@ -1,0 +1,143 @@
+"""Random models: DAGs of random ops with shared parameters, merges of two or three, and a random loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+BATCH, WIDTH = 2, 3
+Op = Callable[..., Tensor]
+
+UNARY: dict[str, Op] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu-tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "softplus": F.softplus,
+    "elu": F.elu,
+    "mish": F.mish,
+    "hardswish": F.hardswish,
+    "leaky": F.leaky_relu,
+    "logsigmoid": F.logsigmoid,
+    "sin": torch.sin,
+    "erf": torch.erf,
+    "root": lambda x: torch.sqrt(x * x + 0.5),
+    "power": lambda x: (x * x + 0.5) ** 1.3,
+    "softmax": lambda x: torch.softmax(x, -1),
+    "log_softmax": lambda x: F.log_softmax(x, -1),
+    "layer_norm": lambda x: F.layer_norm(x, (WIDTH,), eps=1e-2),
+    "rms_norm": lambda x: F.rms_norm(x, (WIDTH,), eps=1e-2),
+    "batch_mean": lambda x: x - 0.5 * x.mean(0, keepdim=True),
+    "cumsum": lambda x: x.cumsum(-1),
+    "flip": lambda x: x.flip(-1) * 1.5,
+    "roll": lambda x: torch.roll(x, 1, -1),
+    "gather": lambda x: x[:, [2, 0, 2]],
+    "pad": lambda x: F.pad(x[:, 1:], (0, 1)),
+    "attend": lambda x: torch.softmax(x.unsqueeze(2) * x.unsqueeze(1), -1).sum(1),
+    "clamp": lambda x: x.clamp(-0.7, 0.9),
+    "in place": lambda x: x.clone().mul_(2.0).sigmoid_(),
+    "variance": lambda x: x * x.var(-1, keepdim=True),
+    "norm": lambda x: x / (1.0 + x.norm(dim=-1, keepdim=True)),
+    "max": lambda x: x + x.amax(-1, keepdim=True),
+    "expand": lambda x: x.sum(-1, keepdim=True).expand(-1, WIDTH) * 0.3,
+    "constant": lambda x: torch.ones_like(x) * 0.3,
+    "detach": lambda x: x.detach() * x,
+}
+BINARY: dict[str, Op] = {
+    "add": lambda a, b: a + b,
+    "subtract": lambda a, b: a - 2 * b,
+    "multiply": lambda a, b: a * b,
+    "divide": lambda a, b: a / (1.0 + b * b),
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "highway": lambda a, b: torch.sigmoid(a) * b,
+    "where": lambda a, b: torch.where(a > 0.1, a, b),
+    "outer": lambda a, b: torch.bmm(a.unsqueeze(2), b.unsqueeze(1)).sum(1),
+    "einsum": lambda a, b: torch.einsum("bi,bj->bj", a, b),
+    "slice": lambda a, b: torch.cat([a[:, :1], b[:, 1:]], 1),
+}
+TERNARY: dict[str, Op] = {
+    "sum": lambda a, b, c: a + b + c,
+    "lerp": lambda a, b, c: a + torch.sigmoid(c) * (b - a),
+    "addcmul": lambda a, b, c: torch.addcmul(a, b, c),
+}
+LOSSES: dict[str, Op] = {
+    "cross entropy": lambda y, t: F.cross_entropy(y, t.argmax(1), label_smoothing=0.1),
+    "squares": lambda y, t: F.mse_loss(y, t),
+    "sum of squares": lambda y, t: ((y - t) ** 2).sum(),
+    "huber": lambda y, t: F.huber_loss(y, t, delta=0.7),
+    "kl": lambda y, t: F.kl_div(F.log_softmax(y, 1), torch.softmax(t, 1), reduction="batchmean"),
+    "logistic": lambda y, t: F.binary_cross_entropy_with_logits(y, torch.sigmoid(t)),
+    "two terms": lambda y, t: F.cross_entropy(y, t.argmax(1)) + 0.1 * (y**2).mean(),
+    "coupled": lambda y, t: torch.logsumexp(y - t, (0, 1)),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node: an op (or a layer of a shared pool) and the earlier nodes that it reads."""
+
+    op: str
+    inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole model: steps, loss, seed of the weights."""
+
+    steps: tuple[Step, ...]
+    loss: str
+    seed: int
+
+    def alive(self) -> list[int]:
+        """Steps that the loss depends on."""
+        found = {len(self.steps)}
+        for k in range(len(self.steps), 0, -1):
+            step = self.steps[k - 1]
+            if k in found and step.op != "constant":
+                found |= set(step.inputs)
+        return [k - 1 for k in sorted(found) if k > 0]
+
+
+class Dag(nn.Module):
+    """The recipe as a module; node k's output passes through the module ``nodes.k``."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.pool = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=k % 2 == 0) for k in range(2))
+        self.merge = nn.Linear(2 * WIDTH, WIDTH)
+        self.nodes = nn.ModuleList(nn.Identity() for _ in recipe.steps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [x]
+        for step, node in zip(self.recipe.steps, self.nodes, strict=True):
+            given = [values[k] for k in step.inputs]
+            values.append(node(self.apply_op(step.op, given)))
+        return values[-1]
+
+    def apply_op(self, op: str, given: list[Tensor]) -> Tensor:
+        """Run one step."""
+        if op.startswith("linear"):
+            return self.pool[int(op[-1])](given[0])
+        if op == "cat":
+            return self.merge(torch.cat(given, 1))
+        return {**UNARY, **BINARY, **TERNARY}[op](*given)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    """Recipes of two to six steps; the last step reads the one before it, so that nothing is cut off by chance."""
+    steps = [Step("linear0", (0,))]
+    for k in range(1, draw(st.integers(2, 6))):
+        arity = draw(st.sampled_from([1, 1, 1, 2, 2, 3]))
+        names = {1: [*UNARY, "linear0", "linear1"], 2: [*BINARY, "cat"], 3: list(TERNARY)}[arity]
+        inputs = [*(draw(st.integers(0, k)) for _ in range(arity - 1)), k]
+        steps.append(Step(draw(st.sampled_from(names)), tuple(draw(st.permutations(inputs)))))
+    return Recipe(tuple(steps), draw(st.sampled_from(sorted(LOSSES))), draw(st.integers(0, 10**6)))

@@ -1,0 +1,213 @@
+"""Bad input: a typed error before heavy work, and everything as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dag_hesse as dh
+from dag_hesse import errors
+from dag_hesse.experiments.models import mlp
+
+
+def _net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 3))
+
+
+def _batch(size: int = 5) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, 3), torch.arange(size) % 3
+
+
+def _with_nan(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().clone()
+    tensor.view(-1)[0] = float("nan")
+    return tensor
+
+
+class Cut(nn.Module):
+    """Passes through an op that has no derivative."""
+
+    def __init__(self, op: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.op, self.head = nn.Linear(3, 4), op, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.op(self.first(x)))
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        return x * 2 if x.sum() > 0 else x
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+def _poisoned(where: str) -> nn.Module:
+    model = _net()
+    with torch.no_grad():
+        {"weight": model[0].weight, "buffer": model[1].running_mean}[where].view(-1)[0] = float("nan")
+    return model
+
+
+Case = tuple[Callable[[], Any], type[errors.DagHesseError], str]
+CASES: dict[str, Case] = {
+    "NaN weight": (lambda: dh.analyze(_poisoned("weight"), _batch()), errors.NonFiniteError, r"parameter '0\.weight' holds 1 NaN"),
+    "NaN buffer": (lambda: dh.analyze(_poisoned("buffer"), _batch()), errors.NonFiniteError, r"buffer '1\.running_mean'"),
+    "NaN batch": (lambda: dh.analyze(_net(), (_with_nan(_batch()[0]), _batch()[1])), errors.NonFiniteError, "inputs"),
+    "NaN targets": (lambda: dh.analyze(_net(), (_batch()[0], _with_nan(torch.zeros(5, 3)))), errors.NonFiniteError, "targets"),
+    "unknown point": (lambda: dh.analyze(_net(), _batch(), points=["0", "22"]), errors.PointError, "'22'.*'2'"),
+    "glob without match": (lambda: dh.analyze(_net(), _batch(), points=["layer*"]), errors.PointError, r"layer\*"),
+    "unread parameter": (lambda: dh.analyze(Cut(torch.detach), _batch(), points=["first.weight"]), errors.PointError, "first.weight"),
+    "unread module": (lambda: dh.analyze(Cut(torch.detach), _batch(), points=["first", "head"]), errors.PointError, "first"),
+    "integer op": (lambda: dh.analyze(Cut(lambda x: F.one_hot(x.argmax(1), 4).float()), _batch(), points=["first"]), errors.PointError, "first"),
+    "per_sample with BatchNorm": (lambda: dh.analyze(_net(), _batch(), batch_mode="per_sample"), errors.BatchCouplingError, "module '1'"),
+    "empty batch": (lambda: dh.analyze(_net(), (torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))), errors.BatchError, "empty"),
+    "empty iterable": (lambda: dh.analyze(_net(), []), errors.BatchError, "empty"),
+    "used-up iterator": (lambda: dh.analyze(_net(), iter(())), errors.BatchError, "used up"),
+    "a tensor alone": (lambda: dh.analyze(_net(), torch.zeros(5, 3)), errors.BatchError, r"\(inputs, None\)"),
+    "a string": (lambda: dh.analyze(_net(), "batch"), errors.BatchError, "str"),
+    "a triple": (lambda: dh.analyze(_net(), (torch.zeros(5, 3),) * 3), errors.BatchError, r"\(inputs, targets\)"),
+    "no tensors": (lambda: dh.analyze(_net(), (3, 4)), errors.BatchError, "no tensor"),
+    "not a module": (lambda: dh.analyze(F.relu, _batch()), errors.BatchError, "Module"),
+    "other device": (lambda: dh.analyze(_net().to("meta"), _batch()), errors.BatchError, "meta"),
+    "wrong input shape": (lambda: dh.analyze(_net(), (torch.zeros(5, 7), _batch()[1])), errors.CaptureError, "Sequential"),
+    "label out of range": (lambda: dh.analyze(_net().eval(), (_batch()[0], torch.full((5,), 9))), errors.CaptureError, "nll_loss|gather|index"),
+    "mode": (lambda: dh.analyze(_net(), _batch(), mode="exakt"), errors.OptionError, "'exact'"),
+    "batch mode": (lambda: dh.analyze(_net(), _batch(), batch_mode="persample"), errors.OptionError, "per_sample"),
+    "space": (lambda: dh.analyze(_net(), _batch(), space="weights"), errors.OptionError, "parameter"),
+    "probes": (lambda: dh.analyze(_net(), _batch(), probes=1), errors.OptionError, "at least 2"),
+    "rtol": (lambda: dh.analyze(_net(), _batch(), rtol=2.0), errors.OptionError, "between 0 and 1"),
+    "memory": (lambda: dh.analyze(_net(), _batch(), memory=0), errors.OptionError, "positive"),
+    "exact beyond memory": (
+        lambda: dh.analyze(mlp([3, 400, 400, 3], nn.SiLU), _batch(), mode="exact", memory=100_000), errors.MemoryBudgetError, "GiB.*blocks.*about",
+    ),
+    "joint stream": (lambda: dh.analyze(_net(), [_batch(), _batch()], batch_mode="joint"), errors.BatchError, "concatenate"),
+    "branch on data": (lambda: dh.analyze(Branch(), _batch()), errors.CaptureError, "branches on tensor values"),
+    "custom function": (lambda: dh.analyze(Cut(_Straight.apply), _batch()), errors.CaptureError, "autograd.Function"),
+    "output": (lambda: dh.analyze(_net(), _batch(), output="nowhere"), errors.DagHesseError, "nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_refused_with_a_reason(name: str) -> None:
+    call, kind, message = CASES[name]
+    with pytest.raises(kind, match=f"(?s){message}"):
+        call()
+
+
+def test_a_non_differentiable_op_is_named_with_module_and_line() -> None:
+    with pytest.raises(errors.NonDifferentiableError, match=r"(?s)argmax.*test_errors\.py:\d+"):
+        dh.analyze(Cut(lambda x: F.one_hot(x.argmax(1), 4).float()), _batch(), points=["first"])
+
+
+def _state(model: nn.Module) -> tuple[Any, ...]:
+    return (
+        {
+            name: (id(p), p.detach().clone(), p.requires_grad, p.grad, p._version)
+            for name, p in model.named_parameters()
+        },
+        {name: (id(b), b.clone()) for name, b in model.named_buffers()},
+        [m.training for m in model.modules()],
+        [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        torch.get_rng_state(),
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.backends.mkldnn.enabled,
+        torch.backends.mha.get_fastpath_enabled(),
+    )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return a is b or a == b
+
+
+def _fails(output: Tensor, targets: Tensor) -> Tensor:
+    raise RuntimeError("user's bug")
+
+
+@pytest.mark.parametrize(
+    "options, fails",
+    [
+        ({}, False),
+        ({"mode": "exact"}, False),
+        ({"mode": "probes", "probes": 4}, False),
+        ({"space": "parameter"}, False),
+        ({"batch_mode": "per_sample"}, True),
+        ({"points": ["nowhere"]}, True),
+        ({"loss": _fails}, True),
+        ({"loss": lambda y, t: (y - y - 1).sum().log()}, True),
+    ],
+    ids=["default", "exact", "probes", "parameter", "coupled", "no point", "user bug", "infinite loss"],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_model_and_rng_come_out_as_they_went_in(options: dict[str, Any], fails: bool, training: bool) -> None:
+    model, batch = _net().train(training), _batch()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    model[4].bias.requires_grad_(False)
+    if not training and "batch_mode" in options:
+        return  # nothing interacts: no failure
+    before, data = _state(model), copy.deepcopy(batch)
+    torch.randn(1)
+    before = _state(model)
+    if fails:
+        with pytest.raises(errors.DagHesseError):
+            dh.analyze(model, batch, **options)
+    else:
+        dh.analyze(model, batch, **options)
+    assert _same(before, _state(model))
+    assert _same(data, batch)
+
+
+def test_running_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dag_hesse.sweep import problem
+
+    model, batch = mlp([3, 20, 20, 3], nn.SiLU), _batch()
+    expected = dh.analyze(model, batch, mode="exact").resonance
+    sweep, chunks = problem.sweep, []
+
+    def short_of_memory(lin: Any, seeds: dict[int, Tensor], *args: Any, **options: Any) -> Any:
+        size = next(iter(seeds.values())).shape[0]
+        if size > 3:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        chunks.append(size)
+        return sweep(lin, seeds, *args, **options)
+
+    monkeypatch.setattr(problem, "sweep", short_of_memory)
+    found = dh.analyze(model, batch, mode="exact").resonance
+    assert max(chunks) <= 3
+    assert torch.allclose(torch.tensor(found), torch.tensor(expected), rtol=1e-6)
+
+
+def test_parameters_that_changed_are_noticed_by_a_report() -> None:
+    model = mlp([3, 4, 4, 3], nn.SiLU)
+    report = dh.analyze(model, _batch())
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    with pytest.raises(errors.DagHesseError, match="analyze it again"):
+        report.block(report.names[0], report.names[0])

@@ -1,0 +1,191 @@
+"""The report: text, files, pictures; the command line around it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dag_hesse as dh
+from dag_hesse.cli import BUILT_IN, main
+from dag_hesse.errors import DagHesseError, OptionError, PointError
+from dag_hesse.experiments.models import mlp
+from dag_hesse.report.files import write_whole
+
+SPEC = """
+import torch
+from torch import nn
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
+def with_loss():
+    return (*make(), nn.CrossEntropyLoss(label_smoothing=0.1))
+def slow():
+    model = nn.Sequential(*[layer for _ in range(6) for layer in (nn.Linear(800, 800), nn.Tanh())])
+    return model, (torch.randn(64, 800), torch.randn(64, 800))
+def nonsense():
+    return 3
+"""
+
+
+@pytest.fixture
+def report() -> dh.CurvatureReport:
+    torch.manual_seed(0)
+    model = mlp([3, 40, 40, 40, 3], nn.SiLU)
+    return dh.analyze(model, (torch.randn(6, 3), torch.arange(6) % 3), probes=4, mode="probes")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "specs_for_test.py").write_text(SPEC)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "specs_for_test", raising=False)
+    return tmp_path
+
+
+def test_the_text_shows_every_metric_with_errors(report: dh.CurvatureReport) -> None:
+    text = str(report)
+    for word in ("R  ‖H‖_F", "C  coupling", "D  stable rank", "GN-gap", "±", "Sequential", "probes", *report.names):
+        assert word in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_save_and_load(report: dh.CurvatureReport, tmp_path: Path) -> None:
+    report.save(tmp_path / "a.safetensors")
+    loaded = dh.load(tmp_path / "a.safetensors")
+    assert loaded.points == report.points
+    for name in report.values:
+        for ours, theirs in ((report.values, loaded.values), (report.stderr, loaded.stderr)):
+            assert np.array_equal(ours[name], theirs[name], equal_nan=True)
+        assert (report.method[name] == loaded.method[name]).all()
+    assert loaded.facts == report.facts
+    assert str(loaded) == str(report)
+    with pytest.raises(DagHesseError, match="analyze"):
+        loaded.block("1", "1")
+
+
+def test_json_and_html(report: dh.CurvatureReport, tmp_path: Path) -> None:
+    report.to_json(tmp_path / "deep" / "a.json")
+    data = json.loads((tmp_path / "deep" / "a.json").read_text())
+    assert data["metrics"]["resonance"]["value"][0][1] == report.resonance[0, 1]
+    assert [p["name"] for p in data["points"]] == list(report.names)
+    report.to_html(tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text()
+    assert "<svg" in page
+    assert all(name in page for name in report.names)
+
+
+def test_files_that_are_no_reports(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"nonsense")
+    with pytest.raises(OptionError, match="not a report"):
+        dh.load(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="no report"):
+        dh.load(tmp_path / "b")
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("before")
+
+    def interrupted(place: Path) -> None:
+        place.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(target, interrupted)
+    assert target.read_text() == "before"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_plots(report: dh.CurvatureReport) -> None:
+    figure = report.plot()
+    assert len(figure.axes) >= 8
+
+
+def test_unknown_point_of_a_report(report: dh.CurvatureReport) -> None:
+    with pytest.raises(PointError, match="'1'"):
+        report.index("11")
+    with pytest.raises(OptionError, match="tensor"):
+        report.block("1", "1", part="tensors")
+
+
+def test_analyze_from_the_command_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyze", "specs_for_test:make", "--points", "0", "1", "--json", "a.json", "--out", "out"]) == 0
+    out, err = capsys.readouterr()
+    assert "coupling" in out
+    assert err == ""
+    assert json.loads((here / "a.json").read_text())["points"][0]["name"] == "0"
+    assert sorted(os.listdir(here / "out")) == ["report.html", "report.json", "report.png", "report.safetensors"]
+    assert dh.load(here / "out" / "report.safetensors").names == ("0", "1")
+    assert main(["analyze", "specs_for_test:with_loss", "--space", "parameter", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["resnet19"], "resnet18"),
+        (["specs_for_test:nothing"], "nothing"),
+        (["no_such_module:make"], "no_such_module"),
+        (["specs_for_test:nonsense"], "expected (model, batch)"),
+        (["specs_for_test:make", "--points", "layer"], "PointError"),
+        (["specs_for_test:make", "--device", "cuda:99"], "cuda:99"),
+    ],
+)
+def test_refusals_exit_with_1(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["analyze", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["analyze"], ["analyze", "mlp", "--mode", "exakt"], ["analyse", "mlp"]])
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+
+
+def test_help_names_every_option_and_model(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["analyze", "--help"])
+    assert stop.value.code == 0
+    text = "".join(capsys.readouterr().out.split())
+    for word in ("--points", "--mode", "--probes", "--space", "--seed", "--device", "--json", "--out", *BUILT_IN):
+        assert word in text
+
+
+def test_ctrl_c_leaves_nothing_half_written(here: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "dag_hesse.cli",
+        "analyze",
+        "specs_for_test:slow",
+        "--mode",
+        "exact",
+        "--out",
+        "out",
+    ]
+    process = subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True)
+    time.sleep(8)
+    assert process.poll() is None, "finished before it could be interrupted"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "nothing was written" in err
+    assert not (here / "out").exists()
+
+
+def test_the_built_in_models(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("mlp", "toy-attention", "gpt2"):
+        assert main(["analyze", name, "--batch", "2", "--image", "8", "--probes", "2", "--quiet"]) == 0
