@@ -112,3 +112,13 @@ def test_shapes_that_fit_no_inferred_loss() -> None:
         dh.analyze(_net(), (torch.randn(B, 3).double(), torch.zeros(B, 3, dtype=torch.long)))
     with pytest.raises(LossError, match="no loss"):
         dh.analyze(_net(), (torch.randn(B, 3).double(), None))
+
+
+def test_a_loss_that_is_linear_everywhere_on_the_batch() -> None:
+    """∇²L = 0 in numbers, though not by structure: the Gram route has no rows, and H_GN is zero."""
+    model, x = _net(), torch.randn(B, 3).double()
+    far = torch.full((B, K), 100.0).double()
+    for mode in ("gram", "exact", "auto"):
+        report = dh.analyze(model, (x, far), loss=lambda y, t: F.huber_loss(y, t), mode=mode)
+        assert (report.gn_norm == 0.0).all()
+        assert report.tensor_norm[0, 0] > 0.0

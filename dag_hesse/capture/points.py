@@ -178,13 +178,15 @@ class _Chooser:
     def composite(self, name: str) -> bool:
         return any(path in self.sites for path, _ in self.children(name))
 
-    def choose(self, name: str = "") -> list[str]:
+    def choose(self, name: str = "", *, tail: bool = False) -> list[str]:
+        """Names from the module tree below ``name``; ``tail``: with the leaves behind the last stage (a head)."""
         children = self.children(name)
         composites = [(path, listed) for path, listed in children if self.composite(path)]
         if not composites:
             return self.leaves([path for path, _ in children])
+        behind = self.behind(name, composites[-1][0]) if tail else []
         if len(composites) == 1:
-            return self.choose(composites[0][0])
+            return self.choose(composites[0][0], tail=tail) + behind
         chosen: list[str] = []
         if not composites[0][1]:
             order = [path for path, _ in children]
@@ -193,7 +195,13 @@ class _Chooser:
         for path, _ in composites:
             listed = [p for p, in_list in self.children(path) if in_list and self.composite(p)]
             chosen += self.choose(path) if len(listed) > 1 else [path]
-        return chosen
+        return chosen + behind
+
+    def behind(self, name: str, last: str) -> list[str]:
+        """Children of ``name`` that run after its last stage."""
+        order = list(self.graph.modules)  # in order of completion
+        paths = [f"{name}.{child}" if name else child for child, _ in self.modules[name].named_children()]
+        return [path for path in paths if path in order and order.index(path) > order.index(last)]
 
     def leaves(self, names: list[str]) -> list[str]:
         active = [
@@ -213,7 +221,7 @@ def _spread(names: list[str], most: int) -> list[str]:
 
 
 def _default_parameters(graph: CurvatureGraph, model: nn.Module) -> list[Point]:
-    chosen = _Chooser(graph, model).choose()
+    chosen = _Chooser(graph, model).choose(tail=True)
     names = [name for name in chosen if _members(graph, model, name)]
     if len(names) < 2:
         names = [n for n, m in model.named_modules() if n and any(True for _ in m.parameters(recurse=False))]

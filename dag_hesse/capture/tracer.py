@@ -68,7 +68,7 @@ def _custom_functions_refused() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.autograd.Function.apply = apply
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
 @contextmanager

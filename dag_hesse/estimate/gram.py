@@ -122,7 +122,7 @@ def _rows(
 def _gram_roots(s: Tensor) -> Array:
     """A matrix G (rows, rank) with G Gᵀ = S Sᵀ, from the eigenvectors of the Gram matrix."""
     values, vectors = eigh((s @ s.T).double().cpu().numpy())
-    keep = values > max(values[-1], 0.0) * np.finfo(np.float64).eps * len(values)
+    keep = values > values.max(initial=0.0) * np.finfo(np.float64).eps * len(values)
     return vectors[:, keep] * np.sqrt(values[keep])
 
 

@@ -194,7 +194,7 @@ def plan(
         )
     dims, itemsize = _dims(graph, batch_mode), graph.nodes[graph.points[0].sites[0]].dtype.itemsize
     budget = available_memory() // 2 if memory is None else int(memory)
-    gram = _want_gram(graphs, dims, mode, batch_mode, probes, budget // 4, itemsize)
+    gram = bool(first.gn_alive.any()) and _want_gram(graphs, dims, mode, batch_mode, probes, budget // 4, itemsize)
     alive, tensor = first.alive, first.tensor_alive
     pairs = [(v, w) for v in range(count) for w in range(v, count) if alive[v, w] and (tensor[v, w] or not gram)]
     cheap = [mode == "exact" or (mode != "probes" and dim <= 2 * probes) for dim in dims]

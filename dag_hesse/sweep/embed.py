@@ -40,12 +40,13 @@ def to_vector(x: Tensor, shape: Sequence[int], layout: BatchLayout | None, how: 
     """Adjoint (probes, *shape) -> vectors (probes, groups, dim): the transpose of :func:`to_tensor`."""
     probes = x.shape[0]
     if layout is None:
-        return x.reshape(probes, 1, -1)
+        return x.reshape(probes, 1, prod(shape))
     before, outer, batch, inner, after = _factors(shape, layout)
     split = x.reshape(probes, before, outer, batch, inner, after)
     if how == "sum":
-        return split.sum(3).reshape(probes, 1, -1)
-    return split.permute(0, 3, 1, 2, 4, 5).reshape(probes, 1 if how == "whole" else batch, -1)
+        return split.sum(3).reshape(probes, 1, prod(shape) // batch)
+    groups = 1 if how == "whole" else batch
+    return split.permute(0, 3, 1, 2, 4, 5).reshape(probes, groups, prod(shape) // groups)
 
 
 def seed(graph: CurvatureGraph, point: Point, z: Tensor, how: str) -> dict[int, Tensor]:
