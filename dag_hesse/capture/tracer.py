@@ -53,22 +53,22 @@ def _plain_backends() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(onednn)
 
 
-@contextmanager
-def _custom_functions_refused() -> Iterator[None]:
-    """A trace would follow the forward of a custom autograd.Function and ignore its backward."""
-    apply = vars(torch.autograd.Function)["apply"]
-
-    def refuse(function: type, *args: Any, **kwargs: Any) -> None:
-        raise CaptureError(
-            f"the forward runs the custom autograd.Function '{function.__qualname__}', whose own backward a trace "
-            "would ignore: write it with differentiable ops instead (and switch activation checkpointing off)."
-        )
-
-    torch.autograd.Function.apply = classmethod(refuse)  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+def _refuse_custom_functions(loss: Tensor) -> Tensor:
+    """A trace follows the forward of a custom autograd.Function and ignores its backward: better to say no."""
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            raise CaptureError(
+                f"the forward runs the custom autograd.Function '{type(node).__name__.removesuffix('Backward')}', "
+                "whose own backward a trace would ignore: write it with differentiable ops instead (and switch "
+                "activation checkpointing off)."
+            )
+        stack += [parent for parent, _ in node.next_functions]
+    return loss
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def _forward(model: nn.Module, batch: Batch, loss: Loss | None) -> Callable[...,
             filled[place] = tensor
         args, kwargs, targets = pytree.tree_unflatten(filled, spec)
         output = map_tensors(model(*args, **kwargs), mark)
-        return evaluate(output, batch, targets, kwargs, loss)
+        return _refuse_custom_functions(evaluate(output, batch, targets, kwargs, loss))
 
     return run
 
@@ -219,7 +219,6 @@ def trace_forward(model: nn.Module, batch: Batch, loss: Loss | None) -> tuple[fx
             enter(capturing())
             enter(torch.enable_grad())
             enter(_plain_backends())
-            enter(_custom_functions_refused())
             enter(fx_traceback.preserve_node_meta())
             enter(LossInputs(mark))
             gm = make_fx(

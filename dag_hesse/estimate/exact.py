@@ -10,8 +10,7 @@ from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor
 
 from dag_hesse.estimate.norms import NormTable
-from dag_hesse.sweep import Blocks, Problem
-from dag_hesse.sweep.problem import Request
+from dag_hesse.sweep import Blocks, Problem, Request
 
 _DENSE = 512
 

@@ -7,6 +7,7 @@ H_GN[v, w] = S_vᵀ Σ S_w, whose norms need only Gram matrices of the size of t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def loss_hessian(graph: CurvatureGraph, lin: Linearization, chunk: int) -> Tenso
     rows = []
     for piece in eye.split(chunk):
         seeds = _out_tensors(graph, piece, "sum" if how == "each" else how)
-        found = sweep(lin, seeds, graph.out, split=False)
+        found = sweep(lin, seeds, graph.out, "sum")
         rows.append(_out_vector(graph, {k: a.data for k, a in found.items()}, piece, how))
     return torch.cat(rows).transpose(0, 1)
 
@@ -136,43 +137,58 @@ def _top(matrix: Array) -> float:
     return float(np.sqrt(eigsh(operator, k=1, tol=0, v0=start, return_eigenvectors=False)[0]))
 
 
-def gram_norms(
-    problem: Problem, table: NormTable, full: set[tuple[int, int]], progress: Callable[[int], None] | None = None
-) -> dict[tuple[int, int], Array]:
-    """Enter exact GN norms of all pairs; pairs in ``full`` have no tensor part, so they are the block's own norms.
+@dataclass(frozen=True)
+class GramFactors:
+    """H_GN[v, w] = S_vᵀ Σ S_w: per point and group S (rows, dim), and per group the signs Σ (rows,)."""
 
-    Returns:
-        ‖H_GN‖_F² per pair and group.
-    """
+    rows: list[list[Tensor]]
+    signs: list[Tensor]
+
+    def product(self, v: int, w: int, z: Tensor) -> Tensor:
+        """H_GN[v, w] z: (probes, groups, d_w) -> (probes, groups, d_v)."""
+        parts = [
+            ((z[:, g] @ s_w.T) * sign) @ s_v
+            for g, (s_v, s_w, sign) in enumerate(zip(self.rows[v], self.rows[w], self.signs, strict=True))
+        ]
+        return torch.stack(parts, dim=1)
+
+    def enter(self, table: NormTable, full: set[tuple[int, int]]) -> dict[tuple[int, int], Array]:
+        """Enter exact GN norms of all pairs; pairs in ``full`` have no tensor part: these are the block's own norms.
+
+        Returns:
+            ‖H_GN‖_F² per pair and group.
+        """
+        count, groups = len(self.rows), len(self.signs)
+        squares = np.zeros((count, count, groups))
+        spectral = np.zeros_like(squares)
+        for g, sign in enumerate(self.signs):
+            roots = [_gram_roots(rows[g]) for rows in self.rows]
+            sigma = sign.double().cpu().numpy()[:, None]
+            for v in range(count):
+                for w in range(v, count):
+                    core = roots[v].T @ (sigma * roots[w])
+                    squares[v, w, g] = (core**2).sum()
+                    if (v, w) in full:
+                        spectral[v, w, g] = _top(core)
+        known = {(v, w): squares[v, w] for v in range(count) for w in range(v, count)}
+        for pair, value in known.items():
+            table.set_exact("gn", pair, value)
+            if pair in full:
+                table.set_exact("full", pair, value)
+                table.spectral[pair] = (spectral[pair], np.zeros(groups))
+        return known
+
+
+def gram_factors(problem: Problem, progress: Callable[[int], None] | None = None) -> GramFactors:
+    """Reverse sweeps from the factors of ∇²L through all batches."""
     rows: list[list[Tensor]] = [[] for _ in problem.points]
-    all_signs: list[Tensor] = []
+    signs: list[Tensor] = []
     for entry, lin in problem.linearizations():
-        s, signs = _rows(problem, entry, lin, progress)
-        for k, part in enumerate(s):
+        found, sign = _rows(problem, entry, lin, progress)
+        for k, part in enumerate(found):
             rows[k].append(part * entry.scale**0.5)
-        all_signs.append(signs)
+        signs.append(sign.to(found[0].dtype))
     if problem.separate_groups:  # every sample has rows of its own
-        members = [[s for part in r for s in part] for r in rows]
-        group_signs = [s for part in all_signs for s in part]
-    else:  # one group holds the rows of all batches
-        members = [[torch.cat([part[0] for part in r])] for r in rows]
-        group_signs = [torch.cat([part[0] for part in all_signs])]
-    count = len(problem.points)
-    squares = np.zeros((count, count, len(group_signs)))
-    spectral = np.zeros_like(squares)
-    for g, sign in enumerate(group_signs):
-        roots = [_gram_roots(member[g]) for member in members]
-        sigma = sign.double().cpu().numpy()[:, None]
-        for v in range(count):
-            for w in range(v, count):
-                core = roots[v].T @ (sigma * roots[w])
-                squares[v, w, g] = (core**2).sum()
-                if (v, w) in full:
-                    spectral[v, w, g] = _top(core)
-    known = {(v, w): squares[v, w] for v in range(count) for w in range(v, count)}
-    for pair, value in known.items():
-        table.set_exact("gn", pair, value)
-        if pair in full:
-            table.set_exact("full", pair, value)
-            table.spectral[pair] = (spectral[pair], np.zeros(len(signs)))
-    return known
+        return GramFactors([[s for part in r for s in part] for r in rows], [s for part in signs for s in part])
+    # one group holds the rows of all batches
+    return GramFactors([[torch.cat([part[0] for part in r])] for r in rows], [torch.cat([part[0] for part in signs])])

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dag_hesse.estimate.norms import Array, NormTable
+from dag_hesse.estimate.products import Products
 from dag_hesse.plan import Source
-from dag_hesse.sweep import Problem
-from dag_hesse.sweep.problem import Request
+from dag_hesse.sweep import Problem, Request
 
 
 def rademacher(problem: Problem, source: int, probes: int, generator: torch.Generator) -> Tensor:
@@ -41,8 +41,9 @@ def _controlled(samples: Array, control: Array, known: Array) -> Array:
 class Sketch:
     """Products Y = H z of one source with its read points: norms are taken from them, spectra start from them."""
 
-    def __init__(self, problem: Problem, source: Source, generator: torch.Generator) -> None:
-        self.problem, self.source, self.generator = problem, source, generator
+    def __init__(self, products: Products, source: Source, generator: torch.Generator) -> None:
+        self.products, self.problem = products, products.problem
+        self.source, self.generator = source, generator
         self.samples: dict[str, dict[int, list[Array]]] = {
             p: {v: [] for v in source.reads} for p in ("full", "gn", "tensor")
         }
@@ -63,7 +64,7 @@ class Sketch:
     def extend(self, probes: int, progress: Callable[[int], None] | None = None) -> None:
         """Sweep ``probes`` more."""
         groups = self.problem.groups
-        for v, blocks in self.problem.run([self.request(probes)], progress=progress)[0].items():
+        for v, blocks in self.products.parts([self.request(probes)], progress)[0].items():
             full = blocks.full
             for part, data in (("full", full), ("gn", blocks.gn), ("tensor", blocks.tensor)):
                 self.samples[part][v].append(_squares(data, probes, groups))

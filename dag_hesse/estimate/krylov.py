@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dag_hesse.estimate.norms import NormTable
-from dag_hesse.sweep import Problem
-from dag_hesse.sweep.problem import Request
+from dag_hesse.estimate.products import Products
+from dag_hesse.sweep import Request
 
 
 @dataclass
@@ -75,7 +75,7 @@ def _leading(products: Tensor) -> Tensor:
 
 
 def _half_step(
-    problem: Problem, states: list[_Bidiagonal], *, from_left: bool, progress: Callable[[int], None] | None
+    products: Products, states: list[_Bidiagonal], *, from_left: bool, progress: Callable[[int], None] | None
 ) -> None:
     """One product for every pair; pairs that start at the same point share a sweep."""
     by_source: dict[int, list[_Bidiagonal]] = {}
@@ -89,10 +89,10 @@ def _half_step(
         )
         for source, members in by_source.items()
     ]
-    results = problem.run(requests, split=False, progress=progress)
+    results, problem = products.whole(requests, progress), products.problem
     for members, found in zip(by_source.values(), results, strict=True):
         for k, state in enumerate(members):
-            product = found[state.w if from_left else state.v].full
+            product = found[state.w if from_left else state.v]
             dim = problem.dim(state.w if from_left else state.v)
             if product is None:
                 product = torch.zeros(len(members), problem.groups, dim, dtype=problem.dtype, device=problem.device)
@@ -100,7 +100,7 @@ def _half_step(
 
 
 def spectral_norms(
-    problem: Problem,
+    products: Products,
     table: NormTable,
     starts: dict[tuple[int, int], Tensor],
     *,
@@ -111,7 +111,7 @@ def spectral_norms(
     """Enter spectral norms and their errors for the pairs (v, w) of ``starts``.
 
     Args:
-        problem: the sweeps.
+        products: of the blocks with vectors.
         table: where to enter.
         starts: per pair (v, w) products H[v, w] z, (probes, groups, d_v).
         tolerance: stop a pair when its error is below this share of its value.
@@ -122,8 +122,8 @@ def spectral_norms(
     for _ in range(steps):
         if not open_states:
             break
-        _half_step(problem, open_states, from_left=True, progress=progress)
-        _half_step(problem, open_states, from_left=False, progress=progress)
+        _half_step(products, open_states, from_left=True, progress=progress)
+        _half_step(products, open_states, from_left=False, progress=progress)
         open_states = [s for s in open_states if bool((s.error > tolerance * s.value).any())]
     for state in states:
         pair = (min(state.v, state.w), max(state.v, state.w))

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from dag_hesse.estimate.exact import enter, exact_blocks
-from dag_hesse.estimate.gram import gram_norms
+from dag_hesse.estimate.gram import gram_factors
 from dag_hesse.estimate.hutchinson import Sketch
 from dag_hesse.estimate.krylov import spectral_norms
 from dag_hesse.estimate.norms import PARTS, Array, NormTable
+from dag_hesse.estimate.products import Products
 from dag_hesse.plan import Plan
 from dag_hesse.sweep import Problem
 
@@ -70,9 +71,11 @@ def estimate(
     count = len(plan.structure.names)
     pairs = [(v, w) for v in range(count) for w in range(v, count)]
     gn_known: dict[tuple[int, int], Array] = {}
+    factors = None
     if plan.gram_columns:
         full = {pair for pair in pairs if plan.method[pair] == "gram"}
-        gn_known = gram_norms(problem, table, full, _Counter("gram", plan.gram_columns, progress))
+        factors = gram_factors(problem, _Counter("gram", plan.gram_columns, progress))
+        gn_known = factors.enter(table, full)
     exact = [s for s in plan.sources if s.method == "exact"]
     counter = _Counter("exact", sum(s.probes for s in exact), progress) if exact else None
     for source in exact:
@@ -81,8 +84,9 @@ def estimate(
     if not sampled:
         return table
     counter = _Counter("probes", sum(s.probes for s in sampled), progress)
+    products = Products(problem, factors)
     sketches = [
-        Sketch(problem, source, torch.Generator().manual_seed((seed * 1_000_003 + source.point) % 2**63))
+        Sketch(products, source, torch.Generator().manual_seed((seed * 1_000_003 + source.point) % 2**63))
         for source in sampled
     ]
     for sketch in sketches:
@@ -97,7 +101,7 @@ def estimate(
     for v, w in missing:  # nothing reached v: the block is zero
         table.spectral[min(v, w), max(v, w)] = (np.zeros(problem.groups), np.zeros(problem.groups))
     spectral_norms(
-        problem,
+        products,
         table,
         starts,
         tolerance=min(1e-2, rtol or 1e-2),

@@ -61,11 +61,12 @@ def probe_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
     kept = {
         k
         for node in graph.nodes
-        if reached[node.index] and alive[node.index] and pairs_of(node)
-        for k in node.inputs
-        if reached[k]
+        if reached[node.index] and alive[node.index]
+        for pair in pairs_of(node)
+        if all(reached[node.inputs[slot]] for slot in pair)
+        for k in (node.inputs[slot] for slot in pair)
     }
-    largest = max(node.numel * node.dtype.itemsize for node in graph.nodes)
+    largest = max(n.numel * n.dtype.itemsize for n in graph.nodes if reached[n.index] and alive[n.index])
     return sum(graph.nodes[k].numel * graph.nodes[k].dtype.itemsize for k in kept) + 6 * largest
 
 

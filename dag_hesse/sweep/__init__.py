@@ -2,6 +2,6 @@
 
 from dag_hesse.sweep.engine import Adjoint, pullback, sweep
 from dag_hesse.sweep.linearize import Linearization
-from dag_hesse.sweep.problem import Blocks, Problem
+from dag_hesse.sweep.problem import Blocks, Problem, Request
 
-__all__ = ["Adjoint", "Blocks", "Linearization", "Problem", "pullback", "sweep"]
+__all__ = ["Adjoint", "Blocks", "Linearization", "Problem", "Request", "pullback", "sweep"]

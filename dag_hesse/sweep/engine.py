@@ -87,8 +87,7 @@ def _pull(
     cotangents: Mapping[int, Tensor],
     tangents: Mapping[int, Tensor],
     reads: Iterable[int],
-    *,
-    split: bool,
+    channels: str,
 ) -> dict[int, Adjoint]:
     """Adjoint pass from ``cotangents`` (GN channel) and the second-order terms that ``tangents`` raise."""
     graph, reads = lin.graph, set(reads)
@@ -109,11 +108,11 @@ def _pull(
         if call is None or not needed[node.index]:
             continue
         met = {}
-        if node.index in lin.curved:
+        if node.index in lin.curved and not (channels == "tensor" and lin.in_loss[node.index]):
             met = {slot: tangents[k] for slot, k in enumerate(node.inputs) if k in tangents}
         if mine is None and not met:
             continue
-        to_gn = lin.in_loss[node.index] or not split
+        to_gn = lin.in_loss[node.index] or channels == "sum"
         for slot, k in enumerate(node.inputs):
             if not (lin.active[k] and needed[k]):
                 continue
@@ -127,7 +126,7 @@ def _pull(
 
 
 def sweep(
-    lin: Linearization, seeds: Mapping[int, Tensor], reads: Iterable[int], *, split: bool = True
+    lin: Linearization, seeds: Mapping[int, Tensor], reads: Iterable[int], channels: str = "both"
 ) -> dict[int, Adjoint]:
     """One Hessian product: perturb the nodes in ``seeds``, return the adjoints' change at ``reads``.
 
@@ -135,18 +134,18 @@ def sweep(
         lin: the linearized graph.
         seeds: per node, its perturbation (probes, *node).
         reads: nodes to read.
-        split: keep GN and T apart; False adds both into the GN channel (then it holds all of H).
+        channels: ``"both"`` keeps GN and T apart, ``"sum"`` adds them into the GN channel, ``"tensor"`` leaves GN out.
 
     Returns:
         Per read node an :class:`Adjoint`; nodes that nothing reaches are missing (their product is zero).
     """
     with torch.no_grad():
-        tangents = _push(lin, seeds, lin.feeds_curved)
-        return _pull(lin, {}, tangents, reads, split=split)
+        tangents = _push(lin, seeds, lin.feeds[channels])
+        return _pull(lin, {}, tangents, reads, channels)
 
 
 def pullback(lin: Linearization, cotangents: Mapping[int, Tensor], reads: Iterable[int]) -> dict[int, Tensor]:
     """First-order adjoints Σ J[u←v]ᵀ ū at ``reads`` for ``cotangents`` (probes, *node) at nodes u."""
     with torch.no_grad():
-        found = _pull(lin, cotangents, {}, reads, split=True)
+        found = _pull(lin, cotangents, {}, reads, "both")
     return {k: adjoint.data for k, adjoint in found.items()}

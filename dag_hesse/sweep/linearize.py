@@ -13,6 +13,9 @@ from dag_hesse.ir.node import execute
 from dag_hesse.rules import Call, Linearized, rule_for
 from dag_hesse.rules.table import pairs_of
 
+# What a sweep is to return: GN and T apart, their sum, or T alone.
+CHANNELS = ("both", "sum", "tensor")
+
 
 class Linearization:
     """A graph linearized at one batch: a :class:`~dag_hesse.rules.Linearized` a node, second-order terms λ-weighted.
@@ -47,13 +50,18 @@ class Linearization:
         self.in_loss = graph.loss_subgraph
         self.calls: dict[int, Linearized] = {}
         self.curved = self._find_curved()
-        self.feeds_curved = graph.ancestors(k for c in self.curved for k in graph.nodes[c].inputs)
+        in_model = {c for c in self.curved if not self.in_loss[c]}
+        self.feeds = {channels: self._feeds(in_model if channels == "tensor" else self.curved) for channels in CHANNELS}
         self.kept = {k for c in self.curved for k in graph.nodes[c].inputs if self.active[k]}
         with torch.no_grad():
             self.loss = self._forward(dict(model.named_parameters()), tensors)
             if not bool(torch.isfinite(self.loss)):
                 raise LossError(f"the loss is {float(self.loss)}; curvature there is undefined.")
             self._backward()
+
+    def _feeds(self, curved: Iterable[int]) -> list[bool]:
+        """Nodes whose tangents some node of ``curved`` reads."""
+        return self.graph.ancestors(k for c in curved for k in self.graph.nodes[c].inputs)
 
     def _find_curved(self) -> set[int]:
         found = set()

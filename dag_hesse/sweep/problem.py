@@ -169,9 +169,9 @@ class Problem:
         return entry.graph.points
 
     def run(
-        self, requests: Sequence[Request], *, split: bool = True, progress: Callable[[int], None] | None = None
+        self, requests: Sequence[Request], *, channels: str = "both", progress: Callable[[int], None] | None = None
     ) -> list[dict[int, Blocks]]:
-        """Sweep all requests through all entries.
+        """Sweep all requests through all entries; ``channels`` as in :func:`~dag_hesse.sweep.engine.sweep`.
 
         Returns:
             Per request, ``{read point: Blocks}``; shared entries are added, per-sample groups put side by side.
@@ -182,7 +182,7 @@ class Problem:
             stop = start + entry.groups if self.separate_groups else 1
             for request, result in zip(requests, results, strict=True):
                 z = request.z[:, start:stop] if self.separate_groups else request.z
-                for v, blocks in self._one(entry, lin, request, z, split, progress).items():
+                for v, blocks in self._one(entry, lin, request, z, channels, progress).items():
                     result[v] = self._merge(result.get(v), blocks, start)
             start = stop if self.separate_groups else 0
         return results
@@ -206,7 +206,7 @@ class Problem:
         lin: Linearization,
         request: Request,
         z: Tensor,
-        split: bool,
+        channels: str,
         progress: Callable[[int], None] | None,
     ) -> dict[int, Blocks]:
         points = self.points_of(entry)
@@ -216,7 +216,7 @@ class Problem:
         while done < z.shape[0]:
             piece = z[done : done + self.chunk]
             try:
-                found = sweep(lin, seed(entry.graph, points[request.source], piece, self.how), sites, split=split)
+                found = sweep(lin, seed(entry.graph, points[request.source], piece, self.how), sites, channels)
                 read_now = {v: read_parts(entry.graph, points[v], found, piece, self.how) for v in request.reads}
             except (MemoryError, RuntimeError) as error:
                 if self.chunk == 1 or not out_of_memory(error):

@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh machine with Python and a C++ compiler: `make demo` and `make test`.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+RUN := $(VENV)/bin/python
+WORKERS ?= 2
+# One thread per test process: the models are small, and the processes share the cores.
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
+
+.PHONY: demo test fuzz lint bench experiments clean
+
+demo: $(VENV)/demo
+	$(RUN) -m dag_hesse.experiments digits --out demo-report
+
+test: $(VENV)/test lint
+	$(TEST)
+
+fuzz: $(VENV)/test
+	DAG_HESSE_FUZZ=$(or $(EXAMPLES),5000) $(TEST) tests/property
+
+lint: $(VENV)/test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(VENV)/test
+	$(RUN) -m bench analyze
+
+experiments: $(VENV)/demo
+	$(RUN) -m dag_hesse.experiments attention
+
+# torch is taken from the machine where it has one (the environment sees the system's packages), else pinned.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet "$(TORCH)"
+
+$(VENV)/demo: pyproject.toml setup.py csrc/core.cpp | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/test: pyproject.toml setup.py csrc/core.cpp | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --editable ".[test,lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info dag_hesse/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
