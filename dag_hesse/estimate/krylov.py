@@ -104,7 +104,7 @@ def spectral_norms(
     table: NormTable,
     starts: dict[tuple[int, int], Tensor],
     *,
-    tolerance: float = 1e-2,
+    tolerance: float,
     steps: int = 12,
     progress: Callable[[int], None] | None = None,
 ) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 
 from dag_hesse.ir import CurvatureGraph, Kind, Node
+from dag_hesse.rules.table import pairs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,6 @@ def path_cost(graph: CurvatureGraph, starts: Iterable[int]) -> Cost:
 def probe_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
     """Peak bytes that one probe of a sweep holds: tangents that nonlinear nodes read, and adjoints in two channels."""
     reached, alive = graph.descendants(starts), graph.ancestors([graph.loss])
-    from dag_hesse.rules.table import pairs_of
-
     kept = {
         k
         for node in graph.nodes

@@ -29,6 +29,17 @@ def _figure(**options: Any) -> Any:
     return Figure(layout="constrained", **options)
 
 
+def _short(value: float) -> str:
+    """At most six characters."""
+    if np.isnan(value):
+        return "–"
+    return (
+        f"{value:.2g}"
+        if value == 0 or 0.01 <= value < 1000
+        else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+    )
+
+
 def heat_map(axes: Any, report: CurvatureReport, metric: str) -> None:
     """Draw one metric as an n×n map; zero and undefined cells stay grey."""
     from matplotlib.colors import LogNorm, Normalize
@@ -47,7 +58,7 @@ def heat_map(axes: Any, report: CurvatureReport, metric: str) -> None:
         for i in ticks:
             for j in ticks:
                 value = report.values[metric][i, j]
-                text = "–" if np.isnan(value) else f"{value:.2g}"
+                text = _short(value)
                 dark = np.isfinite(values[i, j]) and norm(values[i, j]) < 0.6
                 axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     axes.figure.colorbar(image, ax=axes, shrink=0.8)

@@ -214,7 +214,8 @@ class Problem:
         parts: dict[int, tuple[list[Tensor | None], list[Tensor | None]]] = {v: ([], []) for v in request.reads}
         done = 0
         while done < z.shape[0]:
-            piece = z[done : done + self.chunk]
+            left = z.shape[0] - done
+            piece = z[done : done + -(-left // -(-left // self.chunk))]  # chunks of equal size
             try:
                 found = sweep(lin, seed(entry.graph, points[request.source], piece, self.how), sites, channels)
                 read_now = {v: read_parts(entry.graph, points[v], found, piece, self.how) for v in request.reads}
