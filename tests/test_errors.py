@@ -211,3 +211,21 @@ def test_parameters_that_changed_are_noticed_by_a_report() -> None:
         model[0].weight.add_(1.0)
     with pytest.raises(errors.DagHesseError, match="analyze it again"):
         report.block(report.names[0], report.names[0])
+
+
+def test_modules_that_keep_what_they_computed_keep_no_fakes() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
+            self.last = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = torch.tanh(self.layer(x))
+            return self.last
+
+    model, batch = Keeps(), _batch()
+    before = _state(model)
+    dh.analyze(model, batch)
+    assert model.last is None
+    assert _same(before, _state(model))

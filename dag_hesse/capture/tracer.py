@@ -26,13 +26,22 @@ LOSS_INPUT = "<loss input>"
 
 @contextmanager
 def _preserved(model: nn.Module) -> Iterator[None]:
-    """Give buffers and RNG back as they were: tracing may run BatchNorm's counters for real."""
+    """Give buffers, attributes and RNG back as they were.
+
+    Tracing may run BatchNorm's counters for real, and modules that keep what they computed would keep fake tensors.
+    """
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
+        for module, attributes, own_buffers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(own_buffers)
         with torch.no_grad():
             for buffer, saved in buffers:
                 if not torch.equal(buffer, saved):
