@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import analyze
+from bench import analyze, hvp
 
-COMMANDS = {"analyze": analyze.main}
+COMMANDS = {"analyze": analyze.main, "hvp": hvp.main}
 
 
 def main() -> int:

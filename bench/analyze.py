@@ -67,7 +67,7 @@ def gate(model: nn.Module, x: Tensor, y: Tensor, report: dh.CurvatureReport, gra
     for i, j in itertools.combinations_with_replacement(range(len(names)), 2):
         theirs = PairwiseBaseline(model, x, y, F.cross_entropy, names[i], names[j])
         z = torch.randint(0, 2, theirs.w.shape, generator=generator).float() * 2 - 1
-        mine = ours.run([Request(j, z.reshape(1, 1, -1), (i,))])[0][i].full
+        mine = ours.run([Request({j: z.reshape(1, 1, -1)}, (i,))])[0][i].full
         expected = theirs.product(z, theirs.v, theirs.w).reshape(-1)
         assert mine is not None
         worst = max(worst, float((mine.reshape(-1) - expected).norm() / expected.norm()))
@@ -157,7 +157,7 @@ def probe_row() -> dict[str, Any]:
     requests = []
     for source in schedule.sources:
         z = torch.randint(0, 2, (32, 1, ready.dim(source.point)), generator=generator).float() * 2 - 1
-        requests.append(Request(source.point, z, source.reads))
+        requests.append(Request({source.point: z}, source.reads))
     ready.run(requests[:1])
 
     def gradient() -> None:

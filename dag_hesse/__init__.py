@@ -12,6 +12,7 @@ from dag_hesse.analyze import analyze
 from dag_hesse.capture import capture, tap
 from dag_hesse.errors import DagHesseError
 from dag_hesse.ir import CurvatureGraph, Point
+from dag_hesse.operators import GGNOperator, HessianOperator, TensorOperator, hvp
 from dag_hesse.report import CurvatureReport, load
 from dag_hesse.structure import Structure, structure
 
@@ -21,11 +22,15 @@ __all__ = [
     "CurvatureGraph",
     "CurvatureReport",
     "DagHesseError",
+    "GGNOperator",
+    "HessianOperator",
     "Point",
     "Structure",
+    "TensorOperator",
     "__version__",
     "analyze",
     "capture",
+    "hvp",
     "load",
     "structure",
     "tap",

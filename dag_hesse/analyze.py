@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from dag_hesse.capture import Batch, batches, capture
+from dag_hesse.capture import Batch, batches, capture_all, unwrapped
 from dag_hesse.capture.losses import Loss
 from dag_hesse.errors import BatchError, OptionError, choose
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.estimate.run import Progress
-from dag_hesse.ir import CurvatureGraph
 from dag_hesse.plan import Plan, plan
 from dag_hesse.plan.planner import BATCH_MODES, MODES
 from dag_hesse.report import CurvatureReport
@@ -77,7 +76,8 @@ def analyze(
     parsed = batches(batch)
     if batch_mode == "joint" and len(parsed) > 1:
         raise BatchError("batch_mode='joint' holds one batch; concatenate the stream, or use 'shared' or 'per_sample'.")
-    graphs = _capture_all(model, parsed, loss, output, points, space)
+    model = unwrapped(model)
+    graphs = capture_all(model, parsed, loss=loss, output=output, points=points, space=space)
     clock["capture"] = time.perf_counter()
     structures = [analyze_structure(graph) for graph in {id(graph): graph for graph in graphs}.values()]
     schedule = plan(structures, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory)
@@ -115,31 +115,6 @@ def _check_options(mode: str, batch_mode: str, probes: int, rtol: float | None, 
         raise OptionError(f"rtol={rtol!r}; expected a relative error between 0 and 1, or None.")
     if memory is not None and memory <= 0:
         raise OptionError(f"memory={memory!r}; expected a positive number of bytes, or None.")
-
-
-def _capture_all(
-    model: nn.Module,
-    parsed: Sequence[Batch],
-    loss: Loss | None,
-    output: str | None,
-    points: Sequence[str] | str | None,
-    space: str,
-) -> list[CurvatureGraph]:
-    """One graph per batch; batches of equal shapes share theirs, and all have the first one's points."""
-    by_signature: dict[Any, CurvatureGraph] = {}
-    names = points
-    for one in parsed:
-        if one.signature not in by_signature:
-            graph = capture(model, one, loss=loss, output=output, points=names, space=space)
-            by_signature[one.signature] = graph
-            names = [point.name for point in graph.points]
-            first = next(iter(by_signature.values()))
-            if [p.shape for p in graph.points] != [p.shape for p in first.points]:
-                raise BatchError(
-                    "the batches give points of different shapes, so their blocks cannot be added: "
-                    f"{[p.shape for p in first.points]} and {[p.shape for p in graph.points]}."
-                )
-    return [by_signature[one.signature] for one in parsed]
 
 
 def _facts(

@@ -44,6 +44,14 @@ class OptionError(DagHesseError, ValueError):
     """An option has a value that is not among its choices."""
 
 
+class VectorError(DagHesseError, ValueError):
+    """A vector's size, type, device or keys do not fit the operator."""
+
+
+class StaleError(DagHesseError, RuntimeError):
+    """Parameters or batch changed under an operator or a report."""
+
+
 class MemoryBudgetError(DagHesseError, MemoryError):
     """An exact result would not fit into the memory allowed."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,13 @@ from dag_hesse.capture.points import default_points, resolve_points
 from dag_hesse.capture.tracer import trace_forward
 from dag_hesse.errors import BatchError, NonDifferentiableError
 from dag_hesse.ir import CurvatureGraph, verify
+
+Points = Sequence[str] | str | Callable[[CurvatureGraph], Sequence[str]] | None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` has wrapped, if it has: the capture traces by itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _check(model: nn.Module, batch: Batch) -> None:
@@ -43,7 +50,7 @@ def _check_rules(graph: CurvatureGraph) -> None:
 
 def trace(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: str | None = None) -> CurvatureGraph:
     """Trace, type, verify and annotate; the graph has no points yet."""
-    batch = one_batch(batch)
+    batch, model = one_batch(batch), unwrapped(model)
     _check(model, batch)
     gm, called = trace_forward(model, batch, loss)
     graph = verify(convert(gm, model, called, batch.size, output))
@@ -57,7 +64,7 @@ def capture(
     *,
     loss: Loss | None = None,
     output: str | None = None,
-    points: Sequence[str] | str | None = None,
+    points: Points = None,
     space: str = "activation",
 ) -> CurvatureGraph:
     """Turn model and loss, run on one batch, into a typed graph (design §3, capture).
@@ -67,7 +74,8 @@ def capture(
         batch: ``(inputs, targets)`` or a dict of keyword inputs.
         loss: ``callable(output, targets) -> scalar``; None: the model's own, or inferred from the targets' dtype.
         output: name of the module or tap that the loss consumes, where it cannot be inferred.
-        points: names, glob patterns or parameter names; None picks at most 16 from the module tree.
+        points: names, glob patterns or parameter names; None picks at most 16 from the module tree. A callable
+            takes the traced graph and returns names.
         space: ``"activation"`` or ``"parameter"``: what a module's name stands for.
 
     Returns:
@@ -84,7 +92,40 @@ def capture(
         ['1']
     """
     graph = trace(model, batch, loss=loss, output=output)
+    model = unwrapped(model)
+    if callable(points):
+        points = points(graph)
     graph.points = (
         default_points(graph, model, space) if points is None else resolve_points(graph, model, points, space)
     )
     return graph
+
+
+def capture_all(
+    model: nn.Module,
+    parsed: Sequence[Batch],
+    *,
+    loss: Loss | None = None,
+    output: str | None = None,
+    points: Points = None,
+    space: str = "activation",
+) -> list[CurvatureGraph]:
+    """One graph per batch; batches of equal shapes share theirs, and all have the first one's points.
+
+    Raises:
+        BatchError: the batches give points of different shapes.
+    """
+    by_signature: dict[Any, CurvatureGraph] = {}
+    names = points
+    for one in parsed:
+        if one.signature not in by_signature:
+            graph = capture(model, one, loss=loss, output=output, points=names, space=space)
+            by_signature[one.signature] = graph
+            names = [point.name for point in graph.points]
+            first = next(iter(by_signature.values()))
+            if [p.shape for p in graph.points] != [p.shape for p in first.points]:
+                raise BatchError(
+                    "the batches give points of different shapes, so their blocks cannot be added: "
+                    f"{[p.shape for p in first.points]} and {[p.shape for p in graph.points]}."
+                )
+    return [by_signature[one.signature] for one in parsed]

@@ -26,7 +26,7 @@ def exact_blocks(
     problem: Problem, source: int, reads: tuple[int, ...], progress: Callable[[int], None] | None = None
 ) -> dict[int, Blocks]:
     """Blocks H[v, source] for v in ``reads``: tensors (d_source, groups, d_v), None where nothing reaches v."""
-    return problem.run([Request(source, identity(problem, source), reads)], progress=progress)[0]
+    return problem.run([Request({source: identity(problem, source)}, reads)], progress=progress)[0]
 
 
 def squares(block: Tensor | None, groups: int) -> np.ndarray:

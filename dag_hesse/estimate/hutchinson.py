@@ -57,9 +57,8 @@ class Sketch:
 
     def request(self, probes: int) -> Request:
         """Fresh probes for this source."""
-        return Request(
-            self.source.point, rademacher(self.problem, self.source.point, probes, self.generator), self.source.reads
-        )
+        point = self.source.point
+        return Request({point: rademacher(self.problem, point, probes, self.generator)}, self.source.reads)
 
     def extend(self, probes: int, progress: Callable[[int], None] | None = None) -> None:
         """Sweep ``probes`` more."""

@@ -83,8 +83,7 @@ def _half_step(
         by_source.setdefault(state.v if from_left else state.w, []).append(state)
     requests = [
         Request(
-            source,
-            torch.stack([s.left[-1] if from_left else s.right[-1] for s in members]),
+            {source: torch.stack([s.left[-1] if from_left else s.right[-1] for s in members])},
             tuple(sorted({s.w if from_left else s.v for s in members})),
         )
         for source, members in by_source.items()

@@ -26,8 +26,9 @@ class Products:
             return self.problem.run(requests, progress=progress)
         found = self.problem.run(requests, channels="tensor", progress=progress)
         return [
-            {v: Blocks(self.factors.product(v, r.source, r.z), blocks.tensor) for v, blocks in each.items()}
-            for r, each in zip(requests, found, strict=True)
+            {v: Blocks(self.factors.product(v, source, z), blocks.tensor) for v, blocks in each.items()}
+            for request, each in zip(requests, found, strict=True)
+            for source, z in request.z.items()  # estimators probe one point at a time
         ]
 
     def whole(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dag_hesse.errors import PointError
+from dag_hesse.errors import StaleError
 from dag_hesse.estimate import exact_blocks
 from dag_hesse.sweep import Problem
 
@@ -14,13 +14,13 @@ class BlockReader:
     """Computes H[v, w] or one of its parts by identity probes from the smaller side."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem, self.versions = problem, _versions(problem)
+        self.problem, self.versions = problem, problem.versions
         problem.release()
 
     def __call__(self, v: int, w: int, part: str) -> Tensor:
         problem = self.problem
-        if _versions(problem) != self.versions:
-            raise PointError("the model's parameters changed since analyze(): analyze it again to read blocks.")
+        if problem.versions != self.versions:
+            raise StaleError("parameters or batch changed since analyze(): analyze it again to read blocks.")
         from_w = problem.dim(w) <= problem.dim(v)
         source, target = (w, v) if from_w else (v, w)
         blocks = exact_blocks(problem, source, (target,))[target]
@@ -33,7 +33,3 @@ class BlockReader:
         if problem.mode == "joint" and problem.groups > 1:
             return torch.block_diag(*block)
         return block if problem.mode == "per_sample" else block[0].contiguous()
-
-
-def _versions(problem: Problem) -> tuple[tuple[int, int], ...]:
-    return tuple((id(p), p._version) for p in problem.model.parameters())

@@ -108,7 +108,7 @@ def _pull(
         if call is None or not needed[node.index]:
             continue
         met = {}
-        if node.index in lin.curved and not (channels == "tensor" and lin.in_loss[node.index]):
+        if node.index in lin.bends[channels]:
             met = {slot: tangents[k] for slot, k in enumerate(node.inputs) if k in tangents}
         if mine is None and not met:
             continue
@@ -134,7 +134,8 @@ def sweep(
         lin: the linearized graph.
         seeds: per node, its perturbation (probes, *node).
         reads: nodes to read.
-        channels: ``"both"`` keeps GN and T apart, ``"sum"`` adds them into the GN channel, ``"tensor"`` leaves GN out.
+        channels: ``"both"`` keeps GN and T apart, ``"sum"`` adds them into the GN channel, ``"gn"`` and
+            ``"tensor"`` compute one alone.
 
     Returns:
         Per read node an :class:`Adjoint`; nodes that nothing reaches are missing (their product is zero).

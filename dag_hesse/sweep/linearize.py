@@ -13,8 +13,8 @@ from dag_hesse.ir.node import execute
 from dag_hesse.rules import Call, Linearized, rule_for
 from dag_hesse.rules.table import pairs_of
 
-# What a sweep is to return: GN and T apart, their sum, or T alone.
-CHANNELS = ("both", "sum", "tensor")
+# What a sweep is to return: GN and T apart, their sum, or one alone.
+CHANNELS = ("both", "sum", "gn", "tensor")
 
 
 class Linearization:
@@ -50,14 +50,18 @@ class Linearization:
         self.in_loss = graph.loss_subgraph
         self.calls: dict[int, Linearized] = {}
         self.curved = self._find_curved()
-        in_model = {c for c in self.curved if not self.in_loss[c]}
-        self.feeds = {channels: self._feeds(in_model if channels == "tensor" else self.curved) for channels in CHANNELS}
+        self.bends = {channels: {c for c in self.curved if self._bends(c, channels)} for channels in CHANNELS}
+        self.feeds = {channels: self._feeds(self.bends[channels]) for channels in CHANNELS}
         self.kept = {k for c in self.curved for k in graph.nodes[c].inputs if self.active[k]}
         with torch.no_grad():
             self.loss = self._forward(dict(model.named_parameters()), tensors)
             if not bool(torch.isfinite(self.loss)):
                 raise LossError(f"the loss is {float(self.loss)}; curvature there is undefined.")
             self._backward()
+
+    def _bends(self, node: int, channels: str) -> bool:
+        """Whether the node's second-order term belongs to what is asked for."""
+        return channels in ("both", "sum") or (channels == "gn") == self.in_loss[node]
 
     def _feeds(self, curved: Iterable[int]) -> list[bool]:
         """Nodes whose tangents some node of ``curved`` reads."""

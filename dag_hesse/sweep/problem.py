@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +33,9 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Request:
-    """One set of probes: ``z`` (probes, groups, dim) at point ``source``, read at points ``reads`` (indices)."""
+    """One set of probes: ``z`` (probes, groups, dim) per source point, read at points ``reads`` (indices)."""
 
-    source: int
-    z: Tensor
+    z: Mapping[int, Tensor]
     reads: tuple[int, ...]
 
 
@@ -96,6 +95,7 @@ class Problem:
                 self.entries.append(Entry(graph, batch, scale, None, batch.size if self.how == "each" else 1))
         self.groups = sum(entry.groups for entry in self.entries) if self.separate_groups else 1
         self._kept: Linearization | None = None
+        self._rng = _Generators(self.device)  # dropout masks are drawn anew in every linearization, and must agree
         self.sweeps = 0  # probes swept so far, for reports
         self._losses: dict[int, float] = {}
 
@@ -131,6 +131,12 @@ class Problem:
         mean = self.entries[0].graph.mean_loss
         return sum(value * (size / total if mean else 1.0) for size, value in by_batch.values())
 
+    @property
+    def versions(self) -> tuple[tuple[int, int], ...]:
+        """Identity and version counter of parameters, buffers and batch tensors: changes when one is written to."""
+        own = [*self.model.parameters(), *self.model.buffers()]
+        return tuple((id(t), t._version) for t in [*own, *(t for e in self.entries for t in e.batch.tensors)])
+
     def release(self) -> None:
         """Let the kept linearization go; the next sweep makes it anew."""
         self._kept = None
@@ -151,6 +157,7 @@ class Problem:
             sites = {k for point in self.points_of(entry) for k in point.sites}
             sites |= set(entry.graph.out) if self.with_out else set()
             with torch.random.fork_rng(_devices(self.device)):
+                self._rng.restore()
                 lin = Linearization(
                     entry.graph,
                     self.model,
@@ -181,7 +188,7 @@ class Problem:
         for entry, lin in self.linearizations():
             stop = start + entry.groups if self.separate_groups else 1
             for request, result in zip(requests, results, strict=True):
-                z = request.z[:, start:stop] if self.separate_groups else request.z
+                z = {k: x[:, start:stop] if self.separate_groups else x for k, x in request.z.items()}
                 for v, blocks in self._one(entry, lin, request, z, channels, progress).items():
                     result[v] = self._merge(result.get(v), blocks, start)
             start = stop if self.separate_groups else 0
@@ -200,25 +207,35 @@ class Problem:
 
         return new if old is None else Blocks(part(old.gn, new.gn), part(old.tensor, new.tensor))
 
+    def _seeds(self, entry: Entry, z: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Perturbations of all nodes of the sources; points that share a node are added there."""
+        seeds: dict[int, Tensor] = {}
+        for k, vectors in z.items():
+            for node, x in seed(entry.graph, self.points_of(entry)[k], vectors, self.how).items():
+                seeds[node] = seeds[node] + x if node in seeds else x
+        return seeds
+
     def _one(
         self,
         entry: Entry,
         lin: Linearization,
         request: Request,
-        z: Tensor,
+        z: Mapping[int, Tensor],
         channels: str,
         progress: Callable[[int], None] | None,
     ) -> dict[int, Blocks]:
         points = self.points_of(entry)
         sites = {k for v in request.reads for k in points[v].sites}
         parts: dict[int, tuple[list[Tensor | None], list[Tensor | None]]] = {v: ([], []) for v in request.reads}
-        done = 0
-        while done < z.shape[0]:
-            left = z.shape[0] - done
-            piece = z[done : done + -(-left // -(-left // self.chunk))]  # chunks of equal size
+        count, done = len(next(iter(z.values()))), 0
+        while done < count:
+            left = count - done
+            stop = done + -(-left // -(-left // self.chunk))  # chunks of equal size
+            pieces = {k: x[done:stop] for k, x in z.items()}
             try:
-                found = sweep(lin, seed(entry.graph, points[request.source], piece, self.how), sites, channels)
-                read_now = {v: read_parts(entry.graph, points[v], found, piece, self.how) for v in request.reads}
+                found = sweep(lin, self._seeds(entry, pieces), sites, channels)
+                like = next(iter(pieces.values()))
+                read_now = {v: read_parts(entry.graph, points[v], found, like, self.how) for v in request.reads}
             except (MemoryError, RuntimeError) as error:
                 if self.chunk == 1 or not out_of_memory(error):
                     raise
@@ -227,10 +244,10 @@ class Problem:
             for v, (gn, tensor) in read_now.items():
                 parts[v][0].append(gn)
                 parts[v][1].append(tensor)
-            done += piece.shape[0]
-            self.sweeps += piece.shape[0]
+            self.sweeps += stop - done
             if progress is not None:
-                progress(piece.shape[0])
+                progress(stop - done)
+            done = stop
         return {v: Blocks(_join(gn, entry.scale), _join(tensor, entry.scale)) for v, (gn, tensor) in parts.items()}
 
 
@@ -241,6 +258,20 @@ def _join(parts: list[Tensor | None], scale: float) -> Tensor | None:
         return None
     joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     return joined if scale == 1.0 else joined * scale
+
+
+class _Generators:
+    """The state of the global generators at one time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.cpu = device, torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        """Set the global generators to it."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
 
 
 def _devices(device: torch.device) -> list[int]:

@@ -1,0 +1,189 @@
+"""``python -m bench hvp``: Hessian products in parameter space against every peer, in gradients of the same model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import dag_hesse as dh
+from bench.timing import interleaved, median, spread, write_json
+from dag_hesse.experiments.models import mlp, resnet18, resnet50
+
+TOLERANCE = 1e-4
+PROBES = 8
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model with its batch; ``loss(output, targets)``."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+
+    def value(self) -> Tensor:
+        """The loss."""
+        return F.cross_entropy(self.model(self.x), self.y)
+
+    def functional(self, params: dict[str, Tensor]) -> Tensor:
+        """The loss as a function of the parameters."""
+        return F.cross_entropy(torch.func.functional_call(self.model, params, (self.x,)), self.y)
+
+
+class VisionTransformer(nn.Module):
+    """ViT-Tiny's shape: width 192, 12 blocks of 3 heads, patches of 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 192, 16, 16)
+        self.position = nn.Parameter(torch.randn(1, 196, 192) * 0.02)
+        block = partial(nn.TransformerEncoderLayer, 192, 3, 768, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.ModuleList(block() for _ in range(12))
+        self.head = nn.Linear(192, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+class LanguageModel(nn.Module):
+    """GPT-2's shape with 4 layers of width 256, from ``transformers``; logits of the next token only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        config = GPT2Config(
+            n_layer=4, n_embd=256, n_head=4, vocab_size=5000, n_positions=128, attn_implementation="eager"
+        )
+        self.body = GPT2LMHeadModel(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.body(ids).logits.transpose(1, 2)
+
+
+def _images(model: nn.Module, batch: int, side: int, classes: int) -> Workload:
+    return Workload(model.eval(), torch.randn(batch, 3, side, side), torch.arange(batch) % classes)
+
+
+def _mlp() -> Workload:
+    return Workload(mlp([3072, *[1024] * 16, 10], nn.SiLU), torch.randn(256, 3072), torch.arange(256) % 10)
+
+
+def _gpt() -> Workload:
+    ids = torch.randint(0, 5000, (4, 128))
+    return Workload(LanguageModel().eval(), ids, ids.roll(-1, 1))
+
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "MLP 3072-1024×16-10, B=256": _mlp,
+    "ResNet-18 SiLU, B=32, 32²": lambda: _images(resnet18(activation=nn.SiLU), 32, 32, 10),
+    "ResNet-18 ReLU, B=32, 32²": lambda: _images(resnet18(), 32, 32, 10),
+    "ResNet-50, B=8, 64²": lambda: _images(resnet50(), 8, 64, 1000),
+    "ResNet-50, B=8, 224²": lambda: _images(resnet50(), 8, 224, 1000),
+    "ViT-Tiny, B=16, 224²": lambda: _images(VisionTransformer(), 16, 224, 1000),
+    "GPT-2 4×256, B=4, S=128": _gpt,
+}
+
+
+def peers(work: Workload, v: dict[str, Tensor]) -> dict[str, Callable[[], dict[str, Tensor]]]:
+    """Everybody's H·v, fresh unless it says otherwise; double-backward with attention decomposed, as it must be."""
+    params = {name: p.detach() for name, p in work.model.named_parameters()}
+    own = dict(work.model.named_parameters())
+    names, vectors = list(own), [v[name] for name in own]
+    gradient = torch.func.grad(work.functional)
+
+    def named(values: Any) -> dict[str, Tensor]:
+        return dict(zip(names, values, strict=True))
+
+    def double_backward() -> dict[str, Tensor]:
+        first = torch.autograd.grad(work.value(), list(own.values()), create_graph=True)
+        return named(torch.autograd.grad(first, list(own.values()), vectors))
+
+    kept = torch.autograd.grad(work.value(), list(own.values()), create_graph=True)
+    _, push = torch.func.linearize(gradient, params)
+    return {
+        "functorch jvp∘grad": lambda: torch.func.jvp(gradient, (params,), (v,))[1],
+        "functorch vjp∘grad": lambda: torch.func.vjp(gradient, params)[1](v)[0],
+        "functorch linearize, amortized": lambda: push(v),
+        "double-backward": double_backward,
+        "double-backward, retained graph": lambda: named(
+            torch.autograd.grad(kept, list(own.values()), vectors, retain_graph=True)
+        ),
+    }
+
+
+def measure(name: str, rounds: int = 5) -> dict[str, Any]:
+    """Medians of one workload, in gradients; None where somebody disagrees."""
+    torch.manual_seed(0)
+    work = WORKLOADS[name]()
+    own = dict(work.model.named_parameters())
+    v = {key: torch.randn_like(p) for key, p in own.items()}
+    batch = (work.x, work.y)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        H = dh.HessianOperator(work.model, batch, loss=F.cross_entropy)
+        many = torch.randn(H.shape[0], PROBES)
+
+        def fresh() -> dict[str, Tensor]:
+            H.refresh()
+            return H @ v
+
+        runs: dict[str, Callable[[], Any]] = {
+            "ours, amortized": lambda: H @ v,
+            "ours, fresh": fresh,
+            **peers(work, v),
+        }
+        results = {key: run() for key, run in runs.items()}
+        truth = results["double-backward"]
+        size = sum(float(x.norm()) ** 2 for x in truth.values()) ** 0.5
+        differences = {
+            key: sum(float((found[n] - truth[n]).norm()) ** 2 for n in truth) ** 0.5 / size
+            for key, found in results.items()
+        }
+        if max(differences.values()) > TOLERANCE:
+            return {"workload": name, "disagree": differences}
+        runs["gradient"] = lambda: torch.autograd.grad(work.value(), list(own.values()))
+        runs["ours, GN and T apart"] = lambda: H.parts(v)
+        runs[f"ours, {PROBES} at once"] = lambda: H @ many
+        seconds = interleaved(runs, rounds)
+    unit = median(seconds["gradient"])
+    return {
+        "workload": name,
+        "gradient s": unit,
+        "products agree to": max(differences.values()),
+        "gradients": {key: median(s) / unit / (PROBES if "at once" in key else 1) for key, s in seconds.items()},
+        "spread": {key: spread(s) for key, s in seconds.items()},
+    }
+
+
+def main(names: list[str] | None = None) -> int:
+    """Measure all workloads (or those whose name contains a given word), print and write."""
+    console, rows = Console(width=120), []
+    for name in WORKLOADS:
+        if names and not any(word in name for word in names):
+            continue
+        row = measure(name)
+        if "disagree" in row:
+            print(f"{name}: products disagree, so no speed is printed: {row['disagree']}", file=sys.stderr)
+            return 1
+        rows.append(row)
+        table = Table(title=f"{name}: one gradient is {row['gradient s'] * 1e3:.0f} ms", title_justify="left")
+        table.add_column("H·v")
+        table.add_column("gradients", justify="right")
+        table.add_column("spread", justify="right")
+        for key, value in sorted(row["gradients"].items(), key=lambda item: item[1]):
+            table.add_row(key, f"{value:.2f}", f"{row['spread'][key]:.0%}")
+        console.print(table)
+    write_json("hvp", {"workloads": rows})
+    return 0

@@ -1,0 +1,5 @@
+"""Hessian, Gauss–Newton and tensor part as linear operators."""
+
+from dag_hesse.operators.operator import Block, CurvatureOperator, GGNOperator, HessianOperator, TensorOperator, hvp
+
+__all__ = ["Block", "CurvatureOperator", "GGNOperator", "HessianOperator", "TensorOperator", "hvp"]

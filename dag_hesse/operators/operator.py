@@ -1,0 +1,297 @@
+"""Hessian, Gauss–Newton and tensor part as symmetric linear operators: captured once, linearized once."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, final
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor, nn
+
+from dag_hesse.capture import batches, capture_all
+from dag_hesse.capture.losses import Loss
+from dag_hesse.errors import MemoryBudgetError, StaleError, choose
+from dag_hesse.operators.functional import FunctionModule, as_module, chosen_parameters
+from dag_hesse.operators.vectors import Layout
+from dag_hesse.plan.cost import available_memory, probe_bytes
+from dag_hesse.sweep import Blocks, Problem, Request
+
+_CHUNK_BYTES = 256 << 20
+
+
+class CurvatureOperator(ABC):
+    """A symmetric operator over the concatenation of its points; use one of the three subclasses.
+
+    Args:
+        model: a module, or ``callable(params, inputs) -> output`` with ``params`` given.
+        batch: as for :func:`~dag_hesse.analyze`; a loader is read once and taken as one loss.
+        loss: ``callable(output, targets) -> scalar``; None: the model's own, or inferred.
+        params: parameters to differentiate by: a list of the model's own, or a dict or list for a callable model.
+        space: ``"parameter"`` (default: all parameters that require gradients) or ``"activation"``.
+        points: names or globs, instead of all parameters (or of the points chosen).
+        param_filter: glob, globs, or ``callable(name, parameter) -> bool`` that picks among the parameters.
+        output: name of what the loss consumes, where it cannot be inferred.
+        batch_mode: meaning of the batch axis of activations, ``"shared"`` or ``"joint"``.
+
+    Raises:
+        DagHesseError: as :func:`~dag_hesse.analyze`; :class:`~dag_hesse.errors.VectorError` for a bad vector.
+    """
+
+    channels: ClassVar[str]
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[Any, Any], Any],
+        batch: Any,
+        *,
+        loss: Loss | None = None,
+        params: Any = None,
+        space: str = "parameter",
+        points: Sequence[str] | str | None = None,
+        param_filter: Any = None,
+        output: str | None = None,
+        batch_mode: str = "shared",
+    ) -> None:
+        choose("space", space, ("parameter", "activation"))
+        choose("batch_mode", batch_mode, ("shared", "joint"))
+        module, params = as_module(model, params)
+        parsed = batches(batch)
+        wanted: Any = points
+        if points is None and space == "parameter":
+            wanted = partial(chosen_parameters, module, params, param_filter)
+        graphs = capture_all(module, parsed, loss=loss, output=output, points=wanted, space=space)
+        self.model = module
+        self._problem = Problem(module, graphs, parsed, batch_mode, with_out=False)
+        sites = [k for point in graphs[0].points for k in point.sites]
+        self._problem.chunk = max(1, min(_CHUNK_BYTES, available_memory() // 4) // probe_bytes(graphs[0], sites))
+        self._versions = self._problem.versions
+        found = [point.name for point in self._problem.points]
+        # Points come in topological order; vectors keep the order of the model's (or the user's) parameters.
+        order = list(module.state_dict(keep_vars=True)) if space == "parameter" else []
+        if params is not None:
+            order = chosen_parameters(module, params, None, graphs[0])
+        self._order = sorted(range(len(found)), key=lambda k: order.index(found[k]) if found[k] in order else k)
+        self.layout = self._make_layout(module.keys if isinstance(module, FunctionModule) else {})
+
+    def _make_layout(self, keys: Mapping[str, str]) -> Layout:
+        problem = self._problem
+        names, shapes = [], []
+        for k in self._order:
+            point = problem.points[k]
+            whole = problem.mode == "joint" and problem.groups == 1 and point.kind == "activation"
+            shape = (problem.dim(k),) if whole else point.shape
+            names.append(keys.get(point.name, point.name))
+            shapes.append(shape if problem.groups == 1 else (problem.groups, *shape))
+        return Layout(tuple(names), tuple(shapes), problem.dtype, problem.device)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the blocks, in the order of the flat vector."""
+        return self.layout.names
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, n)."""
+        return self.layout.size, self.layout.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of vectors."""
+        return self.layout.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where vectors lie."""
+        return self.layout.device
+
+    @property
+    def T(self) -> CurvatureOperator:
+        """The transpose: the operator itself, for it is symmetric."""
+        return self
+
+    def __repr__(self) -> str:
+        blocks = len(self.layout.names)
+        return f"{type(self).__name__}({self.shape[0]} × {self.shape[1]}, {blocks} blocks, {self.dtype})"
+
+    def __matmul__(self, v: Any) -> Any:
+        """The product with a vector (n,), columns (n, k), or a list or dict like the blocks; same form back."""
+        rows, unpack = self.layout.pack(v)
+        return unpack(self._apply(rows)[0])
+
+    def _run(self, rows: Tensor, channels: str, sources: Sequence[int], reads: Sequence[int]) -> dict[int, Blocks]:
+        self._check_fresh()
+        sizes = [self.layout.sizes[k] for k in sources]
+        groups = self._problem.groups
+        pieces = rows.detach().split(sizes, dim=1)
+        z = {self._order[k]: piece.reshape(len(rows), groups, -1) for k, piece in zip(sources, pieces, strict=True)}
+        return self._problem.run([Request(z, tuple(self._order[k] for k in reads))], channels=channels)[0]
+
+    def _collect(self, found: dict[int, Blocks], part: str, count: int, reads: Sequence[int]) -> Tensor:
+        pieces = []
+        for k in reads:
+            value = getattr(found[self._order[k]], part)
+            size = self.layout.sizes[k]
+            zero = torch.zeros(count, size, dtype=self.dtype, device=self.device)
+            pieces.append(zero if value is None else value.reshape(count, size))
+        return torch.cat(pieces, dim=1)
+
+    def _apply(self, rows: Tensor, parts: Sequence[str] = ("full",), channels: str | None = None) -> list[Tensor]:
+        every = range(len(self.layout.names))
+        found = self._run(rows, channels or self.channels, every, every)
+        return [self._collect(found, part, len(rows), every) for part in parts]
+
+    def _check_fresh(self) -> None:
+        if self._problem.versions != self._versions:
+            raise StaleError("the parameters or the batch changed since the operator was made: call refresh() first.")
+
+    def refresh(self) -> None:
+        """Linearize anew at the parameters' present values; nothing is captured again."""
+        self._problem.release()
+        self._versions = self._problem.versions
+
+    def block(self, v: str, w: str) -> Block:
+        """The rectangular block [v, w] of two points."""
+        return Block(self, self._index(v), self._index(w))
+
+    def _index(self, name: str) -> int:
+        choose("block", name, self.layout.names)
+        return self.layout.names.index(name)
+
+    def dense(self) -> Tensor:
+        """The matrix (n, n), by identity probes.
+
+        Raises:
+            MemoryBudgetError: it would not fit.
+        """
+        return _dense(self)
+
+    def to_scipy(self) -> LinearOperator:
+        """A ``scipy.sparse.linalg.LinearOperator`` over NumPy arrays."""
+        return _to_scipy(self)
+
+    def eigsh(self, k: int = 6, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        """k extreme eigenvalues and eigenvectors (n, k), by :func:`scipy.sparse.linalg.eigsh`."""
+        return eigsh(self.to_scipy(), k=k, **options)
+
+
+@final
+class HessianOperator(CurvatureOperator):
+    """H = GGN + tensor part (design §2.2).
+
+    Example:
+        >>> import torch, dag_hesse as dh
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> H = dh.HessianOperator(model, (torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])))
+        >>> H.shape, (H @ torch.ones(26)).shape
+        ((26, 26), torch.Size([26]))
+    """
+
+    channels = "sum"
+
+    def parts(self, v: Any) -> tuple[Any, Any]:
+        """(GGN · v, tensor part · v) from one sweep, in the form of ``v``."""
+        rows, unpack = self.layout.pack(v)
+        gn, tensor = self._apply(rows, ("gn", "tensor"), "both")
+        return unpack(gn), unpack(tensor)
+
+
+@final
+class GGNOperator(CurvatureOperator):
+    """The generalized Gauss–Newton part Jᵀ(∇²L)J."""
+
+    channels = "gn"
+
+
+@final
+class TensorOperator(CurvatureOperator):
+    """What Gauss–Newton leaves out of the Hessian."""
+
+    channels = "tensor"
+
+
+@final
+class Block:
+    """The block [v, w] of an operator, (d_v, d_w)."""
+
+    def __init__(self, parent: CurvatureOperator, v: int, w: int) -> None:
+        self.parent, self.v, self.w = parent, v, w
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_v, d_w)."""
+        return self.parent.layout.sizes[self.v], self.parent.layout.sizes[self.w]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of vectors."""
+        return self.parent.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where vectors lie."""
+        return self.parent.device
+
+    @property
+    def T(self) -> Block:
+        """The block [w, v]."""
+        return Block(self.parent, self.w, self.v)
+
+    def _only(self, k: int) -> Layout:
+        whole = self.parent.layout
+        return Layout((whole.names[k],), (whole.shapes[k],), whole.dtype, whole.device)
+
+    def __matmul__(self, z: Any) -> Tensor:
+        """The product with z (d_w,) or (d_w, k)."""
+        rows, unpack = self._only(self.w).pack(z)
+        found = self.parent._run(rows, self.parent.channels, [self.w], [self.v])
+        return unpack(self.parent._collect(found, "full", len(rows), [self.v]))
+
+    def dense(self) -> Tensor:
+        """The matrix (d_v, d_w), by identity probes."""
+        return _dense(self)
+
+    def to_scipy(self) -> LinearOperator:
+        """A ``scipy.sparse.linalg.LinearOperator`` over NumPy arrays."""
+        return _to_scipy(self)
+
+
+def _dense(operator: CurvatureOperator | Block) -> Tensor:
+    n, m = operator.shape
+    need, budget = 3 * n * m * operator.dtype.itemsize, available_memory() // 2
+    if need > budget:
+        raise MemoryBudgetError(
+            f"dense() of a {n} × {m} operator needs {need / 2**30:.1f} GiB and {budget / 2**30:.1f} GiB may be used: "
+            "multiply with vectors instead, or take a block()."
+        )
+    return operator @ torch.eye(m, dtype=operator.dtype, device=operator.device)
+
+
+def _to_scipy(operator: CurvatureOperator | Block) -> LinearOperator:
+    def product(of: CurvatureOperator | Block) -> Callable[[np.ndarray], np.ndarray]:
+        def run(x: np.ndarray) -> np.ndarray:
+            flat = torch.from_numpy(np.ascontiguousarray(x)).to(dtype=of.dtype, device=of.device)
+            return (of @ (flat.reshape(-1) if flat.ndim == 1 else flat)).cpu().numpy()
+
+        return run
+
+    forward, backward = product(operator), product(operator.T)
+    dtype = torch.empty(0, dtype=operator.dtype).numpy().dtype
+    return LinearOperator(
+        operator.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward, dtype=dtype
+    )
+
+
+def hvp(model: Any, batch: Any, v: Any, **options: Any) -> Any:
+    """One Hessian-vector product; options as for :class:`HessianOperator`.
+
+    Example:
+        >>> import torch, dag_hesse as dh
+        >>> model = torch.nn.Linear(3, 1)
+        >>> dh.hvp(model, (torch.ones(2, 3), torch.zeros(2, 1)), torch.tensor([1.0, 0.0, 0.0, 0.0]))
+        tensor([2., 2., 2., 2.])
+    """
+    return HessianOperator(model, batch, **options) @ v

@@ -1,0 +1,83 @@
+"""The forms a vector may come in: flat, a matrix of columns, a list or a dict like the points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dag_hesse.errors import VectorError
+
+Vector = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
+Unpack = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a flat vector of length ``size`` is cut into named blocks of given shapes."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of every block."""
+        return [torch.Size(shape).numel() for shape in self.shapes]
+
+    @property
+    def size(self) -> int:
+        """Elements of the whole vector."""
+        return sum(self.sizes)
+
+    def pack(self, v: Any) -> tuple[Tensor, Unpack]:
+        """Turn any accepted form into rows (k, size), and say how to turn rows back into that form.
+
+        Raises:
+            VectorError: wrong size, dtype, device or keys.
+        """
+        if isinstance(v, Tensor):
+            self._check("the vector", v)
+            if v.ndim not in (1, 2) or v.shape[0] != self.size:
+                raise VectorError(
+                    f"the vector has shape {tuple(v.shape)}; expected ({self.size},) or ({self.size}, k)."
+                )
+            return (v.unsqueeze(0), lambda rows: rows[0]) if v.ndim == 1 else (v.T, lambda rows: rows.T)
+        if isinstance(v, Mapping):
+            if set(v) != set(self.names):
+                missing, extra = sorted(set(self.names) - set(v)), sorted(set(v) - set(self.names))
+                raise VectorError(f"the vector's keys do not match: missing {missing[:4]}, unknown {extra[:4]}.")
+            rows, unpack = self._join([v[name] for name in self.names])
+            return rows, lambda out: dict(zip(self.names, unpack(out), strict=True))
+        if isinstance(v, Sequence) and all(isinstance(x, Tensor) for x in v):
+            if len(v) != len(self.names):
+                raise VectorError(f"the vector has {len(v)} tensors; expected {len(self.names)}, one per block.")
+            rows, unpack = self._join(list(v))
+            return rows, lambda out: type(v)(unpack(out)) if isinstance(v, (list, tuple)) else unpack(out)
+        raise VectorError(f"a {type(v).__name__} is no vector; expected a tensor, a list of tensors or a dict of them.")
+
+    def _join(self, parts: list[Tensor]) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
+        """Blocks of their own shapes, all with one more axis of k columns or none with."""
+        several = len(parts) > 0 and parts[0].ndim == len(self.shapes[0]) + 1
+        columns = parts[0].shape[-1:] if several else torch.Size()
+        for name, shape, part in zip(self.names, self.shapes, parts, strict=True):
+            self._check(f"'{name}'", part)
+            if part.shape != torch.Size(shape) + columns:
+                raise VectorError(f"'{name}' has shape {tuple(part.shape)}; expected {(*shape, *columns)}.")
+        flat = [
+            p.reshape(n, *columns).T if several else p.reshape(1, n) for p, n in zip(parts, self.sizes, strict=True)
+        ]
+
+        def unpack(rows: Tensor) -> list[Tensor]:
+            pieces = zip(rows.split(self.sizes, dim=1), self.shapes, strict=True)
+            return [p.T.reshape(*s, *columns) if several else p.reshape(s) for p, s in pieces]
+
+        return torch.cat(flat, dim=1), unpack
+
+    def _check(self, what: str, x: Tensor) -> None:
+        if x.dtype != self.dtype or x.device != self.device:
+            raise VectorError(f"{what} is {x.dtype} on {x.device}; expected {self.dtype} on {self.device}: use .to().")

@@ -1,0 +1,201 @@
+"""Operators against the dense oracle, in every form of vector, model and batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.sparse.linalg import eigsh
+from torch import Tensor, nn
+
+import dag_hesse as dh
+from dag_hesse import errors
+from tests.models.zoo import Case, case
+from tests.oracle import Truth, error
+
+CASES = ("mlp-silu", "encoder-eval", "batch-norm-train", "gru-cell-loop", "tied", "densenet", "hf-gpt2")
+
+
+def _assembled(truth: Truth, names: list[str], part: str) -> Tensor:
+    return torch.cat([torch.cat([truth.block(v, w, part, "shared") for w in names], 1) for v in names])
+
+
+def _problem() -> tuple[Case, list[str], Truth]:
+    c = case("mlp-silu")
+    names = [name for name, _ in c.model.named_parameters()]
+    return c, names, Truth(c.model, c.run, [], names)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_three_parts_agree_with_dense_autograd(name: str) -> None:
+    c = case(name)
+    names = [n for n, p in c.model.named_parameters() if p.numel() < 70][:6]
+    truth = Truth(c.model, c.run, [], names, c.out)
+    options: dict[str, Any] = {"loss": c.loss, "param_filter": lambda n, p: n in names}
+    for kind, part in ((dh.HessianOperator, "full"), (dh.GGNOperator, "gn"), (dh.TensorOperator, "tensor")):
+        operator = kind(c.model, c.batch, **options)
+        assert list(operator.names) == names
+        expected = _assembled(truth, names, part)
+        scale = float(_assembled(truth, names, "full").norm())
+        assert operator.shape == tuple(expected.shape)
+        assert error(operator.dense(), expected, scale) < 1e-10
+        assert (
+            error(operator.block(names[0], names[-1]).dense(), truth.block(names[0], names[-1], part, "shared"), scale)
+            < 1e-10
+        )
+
+
+def test_activation_space() -> None:
+    c = case("mlp-silu")
+    points = ["0", "3", "5"]
+    truth = Truth(c.model, c.run, points)
+    operator = dh.HessianOperator(c.model, c.batch, space="activation", points=points)
+    assert error(operator.dense(), _assembled(truth, points, "full")) < 1e-10
+    joint = dh.HessianOperator(c.model, c.batch, space="activation", points=["3"], batch_mode="joint")
+    assert error(joint.dense(), truth.full["3", "3"]) < 1e-10
+
+
+def test_every_form_of_vector() -> None:
+    c, names, truth = _problem()
+    H, dense = dh.HessianOperator(c.model, c.batch), _assembled(truth, names, "full")
+    columns = torch.randn(H.shape[0], 3).double()
+    assert error(H @ columns, dense @ columns) < 1e-10
+    assert error(H @ columns[:, 0], dense @ columns[:, 0]) < 1e-10
+    parameters = dict(c.model.named_parameters())
+    split = columns.split([p.numel() for p in parameters.values()])
+    one = {n: piece[:, 0].reshape(p.shape) for (n, p), piece in zip(parameters.items(), split, strict=True)}
+    product = H @ one
+    assert list(product) == names
+    assert error(torch.cat([x.reshape(-1) for x in product.values()]), dense @ columns[:, 0]) < 1e-10
+    several = [piece.reshape(*p.shape, 3) for p, piece in zip(parameters.values(), split, strict=True)]
+    found = H @ several
+    assert isinstance(found, list)
+    assert error(torch.cat([x.reshape(-1, 3) for x in found]), dense @ columns) < 1e-10
+    gn, tensor = H.parts(columns)
+    assert error(gn + tensor, dense @ columns) < 1e-10
+    assert error(gn, _assembled(truth, names, "gn") @ columns) < 1e-10
+    assert H.T is H
+    block = H.block(names[0], names[2])
+    assert (
+        error(
+            block.T @ columns[: block.shape[0]],
+            truth.block(names[2], names[0], "full", "shared") @ columns[: block.shape[0]],
+        )
+        < 1e-10
+    )
+
+
+def test_against_functorch() -> None:
+    c, _, _ = _problem()
+    params = {n: p.detach() for n, p in c.model.named_parameters()}
+    x, y = c.batch
+    v = {n: torch.randn_like(p) for n, p in params.items()}
+    gradient = torch.func.grad(lambda p: F.cross_entropy(torch.func.functional_call(c.model, p, (x,)), y))
+    expected = torch.func.jvp(gradient, (params,), (v,))[1]
+    found = dh.hvp(c.model, c.batch, v)
+    assert all(error(found[n], expected[n]) < 1e-10 for n in params)
+
+
+def test_scipy() -> None:
+    c, names, truth = _problem()
+    H, dense = dh.HessianOperator(c.model, c.batch), _assembled(truth, names, "full")
+    expected = np.sort(np.linalg.eigvalsh(dense.numpy()))[-3:]
+    values, vectors = eigsh(H.to_scipy(), k=3, which="LA")
+    assert np.allclose(np.sort(values), expected, rtol=1e-8)
+    assert np.allclose(np.sort(H.eigsh(3, which="LA")[0]), expected, rtol=1e-8)
+    assert vectors.shape == (H.shape[0], 3)
+    rectangle = H.block(names[0], names[-1]).to_scipy()
+    x = np.random.default_rng(0).standard_normal(rectangle.shape[0])
+    assert np.allclose(rectangle.rmatvec(x), truth.block(names[-1], names[0], "full", "shared").numpy() @ x)
+
+
+def test_what_users_of_other_tools_pass() -> None:
+    c, names, truth = _problem()
+    x, y = c.batch
+    dense = _assembled(truth, names, "full")
+    own = dict(c.model.named_parameters())
+    loss = nn.CrossEntropyLoss()
+    v = torch.randn(len(dense)).double()
+
+    def function(params: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        return torch.func.functional_call(c.model, params, (inputs,))
+
+    def positional(params: list[Tensor], inputs: Tensor) -> Tensor:
+        return function(dict(zip(own, params, strict=True)), inputs)
+
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=2)
+    for operator in (
+        dh.HessianOperator(c.model, loader, loss=loss),
+        dh.HessianOperator(c.model, [(x[:2], y[:2]), (x[2:], y[2:])], loss=loss, params=list(own.values())),
+        dh.HessianOperator(function, c.batch, loss=loss, params=own),
+        dh.HessianOperator(positional, c.batch, loss=loss, params=list(own.values())),
+    ):
+        assert error(operator @ v, dense @ v) < 1e-10
+    turned = list(own.values())[::-1]
+    reversed_names = names[::-1]
+    assert (
+        error(dh.HessianOperator(c.model, c.batch, params=turned).dense(), _assembled(truth, reversed_names, "full"))
+        < 1e-10
+    )
+    biases = [n for n in names if n.endswith("bias")]
+    assert dh.HessianOperator(c.model, c.batch, param_filter="*.bias").names == tuple(biases)
+    c.model[0].weight.requires_grad_(False)
+    assert "0.weight" not in dh.HessianOperator(c.model, c.batch).names
+    c.model[0].weight.requires_grad_(True)
+
+
+def test_refresh_after_an_optimizer_step() -> None:
+    c, names, _ = _problem()
+    H = dh.HessianOperator(c.model, c.batch)
+    v = torch.randn(H.shape[0]).double()
+    before = H @ v
+    c.run().backward()
+    torch.optim.SGD(c.model.parameters(), lr=0.5).step()
+    with pytest.raises(errors.StaleError, match=r"refresh\(\)"):
+        H @ v
+    H.refresh()
+    truth = Truth(c.model, c.run, [], names)
+    assert error(H @ v, _assembled(truth, names, "full") @ v) < 1e-10
+    assert error(H @ v, before) > 1e-3
+
+
+def test_same_bits_twice_and_with_dropout() -> None:
+    c = case("encoder-dropout")
+    H = dh.HessianOperator(c.model, [c.batch, c.batch])  # two linearizations a product
+    v = torch.randn(H.shape[0]).double()
+    first = H @ v
+    torch.randn(10)
+    assert torch.equal(first, H @ v)
+
+
+@pytest.mark.parametrize(
+    "vector, message",
+    [
+        (torch.zeros(3).double(), r"shape \(3,\); expected \(\d+,\)"),
+        (torch.zeros(71), "float32.*float64"),
+        ({"0.weight": torch.zeros(1)}, "missing"),
+        ([torch.zeros(1).double()], "1 tensors; expected 8"),
+        ("v", "str"),
+    ],
+)
+def test_vectors_that_do_not_fit(vector: Any, message: str) -> None:
+    c, _, _ = _problem()
+    with pytest.raises(errors.VectorError, match=message):
+        dh.HessianOperator(c.model, c.batch) @ vector
+
+
+def test_bad_operators() -> None:
+    c, _, _ = _problem()
+    with pytest.raises(errors.OptionError, match="no parameter is left"):
+        dh.HessianOperator(c.model, c.batch, param_filter="layer*")
+    with pytest.raises(errors.OptionError, match="not a parameter of the model"):
+        dh.HessianOperator(c.model, c.batch, params=[torch.zeros(3)])
+    with pytest.raises(errors.OptionError, match="params="):
+        dh.HessianOperator(lambda p, x: x, c.batch)
+    with pytest.raises(errors.BatchError, match="empty"):
+        dh.HessianOperator(c.model, [])
+    with pytest.raises(errors.OptionError, match=r"'0.weight'"):
+        dh.HessianOperator(c.model, c.batch).block("0.weigth", "0.weight")
