@@ -20,8 +20,6 @@ from dag_hesse.operators.vectors import Layout
 from dag_hesse.plan.cost import available_memory, probe_bytes
 from dag_hesse.sweep import Blocks, Problem, Request
 
-_CHUNK_BYTES = 256 << 20
-
 
 class CurvatureOperator(ABC):
     """A symmetric operator over the concatenation of its points; use one of the three subclasses.
@@ -67,7 +65,7 @@ class CurvatureOperator(ABC):
         self.model = module
         self._problem = Problem(module, graphs, parsed, batch_mode, with_out=False)
         sites = [k for point in graphs[0].points for k in point.sites]
-        self._problem.chunk = max(1, min(_CHUNK_BYTES, available_memory() // 4) // probe_bytes(graphs[0], sites))
+        self._problem.chunk = max(1, available_memory() // 4 // probe_bytes(graphs[0], sites))
         self._versions = self._problem.versions
         found = [point.name for point in self._problem.points]
         # Points come in topological order; vectors keep the order of the model's (or the user's) parameters.
@@ -119,30 +117,31 @@ class CurvatureOperator(ABC):
 
     def __matmul__(self, v: Any) -> Any:
         """The product with a vector (n,), columns (n, k), or a list or dict like the blocks; same form back."""
-        rows, unpack = self.layout.pack(v)
-        return unpack(self._apply(rows)[0])
+        blocks, unpack = self.layout.pack(v)
+        return unpack(self._apply(blocks)[0])
 
-    def _run(self, rows: Tensor, channels: str, sources: Sequence[int], reads: Sequence[int]) -> dict[int, Blocks]:
+    def _run(
+        self, blocks: Sequence[Tensor], channels: str, sources: Sequence[int], reads: Sequence[int]
+    ) -> dict[int, Blocks]:
         self._check_fresh()
-        sizes = [self.layout.sizes[k] for k in sources]
         groups = self._problem.groups
-        pieces = rows.detach().split(sizes, dim=1)
-        z = {self._order[k]: piece.reshape(len(rows), groups, -1) for k, piece in zip(sources, pieces, strict=True)}
+        z = {self._order[k]: x.detach().reshape(len(x), groups, -1) for k, x in zip(sources, blocks, strict=True)}
         return self._problem.run([Request(z, tuple(self._order[k] for k in reads))], channels=channels)[0]
 
-    def _collect(self, found: dict[int, Blocks], part: str, count: int, reads: Sequence[int]) -> Tensor:
-        pieces = []
+    def _collect(self, found: dict[int, Blocks], part: str, count: int, reads: Sequence[int]) -> list[Tensor]:
+        blocks = []
         for k in reads:
-            value = getattr(found[self._order[k]], part)
-            size = self.layout.sizes[k]
-            zero = torch.zeros(count, size, dtype=self.dtype, device=self.device)
-            pieces.append(zero if value is None else value.reshape(count, size))
-        return torch.cat(pieces, dim=1)
+            value, shape = getattr(found[self._order[k]], part), (count, self.layout.sizes[k])
+            zero = value is None
+            blocks.append(torch.zeros(shape, dtype=self.dtype, device=self.device) if zero else value.reshape(shape))
+        return blocks
 
-    def _apply(self, rows: Tensor, parts: Sequence[str] = ("full",), channels: str | None = None) -> list[Tensor]:
+    def _apply(
+        self, blocks: Sequence[Tensor], parts: Sequence[str] = ("full",), channels: str | None = None
+    ) -> list[list[Tensor]]:
         every = range(len(self.layout.names))
-        found = self._run(rows, channels or self.channels, every, every)
-        return [self._collect(found, part, len(rows), every) for part in parts]
+        found = self._run(blocks, channels or self.channels, every, every)
+        return [self._collect(found, part, len(blocks[0]), every) for part in parts]
 
     def _check_fresh(self) -> None:
         if self._problem.versions != self._versions:
@@ -194,8 +193,8 @@ class HessianOperator(CurvatureOperator):
 
     def parts(self, v: Any) -> tuple[Any, Any]:
         """(GGN · v, tensor part · v) from one sweep, in the form of ``v``."""
-        rows, unpack = self.layout.pack(v)
-        gn, tensor = self._apply(rows, ("gn", "tensor"), "both")
+        blocks, unpack = self.layout.pack(v)
+        gn, tensor = self._apply(blocks, ("gn", "tensor"), "both")
         return unpack(gn), unpack(tensor)
 
 
@@ -246,9 +245,10 @@ class Block:
 
     def __matmul__(self, z: Any) -> Tensor:
         """The product with z (d_w,) or (d_w, k)."""
-        rows, unpack = self._only(self.w).pack(z)
-        found = self.parent._run(rows, self.parent.channels, [self.w], [self.v])
-        return unpack(self.parent._collect(found, "full", len(rows), [self.v]))
+        blocks, _ = self._only(self.w).pack(z)
+        found = self.parent._run(blocks, self.parent.channels, [self.w], [self.v])
+        rows = self.parent._collect(found, "full", len(blocks[0]), [self.v])[0]
+        return rows.T if isinstance(z, Tensor) and z.ndim == 2 else rows[0]
 
     def dense(self) -> Tensor:
         """The matrix (d_v, d_w), by identity probes."""

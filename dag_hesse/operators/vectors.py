@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from dag_hesse.errors import VectorError
 
-Vector = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
-Unpack = Callable[[Tensor], Any]
+Unpack = Callable[[list[Tensor]], Any]
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,10 @@ class Layout:
         """Elements of the whole vector."""
         return sum(self.sizes)
 
-    def pack(self, v: Any) -> tuple[Tensor, Unpack]:
-        """Turn any accepted form into rows (k, size), and say how to turn rows back into that form.
+    def pack(self, v: Any) -> tuple[list[Tensor], Unpack]:
+        """Cut any accepted form into blocks of rows (k, size), and say how to turn such blocks back into that form.
+
+        Nothing is copied but the columns of a matrix.
 
         Raises:
             VectorError: wrong size, dtype, device or keys.
@@ -46,21 +47,22 @@ class Layout:
                 raise VectorError(
                     f"the vector has shape {tuple(v.shape)}; expected ({self.size},) or ({self.size}, k)."
                 )
-            return (v.unsqueeze(0), lambda rows: rows[0]) if v.ndim == 1 else (v.T, lambda rows: rows.T)
+            rows = v.unsqueeze(0) if v.ndim == 1 else v.T.contiguous()
+            return list(rows.split(self.sizes, dim=1)), lambda out: _flat(out, v.ndim == 1)
         if isinstance(v, Mapping):
             if set(v) != set(self.names):
                 missing, extra = sorted(set(self.names) - set(v)), sorted(set(v) - set(self.names))
                 raise VectorError(f"the vector's keys do not match: missing {missing[:4]}, unknown {extra[:4]}.")
-            rows, unpack = self._join([v[name] for name in self.names])
-            return rows, lambda out: dict(zip(self.names, unpack(out), strict=True))
-        if isinstance(v, Sequence) and all(isinstance(x, Tensor) for x in v):
+            blocks, unpack = self._shaped([v[name] for name in self.names])
+            return blocks, lambda out: dict(zip(self.names, unpack(out), strict=True))
+        if isinstance(v, (list, tuple)) and all(isinstance(x, Tensor) for x in v):
             if len(v) != len(self.names):
                 raise VectorError(f"the vector has {len(v)} tensors; expected {len(self.names)}, one per block.")
-            rows, unpack = self._join(list(v))
-            return rows, lambda out: type(v)(unpack(out)) if isinstance(v, (list, tuple)) else unpack(out)
+            blocks, unpack = self._shaped(list(v))
+            return blocks, lambda out: type(v)(unpack(out))
         raise VectorError(f"a {type(v).__name__} is no vector; expected a tensor, a list of tensors or a dict of them.")
 
-    def _join(self, parts: list[Tensor]) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
+    def _shaped(self, parts: list[Tensor]) -> tuple[list[Tensor], Callable[[list[Tensor]], list[Tensor]]]:
         """Blocks of their own shapes, all with one more axis of k columns or none with."""
         several = len(parts) > 0 and parts[0].ndim == len(self.shapes[0]) + 1
         columns = parts[0].shape[-1:] if several else torch.Size()
@@ -68,16 +70,20 @@ class Layout:
             self._check(f"'{name}'", part)
             if part.shape != torch.Size(shape) + columns:
                 raise VectorError(f"'{name}' has shape {tuple(part.shape)}; expected {(*shape, *columns)}.")
-        flat = [
-            p.reshape(n, *columns).T if several else p.reshape(1, n) for p, n in zip(parts, self.sizes, strict=True)
-        ]
+        sizes = self.sizes
+        rows = [p.reshape(n, *columns).T if several else p.reshape(1, n) for p, n in zip(parts, sizes, strict=True)]
 
-        def unpack(rows: Tensor) -> list[Tensor]:
-            pieces = zip(rows.split(self.sizes, dim=1), self.shapes, strict=True)
-            return [p.T.reshape(*s, *columns) if several else p.reshape(s) for p, s in pieces]
+        def unpack(out: list[Tensor]) -> list[Tensor]:
+            pairs = zip(out, self.shapes, strict=True)
+            return [p.T.reshape(*s, *columns) if several else p.reshape(s) for p, s in pairs]
 
-        return torch.cat(flat, dim=1), unpack
+        return rows, unpack
 
     def _check(self, what: str, x: Tensor) -> None:
         if x.dtype != self.dtype or x.device != self.device:
             raise VectorError(f"{what} is {x.dtype} on {x.device}; expected {self.dtype} on {self.device}: use .to().")
+
+
+def _flat(blocks: list[Tensor], single: bool) -> Tensor:
+    rows = torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
+    return rows[0] if single else rows.T

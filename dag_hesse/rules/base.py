@@ -238,8 +238,8 @@ class _Bilinear(Linearized):
         a_on, b_on = call.active[0], call.active[1]
         self.call = Call(
             call.node,
-            tuple(v.new_empty(()).expand(v.shape) for v in call.values),
-            call.out.new_empty(()).expand(call.out.shape),
+            tuple(torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta") for v in call.values),
+            call.out.to("meta"),
             call.active,
         )
         self.a = call.values[0].unsqueeze(0) if b_on else None
@@ -255,12 +255,12 @@ class _Bilinear(Linearized):
         if 1 in tangents:
             assert self.a is not None
             terms.append(self.product(self.call, self.a, tangents[1]))
-        if 2 in tangents:
-            terms.append(self._spread_bias(tangents[2]))
+        if not terms:
+            return self._spread_bias(tangents[2])
         total = terms[0]
         for term in terms[1:]:
-            total = total + term
-        return total
+            total.add_(term)  # a product's memory is its own
+        return total.add_(self._spread_bias(tangents[2])) if 2 in tangents else total
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
         if slot == 0:

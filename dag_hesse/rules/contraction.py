@@ -8,25 +8,42 @@ from torch import Tensor
 from dag_hesse.rules.base import Call, Rule, bilinear
 
 aten = torch.ops.aten
+_LARGE = 1 << 20  # multiply-adds
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """Batched a @ b over (probes, …, n, k) and (probes, …, k, m), folding probes into rows where b has none."""
     if a.ndim == 3 and b.shape[0] == 1:
         return (a.reshape(-1, a.shape[-1]) @ b[0]).reshape(*a.shape[:-1], b.shape[-1])
-    if a.ndim == 3 and a.shape[0] == 1:
-        return torch.matmul(a[0], b)
     if a.ndim == 4 and b.shape[0] == 1 and a.shape[0] > 1:
         rows = a.transpose(0, 1).reshape(a.shape[1], -1, a.shape[-1])
         return (rows @ b[0]).reshape(a.shape[1], a.shape[0], a.shape[2], -1).transpose(0, 1)
-    return torch.matmul(a, b)
+    return _each(a, b)
 
 
-_mm = bilinear(
-    lambda c, a, b: _matmul(a, b),
-    lambda c, g, b: _matmul(g, b.mT),
-    lambda c, g, a: torch.matmul(a.mT, g),
-)
+def _each(a: Tensor, b: Tensor) -> Tensor:
+    """One product a probe, either operand possibly shared. Batched GEMMs of large matrices are slow on CPUs."""
+    large = a.ndim == 3 and a.shape[1] * a.shape[2] * b.shape[2] >= _LARGE
+    if not large or a.device.type != "cpu":
+        return torch.matmul(a, b)
+    out = a.new_empty(max(len(a), len(b)), a.shape[1], b.shape[2])
+    for k, row in enumerate(out):
+        torch.mm(a[min(k, len(a) - 1)], b[min(k, len(b) - 1)], out=row)
+    return out
+
+
+def _left(c: Call, g: Tensor, b: Tensor) -> Tensor:
+    return _matmul(g, b.mT)
+
+
+def _right(c: Call, g: Tensor, a: Tensor) -> Tensor:
+    # A weight comes in as a transposed view, and its cotangent is transposed next: lay it out so that this is free.
+    if c.values[1].stride(-2) == 1:
+        return _each(g.mT, a).mT
+    return _each(a.mT, g)
+
+
+_mm = bilinear(lambda c, a, b: _matmul(a, b), _left, _right)
 
 
 def _geometry(c: Call) -> tuple[list[int], list[int], list[int], bool, list[int], int]:

@@ -67,9 +67,9 @@ def read(graph: CurvatureGraph, point: Point, data: dict[int, Tensor], like: Ten
         vectors.append(
             to_vector(like.new_zeros(1).expand(like.shape[0], *shape) if x is None else x, shape, layout, how)
         )
-    if point.kind == "parameter":
-        return torch.cat(vectors, dim=-1)
-    return torch.stack(vectors).sum(0) if len(vectors) > 1 else vectors[0]
+    if len(vectors) == 1:
+        return vectors[0]
+    return torch.cat(vectors, dim=-1) if point.kind == "parameter" else torch.stack(vectors).sum(0)
 
 
 def read_parts(

@@ -75,8 +75,11 @@ def _push(lin: Linearization, seeds: Mapping[int, Tensor], useful: list[bool]) -
 
 
 def _fresh(x: Tensor, *others: Tensor) -> bool:
-    """Whether nobody else holds ``x``'s memory, as far as these tensors go."""
-    if x._base is not None:
+    """Whether ``x`` can be written to: it has memory of its own, apart from these tensors, once for every element.
+
+    A product is linear in what it is given, so it is new, or a view of that.
+    """
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
         return False
     place = x.untyped_storage().data_ptr()
     return all(place != other.untyped_storage().data_ptr() for other in others)
