@@ -64,9 +64,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        config = GPT2Config(
-            n_layer=4, n_embd=256, n_head=4, vocab_size=5000, n_positions=128, attn_implementation="eager"
-        )
+        config = GPT2Config(n_layer=4, n_embd=256, n_head=4, vocab_size=5000, n_positions=128)
         self.body = GPT2LMHeadModel(config)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -133,7 +131,7 @@ def measure(name: str, rounds: int = 5) -> dict[str, Any]:
     batch = (work.x, work.y)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         H = dh.HessianOperator(work.model, batch, loss=F.cross_entropy)
-        many = torch.randn(H.shape[0], PROBES)
+        many = {key: torch.randn(*p.shape, PROBES) for key, p in own.items()}
 
         def fresh() -> dict[str, Tensor]:
             H.refresh()

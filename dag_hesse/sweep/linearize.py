@@ -122,7 +122,7 @@ class Linearization:
 
     def _backward(self) -> None:
         """Propagate λ down to the curved nodes and let them keep what they need of it."""
-        wanted = self.graph.descendants(self.kept)
+        wanted = self.graph.descendants(self.curved)  # not the leaves: a gradient is not what is wanted
         lam: dict[int, Tensor] = {
             self.graph.loss: torch.ones_like(self.loss).reshape(self.graph.nodes[self.graph.loss].shape)
         }
