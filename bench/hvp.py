@@ -131,7 +131,7 @@ def measure(name: str, rounds: int = 5) -> dict[str, Any]:
     batch = (work.x, work.y)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         H = dh.HessianOperator(work.model, batch, loss=F.cross_entropy)
-        many = {key: torch.randn(*p.shape, PROBES) for key, p in own.items()}
+        many = {key: torch.randn(PROBES, *p.shape).movedim(0, -1) for key, p in own.items()}
 
         def fresh() -> dict[str, Tensor]:
             H.refresh()

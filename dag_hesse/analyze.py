@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,7 @@ from dag_hesse.capture.losses import Loss
 from dag_hesse.errors import BatchError, OptionError, choose
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.estimate.run import Progress
-from dag_hesse.plan import Plan, plan
+from dag_hesse.plan import Plan, fuse_all, plan
 from dag_hesse.plan.planner import BATCH_MODES, MODES
 from dag_hesse.report import CurvatureReport
 from dag_hesse.report.blocks import BlockReader
@@ -79,12 +80,14 @@ def analyze(
     model = unwrapped(model)
     graphs = capture_all(model, parsed, loss=loss, output=output, points=points, space=space)
     clock["capture"] = time.perf_counter()
-    structures = [analyze_structure(graph) for graph in {id(graph): graph for graph in graphs}.values()]
+    swept = fuse_all(graphs)
+    distinct = {id(graph): (graph, fused) for graph, fused in zip(graphs, swept, strict=True)}
+    structures = [replace(analyze_structure(graph), graph=fused) for graph, fused in distinct.values()]
     schedule = plan(structures, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory)
     clock["plan"] = time.perf_counter()
     problem = Problem(
         model,
-        graphs,
+        swept,
         parsed,
         batch_mode,
         tensor_part=bool(structures[0].tensor_alive.any()),

@@ -122,3 +122,15 @@ def test_a_loss_that_is_linear_everywhere_on_the_batch() -> None:
         report = dh.analyze(model, (x, far), loss=lambda y, t: F.huber_loss(y, t), mode=mode)
         assert (report.gn_norm == 0.0).all()
         assert report.tensor_norm[0, 0] > 0.0
+
+
+def test_a_mean_over_a_count_of_integers_keeps_double_precision() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    x, kept = torch.randn(7, 3).double(), torch.tensor([True, True, False, True, True, False, True])
+    H = dh.HessianOperator(net, (x, kept), loss=lambda y, t: ((y**2).sum(1) * t).sum() / t.sum() * 0.3, points="0.*")
+    shared = [p for n, p in net.named_parameters() if n.startswith("0.")]
+    value = ((net(x) ** 2).sum(1) * kept).sum() / kept.sum() * 0.3
+    first = torch.cat([g.flatten() for g in torch.autograd.grad(value, shared, create_graph=True)])
+    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(f, shared, retain_graph=True)]) for f in first]
+    assert error(H.dense(), torch.stack(rows)) < 1e-12

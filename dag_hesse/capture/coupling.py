@@ -121,7 +121,7 @@ class _Walker:
             return self.along
         if op in ("aten.mm.default", "aten.bmm.default"):
             return self.product
-        if op == "aten.convolution.default":
+        if op in ("aten.convolution.default", "dag_hesse.batch_affine.default"):
             return self.first_axis
         if op == "aten.embedding.default":
             return self.rows

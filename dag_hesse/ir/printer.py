@@ -28,7 +28,8 @@ def line(graph: CurvatureGraph, node: Node) -> str:
     else:
         shown = [_argument(node, arg) for arg in node.args]
         shown += [f"{key}={_argument(node, arg)}" for key, arg in node.kwargs.items()]
-        call = f"{node.op.removeprefix('aten.').removeprefix('dag_hesse.')}({', '.join(shown)})"
+        op = f"region<{node.target}>" if node.op == "region" else node.op
+        call = f"{op.removeprefix('aten.').removeprefix('dag_hesse.')}({', '.join(shown)})"
     marks = list(node.taps)
     marks += ["out"] if node.index in graph.out else []
     marks += ["loss"] if node.index == graph.loss else []

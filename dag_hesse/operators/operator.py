@@ -17,6 +17,7 @@ from dag_hesse.capture.losses import Loss
 from dag_hesse.errors import MemoryBudgetError, StaleError, choose
 from dag_hesse.operators.functional import FunctionModule, as_module, chosen_parameters
 from dag_hesse.operators.vectors import Layout
+from dag_hesse.plan import fuse_all
 from dag_hesse.plan.cost import available_memory, probe_bytes
 from dag_hesse.sweep import Blocks, Problem, Request
 
@@ -62,6 +63,7 @@ class CurvatureOperator(ABC):
         if points is None and space == "parameter":
             wanted = partial(chosen_parameters, module, params, param_filter)
         graphs = capture_all(module, parsed, loss=loss, output=output, points=wanted, space=space)
+        graphs = fuse_all(graphs)
         self.model = module
         self._problem = Problem(module, graphs, parsed, batch_mode, with_out=False)
         sites = [k for point in graphs[0].points for k in point.sites]

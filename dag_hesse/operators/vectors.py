@@ -36,7 +36,7 @@ class Layout:
     def pack(self, v: Any) -> tuple[list[Tensor], Unpack]:
         """Cut any accepted form into blocks of rows (k, size), and say how to turn such blocks back into that form.
 
-        Nothing is copied but the columns of a matrix.
+        Nothing is copied but columns that do not lie one behind the other in memory.
 
         Raises:
             VectorError: wrong size, dtype, device or keys.
@@ -71,11 +71,11 @@ class Layout:
             if part.shape != torch.Size(shape) + columns:
                 raise VectorError(f"'{name}' has shape {tuple(part.shape)}; expected {(*shape, *columns)}.")
         sizes = self.sizes
-        rows = [p.reshape(n, *columns).T if several else p.reshape(1, n) for p, n in zip(parts, sizes, strict=True)]
+        rows = [(p.movedim(-1, 0) if several else p).reshape(-1, n) for p, n in zip(parts, sizes, strict=True)]
 
         def unpack(out: list[Tensor]) -> list[Tensor]:
             pairs = zip(out, self.shapes, strict=True)
-            return [p.T.reshape(*s, *columns) if several else p.reshape(s) for p, s in pairs]
+            return [p.reshape(*columns, *s).movedim(0, -1) if several else p.reshape(s) for p, s in pairs]
 
         return rows, unpack
 

@@ -1,6 +1,7 @@
 """Which sweeps give the requested quantities at least cost: pure data, graph in, schedule out (design §3, plan)."""
 
 from dag_hesse.plan.cost import Cost, available_memory, path_cost
+from dag_hesse.plan.fuse import fuse, fuse_all
 from dag_hesse.plan.planner import METHODS, Plan, Source, plan
 
-__all__ = ["METHODS", "Cost", "Plan", "Source", "available_memory", "path_cost", "plan"]
+__all__ = ["METHODS", "Cost", "Plan", "Source", "available_memory", "fuse", "fuse_all", "path_cost", "plan"]

@@ -13,7 +13,6 @@ from dag_hesse.errors import BatchCouplingError, MemoryBudgetError, choose
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.plan.cost import Cost, available_memory, path_cost, probe_bytes
 from dag_hesse.structure import Structure
-from dag_hesse.structure.analysis import coupled_node
 
 METHODS = ("zero", "gram", "exact", "probes")
 MODES = ("auto", "exact", "gram", "probes")
@@ -187,7 +186,7 @@ def plan(
     first, graphs = structures[0], [s.graph for s in structures]
     graph, names, count = first.graph, first.names, len(first.names)
     if batch_mode == "per_sample" and not all(g.separable for g in graphs):
-        where = coupled_node(graph) or "the loss"
+        where = first.coupled or "the loss"
         raise BatchCouplingError(
             f"batch_mode='per_sample' needs independent samples, but they interact at {where}: put BatchNorm into eval "
             "mode, or use batch_mode='shared' or 'joint'."

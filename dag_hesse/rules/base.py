@@ -7,9 +7,9 @@ carries one leading probe axis: tangents are (probes, *input), cotangents (probe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from dag_hesse.kernels.pointwise import tangent as diagonal_tangent
 
 Tangents = Mapping[int, Tensor]
 Pairs = frozenset[tuple[int, int]]
+Notes = dict[Any, Tensor]
+Coefficient = Tensor | float
+Partials = Callable[["Call"], tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class Call:
 
     Attributes:
         node: the node.
-        values: one tensor per input slot.
+        values: one tensor per input slot; for a region, its members' values follow.
         out: the node's own value.
         active: per slot, whether a point reaches that input.
     """
@@ -62,6 +65,9 @@ class Call:
 class Linearized(ABC):
     """A call after linearization: linear maps, and (after :meth:`curve`) the λ-weighted second-order term."""
 
+    #: Whether the second-order term is found from the inputs' tangents (and not from what :meth:`push` notes).
+    reads_tangents: ClassVar[bool] = True
+
     @abstractmethod
     def jvp(self, tangents: Tangents) -> Tensor:
         """Return the output tangent Σ_i D_i ẋ_i, (probes, *output)."""
@@ -77,14 +83,62 @@ class Linearized(ABC):
         """Return Σ_j (T[slot, j]·λ) ẋ_j, (probes, *input); None if it is zero."""
         return None
 
+    def add_second(self, tangents: Tangents, slot: int, into: Tensor) -> None:
+        """Add :meth:`second` to ``into``."""
+        bent = self.second(tangents, slot)
+        if bent is not None:
+            into.add_(bent)
+
+    def push(self, tangents: Tangents, notes: Notes) -> Tensor:
+        """As :meth:`jvp`, and leave in ``notes`` what :meth:`pull` wants of this sweep besides the tangents."""
+        return self.jvp(tangents)
+
+    def pull(
+        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, notes: Notes
+    ) -> dict[int, Tensor]:
+        """Per slot, D_slotᵀ ā with the second-order term added to its ``rows``; without a cotangent, that term alone.
+
+        No tangents and no notes: no second-order term.
+        """
+        found: dict[int, Tensor] = {}
+        for slot in slots:
+            if cotangent is None:
+                bent = self.second(tangents, slot)
+                if bent is not None:
+                    found[slot] = bent
+                continue
+            data = self.vjp(cotangent, slot)
+            if tangents:
+                data = data if is_fresh(data, cotangent) else data.clone(memory_format=torch.contiguous_format)
+                self.add_second(tangents, slot, data[rows])
+            found[slot] = data
+        return found
+
+
+def is_fresh(x: Tensor, *others: Tensor) -> bool:
+    """Whether ``x`` can be written to: it has memory of its own, apart from these tensors, once for every element.
+
+    A product is linear in what it is given, so it is new, or a view of that.
+    """
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        return False
+    place = x.untyped_storage().data_ptr()
+    return all(place != other.untyped_storage().data_ptr() for other in others)
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row of the table: the kind, how a call is linearized, which slot pairs have a second derivative."""
+    """One row of the table: the kind, how a call is linearized, which slot pairs have a second derivative.
+
+    ``partials`` is there for elementwise ops, which may be collapsed into regions; with ``align``, only where nothing
+    but their first input is active.
+    """
 
     kind: Kind
     linearize: Callable[[Call], Linearized]
     pairs: Callable[[Node], Pairs]
+    partials: Partials | None = None
+    align: Callable[[Call, int], tuple[int, ...]] | None = None
 
 
 def no_pairs(node: Node) -> Pairs:
@@ -145,38 +199,50 @@ def linear(transpose: Transpose, forward: Forward = _run, kind: Kind = Kind.STRU
 
 # --- pointwise ------------------------------------------------------------------------------------------------------
 
-Coefficient = Tensor | float
-Partials = Callable[[Call], tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]]
+Align = Callable[[Call, int], tuple[int, ...]]
 
 
 @final
 class _Diagonal(Linearized):
-    def __init__(self, call: Call, partials: Partials) -> None:
+    def __init__(self, call: Call, partials: Partials, align: Align | None) -> None:
         first, self.raw = partials(call)
         self.first = [first.get(slot) for slot in range(len(call.values))]
         self.shapes = [value.shape for value in call.values]
         self.out_shape = call.out.shape
+        self.aligned = self.shapes
+        if align is not None:
+            self.aligned = [v.reshape(align(call, slot)).shape for slot, v in enumerate(call.values)]
         self.seconds: dict[tuple[int, int], Coefficient] = {}
 
+    def _align(self, tangents: Tangents) -> Tangents:
+        if self.aligned is self.shapes:
+            return tangents
+        return {slot: x.reshape(len(x), *self.aligned[slot]) for slot, x in tangents.items()}
+
     def jvp(self, tangents: Tangents) -> Tensor:
-        return diagonal_tangent(self.first, tangents, self.out_shape)
+        return diagonal_tangent(self.first, self._align(tangents), self.out_shape)
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
         partial = self.first[slot]
         assert partial is not None
-        return diagonal_adjoint(partial, cotangent, self.shapes[slot])
+        data = diagonal_adjoint(partial, cotangent, self.aligned[slot])
+        return data.reshape(len(data), *self.shapes[slot])
 
     def curve(self, lam: Tensor) -> None:
         self.seconds = {pair: h * lam for pair, h in self.raw.items()}
         self.raw = {}
 
     def second(self, tangents: Tangents, slot: int) -> Tensor | None:
-        return diagonal_curvature(self.seconds, tangents, slot, self.shapes[slot], self.out_shape)
+        data = diagonal_curvature(self.seconds, self._align(tangents), slot, self.aligned[slot], self.out_shape)
+        return None if data is None else data.reshape(len(data), *self.shapes[slot])
 
 
-def diagonal(kind: Kind, partials: Partials, pairs: Callable[[Node], Pairs]) -> Rule:
-    """An elementwise op (with broadcasting) given by its first and second partials."""
-    return Rule(kind, lambda call: _Diagonal(call, partials), pairs)
+def diagonal(kind: Kind, partials: Partials, pairs: Callable[[Node], Pairs], align: Align | None = None) -> Rule:
+    """An elementwise op (with broadcasting) given by its first and second partials.
+
+    ``align(call, slot)`` is the shape in which an input broadcasts, where that is not its own.
+    """
+    return Rule(kind, lambda call: _Diagonal(call, partials, align), pairs, partials, align)
 
 
 Derivative = Callable[[Call], Coefficient]
@@ -190,6 +256,10 @@ def pointwise(d1: Derivative, d2: Derivative) -> Rule:
 def piecewise_linear(d1: Derivative) -> Rule:
     """A unary op with second derivative 0 almost everywhere."""
     return diagonal(Kind.PIECEWISE_LINEAR, lambda c: ({0: d1(c)}, {}), no_pairs)
+
+
+def _like(value: Any, y: Tensor) -> Any:
+    return value.to(y.dtype) if isinstance(value, Tensor) else value
 
 
 Operand = Callable[[Any, Any, Tensor], Coefficient]
@@ -208,7 +278,8 @@ def binary(
     second_table = {(0, 0): daa, (0, 1): dab, (1, 0): dab, (1, 1): dbb}
 
     def partials(call: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
-        a, b, y = call.argument(0), call.argument(1, "other"), call.out
+        y = call.out
+        a, b = (_like(v, y) for v in (call.argument(0), call.argument(1, "other")))  # a count divides in y's precision
         slots = {
             position: slot for position in (0, 1) if (slot := call.slot(position)) is not None and call.active[slot]
         }
@@ -229,12 +300,17 @@ def binary(
 
 # --- bilinear -------------------------------------------------------------------------------------------------------
 
-Product = Callable[[Call, Tensor, Tensor], Tensor]
+Product = Callable[[Call, Tensor, Tensor, Tensor | None], Tensor]
+Keep = Callable[[Call, int, Tensor], Tensor]
+
+
+def _as_it_is(call: Call, slot: int, value: Tensor) -> Tensor:
+    return value.unsqueeze(0)
 
 
 @final
 class _Bilinear(Linearized):
-    def __init__(self, call: Call, product: Product, left: Product, right: Product) -> None:
+    def __init__(self, call: Call, product: Product, left: Product, right: Product, keep: Keep) -> None:
         a_on, b_on = call.active[0], call.active[1]
         self.call = Call(
             call.node,
@@ -242,56 +318,68 @@ class _Bilinear(Linearized):
             call.out.to("meta"),
             call.active,
         )
-        self.a = call.values[0].unsqueeze(0) if b_on else None
-        self.b = call.values[1].unsqueeze(0) if a_on else None
+        self.a = keep(call, 0, call.values[0]) if b_on else None
+        self.b = keep(call, 1, call.values[1]) if a_on else None
         self.product, self.left, self.right = product, left, right
         self.lam: Tensor | None = None
 
     def jvp(self, tangents: Tangents) -> Tensor:
-        terms = []
+        total: Tensor | None = None
         if 0 in tangents:
             assert self.b is not None
-            terms.append(self.product(self.call, tangents[0], self.b))
+            total = self.product(self.call, tangents[0], self.b, None)
         if 1 in tangents:
             assert self.a is not None
-            terms.append(self.product(self.call, self.a, tangents[1]))
-        if not terms:
-            return self._spread_bias(tangents[2])
-        total = terms[0]
-        for term in terms[1:]:
-            total.add_(term)  # a product's memory is its own
-        return total.add_(self._spread_bias(tangents[2])) if 2 in tangents else total
+            total = self.product(self.call, self.a, tangents[1], total)
+        if 2 not in tangents:
+            assert total is not None
+            return total
+        bias = self._spread_bias(tangents[2])
+        return bias if total is None else total.add_(bias)  # a product's memory is its own
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
         if slot == 0:
             assert self.b is not None
-            return self.left(self.call, cotangent, self.b)
+            return self.left(self.call, cotangent, self.b, None)
         if slot == 1:
             assert self.a is not None
-            return self.right(self.call, cotangent, self.a)
+            return self.right(self.call, cotangent, self.a, None)
         return cotangent.sum([1, *range(3, cotangent.ndim)])
 
     def curve(self, lam: Tensor) -> None:
         self.lam = lam.unsqueeze(0)
 
     def second(self, tangents: Tangents, slot: int) -> Tensor | None:
+        return self._turn(tangents, slot, None)
+
+    def add_second(self, tangents: Tangents, slot: int, into: Tensor) -> None:
+        self._turn(tangents, slot, into)
+
+    def _turn(self, tangents: Tangents, slot: int, into: Tensor | None) -> Tensor | None:
         if self.lam is None or slot > 1 or (1 - slot) not in tangents:
             return None
-        return (self.left if slot == 0 else self.right)(self.call, self.lam, tangents[1 - slot])
+        return (self.left if slot == 0 else self.right)(self.call, self.lam, tangents[1 - slot], into)
 
     def _spread_bias(self, bias: Tensor) -> Tensor:
         out = self.call.out.shape
         return bias.reshape(bias.shape[0], 1, -1, *(1,) * (len(out) - 2)).expand(bias.shape[0], *out)
 
 
-def bilinear(product: Product, left: Product, right: Product) -> Rule:
+def added(x: Tensor, into: Tensor | None) -> Tensor:
+    """``x``, or ``into`` with ``x`` added to it."""
+    return x if into is None else into.add_(x)
+
+
+def bilinear(product: Product, left: Product, right: Product, keep: Keep = _as_it_is) -> Rule:
     """A product of two operands, with an optional third input added per channel (a convolution's bias).
 
-    ``product(call, a, b)``, ``left(call, cotangent, b)`` (adjoint in a) and ``right(call, cotangent, a)`` (adjoint
-    in b) take operands with a leading probe axis, of size 1 where the operand is the same for all probes.
+    ``product(call, a, b, into)``, ``left(call, cotangent, b, into)`` (adjoint in a) and ``right(call, cotangent, a,
+    into)`` (adjoint in b) take operands with a leading probe axis, of size 1 where the operand is the same for all
+    probes; the result is added to ``into`` where that is given.
+    ``keep(call, slot, value)`` gives an operand that axis, in the memory layout that the products like.
     """
 
     def pairs(node: Node) -> Pairs:
         return frozenset({(0, 1), (1, 0)})
 
-    return Rule(Kind.CONTRACTION, lambda call: _Bilinear(call, product, left, right), pairs)
+    return Rule(Kind.CONTRACTION, lambda call: _Bilinear(call, product, left, right, keep), pairs)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._decomp import core_aten_decompositions
 
-from dag_hesse.ir.ops import standardize
+from dag_hesse.ir.ops import batch_affine, standardize
 from dag_hesse.rules.structural import axes
 from dag_hesse.rules.table import RULES
 
@@ -65,11 +65,8 @@ def _batch_norm(
     shape = _channels(x)
     if training or mean is None:
         y = _affine(standardize(x, [0, *range(2, x.ndim)], eps, True), weight, bias, shape)
-    else:  # one affine map: scale and shift are computed once, not once a probe
-        scale = torch.rsqrt(var + eps)
-        scale = scale if weight is None else scale * weight
-        shift = -mean * scale if bias is None else bias - mean * scale
-        y = _affine(x, scale, shift, shape)
+    else:
+        y = batch_affine(x, weight, bias, mean, var, eps)
     return (y,) * outputs
 
 

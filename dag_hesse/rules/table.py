@@ -6,6 +6,7 @@ from dag_hesse.ir.node import Kind, Node
 from dag_hesse.rules import contraction, gather, pointwise, rowwise, structural
 from dag_hesse.rules.base import Pairs, Rule
 from dag_hesse.rules.opaque import OPAQUE
+from dag_hesse.rules.region import REGION
 
 RULES: dict[str, Rule] = {
     **structural.TABLE,
@@ -16,9 +17,13 @@ RULES: dict[str, Rule] = {
 }
 
 
+# Nodes that passes make, rather than ops of a model.
+SPECIAL: dict[str, Rule] = {"region": REGION}
+
+
 def rule_for(node: Node) -> Rule:
     """Return the rule of a differentiable node: its row of the table, or OPAQUE."""
-    return OPAQUE if node.kind is Kind.OPAQUE else RULES[node.op]
+    return SPECIAL.get(node.op) or (OPAQUE if node.kind is Kind.OPAQUE else RULES[node.op])
 
 
 def pairs_of(node: Node) -> Pairs:

@@ -23,6 +23,7 @@ class Structure:
         rank_bound: per-sample bound on rank H_GN[v,w]: least node-capacity cut to ``out``, and rank ∇²L.
         shared_rank_bound: the same for the batch average, min(B·bound, d_v, d_w) (sharpens Proposition 31).
         distance: points passed on the way from v to w, or of both to where they meet; -1 if they never do.
+        coupled: where samples first interact on the way to ``out``; empty if nowhere.
     """
 
     graph: CurvatureGraph
@@ -31,6 +32,7 @@ class Structure:
     rank_bound: NDArray[np.int64]
     shared_rank_bound: NDArray[np.int64]
     distance: NDArray[np.int64]
+    coupled: str
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -151,10 +153,10 @@ def analyze_structure(graph: CurvatureGraph) -> Structure:
     rank = np.minimum(np.minimum(cuts[:, None], cuts[None, :]), _loss_rank(graph))
     rank = np.where(alive[0], rank, 0)
     shared = np.minimum(rank * graph.batch_size, np.minimum(dims[:, None], dims[None, :]))
-    return Structure(graph, alive[0], alive[1], rank, shared, _distances(graph))
+    return Structure(graph, alive[0], alive[1], rank, shared, _distances(graph), _coupled_node(graph))
 
 
-def coupled_node(graph: CurvatureGraph) -> str:
+def _coupled_node(graph: CurvatureGraph) -> str:
     """Where samples first interact on the way to ``out``, for messages; empty if nowhere."""
     on_path = graph.ancestors(graph.out)
     for node in graph.nodes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dag_hesse.structure.analysis import Structure, coupled_node
+from dag_hesse.structure.analysis import Structure
 
 
 def render(structure: Structure) -> str:
@@ -10,7 +10,7 @@ def render(structure: Structure) -> str:
     graph, names = structure.graph, structure.names
     width = max(len(name) for name in names)
     dead_h, dead_t = int((~structure.alive).sum()), int((~structure.tensor_alive).sum())
-    coupling = coupled_node(graph)
+    coupling = structure.coupled
     lines = [
         f"{len(names)} points, {len(graph.nodes)} nodes, batch {graph.batch_size}",
         f"provably zero: {dead_h} of {len(names) ** 2} blocks, {dead_t} tensor parts",

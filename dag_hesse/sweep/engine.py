@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dag_hesse.rules.base import Notes, is_fresh
 from dag_hesse.sweep.linearize import Linearization
 
 
@@ -53,8 +54,8 @@ class Adjoint:
         return wide
 
 
-def _push(lin: Linearization, seeds: Mapping[int, Tensor], useful: list[bool]) -> dict[int, Tensor]:
-    """Tangent pass: return the tangents that second-order terms will read."""
+def _push(lin: Linearization, seeds: Mapping[int, Tensor], useful: list[bool], notes: Notes) -> dict[int, Tensor]:
+    """Tangent pass: return the tangents that second-order terms will read; calls leave more in ``notes``."""
     graph, tangents, kept = lin.graph, dict(seeds), {}  # type: ignore[var-annotated]
     readers = [len(children) for children in graph.children]
     first = min(seeds, default=len(graph.nodes))
@@ -63,7 +64,7 @@ def _push(lin: Linearization, seeds: Mapping[int, Tensor], useful: list[bool]) -
         if call is not None and useful[node.index]:
             given = {slot: tangents[k] for slot, k in enumerate(node.inputs) if k in tangents and lin.active[k]}
             if given:
-                moved = call.jvp(given)
+                moved = call.push(given, notes)
                 tangents[node.index] = moved + seeds[node.index] if node.index in seeds else moved
         if node.index in tangents and node.index in lin.kept:
             kept[node.index] = tangents[node.index]
@@ -74,21 +75,23 @@ def _push(lin: Linearization, seeds: Mapping[int, Tensor], useful: list[bool]) -
     return kept
 
 
-def _fresh(x: Tensor, *others: Tensor) -> bool:
-    """Whether ``x`` can be written to: it has memory of its own, apart from these tensors, once for every element.
-
-    A product is linear in what it is given, so it is new, or a view of that.
-    """
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        return False
-    place = x.untyped_storage().data_ptr()
-    return all(place != other.untyped_storage().data_ptr() for other in others)
+def _widened(adjoint: Adjoint | None, to_gn: bool) -> tuple[Adjoint | None, slice]:
+    """The adjoint with room for a term of one channel, and the rows that this channel takes."""
+    if adjoint is None or (adjoint.gn, adjoint.tensor) == (to_gn, not to_gn):
+        return adjoint, slice(None)
+    if not (adjoint.gn and adjoint.tensor):
+        empty = torch.zeros_like(adjoint.data)
+        halves = [empty, adjoint.data] if to_gn else [adjoint.data, empty]
+        adjoint = Adjoint(torch.cat(halves), True, True, owned=True)
+    half = len(adjoint.data) // 2
+    return adjoint, slice(0, half) if to_gn else slice(half, None)
 
 
 def _pull(
     lin: Linearization,
     cotangents: Mapping[int, Tensor],
     tangents: Mapping[int, Tensor],
+    notes: Notes,
     reads: Iterable[int],
     channels: str,
 ) -> dict[int, Adjoint]:
@@ -97,10 +100,6 @@ def _pull(
     needed = graph.descendants(reads)
     adjoints = {k: Adjoint(g, gn=True, tensor=False) for k, g in cotangents.items()}
     found: dict[int, Adjoint] = {}
-
-    def give(k: int, term: Adjoint) -> None:
-        adjoints[k] = adjoints[k].add(term) if k in adjoints else term
-
     for node in reversed(graph.nodes):
         mine = adjoints.pop(node.index, None)
         if mine is not None and lin.sample is not None and node.index in graph.out:
@@ -110,21 +109,23 @@ def _pull(
         call = lin.calls.get(node.index)
         if call is None or not needed[node.index]:
             continue
-        met = {}
-        if node.index in lin.bends[channels]:
+        met, bends = {}, node.index in lin.bends[channels]
+        if bends:
             met = {slot: tangents[k] for slot, k in enumerate(node.inputs) if k in tangents}
-        if mine is None and not met:
+            bends = bool(met) or call in notes
+        if mine is None and not bends:
             continue
-        to_gn = lin.in_loss[node.index] or channels == "sum"
-        for slot, k in enumerate(node.inputs):
-            if not (lin.active[k] and needed[k]):
-                continue
-            if mine is not None:
-                data = call.vjp(mine.data, slot)
-                give(k, Adjoint(data, mine.gn, mine.tensor, _fresh(data, mine.data)))
-            bent = call.second(met, slot) if met else None
-            if bent is not None:
-                give(k, Adjoint(bent, gn=to_gn, tensor=not to_gn, owned=_fresh(bent, *met.values())))
+        to_gn, rows = lin.in_loss[node.index] or channels == "sum", slice(None)
+        if bends:
+            mine, rows = _widened(mine, to_gn)
+        slots = [slot for slot, k in enumerate(node.inputs) if lin.active[k] and needed[k]]
+        cotangent = None if mine is None else mine.data
+        pulled = call.pull(cotangent, met, slots, rows, notes if bends else {})
+        gn, tensor = (to_gn, not to_gn) if mine is None else (mine.gn, mine.tensor)
+        for slot, data in pulled.items():
+            others = [x for k, x in pulled.items() if k != slot] + ([] if cotangent is None else [cotangent])
+            k, term = node.inputs[slot], Adjoint(data, gn, tensor, is_fresh(data, *others, *met.values()))
+            adjoints[k] = adjoints[k].add(term) if k in adjoints else term
     return found
 
 
@@ -144,12 +145,13 @@ def sweep(
         Per read node an :class:`Adjoint`; nodes that nothing reaches are missing (their product is zero).
     """
     with torch.no_grad():
-        tangents = _push(lin, seeds, lin.feeds[channels])
-        return _pull(lin, {}, tangents, reads, channels)
+        notes: Notes = {}
+        tangents = _push(lin, seeds, lin.feeds[channels], notes)
+        return _pull(lin, {}, tangents, notes, reads, channels)
 
 
 def pullback(lin: Linearization, cotangents: Mapping[int, Tensor], reads: Iterable[int]) -> dict[int, Tensor]:
     """First-order adjoints Σ J[u←v]ᵀ ū at ``reads`` for ``cotangents`` (probes, *node) at nodes u."""
     with torch.no_grad():
-        found = _pull(lin, cotangents, {}, reads, "both")
+        found = _pull(lin, cotangents, {}, {}, reads, "both")
     return {k: adjoint.data for k, adjoint in found.items()}

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dag_hesse.errors import CaptureError, LossError, NonDifferentiableError, out_of_memory
 from dag_hesse.ir import CurvatureGraph, Kind, Node
-from dag_hesse.ir.node import execute
 from dag_hesse.rules import Call, Linearized, rule_for
+from dag_hesse.rules.region import evaluate
 from dag_hesse.rules.table import pairs_of
 
 # What a sweep is to return: GN and T apart, their sum, or one alone.
@@ -51,10 +51,11 @@ class Linearization:
         self.calls: dict[int, Linearized] = {}
         self.curved = self._find_curved()
         self.bends = {channels: {c for c in self.curved if self._bends(c, channels)} for channels in CHANNELS}
-        self.feeds = {channels: self._feeds(self.bends[channels]) for channels in CHANNELS}
-        self.kept = {k for c in self.curved for k in graph.nodes[c].inputs if self.active[k]}
         with torch.no_grad():
             self.loss = self._forward(dict(model.named_parameters()), tensors)
+            self.feeds = {channels: self._feeds(self.bends[channels]) for channels in CHANNELS}
+            readers = [c for c in self.curved if self.calls[c].reads_tangents]
+            self.kept = {k for c in readers for k in graph.nodes[c].inputs if self.active[k]}
             if not bool(torch.isfinite(self.loss)):
                 raise LossError(f"the loss is {float(self.loss)}; curvature there is undefined.")
             self._backward()
@@ -64,8 +65,9 @@ class Linearization:
         return channels in ("both", "sum") or (channels == "gn") == self.in_loss[node]
 
     def _feeds(self, curved: Iterable[int]) -> list[bool]:
-        """Nodes whose tangents some node of ``curved`` reads."""
-        return self.graph.ancestors(k for c in curved for k in self.graph.nodes[c].inputs)
+        """Nodes whose tangents the second-order terms of ``curved`` come from."""
+        nodes, calls = self.graph.nodes, self.calls
+        return self.graph.ancestors(k for c in curved for k in (nodes[c].inputs if calls[c].reads_tangents else (c,)))
 
     def _find_curved(self) -> set[int]:
         found = set()
@@ -84,11 +86,12 @@ class Linearization:
                 values[node.index] = self._leaf(node.index, parameters, tensors)
                 continue
             inputs = tuple(values[k] for k in node.inputs)
-            out = values[node.index] = self._execute(node, inputs)
+            known, out = self._evaluate(node, inputs)
+            values[node.index] = out
             if self.active[node.index] and node.kind not in (Kind.INPUT, Kind.PARAM, Kind.CONST):
                 on = tuple(self.active[k] for k in node.inputs)
                 if any(on):
-                    self.calls[node.index] = self._linearize(Call(node, inputs, out, on))
+                    self.calls[node.index] = self._linearize(Call(node, known, out, on))
             for k in set(node.inputs):
                 readers[k] -= 1
                 if readers[k] == 0:
@@ -96,9 +99,9 @@ class Linearization:
         return values[self.graph.loss].reshape(())
 
     @staticmethod
-    def _execute(node: Node, inputs: tuple[Tensor, ...]) -> Tensor:
+    def _evaluate(node: Node, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         try:
-            return execute(node, inputs)
+            return evaluate(node, inputs)
         except (IndexError, RuntimeError) as error:
             if out_of_memory(error):
                 raise
@@ -137,10 +140,10 @@ class Linearization:
                 continue
             if node.index in self.curved:
                 call.curve(mine)
-            for slot, k in enumerate(node.inputs):
-                if self.active[k] and wanted[k]:
-                    term = call.vjp(mine.unsqueeze(0), slot).squeeze(0)
-                    lam[k] = lam[k] + term if k in lam else term
+            slots = [slot for slot, k in enumerate(node.inputs) if self.active[k] and wanted[k]]
+            for slot, term in call.pull(mine.unsqueeze(0), {}, slots, slice(None), {}).items():
+                k = node.inputs[slot]
+                lam[k] = lam[k] + term[0] if k in lam else term[0]
 
     def mask(self, index: int, x: Tensor) -> Tensor:
         """Zero all samples but ``self.sample`` in a tensor at node ``index``, probes in front or not."""

@@ -33,29 +33,32 @@ def reduce_to(x: Tensor, shape: Sequence[int]) -> Tensor:
     return x.reshape(x.shape[0], *shape)
 
 
-def scale(c: Coefficient, x: Tensor) -> Tensor:
+def times(c: Coefficient, x: Tensor) -> Tensor:
     """Return ``c ∘ x``, without a copy where c is the number 1."""
     if not isinstance(c, Tensor):
         return x if c == 1 else x * c
     return x * c
 
 
+def plus_times(total: Tensor, c: Coefficient, x: Tensor) -> Tensor:
+    """Return ``total + c ∘ x`` in one pass."""
+    return torch.addcmul(total, c, x) if isinstance(c, Tensor) else torch.add(total, x, alpha=c)
+
+
 def tangent(partials: Sequence[Coefficient | None], tangents: Mapping[int, Tensor], shape: Sequence[int]) -> Tensor:
     """Return ȧ = Σ_i c_i ∘ ẋ_i of shape (probes, *shape)."""
     total: Tensor | None = None
     for slot, xdot in tangents.items():
-        c = partials[slot]
+        c, x = partials[slot], lift(xdot, len(shape))
         assert c is not None
-        term = scale(c, lift(xdot, len(shape)))
-        total = term if total is None else total + term
+        total = times(c, x) if total is None else plus_times(total, c, x)
     assert total is not None
-    target = (total.shape[0], *shape)
-    return total if total.shape == torch.Size(target) else total.expand(target)
+    return total.expand(total.shape[0], *shape)
 
 
 def adjoint(partial: Coefficient, cotangent: Tensor, shape: Sequence[int]) -> Tensor:
     """Return x̄_i = c_i ∘ ā summed to the input's ``shape``."""
-    return reduce_to(scale(partial, cotangent), shape)
+    return reduce_to(times(partial, cotangent), shape)
 
 
 def curvature(
@@ -66,13 +69,8 @@ def curvature(
     out_shape: Sequence[int],
 ) -> Tensor | None:
     """Return Σ_j h_ij ∘ ẋ_j summed to input i's ``shape``; None where no tangent meets a second partial."""
-    total: Tensor | None = None
-    for other, xdot in tangents.items():
-        h = seconds.get((slot, other))
-        if h is None:
-            continue
-        term = scale(h, lift(xdot, len(out_shape)))
-        total = term if total is None else total + term
-    if total is None:
+    row = {other: xdot for other, xdot in tangents.items() if (slot, other) in seconds}
+    if not row:
         return None
-    return reduce_to(total.expand(total.shape[0], *out_shape), shape)
+    partials = [seconds.get((slot, other)) for other in range(max(row) + 1)]
+    return reduce_to(tangent(partials, row, out_shape), shape)

@@ -273,6 +273,11 @@ SAMPLES: dict[str, list[Sample]] = {
     },
     "aten._safe_softmax.default": [s(lambda: (normal(3, 4), -1))],
     "aten.logsumexp.default": [s(lambda: (normal(3, 4), [1])), s(lambda: (normal(2, 3, 4), [0, -1], True))],
+    "dag_hesse.batch_affine.default": [
+        s(lambda: (normal(2, 3, 4), normal(3), normal(3), normal(3), positive(3), 1e-3)),
+        s(lambda: (normal(4, 3), None, None, normal(3), positive(3), 1e-3)),
+        s(lambda: (normal(2, 3, 2, 2), normal(3), None, normal(3), positive(3), 1e-3)),
+    ],
     "dag_hesse.standardize.default": [
         s(lambda: (normal(3, 5), [1], 1e-5, True)),
         s(lambda: (normal(4, 2, 3), [0, 2], 1e-3, True)),

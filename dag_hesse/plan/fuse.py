@@ -1,0 +1,197 @@
+"""Pointwise-region collapse: connected elementwise ops become one node (design §3, fuse). Graph in, graph out.
+
+A region grows from its last op towards the inputs, as long as every reader of what it takes in is inside and a sweep
+moves no more tensors than before. Identities go, and what only a region reads of constants is evaluated inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from torch import Tag
+
+from dag_hesse.ir import CurvatureGraph, Kind, Node, Ref, verify
+from dag_hesse.ir.ops import TAP
+from dag_hesse.rules.region import Region
+from dag_hesse.rules.table import RULES, pairs_of
+
+_LEAVES = (Kind.INPUT, Kind.PARAM)
+_IDENTITIES = {TAP, "aten.clone.default", "aten.alias.default"}
+
+
+def fuse(graph: CurvatureGraph) -> CurvatureGraph:
+    """The same function with fewer nodes; points, ``out`` and the loss stay nodes of their own."""
+    return verify(_collapse(_without_identities(graph)))
+
+
+def fuse_all(graphs: Sequence[CurvatureGraph]) -> list[CurvatureGraph]:
+    """Each graph fused; one object for one object."""
+    distinct = {id(graph): graph for graph in graphs}
+    fused = {key: fuse(graph) for key, graph in distinct.items()}
+    return [fused[id(graph)] for graph in graphs]
+
+
+def _kept(graph: CurvatureGraph) -> set[int]:
+    """Nodes that are seeded or read."""
+    return {graph.loss, *graph.out, *(k for point in graph.points for k in point.sites)}
+
+
+def _without_identities(graph: CurvatureGraph) -> CurvatureGraph:
+    """Drop identities that nobody asks for; where one is asked for, what feeds it alone takes its place."""
+    kept, alias = _kept(graph), dict[int, int]()
+    for node in graph.nodes:
+        if node.op not in _IDENTITIES or node.output is not None:
+            continue
+        source = alias.get(node.inputs[0], node.inputs[0])
+        alone = graph.children[node.inputs[0]] == [node.index] and graph.nodes[source].target is not None
+        if graph.nodes[source].dtype != node.dtype or not (node.index not in kept or (alone and source not in kept)):
+            continue
+        alias[node.index] = source
+        if node.index in kept:
+            kept.add(source)
+    return _rebuilt(graph, {}, alias)
+
+
+class _Grower:
+    def __init__(self, graph: CurvatureGraph) -> None:
+        self.graph, self.kept = graph, _kept(graph)
+        reached = graph.descendants(self.kept - {graph.loss})
+        alive = graph.ancestors([graph.loss])
+        self.active = [a and b for a, b in zip(reached, alive, strict=True)]
+        self.in_loss = graph.loss_subgraph
+        self.taken: set[int] = set()
+
+    def elementwise(self, k: int) -> bool:
+        """Whether a node may be a member that derivatives pass."""
+        node = self.graph.nodes[k]
+        rule = None if node.kind is Kind.CONST else RULES.get(node.op)
+        if rule is None or rule.partials is None or not self.active[k] or k in self.taken:
+            return False
+        return rule.align is None or [self.active[i] for i in node.inputs] == [True] + [False] * (len(node.inputs) - 1)
+
+    def constant(self, k: int) -> bool:
+        """Whether a node may be evaluated inside: nothing active reaches it, it draws nothing and writes to nothing."""
+        node = self.graph.nodes[k]
+        reached = self.active[k] or any(self.active[i] for i in node.inputs)  # a mask of active values is no constant
+        if reached or node.target is None or k in self.kept or k in self.taken:
+            return False
+        writes = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+        return not writes and Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+
+    def region(self, root: int) -> set[int]:
+        """The members of the region that ends in ``root``."""
+        graph, members = self.graph, {root}
+        queue = list(graph.nodes[root].inputs)
+        while queue:
+            k = queue.pop()
+            if k in members or k in self.kept or not set(graph.children[k]) <= members:
+                continue
+            same = graph.nodes[k].shape == graph.nodes[root].shape and self.in_loss[k] == self.in_loss[root]
+            if not (same and self.elementwise(k)):
+                continue
+            if self.cost(members | {k}) <= self.cost(members) + self.cost({k}):
+                members.add(k)
+                queue += graph.nodes[k].inputs
+        return self.with_constants(members)
+
+    def with_constants(self, members: set[int]) -> set[int]:
+        queue, members = [i for k in members for i in self.graph.nodes[k].inputs], set(members)
+        while queue:
+            k = queue.pop()
+            if k not in members and set(self.graph.children[k]) <= members and self.constant(k):
+                members.add(k)
+                queue += self.graph.nodes[k].inputs
+        return members
+
+    def cost(self, members: set[int]) -> int:
+        """Tensors of partials that a sweep reads."""
+        node = self.node(members) if len(members) > 1 else self.graph.nodes[next(iter(members))]
+        live = sum(self.active[i] for i in node.inputs)
+        found = pairs_of(node)
+        curved = [(i, j) for i, j in found if self.active[node.inputs[i]] and self.active[node.inputs[j]]]
+        meets = isinstance(node.target, Region) and node.target.meet is not None
+        return live + (1 + bool(curved) if meets else len(curved))
+
+    def meeting(self, members: set[int]) -> int | None:
+        """The first member that all active inputs have come to linearly, and only through which they go on."""
+        graph, order = self.graph, sorted(k for k in members if self.active[k])
+        before = {i for k in members for i in graph.nodes[k].inputs if self.active[i] and i not in members}
+        if len(before) < 2:
+            return None
+        for n, k in enumerate(order):
+            node = graph.nodes[k]
+            if any(self.active[node.inputs[i]] and self.active[node.inputs[j]] for i, j in pairs_of(node)):
+                return None
+            if not any(i in before for later in order[n + 1 :] for i in graph.nodes[later].inputs):
+                return k
+            before.add(k)
+        return None
+
+    def node(self, members: set[int]) -> Node:
+        """The region's node, with indices of the graph as inputs."""
+        graph, order = self.graph, sorted(members)
+        inputs = tuple(dict.fromkeys(i for k in order for i in graph.nodes[k].inputs if i not in members))
+        place = {i: n for n, i in enumerate([*inputs, *order])}
+        inner = tuple(
+            replace(
+                graph.nodes[k],
+                index=place[k],
+                inputs=tuple(place[i] for i in graph.nodes[k].inputs),
+                kind=graph.nodes[k].kind if self.active[k] else Kind.CONST,
+            )
+            for k in order
+        )
+        meet, last = self.meeting(members), graph.nodes[order[-1]]
+        region = Region(len(inputs), inner, None if meet is None else place[meet] - len(inputs))
+        refs = tuple(Ref(n) for n in range(len(inputs)))
+        made = replace(last, op="region", target=region, args=refs, kwargs={}, inputs=inputs, output=None)
+        return replace(made, kind=Kind.POINTWISE if pairs_of(made) else Kind.PIECEWISE_LINEAR)
+
+
+def _collapse(graph: CurvatureGraph) -> CurvatureGraph:
+    grower, regions, gone = _Grower(graph), dict[int, Node](), set[int]()
+    for node in reversed(graph.nodes):
+        if grower.elementwise(node.index):
+            members = grower.region(node.index)
+            if len(members) > 1:
+                regions[node.index] = grower.node(members)
+                gone |= members - {node.index}
+                grower.taken |= members
+    return _rebuilt(graph, regions, {}, gone)
+
+
+def _rebuilt(
+    graph: CurvatureGraph, changed: dict[int, Node], alias: dict[int, int], gone: Iterable[int] = ()
+) -> CurvatureGraph:
+    """The graph with nodes replaced, nodes read in place of others (``alias``) and nodes left out, numbered anew."""
+    left, gone, nodes = dict[int, int](), {*gone, *alias}, list[Node]()
+    for old in graph.nodes:
+        if old.index not in gone:
+            left[old.index] = len(nodes)
+            node = changed.get(old.index, old)
+            inputs = tuple(left[alias.get(k, k)] for k in node.inputs)
+            nodes.append(replace(node, index=len(nodes), inputs=inputs, taps=list(node.taps)))
+    left |= {k: left[source] for k, source in alias.items()}
+
+    def places(old: Iterable[int]) -> tuple[int, ...]:
+        return tuple(left[k] for k in old)
+
+    for old in graph.nodes:
+        if old.index in alias:
+            nodes[left[old.index]].taps += old.taps
+    kept = [old.index for old in graph.nodes if old.index not in gone]
+    return replace(
+        graph,
+        nodes=nodes,
+        loss=left[graph.loss],
+        out=places(graph.out),
+        parameters={name: left[k] for name, k in graph.parameters.items()},
+        inputs={left[k]: position for k, position in graph.inputs.items()},
+        constants={left[k]: tensor for k, tensor in graph.constants.items()},
+        taps={name: places(sites) for name, sites in graph.taps.items() if all(k in left for k in sites)},
+        points=tuple(replace(point, sites=places(point.sites)) for point in graph.points),
+        children=[],
+        layouts=[graph.layouts[k] for k in kept],
+        couplings=[graph.couplings[k] for k in kept],
+    )

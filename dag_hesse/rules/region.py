@@ -1,0 +1,238 @@
+"""A region: elementwise ops collapsed into one node, linearized as one (design §3, fuse).
+
+Where all active inputs meet in one sum z first, tangents and adjoints are added there and the rest is a function of z
+alone; otherwise first partials c_i and λ-weighted second partials h_ij are dense in the region's inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from dag_hesse.ir.node import Kind, Node, execute
+from dag_hesse.kernels.pointwise import Coefficient, adjoint, curvature, tangent, times
+from dag_hesse.rules.base import Call, Linearized, Notes, Pairs, Rule, Tangents
+
+
+@dataclass(frozen=True)
+class Region:
+    """The ops of a region in order. Their inputs are numbered: the region's own inputs first, then its members.
+
+    ``meet`` is the member where all that is active has come together linearly; None where there is no such member.
+    Call it with the inputs' values to get the last member's.
+    """
+
+    inputs: int
+    members: tuple[Node, ...]
+    meet: int | None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.values(inputs)[-1]
+
+    def values(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Values of the inputs and of all members."""
+        known = list(inputs)
+        for member in self.members:
+            known.append(execute(member, [known[k] for k in member.inputs]))
+        return known
+
+    def __str__(self) -> str:
+        return " ".join(member.op.split(".")[1] for member in self.members)
+
+    __repr__ = __str__
+
+
+def evaluate(node: Node, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What :class:`Call` holds of a node: values of its inputs (and, for a region, of its members), and its own."""
+    if isinstance(node.target, Region):
+        *known, out = node.target.values(inputs)
+        return tuple(known), out
+    return inputs, execute(node, inputs)
+
+
+def _rule(node: Node) -> Rule:
+    from dag_hesse.rules.table import RULES  # the table has this file's row in it
+
+    return RULES[node.op]
+
+
+def _is_active(member: Node) -> bool:
+    return member.kind is not Kind.CONST
+
+
+def _pairs(node: Node) -> Pairs:
+    """Input pairs that some member brings together nonlinearly."""
+    region: Region = node.target  # type: ignore[assignment]
+    reach = [frozenset({k}) for k in range(region.inputs)]
+    found: set[tuple[int, int]] = set()
+    for member in region.members:
+        sources = [reach[k] for k in member.inputs]
+        live = _is_active(member)
+        reach.append(frozenset().union(*sources) if live else frozenset())
+        for p, q in _rule(member).pairs(member) if live else ():
+            found |= {(i, j) for i in sources[p] for j in sources[q]}
+    return frozenset(found)
+
+
+@final
+class _Meeting(Linearized):
+    """z = Σ a_i x_i, y = φ(z): c = φ'(z), h = λ φ''(z)."""
+
+    reads_tangents = False
+
+    def __init__(self, call: Call, shares: dict[int, Coefficient], tail: _Collapsed | None) -> None:
+        self.shares, self.tail = shares, tail
+        self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.out.shape
+        self.c: Coefficient = 1.0 if tail is None else tail.first[0]
+        self.h: Coefficient | None = None
+
+    def push(self, tangents: Tangents, notes: Notes) -> Tensor:
+        shares = [self.shares.get(slot) for slot in range(len(self.shapes))]
+        met = tangent(shares, tangents, self.out_shape)
+        if self.h is not None:
+            notes[self] = met
+        return times(self.c, met)
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        return self.push(tangents, {})
+
+    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
+        return self.pull(cotangent, {}, [slot], slice(None), {})[slot]
+
+    def curve(self, lam: Tensor) -> None:
+        if self.tail is not None:
+            self.h = self.tail.curvature(lam).get((0, 0))
+            self.tail = None
+
+    def second(self, tangents: Tangents, slot: int) -> Tensor | None:
+        notes: Notes = {}
+        self.push(tangents, notes)
+        return self.pull(None, {}, [slot], slice(None), notes).get(slot)
+
+    def pull(
+        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, notes: Notes
+    ) -> dict[int, Tensor]:
+        met, at_z = notes.get(self), None if cotangent is None else times(self.c, cotangent)
+        if met is not None and self.h is not None:
+            if at_z is None or cotangent is None:
+                at_z = times(self.h, met)
+            else:
+                at_z = cotangent.clone() if at_z is cotangent else at_z
+                add_times(at_z[rows], self.h, met)
+        if at_z is None:
+            return {}
+        return {slot: adjoint(self.shares[slot], at_z, self.shapes[slot]) for slot in slots}
+
+
+def add_times(into: Tensor, c: Coefficient, x: Tensor) -> None:
+    """into += c ∘ x."""
+    if isinstance(c, Tensor):
+        into.addcmul_(c, x)
+    else:
+        into.add_(x, alpha=c)
+
+
+class _Collapsed:
+    """First partials of the last member by some sources, and what λ-weighted second partials need."""
+
+    def __init__(self, region: Region, known: list[Tensor], sources: Sequence[int], start: int) -> None:
+        own: dict[int, dict[int, Coefficient]] = {k: {i: 1.0} for i, k in enumerate(sources)}
+        self.steps: list[tuple[Node, int, dict[int, Coefficient], dict[tuple[int, int], Coefficient]]] = []
+        for j, member in list(enumerate(region.members))[start:]:
+            place = region.inputs + j
+            on = tuple(k in own for k in member.inputs)
+            if not _is_active(member) or not any(on):
+                continue
+            partials = _rule(member).partials
+            assert partials is not None
+            first, second = partials(Call(member, tuple(known[k] for k in member.inputs), known[place], on))
+            total: dict[int, Coefficient] = {}
+            for slot, k in enumerate(member.inputs):
+                for i, c in own.get(k, {}).items():
+                    term = _product(first[slot], c)
+                    total[i] = _sum(total[i], term) if i in total else term
+            own[place] = total
+            self.steps.append((member, place, first, second))
+        self.own, self.last = own, region.inputs + len(region.members) - 1
+        self.first = own[self.last]
+
+    def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
+        """Σ_u λ_u φ_u'' D_u D_uᵀ over the members u."""
+        adjoints: dict[int, Coefficient] = {self.last: lam}
+        found: dict[tuple[int, int], Coefficient] = {}
+        for member, place, first, second in reversed(self.steps):
+            mine = adjoints.pop(place, None)
+            if mine is None:
+                continue
+            for (p, q), h in second.items():
+                left, right = self.own.get(member.inputs[p], {}), self.own.get(member.inputs[q], {})
+                weighted = _product(h, mine)
+                for (i, a), (j, b) in ((x, y) for x in left.items() for y in right.items()):
+                    if i <= j:
+                        term = _product(_product(weighted, a), b)
+                        found[i, j] = _sum(found[i, j], term) if (i, j) in found else term
+            for slot, k in enumerate(member.inputs):
+                if k in self.own:
+                    term = _product(first[slot], mine)
+                    adjoints[k] = _sum(adjoints[k], term) if k in adjoints else term
+        return found | {(j, i): h for (i, j), h in found.items()}
+
+
+def _product(a: Coefficient, b: Coefficient) -> Coefficient:
+    if isinstance(a, Tensor):
+        return times(b, a)
+    return times(a, b) if isinstance(b, Tensor) else a * b
+
+
+def _sum(a: Coefficient, b: Coefficient) -> Coefficient:
+    return a + b
+
+
+@final
+class _Dense(Linearized):
+    """y = φ(x_1 … x_k) with partials in every input."""
+
+    def __init__(self, call: Call, sources: Sequence[int], collapsed: _Collapsed) -> None:
+        self.sources, self.collapsed = sources, collapsed
+        self.first = [
+            collapsed.first.get(sources.index(slot)) if slot in sources else None for slot in range(len(call.active))
+        ]
+        self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.out.shape
+        self.seconds: dict[tuple[int, int], Coefficient] = {}
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        return tangent(self.first, tangents, self.out_shape)
+
+    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
+        partial = self.first[slot]
+        assert partial is not None
+        return adjoint(partial, cotangent, self.shapes[slot])
+
+    def curve(self, lam: Tensor) -> None:
+        found = self.collapsed.curvature(lam)
+        self.seconds = {(self.sources[i], self.sources[j]): h for (i, j), h in found.items()}
+        self.collapsed.steps.clear()
+
+    def second(self, tangents: Tangents, slot: int) -> Tensor | None:
+        return curvature(self.seconds, tangents, slot, self.shapes[slot], self.out_shape)
+
+
+def linearize(call: Call) -> Linearized:
+    region: Region = call.node.target  # type: ignore[assignment]
+    known = [*call.values, call.out]
+    active = [slot for slot, on in enumerate(call.active) if on]
+    if region.meet is None:
+        return _Dense(call, active, _Collapsed(region, known, active, 0))
+    place = region.inputs + region.meet
+    front = Region(region.inputs, region.members[: region.meet + 1], None)
+    shares = _Collapsed(front, known, active, 0).first
+    tail = _Collapsed(region, known, [place], region.meet + 1) if place < len(known) - 1 else None
+    return _Meeting(call, {active[i]: a for i, a in shares.items()}, tail)
+
+
+REGION = Rule(Kind.POINTWISE, linearize, _pairs)
+
+__all__ = ["REGION", "Region", "evaluate"]

@@ -1,0 +1,101 @@
+"""Fusion keeps the function, its points and every block; and it does collapse what it should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import dag_hesse as dh
+from dag_hesse.capture import batches
+from dag_hesse.experiments.models import resnet18
+from dag_hesse.ir import CurvatureGraph, Kind, verify
+from dag_hesse.plan import fuse
+from dag_hesse.rules.region import Region
+from dag_hesse.sweep import Problem, Request
+from tests.models.zoo import CASES, case
+from tests.oracle import error
+
+LEAVES = (Kind.INPUT, Kind.PARAM, Kind.CONST)
+
+
+def swept(graph: CurvatureGraph) -> int:
+    """Nodes that a sweep from the points visits."""
+    reached = graph.descendants(k for point in graph.points for k in point.sites)
+    return sum(reached[node.index] and node.kind not in LEAVES for node in graph.nodes)
+
+
+def regions(graph: CurvatureGraph) -> list[list[str]]:
+    return [
+        [m.op.split(".")[1] for m in node.target.members if m.kind is not Kind.CONST]
+        for node in graph.nodes
+        if isinstance(node.target, Region)
+    ]
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU])
+def test_resnet18_has_at_most_sixty_nodes_to_sweep(activation: type[nn.Module]) -> None:
+    model = resnet18(activation=activation).eval()
+    graph = dh.capture(model, (torch.randn(2, 3, 32, 32), torch.tensor([0, 1])))
+    fused = fuse(graph)
+    assert swept(fused) <= 60 < swept(graph)
+    name = "silu" if activation is nn.SiLU else "relu"
+    assert ["batch_affine", "batch_affine", "add", name] in [sorted(r, key=r.index) for r in regions(fused)]
+    assert "region<batch_affine" in str(fused)
+
+
+class Gated(nn.Module):
+    """Elementwise code of every shape: a gate, a polynomial, a broadcast, an inner point, a value read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+        self.gain = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.a(x), self.b(x)
+        h = torch.sigmoid(a) * b + self.gain * a * b - 0.3 * a**3
+        h = dh.tap(h.tanh() * 2 + h, "inner")
+        return self.c(torch.where(b.detach() > 0, h * 1.5, h.exp() / 3) * h)
+
+
+@pytest.mark.parametrize("points", [["a", "b", "inner"], ["a", "c"], ["gain", "a.weight", "inner"]])
+def test_fused_products_are_the_unfused_ones(points: list[str]) -> None:
+    torch.manual_seed(0)
+    model, batch = Gated().double(), (torch.randn(5, 3).double(), torch.randn(5, 2).double())
+    graph = dh.capture(model, batch, points=points)
+    fused = verify(fuse(graph))
+    assert [p.name for p in fused.points] == [p.name for p in graph.points]
+    assert swept(fused) < swept(graph)
+    _same_products(model, batch, graph, fused)
+
+
+def _same_products(model: nn.Module, batch: object, graph: CurvatureGraph, fused: CurvatureGraph) -> None:
+    parsed = batches(batch)
+    every = tuple(range(len(graph.points)))
+    plain, ours = (Problem(model, [g], parsed, "shared", with_out=False) for g in (graph, fused))
+    for channels in ("both", "sum", "gn", "tensor"):
+        for w in every:
+            z = torch.randn(2, 1, plain.dim(w), dtype=plain.dtype)
+            requests = [Request({w: z}, every)]
+            expected, found = (p.run(requests, channels=channels)[0] for p in (plain, ours))
+            scale = max(
+                (float(x.norm()) for b in expected.values() for x in (b.gn, b.tensor) if x is not None), default=0.0
+            )
+            for v in every:
+                for part in ("gn", "tensor"):
+                    left, right = getattr(expected[v], part), getattr(found[v], part)
+                    zero = torch.zeros(2, 1, plain.dim(v), dtype=plain.dtype)
+                    assert error(zero if right is None else right, zero if left is None else left, scale) < 1e-12
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_the_zoo_stays_well_formed_and_gets_smaller(name: str) -> None:
+    one = case(name)
+    graph = dh.capture(
+        one.model, one.batch, loss=one.loss, output=one.out or None, points=[*one.names, *one.parameters]
+    )
+    fused = verify(fuse(graph))
+    assert len(fused.nodes) < len(graph.nodes)
+    assert [p.dim for p in fused.points] == [p.dim for p in graph.points]
+    _same_products(one.model, one.batch, graph, fused)
