@@ -54,8 +54,13 @@ class Geometry:
 
     @property
     def plain(self) -> bool:
-        """Whether weights of several probes may be laid side by side along their channels."""
+        """Whether the weight is one block, outputs by inputs."""
         return self.groups == 1 and not self.transposed
+
+    @property
+    def folds(self) -> bool:
+        """Whether weights of several probes are better laid side by side than taken one by one: small ones are."""
+        return self.plain and self.batch * prod(self.out) > self.weight[0]
 
     def is_matrix(self, batch: int) -> bool:
         """Whether a product with ``batch`` samples (probes counted) is a matrix product with a larger weight."""
@@ -186,7 +191,7 @@ def _product(c: Call, x: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
     if len(w) == 1:
         y = _forward(geo, _fold(x), w[0])
         return added(y.reshape(probes, -1, *y.shape[1:]), into)
-    if geo.plain and len(x) == 1:
+    if geo.folds and len(x) == 1:
         return added(_apart(_forward(geo, x[0], _fold(w)), probes), into)
     return added(torch.stack([_forward(geo, x[min(k, len(x) - 1)], w[k]) for k in range(probes)]), into)
 
@@ -197,7 +202,7 @@ def _left(c: Call, g: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
     if len(w) == 1:
         x = _input_adjoint(geo, _fold(g), w[0])
         return added(x.reshape(probes, -1, *x.shape[1:]), into)
-    if geo.plain and len(g) == 1:
+    if geo.folds and len(g) == 1:
         return added(_apart(_input_adjoint(geo, g[0], _beside(w)), probes), into)
     return added(torch.stack([_input_adjoint(geo, g[min(k, len(g) - 1)], w[k]) for k in range(probes)]), into)
 
@@ -206,14 +211,16 @@ def _right(c: Call, g: Tensor, x: Tensor, into: Tensor | None) -> Tensor:
     geo, probes = _of(c), max(len(g), len(x))
     if probes == 1:
         w = _weight_adjoint(geo, g[0], x[0])[None]
-    elif geo.plain and len(x) == 1:
+    elif geo.folds and len(x) == 1:
         w = _weight_adjoint(geo, _beside(g), x[0])
         w = w.reshape(probes, -1, *w.shape[1:])
-    elif geo.plain and len(g) == 1:
+    elif geo.folds and len(g) == 1:
         w = _apart(_weight_adjoint(geo, g[0], _beside(x)), probes)
     else:
-        pairs = [(g[min(k, len(g) - 1)], x[min(k, len(x) - 1)]) for k in range(probes)]
-        w = torch.stack([_weight_adjoint(geo, *pair) for pair in pairs])
+        out = g.new_zeros(probes, *geo.weight) if into is None else into
+        for k, row in enumerate(_crop(geo, out)):
+            row += _weight_adjoint(geo, g[min(k, len(g) - 1)], x[min(k, len(x) - 1)])
+        return out
     if into is None:
         return _uncrop(geo, w)
     _crop(geo, into).add_(w)
