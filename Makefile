@@ -7,7 +7,7 @@ WORKERS ?= 2
 # One thread per test process: the models are small, and the processes share the cores.
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
 
-.PHONY: demo test fuzz lint bench experiments clean
+.PHONY: demo test fuzz lint bench experiments peers clean
 
 demo: $(VENV)/demo
 	$(RUN) -m dag_hesse.experiments digits --out demo-report
@@ -23,8 +23,11 @@ lint: $(VENV)/test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: $(VENV)/test
+bench: peers
 	$(RUN) -m bench analyze
+	$(RUN) -m bench hvp
+	$(RUN) -m bench memory
+	$(RUN) -m bench scaling
 
 experiments: $(VENV)/demo
 	$(RUN) -m dag_hesse.experiments attention
@@ -39,9 +42,14 @@ $(VENV)/demo: pyproject.toml setup.py csrc/core.cpp | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --editable ".[demo]"
 	touch $@
 
-$(VENV)/test: pyproject.toml setup.py csrc/core.cpp | $(VENV)/bin/python
+$(VENV)/test: pyproject.toml setup.py csrc/core.cpp bench/peers.txt | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --editable ".[test,lint]"
+	$(RUN) -m pip install --quiet --no-deps --requirement bench/peers.txt
 	touch $@
+
+# What the benchmark compares with: the test environment has all but JAX.
+peers: $(VENV)/test
+	$(RUN) -m pip install --quiet jax
 
 clean:
 	rm -rf $(VENV) build *.egg-info dag_hesse/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import analyze, hvp
+from bench import analyze, hvp, memory, scaling
 
-COMMANDS = {"analyze": analyze.main, "hvp": hvp.main}
+COMMANDS = {"analyze": analyze.main, "hvp": hvp.main, "memory": memory.main, "scaling": scaling.main}
 
 
 def main() -> int:

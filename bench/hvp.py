@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,8 +16,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import dag_hesse as dh
-from bench.timing import interleaved, median, spread, write_json
+from bench.timing import RESULTS, interleaved, median, spread, write_json
 from dag_hesse.experiments.models import mlp, resnet18, resnet50
+from dag_hesse.report.files import write_text
 
 TOLERANCE = 1e-4
 PROBES = 8
@@ -95,8 +97,11 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 }
 
 
-def peers(work: Workload, v: dict[str, Tensor]) -> dict[str, Callable[[], dict[str, Tensor]]]:
-    """Everybody's H·v, fresh unless it says otherwise; double-backward with attention decomposed, as it must be."""
+Products = dict[str, Callable[[], dict[str, Tensor]]]
+
+
+def peers(work: Workload, v: dict[str, Tensor]) -> Products:
+    """Everybody's H·v, fresh unless it says otherwise; attention is decomposed, as double derivatives need it."""
     params = {name: p.detach() for name, p in work.model.named_parameters()}
     own = dict(work.model.named_parameters())
     names, vectors = list(own), [v[name] for name in own]
@@ -109,16 +114,83 @@ def peers(work: Workload, v: dict[str, Tensor]) -> dict[str, Callable[[], dict[s
         first = torch.autograd.grad(work.value(), list(own.values()), create_graph=True)
         return named(torch.autograd.grad(first, list(own.values()), vectors))
 
+    def forward_over_reverse(params: dict[str, Tensor], v: dict[str, Tensor]) -> dict[str, Tensor]:
+        return torch.func.jvp(gradient, (params,), (v,))[1]
+
     kept = torch.autograd.grad(work.value(), list(own.values()), create_graph=True)
     _, push = torch.func.linearize(gradient, params)
+    compiled = torch.compile(forward_over_reverse, dynamic=False)
     return {
-        "functorch jvp∘grad": lambda: torch.func.jvp(gradient, (params,), (v,))[1],
+        "functorch jvp∘grad": lambda: forward_over_reverse(params, v),
+        "functorch jvp∘grad, torch.compile": lambda: compiled(params, v),
         "functorch vjp∘grad": lambda: torch.func.vjp(gradient, params)[1](v)[0],
         "functorch linearize, amortized": lambda: push(v),
         "double-backward": double_backward,
         "double-backward, retained graph": lambda: named(
             torch.autograd.grad(kept, list(own.values()), vectors, retain_graph=True)
         ),
+        **libraries(work, v),
+    }
+
+
+def libraries(work: Workload, v: dict[str, Tensor]) -> Products:
+    """curvlinops' and hessian-eigenthings' Hessian products; ``make peers`` installs them."""
+    import curvlinops
+    import hessian_eigenthings
+
+    own = dict(work.model.named_parameters())
+    names, vectors, data = list(own), [v[name] for name in own], [(work.x, work.y)]
+    hessian = curvlinops.HessianLinearOperator(
+        work.model, nn.CrossEntropyLoss(), list(own.values()), data, check_deterministic=False
+    )
+    loss = hessian_eigenthings.supervised_loss(nn.CrossEntropyLoss())
+    eigenthings, flat = (
+        hessian_eigenthings.HessianOperator(work.model, data, loss),
+        torch.cat([x.flatten() for x in vectors]),
+    )
+
+    def cut(flat: Tensor) -> dict[str, Tensor]:
+        pieces = flat.split([p.numel() for p in own.values()])
+        return {name: x.reshape(own[name].shape) for name, x in zip(names, pieces, strict=True)}
+
+    return {
+        "curvlinops": lambda: dict(zip(names, hessian @ vectors, strict=True)),
+        "hessian-eigenthings": lambda: cut(eigenthings.matvec(flat)),
+    }
+
+
+def jax_peers(work: Workload, v: dict[str, Tensor]) -> Products:
+    """JAX under jit, for chains of Linear and SiLU; empty where JAX is not installed."""
+    try:
+        import jax
+        import jax.numpy as jnp
+    except ImportError:
+        return {}
+    own = dict(work.model.named_parameters())
+
+    def turned(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {name: jnp.asarray(t.detach().numpy()) for name, t in tensors.items()}
+
+    layers = [name.removesuffix(".weight") for name in own if name.endswith(".weight")]
+    x, y = jnp.asarray(work.x.numpy()), jnp.asarray(work.y.numpy())
+
+    def loss(params: dict[str, Any]) -> Any:
+        h = x
+        for k, layer in enumerate(layers):
+            h = h @ params[f"{layer}.weight"].T + params[f"{layer}.bias"]
+            h = jax.nn.silu(h) if k + 1 < len(layers) else h
+        return -jnp.take_along_axis(jax.nn.log_softmax(h), y[:, None], 1).mean()
+
+    params, tangent = turned(own), turned(v)
+    product = jax.jit(lambda p, t: jax.jvp(jax.grad(loss), (p,), (t,))[1])
+    push = jax.jit(jax.linearize(jax.grad(loss), params)[1])
+
+    def back(found: dict[str, Any]) -> dict[str, Tensor]:
+        return {name: torch.from_dlpack(t) for name, t in jax.block_until_ready(found).items()}
+
+    return {
+        "JAX jvp∘grad, jit": lambda: back(product(params, tangent)),
+        "JAX linearize, jit, amortized": lambda: back(push(tangent)),
     }
 
 
@@ -141,8 +213,10 @@ def measure(name: str, rounds: int = 5) -> dict[str, Any]:
             "ours, amortized": lambda: H @ v,
             "ours, fresh": fresh,
             **peers(work, v),
+            **(jax_peers(work, v) if name.startswith("MLP") else {}),
         }
-        results = {key: run() for key, run in runs.items()}
+        results, unable = _tried(runs)
+        runs = {key: run for key, run in runs.items() if key in results}
         truth = results["double-backward"]
         size = sum(float(x.norm()) ** 2 for x in truth.values()) ** 0.5
         differences = {
@@ -154,7 +228,13 @@ def measure(name: str, rounds: int = 5) -> dict[str, Any]:
         runs["gradient"] = lambda: torch.autograd.grad(work.value(), list(own.values()))
         runs["ours, GN and T apart"] = lambda: H.parts(v)
         runs[f"ours, {PROBES} at once"] = lambda: H @ many
-        seconds = interleaved(runs, rounds)
+        A = dh.HessianOperator(work.model, batch, loss=F.cross_entropy, space="activation")
+        probes = torch.randn(PROBES, A.shape[0]).T
+        runs[f"ours, activations, {PROBES} at once"] = lambda: A @ probes
+        runs[f"ours, activations, GN and T apart, {PROBES} at once"] = lambda: A.parts(probes)
+        started = time.perf_counter()
+        runs["gradient"]()
+        seconds = interleaved(runs, rounds if time.perf_counter() - started < 1 else 3)
     unit = median(seconds["gradient"])
     return {
         "workload": name,
@@ -162,7 +242,56 @@ def measure(name: str, rounds: int = 5) -> dict[str, Any]:
         "products agree to": max(differences.values()),
         "gradients": {key: median(s) / unit / (PROBES if "at once" in key else 1) for key, s in seconds.items()},
         "spread": {key: spread(s) for key, s in seconds.items()},
+        "unable": unable,
     }
+
+
+def _tried(runs: Products) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """Everybody's product, and why a peer has none."""
+    results, unable = {}, {}
+    for key, run in runs.items():
+        try:
+            results[key] = run()
+        except Exception as error:  # whatever a peer raises is what the table says of it
+            if key.startswith("ours"):
+                raise
+            unable[key] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return results, unable
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    """The table, a row a product and a column a workload."""
+    products = list(dict.fromkeys(key for row in rows for key in row["gradients"]))
+    head = ["in gradients", *(row["workload"] for row in rows)]
+    lines = [head, ["---", *("---:" for _ in rows)]]
+    for key in products:
+        cells = [f"{row['gradients'][key]:.2f}" if key in row["gradients"] else "–" for row in rows]
+        lines.append([key, *cells])
+    lines.append(["*one gradient*", *(f"{row['gradient s'] * 1e3:.0f} ms" for row in rows)])
+    notes = sorted({f"- {key} fails: {why}" for row in rows for key, why in row["unable"].items()})
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", *notes]) + "\n"
+
+
+def _draw(rows: list[dict[str, Any]]) -> None:
+    """Bars a workload: ours against everybody."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(rows), figsize=(3.2 * len(rows), 3.6), layout="constrained", squeeze=False)
+    for row, one in zip(rows, axes[0], strict=True):
+        items = [(k, v) for k, v in row["gradients"].items() if "at once" not in k and "apart" not in k]
+        items.sort(key=lambda item: -item[1])
+        colors = [
+            "tab:green" if k == "gradient" else "tab:orange" if k.startswith("ours") else "tab:gray" for k, _ in items
+        ]
+        one.barh([k for k, _ in items], [v for _, v in items], color=colors)
+        one.tick_params(labelsize=6)
+        one.set_title(row["workload"], fontsize=7)
+        one.set_xlabel("gradients", fontsize=7)
+    figure.savefig(RESULTS / "hvp.png", dpi=130)
+    plt.close(figure)
 
 
 def main(names: list[str] | None = None) -> int:
@@ -183,5 +312,9 @@ def main(names: list[str] | None = None) -> int:
         for key, value in sorted(row["gradients"].items(), key=lambda item: item[1]):
             table.add_row(key, f"{value:.2f}", f"{row['spread'][key]:.0%}")
         console.print(table)
-    write_json("hvp", {"workloads": rows})
+        for key, reason in row["unable"].items():
+            console.print(f"{key} fails: {reason}", soft_wrap=True)
+        write_json("hvp", {"workloads": rows})
+        write_text(RESULTS / "hvp.md", _markdown(rows))
+    _draw(rows)
     return 0

@@ -13,6 +13,7 @@ from dag_hesse.capture import capture, tap
 from dag_hesse.errors import DagHesseError
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.operators import GGNOperator, HessianOperator, TensorOperator, hvp
+from dag_hesse.profile import Profile, profile
 from dag_hesse.report import CurvatureReport, load
 from dag_hesse.structure import Structure, structure
 
@@ -25,6 +26,7 @@ __all__ = [
     "GGNOperator",
     "HessianOperator",
     "Point",
+    "Profile",
     "Structure",
     "TensorOperator",
     "__version__",
@@ -32,6 +34,7 @@ __all__ = [
     "capture",
     "hvp",
     "load",
+    "profile",
     "structure",
     "tap",
 ]

@@ -1,9 +1,10 @@
-"""The command line: ``dag-hesse analyze SPEC``."""
+"""The command line: ``dag-hesse analyze SPEC`` and ``dag-hesse profile SPEC``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,10 @@ from dag_hesse.analyze import analyze
 from dag_hesse.errors import DagHesseError, OptionError, suggest
 from dag_hesse.estimate.run import Progress
 from dag_hesse.experiments import models
+from dag_hesse.plan import render_edges
 from dag_hesse.plan.planner import BATCH_MODES, MODES
-from dag_hesse.report.files import write_whole
+from dag_hesse.profile import profile
+from dag_hesse.report.files import write_text, write_whole
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 Built = tuple[nn.Module, Any]
@@ -123,44 +126,77 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"Built-in SPECs (random weights and data): {', '.join(BUILT_IN)}. Exit codes: 0 done, 1 refused with a "
         "message, 2 wrong usage, 130 interrupted.",
     )
-    a.add_argument(
-        "spec", metavar="SPEC", help="module:callable that returns (model, batch[, loss]), or a built-in name"
-    )
-    a.add_argument("--points", nargs="+", metavar="NAME", help="modules, taps, globs or parameters (default: chosen)")
-    a.add_argument(
-        "--space", choices=("activation", "parameter"), default="activation", help="what module names stand for"
-    )
+    _add_spec(a)
     a.add_argument("--batch-mode", choices=BATCH_MODES, default="shared", help="meaning of the batch axis")
     a.add_argument("--mode", choices=MODES, default="auto", help="how norms are obtained")
     a.add_argument("--probes", type=int, default=32, metavar="N", help="Rademacher probes per source (default: 32)")
     a.add_argument("--rtol", type=float, metavar="X", help="probe until relative standard errors are below X")
     a.add_argument("--memory", type=float, metavar="GIB", help="memory that results and sweeps may take")
-    a.add_argument("--batch", type=int, metavar="N", help="batch size of a built-in SPEC")
-    a.add_argument("--image", type=int, metavar="N", help="image side or sequence length of a built-in SPEC")
-    a.add_argument("--seed", type=int, default=0, metavar="N", help="of the probes and of built-in models (default: 0)")
-    a.add_argument("--device", default="cpu", help="where to run (default: cpu)")
     a.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     a.add_argument("--out", type=Path, metavar="DIR", help="write report.json, .safetensors, .html and .png there")
     a.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    a.set_defaults(run=_analyze)
+    p = commands.add_parser(
+        "profile",
+        help="say where time and memory go, node by node",
+        description="Time, FLOPs, bytes and peak memory of linearization, one probe and the map: predicted, measured.",
+    )
+    _add_spec(p)
+    p.add_argument("--edges", action="store_true", help="print the plan edge by edge, not only the dearest")
+    p.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace of one sweep with node names")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    p.set_defaults(run=_profile)
     return top
+
+
+def _add_spec(command: argparse.ArgumentParser) -> None:
+    """Options that say what to look at."""
+    command.add_argument(
+        "spec", metavar="SPEC", help="module:callable that returns (model, batch[, loss]), or a built-in name"
+    )
+    command.add_argument("--points", nargs="+", metavar="NAME", help="modules, taps, globs or parameters")
+    command.add_argument(
+        "--space", choices=("activation", "parameter"), default="activation", help="what module names stand for"
+    )
+    command.add_argument("--batch", type=int, metavar="N", help="batch size of a built-in SPEC")
+    command.add_argument("--image", type=int, metavar="N", help="image side or sequence length of a built-in SPEC")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of probes and built-in models (default: 0)")
+    command.add_argument("--device", default="cpu", help="where to run (default: cpu)")
 
 
 def _to(device: str, tree: Any) -> Any:
     return pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, tree)
 
 
-def _analyze(options: argparse.Namespace) -> None:
+def _built(options: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
+    """Model, batch and loss (or None) of the SPEC, on the device."""
     model, batch, *loss = load_spec(options.spec, options.batch, options.image, options.seed)
     if options.device != "cpu":
         try:
             model, batch = model.to(options.device), _to(options.device, batch)
         except (RuntimeError, AssertionError) as error:
             raise OptionError(f"--device {options.device} cannot be used: {error}") from error
+    return model, batch, loss[0] if loss else None
+
+
+def _profile(options: argparse.Namespace) -> None:
+    model, batch, loss = _built(options)
+    trace = str(options.trace) if options.trace else None
+    found = profile(model, batch, loss=loss, points=options.points, space=options.space, trace=trace)
+    print(found)
+    if options.edges:
+        print(f"\nevery edge\n{render_edges(found.edges)}")
+    if options.json:
+        write_text(options.json, json.dumps(found.to_dict(), indent=1) + "\n")
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    model, batch, loss = _built(options)
     with progress_bar() as progress:
         report = analyze(
             model,
             batch,
-            loss=loss[0] if loss else None,
+            loss=loss,
             points=options.points,
             space=options.space,
             batch_mode=options.batch_mode,
@@ -189,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = parser().parse_args(arguments)
     try:
-        _analyze(options)
+        options.run(options)
     except DagHesseError as error:
         print(f"dag-hesse: {type(error).__name__}: {error}", file=sys.stderr)
         return FAILED

@@ -52,6 +52,10 @@ class StaleError(DagHesseError, RuntimeError):
     """Parameters or batch changed under an operator or a report."""
 
 
+class DependencyError(DagHesseError, ImportError):
+    """An optional library that a feature runs on is not installed."""
+
+
 class MemoryBudgetError(DagHesseError, MemoryError):
     """An exact result would not fit into the memory allowed."""
 

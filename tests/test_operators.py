@@ -199,3 +199,40 @@ def test_bad_operators() -> None:
         dh.HessianOperator(c.model, [])
     with pytest.raises(errors.OptionError, match=r"'0.weight'"):
         dh.HessianOperator(c.model, c.batch).block("0.weigth", "0.weight")
+
+
+def test_curvlinops_estimators_run_on_our_operators() -> None:
+    c, names, truth = _problem()
+    H, dense = dh.HessianOperator(c.model, c.batch, loss=c.loss), _assembled(truth, names, "full")
+    n, before = len(dense), torch.get_rng_state()
+    wrapped = H.to_curvlinops()
+    X = torch.randn(n, 3, dtype=dense.dtype)
+    torch.set_rng_state(before)
+    assert error(wrapped @ X, dense @ X) < 1e-10
+    # Hutchinson's estimators: 200 seeds of 20 products, held against their own spread.
+    traces = torch.stack([H.trace(20, seed=seed) for seed in range(200)])
+    assert abs(traces.mean() - dense.trace()) < 3 * traces.std() / 200**0.5
+    diagonals = torch.stack([H.diagonal(20, seed=seed) for seed in range(200)])
+    off = (diagonals.mean(0) - dense.diagonal()) / (diagonals.std(0) / 200**0.5)
+    assert float((off**2).mean()) < 2.0
+    grid, density = H.spectral_density(min(n - 1, 30))
+    eigenvalues = torch.linalg.eigvalsh(dense)
+    assert grid[0] <= eigenvalues[0] and grid[-1] >= eigenvalues[-1]
+    assert abs(float(torch.trapezoid(density, grid)) - 1) < 0.05
+    assert torch.equal(H.trace(5, seed=3), H.trace(5, seed=3))
+    assert torch.equal(torch.get_rng_state(), before)
+    from curvlinops import CGInverseLinearOperator
+    from curvlinops.examples import IdentityLinearOperator
+
+    G = dh.GGNOperator(c.model, c.batch, loss=c.loss)
+    damped = _assembled(truth, names, "gn") + torch.eye(n, dtype=dense.dtype)
+    identity = IdentityLinearOperator([p.shape for p in c.model.parameters()], H.device, H.dtype)
+    sub = CGInverseLinearOperator(G.to_curvlinops() + identity, tolerance=1e-6, max_iter=200)
+    assert error(sub @ X[:, 0], torch.linalg.solve(damped, X[:, 0])) < 1e-3
+
+
+def test_a_missing_curvlinops_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    c, _, _ = _problem()
+    monkeypatch.setitem(__import__("sys").modules, "curvlinops", None)
+    with pytest.raises(errors.DependencyError, match="pip install"):
+        dh.HessianOperator(c.model, c.batch, loss=c.loss).trace()

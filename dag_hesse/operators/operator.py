@@ -16,6 +16,7 @@ from dag_hesse.capture import batches, capture_all
 from dag_hesse.capture.losses import Loss
 from dag_hesse.errors import MemoryBudgetError, StaleError, choose
 from dag_hesse.operators.functional import FunctionModule, as_module, chosen_parameters
+from dag_hesse.operators.interop import estimate, to_curvlinops
 from dag_hesse.operators.vectors import Layout
 from dag_hesse.plan import fuse_all
 from dag_hesse.plan.cost import available_memory, probe_bytes
@@ -177,6 +178,26 @@ class CurvatureOperator(ABC):
     def eigsh(self, k: int = 6, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """k extreme eigenvalues and eigenvectors (n, k), by :func:`scipy.sparse.linalg.eigsh`."""
         return eigsh(self.to_scipy(), k=k, **options)
+
+    def to_curvlinops(self) -> Any:
+        """A ``curvlinops`` operator, for everything in that library that takes one (its inverses, for example).
+
+        Raises:
+            DependencyError: curvlinops is not installed.
+        """
+        return to_curvlinops(self)
+
+    def trace(self, matvecs: int = 64, seed: int = 0) -> Tensor:
+        """The trace (), estimated by ``curvlinops.hutchinson_trace`` from ``matvecs`` < n products."""
+        return estimate(self, "hutchinson_trace", matvecs, seed)
+
+    def diagonal(self, matvecs: int = 64, seed: int = 0) -> Tensor:
+        """The diagonal (n,), estimated by ``curvlinops.hutchinson_diag`` from ``matvecs`` < n products."""
+        return estimate(self, "hutchinson_diag", matvecs, seed)
+
+    def spectral_density(self, ncv: int = 64, seed: int = 0, **options: Any) -> tuple[Tensor, Tensor]:
+        """(grid, density) by ``curvlinops.lanczos_approximate_spectrum`` with ``ncv`` Lanczos vectors."""
+        return estimate(self, "lanczos_approximate_spectrum", ncv, seed, **options)
 
 
 @final

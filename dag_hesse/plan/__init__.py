@@ -1,7 +1,21 @@
 """Which sweeps give the requested quantities at least cost: pure data, graph in, schedule out (design §3, plan)."""
 
 from dag_hesse.plan.cost import Cost, available_memory, path_cost
+from dag_hesse.plan.edges import Edge, edges, render_edges
 from dag_hesse.plan.fuse import fuse, fuse_all
 from dag_hesse.plan.planner import METHODS, Plan, Source, plan
 
-__all__ = ["METHODS", "Cost", "Plan", "Source", "available_memory", "fuse", "fuse_all", "path_cost", "plan"]
+__all__ = [
+    "METHODS",
+    "Cost",
+    "Edge",
+    "Plan",
+    "Source",
+    "available_memory",
+    "edges",
+    "fuse",
+    "fuse_all",
+    "path_cost",
+    "plan",
+    "render_edges",
+]

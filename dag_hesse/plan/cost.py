@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 
 from dag_hesse.ir import CurvatureGraph, Kind, Node
+from dag_hesse.rules.convolution import geometry
 from dag_hesse.rules.table import pairs_of
 
 
@@ -32,7 +33,7 @@ def product_flops(graph: CurvatureGraph, node: Node) -> int:
         return 2 * node.numel * shapes[0][-1]
     if node.op == "aten.convolution.default":
         weight, transposed = shapes[1], node.args[6]
-        per_output = prod(weight[2:]) * weight[1]
+        per_output = prod(geometry(shapes[0], weight, node.shape, node.args).kernel) * weight[1]
         return 2 * (prod(shapes[0]) if transposed else node.numel) * per_output
     return node.numel
 

@@ -1,0 +1,77 @@
+"""``python -m bench scaling``: how one product grows with depth, batch, probes and points; fits printed and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import dag_hesse as dh
+from bench.timing import RESULTS, interleaved, median, write_json
+from dag_hesse.experiments.models import mlp
+
+WIDTH = 256
+GRIDS = {"depth": (1, 2, 4, 8, 16, 32, 64), "batch": (64, 128, 256, 512, 1024), "probes": (1, 2, 4, 8, 16, 32)}
+GRIDS["points"] = GRIDS["depth"]
+
+
+def _operator(depth: int, batch: int, **options: Any) -> dh.HessianOperator:
+    torch.manual_seed(0)
+    model = mlp([WIDTH] * (depth + 1) + [10], nn.SiLU)
+    data = (torch.randn(batch, WIDTH), torch.arange(batch) % 10)
+    return dh.HessianOperator(model, data, loss=F.cross_entropy, **options)
+
+
+def _product(operator: dh.HessianOperator, probes: int = 1) -> Callable[[], Any]:
+    v = torch.randn(probes, operator.shape[0]).T
+    return partial(operator.__matmul__, v)
+
+
+def _run(axis: str, value: int) -> Callable[[], Any]:
+    if axis == "depth":
+        return _product(_operator(value, 256))
+    if axis == "batch":
+        return _product(_operator(8, value))
+    if axis == "probes":
+        return _product(_operator(8, 256), value)
+    points = [f"{2 * k + 1}" for k in range(value)]  # the activations of the first layers of a deep chain
+    return _product(_operator(64, 256, space="activation", points=points))
+
+
+def fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """(slope, intercept, R²) of the least-squares line."""
+    slope, intercept = np.polyfit(x, y, 1)
+    rest = ((y - slope * x - intercept) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+    return float(slope), float(intercept), float(1 - rest)
+
+
+def main() -> int:
+    """Measure, print, draw and write."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows, figure = {}, plt.figure(figsize=(11, 2.8), layout="constrained")
+    table = Table("axis", "from", "to", "ms a unit", "ms at zero", "R²", title="H·v, MLP of width 256")
+    for place, (axis, grid) in enumerate(GRIDS.items()):
+        runs = {str(value): _run(axis, value) for value in grid}
+        seconds = interleaved(runs, 7, warmup=2)
+        x, y = np.array(grid, float), np.array([median(seconds[str(value)]) for value in grid]) * 1e3
+        slope, intercept, r2 = fit(x, y)
+        rows[axis] = {"grid": grid, "ms": y.tolist(), "slope": slope, "intercept": intercept, "r2": r2}
+        table.add_row(axis, str(grid[0]), str(grid[-1]), f"{slope:.3f}", f"{intercept:.2f}", f"{r2:.4f}")
+        axes = figure.add_subplot(1, len(GRIDS), place + 1)
+        axes.plot(x, y, "o", x, slope * x + intercept, "-")
+        axes.set(xlabel=axis, title=f"R² = {r2:.3f}", ylabel="ms" if place == 0 else "")
+    Console(width=100).print(table)
+    figure.savefig(RESULTS / "scaling.png", dpi=120)
+    write_json("scaling", {"axes": rows})
+    return 0

@@ -1,0 +1,120 @@
+"""The plan edge by edge: which products a sweep runs, what they cost, and in which buffer each adjoint lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dag_hesse.ir import CurvatureGraph, Kind
+from dag_hesse.plan.cost import product_flops
+from dag_hesse.rules.region import Region
+from dag_hesse.rules.table import pairs_of
+
+_LEAVES = (Kind.INPUT, Kind.PARAM, Kind.CONST)
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """One input of one swept node. FLOPs and bytes are those of one probe through all ``products``.
+
+    ``products`` are ``jvp`` (tangent), ``vjp`` (adjoint) and ``second`` (λ-weighted second-order term). ``buffer`` is
+    where the source's adjoint lies: edges with the same number use the same memory, one after the other.
+    """
+
+    source: int
+    target: int
+    op: str
+    module: str
+    shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    products: tuple[str, ...]
+    flops: float
+    bytes: float
+    buffer: int
+
+
+def _active(graph: CurvatureGraph) -> list[bool]:
+    sites = [k for point in graph.points for k in point.sites]
+    reached, alive = graph.descendants(sites), graph.ancestors([graph.loss])
+    return [a and b for a, b in zip(reached, alive, strict=True)]
+
+
+def _buffers(graph: CurvatureGraph, active: list[bool]) -> dict[int, int]:
+    """A buffer per node's adjoint: it lives from the node's last reader to the node (sweeps run backwards)."""
+    free: list[int] = []
+    taken, count = dict[int, int](), 0
+    for node in reversed(graph.nodes):
+        if not active[node.index] or node.kind in _LEAVES:
+            continue
+        for k in dict.fromkeys(node.inputs):
+            if active[k] and k not in taken:
+                if not free:
+                    free, count = [count], count + 1
+                taken[k] = free.pop()
+        if node.index in taken:
+            free.append(taken[node.index])
+    return taken
+
+
+def edges(graph: CurvatureGraph) -> list[Edge]:
+    """All edges that a sweep between the graph's points passes, in order of execution of the tangent pass.
+
+    Example:
+        >>> import torch, dag_hesse as dh
+        >>> from dag_hesse.plan import edges, fuse
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> graph = fuse(dh.capture(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["1"]))
+        >>> [(edge.op, edge.products) for edge in edges(graph)][0]
+        ('mm', ('jvp', 'vjp'))
+    """
+    active, found = _active(graph), []
+    buffers = _buffers(graph, active)
+    for node in graph.nodes:
+        if node.kind in _LEAVES or not active[node.index]:
+            continue
+        curved = {i for i, j in pairs_of(node) if active[node.inputs[i]] and active[node.inputs[j]]}
+        flops = product_flops(graph, node)
+        for slot, k in enumerate(node.inputs):
+            if not active[k]:
+                continue
+            products = ("jvp", "vjp", "second") if slot in curved else ("jvp", "vjp")
+            moved = sum(graph.nodes[i].numel for i in {k, *node.inputs[:2]}) + node.numel
+            name = str(node.target) if isinstance(node.target, Region) else node.op.split(".")[1]
+            found.append(
+                Edge(
+                    k,
+                    node.index,
+                    name,
+                    node.owner,
+                    graph.nodes[k].shape,
+                    node.shape,
+                    products,
+                    float(len(products) * flops),
+                    float(len(products) * moved * node.dtype.itemsize),
+                    buffers.get(k, -1),
+                )
+            )
+    return found
+
+
+def dearest(found: Iterable[Edge], count: int = 10) -> list[Edge]:
+    """The edges with the most FLOPs."""
+    return sorted(found, key=lambda edge: -edge.flops)[:count]
+
+
+def as_rows(found: Iterable[Edge]) -> list[dict[str, Any]]:
+    """Edges as plain data, for JSON."""
+    return [asdict(edge) for edge in found]
+
+
+def render_edges(found: Iterable[Edge]) -> str:
+    """A line an edge."""
+    lines = [f"{'edge':<12}{'op':<28}{'shapes':<46}{'products':<18}{'MFLOP':>9}{'MiB':>8}{'buffer':>8}"]
+    for e in found:
+        shapes = f"{list(e.shape)} -> {list(e.out_shape)}"
+        lines.append(
+            f"{f'%{e.source}->%{e.target}':<12}{e.op[:26]:<28}{shapes:<46}{'+'.join(e.products):<18}"
+            f"{e.flops / 1e6:>9.2f}{e.bytes / 2**20:>8.2f}{e.buffer:>8}"
+        )
+    return "\n".join(lines)

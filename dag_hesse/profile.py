@@ -1,0 +1,234 @@
+"""profile(): where the time and memory of a model's curvature go, node by node, predicted and measured."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dag_hesse.capture import batches, capture_all, unwrapped
+from dag_hesse.capture.losses import Loss
+from dag_hesse.ir import CurvatureGraph
+from dag_hesse.plan import Plan, fuse_all, plan
+from dag_hesse.plan.edges import Edge, as_rows, dearest, edges, render_edges
+from dag_hesse.rules import Linearized
+from dag_hesse.rules.base import Notes, Tangents
+from dag_hesse.structure import analyze_structure
+from dag_hesse.sweep import Linearization, Problem, Request
+
+
+@dataclass
+class Phase:
+    """One phase: seconds, and how far memory rose above where it began (bytes)."""
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class NodeProfile:
+    """One swept node: predicted FLOPs and bytes of one probe, measured seconds of its tangent and adjoint products."""
+
+    index: int
+    op: str
+    module: str
+    shape: tuple[int, ...]
+    flops: float
+    bytes: float
+    seconds: float
+
+
+@dataclass
+class Profile:
+    """What :func:`profile` found. ``phases`` are ``capture``, ``linearize``, ``sweep`` (one probe), maybe ``map``."""
+
+    phases: dict[str, Phase]
+    nodes: list[NodeProfile]
+    edges: list[Edge]
+    plan: Plan
+    map_seconds: float = field(default=0.0)  # predicted from the plan's FLOPs at the measured rate
+
+    @property
+    def rate(self) -> float:
+        """FLOPs a second of the measured sweep."""
+        return sum(node.flops for node in self.nodes) / max(self.phases["sweep"].seconds, 1e-9)
+
+    def modules(self) -> list[tuple[str, float, float, float]]:
+        """(module, FLOPs, bytes, seconds) summed over its nodes, dearest first."""
+        total: dict[str, list[float]] = {}
+        for node in self.nodes:
+            row = total.setdefault(node.module or "loss", [0.0, 0.0, 0.0])
+            for k, value in enumerate((node.flops, node.bytes, node.seconds)):
+                row[k] += value
+        return sorted(((name, *row) for name, row in total.items()), key=lambda row: -row[3])  # type: ignore[misc]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "phases": {name: asdict(phase) for name, phase in self.phases.items()},
+            "nodes": [asdict(node) for node in self.nodes],
+            "edges": as_rows(self.edges),
+            "plan": self.plan.to_dict(),
+            "map_seconds_predicted": self.map_seconds,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{'phase':<12}{'seconds':>10}{'peak MiB':>10}"]
+        for name, phase in self.phases.items():
+            lines.append(f"{name:<12}{phase.seconds:>10.3f}{phase.peak_bytes / 2**20:>10.0f}")
+        lines.append(
+            f"\nwhole map: {self.plan.flops / 1e9:.1f} GFLOP planned, about {self.map_seconds:.1f} s at the "
+            f"{self.rate / 1e9:.0f} GFLOP/s of one probe; {self.plan.peak_bytes / 2**20:.0f} MiB a sweep"
+        )
+        lines.append(f"\n{'module':<36}{'MFLOP':>10}{'MiB':>9}{'ms':>9}{'predicted ms':>14}")
+        for name, flops, moved, seconds in self.modules()[:20]:
+            lines.append(
+                f"{name[:34]:<36}{flops / 1e6:>10.1f}{moved / 2**20:>9.1f}{seconds * 1e3:>9.2f}"
+                f"{flops / self.rate * 1e3:>14.2f}"
+            )
+        lines.append("\nthe ten dearest edges\n" + render_edges(dearest(self.edges)))
+        return "\n".join(lines)
+
+
+class _Timed(Linearized):
+    """A call that counts the seconds of its products and names them in a profiler's trace."""
+
+    def __init__(self, inner: Linearized, name: str) -> None:
+        self.inner, self.name, self.seconds = inner, name, 0.0
+
+    @property
+    def reads_tangents(self) -> bool:  # type: ignore[override]
+        return self.inner.reads_tangents
+
+    def __hash__(self) -> int:  # notes are kept under the inner call
+        return hash(self.inner)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self.inner or (isinstance(other, _Timed) and other.inner is self.inner)
+
+    @contextmanager
+    def _clock(self, what: str) -> Iterator[None]:
+        with torch.profiler.record_function(f"{what} {self.name}"):
+            start = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - start
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        return self.push(tangents, {})
+
+    def push(self, tangents: Tangents, notes: Notes) -> Tensor:
+        with self._clock("tangent"):
+            return self.inner.push(tangents, notes)
+
+    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
+        return self.inner.vjp(cotangent, slot)
+
+    def pull(
+        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, notes: Notes
+    ) -> dict[int, Tensor]:
+        with self._clock("adjoint"):
+            return self.inner.pull(cotangent, tangents, slots, rows, notes)
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+@contextmanager
+def _watched(phase: Phase, device: torch.device) -> Iterator[None]:
+    """Time and peak memory of a block: the device's allocator there, the resident set here."""
+    going = True
+
+    def watch() -> None:
+        while going:
+            phase.peak_bytes = max(phase.peak_bytes, _resident() - before)
+            time.sleep(0.002)
+
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else _resident()
+    watcher = threading.Thread(target=watch, daemon=True)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        watcher.start()
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        if cuda:
+            torch.cuda.synchronize(device)
+            phase.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+        phase.seconds, going = time.perf_counter() - start, False
+        if not cuda:
+            watcher.join()
+
+
+def _node_profiles(graph: CurvatureGraph, lin: Linearization, found: list[Edge]) -> list[NodeProfile]:
+    nodes = []
+    for index, call in lin.calls.items():
+        own = [edge for edge in found if edge.target == index]
+        if own and isinstance(call, _Timed):
+            moved, flops = sum(edge.bytes for edge in own), sum(edge.flops for edge in own)
+            node = graph.nodes[index]
+            nodes.append(NodeProfile(index, own[0].op, node.owner, node.shape, flops, moved, call.seconds))
+    return nodes
+
+
+def profile(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: Loss | None = None,
+    points: Sequence[str] | str | None = None,
+    space: str = "activation",
+    probes: int = 32,
+    trace: str | None = None,
+) -> Profile:
+    """Linearize once, sweep one probe from the first point to all, and say where time and memory went.
+
+    Args:
+        model, batch, loss, points, space, probes: as for :func:`~dag_hesse.analyze`; a stream's first batch is taken.
+        trace: file for a Chrome trace of the sweep with node names (``chrome://tracing``, Perfetto).
+
+    Returns:
+        A :class:`Profile`; ``print`` it. Bytes above the start of each phase, seconds of the wall clock.
+
+    Example:
+        >>> import torch, dag_hesse as dh
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> found = dh.profile(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])))
+        >>> sorted(found.phases), found.nodes[0].op
+        (['capture', 'linearize', 'sweep'], 'mm')
+    """
+    model, parsed = unwrapped(model), batches(batch)[:1]
+    phases = {name: Phase() for name in ("capture", "linearize", "sweep")}
+    device = parsed[0].tensors[0].device
+    with _watched(phases["capture"], device):
+        captured = capture_all(model, parsed, loss=loss, output=None, points=points, space=space)
+        graphs = fuse_all(captured)
+        schedule = plan([analyze_structure(graphs[0])], probes=probes)
+    problem = Problem(model, graphs, parsed, "shared", with_out=False)
+    with _watched(phases["linearize"], device):
+        _, lin = next(iter(problem.linearizations()))
+    z = torch.randn(1, 1, problem.dim(0), dtype=problem.dtype, device=device)
+    request = [Request({0: z}, tuple(range(len(problem.points))))]
+    problem.run(request)  # warm
+    lin.calls = {k: _Timed(call, f"%{k} {graphs[0].nodes[k].where}") for k, call in lin.calls.items()}
+    with _watched(phases["sweep"], device):
+        problem.run(request)
+    found = edges(graphs[0])
+    nodes = _node_profiles(graphs[0], lin, found)
+    if trace is not None:
+        with torch.profiler.profile() as recorded:
+            problem.run(request)
+        recorded.export_chrome_trace(trace)
+    result = Profile(phases, nodes, found, schedule)
+    result.map_seconds = schedule.flops / result.rate
+    return result

@@ -1,0 +1,62 @@
+"""profile(), the plan by edges, and their command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import dag_hesse as dh
+from dag_hesse.cli import main
+from dag_hesse.ir import Kind
+from dag_hesse.plan import edges, fuse
+from dag_hesse.plan.cost import product_flops
+from tests.models.zoo import CASES, case
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_no_two_live_adjoints_share_a_buffer(name: str) -> None:
+    one = case(name)
+    graph = fuse(dh.capture(one.model, one.batch, loss=one.loss, output=one.out or None, points=list(one.names)))
+    found = edges(graph)
+    assert found
+    assert {(e.source, e.target) for e in found} <= {(k, n.index) for n in graph.nodes for k in n.inputs}
+    # An adjoint lives, in the backward order, from its last reader down to its own node.
+    spans: dict[int, tuple[int, int, int]] = {}
+    for e in found:
+        first = max(e.target, spans.get(e.source, (0, 0, 0))[1])
+        spans[e.source] = (e.source, first, e.buffer)
+    for a, (low, high, buffer) in spans.items():
+        for b, (other_low, other_high, other) in spans.items():
+            if a < b and buffer == other and graph.nodes[a].kind is not Kind.PARAM:
+                assert high <= other_low or other_high <= low, (a, b)
+
+
+def test_flops_of_a_convolution_leave_out_dead_taps() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(3, 2))
+    graph = dh.capture(net, (torch.randn(5, 2, 1, 1), torch.tensor([0, 1, 0, 1, 0])), points=["0"])
+    node = next(n for n in graph.nodes if n.op == "aten.convolution.default")
+    assert product_flops(graph, node) == 2 * 5 * 3 * 2  # only the middle tap of nine meets the input
+
+
+def test_profile_measures_every_swept_node() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 2))
+    found = dh.profile(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["1", "3"])
+    assert all(node.seconds > 0 for node in found.nodes if node.module)
+    assert found.map_seconds > 0 and found.rate > 0
+    assert "the ten dearest edges" in str(found)
+
+
+def test_profile_command_writes_json_and_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / "profile.json", tmp_path / "trace.json"]
+    assert main(["profile", "mlp", "--edges", "--json", str(files[0]), "--trace", str(files[1])]) == 0
+    shown = capsys.readouterr().out
+    assert "every edge" in shown and "whole map" in shown
+    data = json.loads(files[0].read_text())
+    assert {"op", "shape", "products", "flops", "bytes", "buffer"} <= set(data["edges"][0])
+    names = {event.get("name", "") for event in json.loads(files[1].read_text())["traceEvents"]}
+    assert any(name.startswith("adjoint %") for name in names)
+    assert main(["profile", "no-such-model"]) == 1
