@@ -14,7 +14,9 @@ def main() -> int:
     """Run one benchmark."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("name", choices=COMMANDS, help="which benchmark")
-    return COMMANDS[parser.parse_args().name]()
+    parser.add_argument("workloads", nargs="*", help="hvp: only workloads whose names contain one of these")
+    options = parser.parse_args()
+    return hvp.main(options.workloads) if options.name == "hvp" else COMMANDS[options.name]()
 
 
 if __name__ == "__main__":

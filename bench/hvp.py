@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import dag_hesse as dh
-from bench.timing import RESULTS, interleaved, median, spread, write_json
+from bench.timing import RESULTS, interleaved, machine, median, spread, write_json
 from dag_hesse.experiments.models import mlp, resnet18, resnet50
 from dag_hesse.report.files import write_text
 
@@ -259,6 +260,15 @@ def _tried(runs: Products) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]
     return results, unable
 
 
+def _written() -> dict[str, dict[str, Any]]:
+    """Rows of the last run on this machine."""
+    try:
+        data = json.loads((RESULTS / "hvp.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return {row["workload"]: row for row in data["workloads"]} if data["machine"] == machine() else {}
+
+
 def _markdown(rows: list[dict[str, Any]]) -> str:
     """The table, a row a product and a column a workload."""
     products = list(dict.fromkeys(key for row in rows for key in row["gradients"]))
@@ -295,8 +305,9 @@ def _draw(rows: list[dict[str, Any]]) -> None:
 
 
 def main(names: list[str] | None = None) -> int:
-    """Measure all workloads (or those whose name contains a given word), print and write."""
-    console, rows = Console(width=120), []
+    """Measure all workloads, or those whose name contains a given word; print and write. Other rows stay."""
+    console = Console(width=120)
+    rows = _written() if names else {}
     for name in WORKLOADS:
         if names and not any(word in name for word in names):
             continue
@@ -304,7 +315,7 @@ def main(names: list[str] | None = None) -> int:
         if "disagree" in row:
             print(f"{name}: products disagree, so no speed is printed: {row['disagree']}", file=sys.stderr)
             return 1
-        rows.append(row)
+        rows[name] = row
         table = Table(title=f"{name}: one gradient is {row['gradient s'] * 1e3:.0f} ms", title_justify="left")
         table.add_column("H·v")
         table.add_column("gradients", justify="right")
@@ -314,7 +325,8 @@ def main(names: list[str] | None = None) -> int:
         console.print(table)
         for key, reason in row["unable"].items():
             console.print(f"{key} fails: {reason}", soft_wrap=True)
-        write_json("hvp", {"workloads": rows})
-        write_text(RESULTS / "hvp.md", _markdown(rows))
-    _draw(rows)
+        ordered = [rows[key] for key in WORKLOADS if key in rows]
+        write_json("hvp", {"workloads": ordered})
+        write_text(RESULTS / "hvp.md", _markdown(ordered))
+        _draw(ordered)
     return 0

@@ -70,6 +70,11 @@ def probe_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
     return sum(graph.nodes[k].numel * graph.nodes[k].dtype.itemsize for k in kept) + 6 * largest
 
 
+def linearization_bytes(graph: CurvatureGraph) -> int:
+    """Bytes that a linearization keeps, from above: two tensors (c and h, or an operand and λ) a node."""
+    return 2 * sum(n.numel * n.dtype.itemsize for n in graph.nodes if n.kind is not Kind.CONST)
+
+
 def available_memory() -> int:
     """Bytes of main memory that are free now."""
     try:

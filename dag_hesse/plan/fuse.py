@@ -41,7 +41,7 @@ def _without_identities(graph: CurvatureGraph) -> CurvatureGraph:
     """Drop identities that nobody asks for; where one is asked for, what feeds it alone takes its place."""
     kept, alias = _kept(graph), dict[int, int]()
     for node in graph.nodes:
-        if node.op not in _IDENTITIES or node.output is not None:
+        if node.op not in _IDENTITIES or node.kind is Kind.CONST:  # a constant's copy may be written to
             continue
         source = alias.get(node.inputs[0], node.inputs[0])
         alone = graph.children[node.inputs[0]] == [node.index] and graph.nodes[source].target is not None

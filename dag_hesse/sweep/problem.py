@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dag_hesse.capture import Batch
 from dag_hesse.errors import out_of_memory
 from dag_hesse.ir import CurvatureGraph, Point
+from dag_hesse.plan.cost import available_memory, linearization_bytes
 from dag_hesse.sweep.embed import read_parts, seed
 from dag_hesse.sweep.engine import sweep
 from dag_hesse.sweep.linearize import Linearization
@@ -94,7 +95,7 @@ class Problem:
                 scale = batch.size / total if graph.mean_loss and batch_mode == "shared" else 1.0
                 self.entries.append(Entry(graph, batch, scale, None, batch.size if self.how == "each" else 1))
         self.groups = sum(entry.groups for entry in self.entries) if self.separate_groups else 1
-        self._kept: Linearization | None = None
+        self._kept: dict[int, Linearization] = {}
         self._rng = _Generators(self.device)  # dropout masks are drawn anew in every linearization, and must agree
         self.sweeps = 0  # probes swept so far, for reports
         self._losses: dict[int, float] = {}
@@ -138,8 +139,8 @@ class Problem:
         return tuple((id(t), t._version) for t in [*own, *(t for e in self.entries for t in e.batch.tensors)])
 
     def release(self) -> None:
-        """Let the kept linearization go; the next sweep makes it anew."""
-        self._kept = None
+        """Let the kept linearizations go; the next sweep makes them anew."""
+        self._kept.clear()
 
     def dim(self, index: int) -> int:
         """Length of a point's vectors, per group."""
@@ -149,10 +150,10 @@ class Problem:
         return point.dim
 
     def linearizations(self) -> Iterator[tuple[Entry, Linearization]]:
-        """Each entry with its linearization; with one entry it is kept, else made anew in every pass."""
-        for entry in self.entries:
-            if self._kept is not None:
-                yield entry, self._kept
+        """Each entry with its linearization: kept for the next pass while there is room, else made anew."""
+        for place, entry in enumerate(self.entries):
+            if place in self._kept:
+                yield entry, self._kept[place]
                 continue
             sites = {k for point in self.points_of(entry) for k in point.sites}
             sites |= set(entry.graph.out) if self.with_out else set()
@@ -167,8 +168,8 @@ class Problem:
                     sample=entry.sample,
                 )
             self._losses[id(entry)] = float(lin.loss)
-            if len(self.entries) == 1:
-                self._kept = lin
+            if len(self.entries) == 1 or linearization_bytes(entry.graph) < available_memory() // 4:
+                self._kept[place] = lin
             yield entry, lin
 
     def points_of(self, entry: Entry) -> tuple[Point, ...]:
