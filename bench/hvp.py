@@ -224,8 +224,11 @@ def measure(name: str, rounds: int = 5) -> dict[str, Any]:
             key: sum(float((found[n] - truth[n]).norm()) ** 2 for n in truth) ** 0.5 / size
             for key, found in results.items()
         }
-        if max(differences.values()) > TOLERANCE:
+        wrong = {key: d for key, d in differences.items() if not d <= TOLERANCE}
+        if any(key.startswith("ours") for key in wrong):
             return {"workload": name, "disagree": differences}
+        unable |= {key: f"its product is off by {d:.1e}" for key, d in wrong.items()}
+        runs = {key: run for key, run in runs.items() if key not in wrong}
         runs["gradient"] = lambda: torch.autograd.grad(work.value(), list(own.values()))
         runs["ours, GN and T apart"] = lambda: H.parts(v)
         runs[f"ours, {PROBES} at once"] = lambda: H @ many
@@ -240,7 +243,7 @@ def measure(name: str, rounds: int = 5) -> dict[str, Any]:
     return {
         "workload": name,
         "gradient s": unit,
-        "products agree to": max(differences.values()),
+        "products agree to": max(d for key, d in differences.items() if key not in wrong),
         "gradients": {key: median(s) / unit / (PROBES if "at once" in key else 1) for key, s in seconds.items()},
         "spread": {key: spread(s) for key, s in seconds.items()},
         "unable": unable,
@@ -278,7 +281,9 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
         cells = [f"{row['gradients'][key]:.2f}" if key in row["gradients"] else "–" for row in rows]
         lines.append([key, *cells])
     lines.append(["*one gradient*", *(f"{row['gradient s'] * 1e3:.0f} ms" for row in rows)])
-    notes = sorted({f"- {key} fails: {why}" for row in rows for key, why in row["unable"].items()})
+    notes = sorted(
+        {f"- {row['workload']}: {key} left out: {why}" for row in rows for key, why in row["unable"].items()}
+    )
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", *notes]) + "\n"
 
 

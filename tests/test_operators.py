@@ -133,7 +133,8 @@ def test_what_users_of_other_tools_pass() -> None:
         dh.HessianOperator(function, c.batch, loss=loss, params=own),
         dh.HessianOperator(positional, c.batch, loss=loss, params=list(own.values())),
     ):
-        assert error(operator @ v, dense @ v) < 1e-10
+        for _ in range(2):  # the second time from what was kept of every batch
+            assert error(operator @ v, dense @ v) < 1e-10
     turned = list(own.values())[::-1]
     reversed_names = names[::-1]
     assert (
