@@ -7,6 +7,7 @@ which the vendor's kernels like best.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dag_hesse.rules.base import Call, added, bilinear
+from dag_hesse.rules.base import Call, Product, added, bilinear
 
 aten = torch.ops.aten
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -185,26 +186,23 @@ def _weight_adjoint(geo: Geometry, g: Tensor, x: Tensor) -> Tensor:
     return aten.convolution_backward(g, x, like, [0], *geo.arguments, [False, True, False])[1]
 
 
-def _product(c: Call, x: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
-    geo, probes = _of(c), max(len(x), len(w))
-    w = _crop(geo, w)
-    if len(w) == 1:
-        y = _forward(geo, _fold(x), w[0])
-        return added(y.reshape(probes, -1, *y.shape[1:]), into)
-    if geo.folds and len(x) == 1:
-        return added(_apart(_forward(geo, x[0], _fold(w)), probes), into)
-    return added(torch.stack([_forward(geo, x[min(k, len(x) - 1)], w[k]) for k in range(probes)]), into)
+Run = Callable[[Geometry, Tensor, Tensor], Tensor]
 
 
-def _left(c: Call, g: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
-    geo, probes = _of(c), max(len(g), len(w))
-    w = _crop(geo, w)
-    if len(w) == 1:
-        x = _input_adjoint(geo, _fold(g), w[0])
-        return added(x.reshape(probes, -1, *x.shape[1:]), into)
-    if geo.folds and len(g) == 1:
-        return added(_apart(_input_adjoint(geo, g[0], _beside(w)), probes), into)
-    return added(torch.stack([_input_adjoint(geo, g[min(k, len(g) - 1)], w[k]) for k in range(probes)]), into)
+def _with_weight(run: Run, aside: Callable[[Tensor], Tensor]) -> Product:
+    """``run(geometry, activation, weight)`` for all probes; ``aside`` lays their weights along what ``run`` returns."""
+
+    def product(c: Call, x: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
+        geo, probes = _of(c), max(len(x), len(w))
+        w = _crop(geo, w)
+        if len(w) == 1:
+            y = run(geo, _fold(x), w[0])
+            return added(y.reshape(probes, -1, *y.shape[1:]), into)
+        if geo.folds and len(x) == 1:
+            return added(_apart(run(geo, x[0], aside(w)), probes), into)
+        return added(torch.stack([run(geo, x[min(k, len(x) - 1)], w[k]) for k in range(probes)]), into)
+
+    return product
 
 
 def _right(c: Call, g: Tensor, x: Tensor, into: Tensor | None) -> Tensor:
@@ -235,6 +233,6 @@ def _kept(c: Call, slot: int, value: Tensor) -> Tensor:
     return value.contiguous(memory_format=geo.layout(len(value)))[None]
 
 
-convolution = bilinear(_product, _left, _right, _kept)
+convolution = bilinear(_with_weight(_forward, _fold), _with_weight(_input_adjoint, _beside), _right, _kept)
 
 __all__ = ["Geometry", "convolution", "geometry"]
