@@ -1,4 +1,4 @@
-"""``python -m bench hvp``: Hessian products in parameter space against every peer, in gradients of the same model."""
+"""``python -m bench hvp``: curvature products against every peer's, in gradients of the same model."""
 
 from __future__ import annotations
 
@@ -7,260 +7,140 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 import dag_hesse as dh
+from bench.pairwise import gauss_newton, with_leaves
+from bench.peers import Products, gauss_newtons, hessians
 from bench.timing import RESULTS, interleaved, machine, median, spread, write_json
-from dag_hesse.experiments.models import mlp, resnet18, resnet50
+from bench.workloads import WORKLOADS, Workload
 from dag_hesse.report.files import write_text
 
 TOLERANCE = 1e-4
 PROBES = 8
+APART = "ours, GN and T apart"
+Named = dict[str, Tensor]  # by parameter or point
+Vectors = dict[str, Tensor]  # of products: "H", "GN" in parameter space, "H′", "GN′" in activation space
 
 
 @dataclass(frozen=True)
-class Workload:
-    """A model with its batch; ``loss(output, targets)``."""
+class Run:
+    """A product to time, and what its result says of the products that an oracle knows."""
 
-    model: nn.Module
-    x: Tensor
-    y: Tensor
+    call: Callable[[], Any]
+    says: Callable[[Any], Vectors]
 
-    def value(self) -> Tensor:
-        """The loss."""
-        return F.cross_entropy(self.model(self.x), self.y)
-
-    def functional(self, params: dict[str, Tensor]) -> Tensor:
-        """The loss as a function of the parameters."""
-        return F.cross_entropy(torch.func.functional_call(self.model, params, (self.x,)), self.y)
+    def off(self, result: Any, truth: Vectors) -> float:
+        """Largest relative error."""
+        return max(float((x - truth[key]).norm() / truth[key].norm()) for key, x in self.says(result).items())
 
 
-class VisionTransformer(nn.Module):
-    """ViT-Tiny's shape: width 192, 12 blocks of 3 heads, patches of 16."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 192, 16, 16)
-        self.position = nn.Parameter(torch.randn(1, 196, 192) * 0.02)
-        block = partial(nn.TransformerEncoderLayer, 192, 3, 768, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.blocks = nn.ModuleList(block() for _ in range(12))
-        self.head = nn.Linear(192, 1000)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).mT + self.position
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.mean(1))
+def _flat(named: Mapping[str, Tensor]) -> Tensor:
+    """One vector, in the alphabetical order of names."""
+    return torch.cat([named[name].flatten() for name in sorted(named)])
 
 
-class LanguageModel(nn.Module):
-    """GPT-2's shape with 4 layers of width 256, from ``transformers``; logits of the next token only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        config = GPT2Config(n_layer=4, n_embd=256, n_head=4, vocab_size=5000, n_positions=128)
-        self.body = GPT2LMHeadModel(config)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.body(ids).logits.transpose(1, 2)
-
-
-def _images(model: nn.Module, batch: int, side: int, classes: int) -> Workload:
-    return Workload(model.eval(), torch.randn(batch, 3, side, side), torch.arange(batch) % classes)
-
-
-def _mlp() -> Workload:
-    return Workload(mlp([3072, *[1024] * 16, 10], nn.SiLU), torch.randn(256, 3072), torch.arange(256) % 10)
-
-
-def _gpt() -> Workload:
-    ids = torch.randint(0, 5000, (4, 128))
-    return Workload(LanguageModel().eval(), ids, ids.roll(-1, 1))
-
-
-WORKLOADS: dict[str, Callable[[], Workload]] = {
-    "MLP 3072-1024×16-10, B=256": _mlp,
-    "ResNet-18 SiLU, B=32, 32²": lambda: _images(resnet18(activation=nn.SiLU), 32, 32, 10),
-    "ResNet-18 ReLU, B=32, 32²": lambda: _images(resnet18(), 32, 32, 10),
-    "ResNet-50, B=8, 64²": lambda: _images(resnet50(), 8, 64, 1000),
-    "ResNet-50, B=8, 224²": lambda: _images(resnet50(), 8, 224, 1000),
-    "ViT-Tiny, B=16, 224²": lambda: _images(VisionTransformer(), 16, 224, 1000),
-    "GPT-2 4×256, B=4, S=128": _gpt,
-}
-
-
-Products = dict[str, Callable[[], dict[str, Tensor]]]
-
-
-def peers(work: Workload, v: dict[str, Tensor]) -> Products:
-    """Everybody's H·v, fresh unless it says otherwise; attention is decomposed, as double derivatives need it."""
-    params = {name: p.detach() for name, p in work.model.named_parameters()}
+def _truth(work: Workload, v: Named, z: Named) -> Vectors:
+    """The oracle: double-backward, at the parameters and at zero leaves added to the activations."""
+    truth: Vectors = {}
+    leaves, output = with_leaves(work.model, list(z), work.x)
     own = dict(work.model.named_parameters())
-    names, vectors = list(own), [v[name] for name in own]
-    gradient = torch.func.grad(work.functional)
+    for mark, places, along in (("", own, v), ("′", leaves, z)):
+        at = [places[name] for name in along]
+        vectors = [x.reshape(leaf.shape) for x, leaf in zip(along.values(), at, strict=True)]
+        first = torch.autograd.grad(work.loss(output), at, create_graph=True)
+        second = torch.autograd.grad(first, at, vectors, retain_graph=True)
+        for key, found in (("H", second), ("GN", gauss_newton(output, work.loss, at, vectors, at))):
+            truth[key + mark] = _flat(dict(zip(along, found, strict=True))).detach()
+    return truth
 
-    def named(values: Any) -> dict[str, Tensor]:
-        return dict(zip(names, values, strict=True))
 
-    def double_backward() -> dict[str, Tensor]:
-        first = torch.autograd.grad(work.value(), list(own.values()), create_graph=True)
-        return named(torch.autograd.grad(first, list(own.values()), vectors))
+def _addends(total: Named) -> Named:
+    """Probes (…, PROBES) that add up to ``total``: what a product makes of them adds up to its product with that."""
+    found = {}
+    for name, x in total.items():
+        probes = torch.randn(PROBES, *x.shape)
+        probes[-1] += x - probes.sum(0)
+        found[name] = probes.movedim(0, -1)
+    return found
 
-    def forward_over_reverse(params: dict[str, Tensor], v: dict[str, Tensor]) -> dict[str, Tensor]:
-        return torch.func.jvp(gradient, (params,), (v,))[1]
 
-    kept = torch.autograd.grad(work.value(), list(own.values()), create_graph=True)
-    _, push = torch.func.linearize(gradient, params)
-    compiled = torch.compile(forward_over_reverse, dynamic=False)
+def _ours(work: Workload, H: dh.HessianOperator, A: dh.HessianOperator, v: Named, z: Named) -> dict[str, Run]:
+    G = dh.GGNOperator(work.model, (work.x, work.y), loss=F.cross_entropy)
+    many, probes = _addends(v), _addends(z)
+
+    def fresh() -> Named:
+        H.refresh()
+        return H @ v
+
+    def total(found: Named) -> Tensor:
+        return _flat({name: x.sum(-1) for name, x in found.items()})
+
     return {
-        "functorch jvp∘grad": lambda: forward_over_reverse(params, v),
-        "functorch jvp∘grad, torch.compile": lambda: compiled(params, v),
-        "functorch vjp∘grad": lambda: torch.func.vjp(gradient, params)[1](v)[0],
-        "functorch linearize, amortized": lambda: push(v),
-        "double-backward": double_backward,
-        "double-backward, retained graph": lambda: named(
-            torch.autograd.grad(kept, list(own.values()), vectors, retain_graph=True)
+        "ours, amortized": Run(lambda: H @ v, lambda x: {"H": _flat(x)}),
+        "ours, fresh": Run(fresh, lambda x: {"H": _flat(x)}),
+        "ours, GGN, amortized": Run(lambda: G @ v, lambda x: {"GN": _flat(x)}),
+        APART: Run(lambda: H.parts(v), lambda x: {"GN": _flat(x[0]), "H": _flat(x[0]) + _flat(x[1])}),
+        f"ours, {PROBES} at once": Run(lambda: H @ many, lambda x: {"H": total(x)}),
+        f"ours, activations, {PROBES} at once": Run(lambda: A @ probes, lambda x: {"H′": total(x)}),
+        f"ours, activations, GN and T apart, {PROBES} at once": Run(
+            lambda: A.parts(probes), lambda x: {"GN′": total(x[0]), "H′": total(x[0]) + total(x[1])}
         ),
-        **libraries(work, v),
     }
 
 
-def libraries(work: Workload, v: dict[str, Tensor]) -> Products:
-    """curvlinops' and hessian-eigenthings' Hessian products; ``make peers`` installs them."""
-    import curvlinops
-    import hessian_eigenthings
-
-    own = dict(work.model.named_parameters())
-    names, vectors, data = list(own), [v[name] for name in own], [(work.x, work.y)]
-    hessian = curvlinops.HessianLinearOperator(
-        work.model, nn.CrossEntropyLoss(), list(own.values()), data, check_deterministic=False
-    )
-    loss = hessian_eigenthings.supervised_loss(nn.CrossEntropyLoss())
-    eigenthings, flat = (
-        hessian_eigenthings.HessianOperator(work.model, data, loss),
-        torch.cat([x.flatten() for x in vectors]),
-    )
-
-    def cut(flat: Tensor) -> dict[str, Tensor]:
-        pieces = flat.split([p.numel() for p in own.values()])
-        return {name: x.reshape(own[name].shape) for name, x in zip(names, pieces, strict=True)}
-
-    return {
-        "curvlinops": lambda: dict(zip(names, hessian @ vectors, strict=True)),
-        "hessian-eigenthings": lambda: cut(eigenthings.matvec(flat)),
-    }
+def _theirs(products: Products, key: str) -> dict[str, Run]:
+    return {name: Run(call, lambda found: {key: _flat(found)}) for name, call in products.items()}
 
 
-def jax_peers(work: Workload, v: dict[str, Tensor]) -> Products:
-    """JAX under jit, for chains of Linear and SiLU; empty where JAX is not installed."""
-    try:
-        import jax
-        import jax.numpy as jnp
-    except ImportError:
-        return {}
-    own = dict(work.model.named_parameters())
-
-    def turned(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {name: jnp.asarray(t.detach().numpy()) for name, t in tensors.items()}
-
-    layers = [name.removesuffix(".weight") for name in own if name.endswith(".weight")]
-    x, y = jnp.asarray(work.x.numpy()), jnp.asarray(work.y.numpy())
-
-    def loss(params: dict[str, Any]) -> Any:
-        h = x
-        for k, layer in enumerate(layers):
-            h = h @ params[f"{layer}.weight"].T + params[f"{layer}.bias"]
-            h = jax.nn.silu(h) if k + 1 < len(layers) else h
-        return -jnp.take_along_axis(jax.nn.log_softmax(h), y[:, None], 1).mean()
-
-    params, tangent = turned(own), turned(v)
-    product = jax.jit(lambda p, t: jax.jvp(jax.grad(loss), (p,), (t,))[1])
-    push = jax.jit(jax.linearize(jax.grad(loss), params)[1])
-
-    def back(found: dict[str, Any]) -> dict[str, Tensor]:
-        return {name: torch.from_dlpack(t) for name, t in jax.block_until_ready(found).items()}
-
-    return {
-        "JAX jvp∘grad, jit": lambda: back(product(params, tangent)),
-        "JAX linearize, jit, amortized": lambda: back(push(tangent)),
-    }
+def _agreed(runs: dict[str, Run], truth: Vectors) -> tuple[dict[str, float], dict[str, str]]:
+    """Everybody's error, and why a peer has no product or a wrong one."""
+    errors, unable = {}, {}
+    for name, run in runs.items():
+        try:
+            errors[name] = run.off(run.call(), truth)
+        except Exception as error:  # whatever a peer raises is what the table says of it
+            if name.startswith("ours"):
+                raise
+            unable[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    unable |= {name: f"its product is off by {off:.1e}" for name, off in errors.items() if not off <= TOLERANCE}
+    return errors, unable
 
 
 def measure(name: str, rounds: int = 5) -> dict[str, Any]:
-    """Medians of one workload, in gradients; None where somebody disagrees."""
+    """Medians of one workload, in gradients; only the errors where one of ours is wrong."""
     torch.manual_seed(0)
     work = WORKLOADS[name]()
-    own = dict(work.model.named_parameters())
-    v = {key: torch.randn_like(p) for key, p in own.items()}
-    batch = (work.x, work.y)
+    v = {key: torch.randn_like(p) for key, p in work.model.named_parameters()}
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        batch = (work.x, work.y)
         H = dh.HessianOperator(work.model, batch, loss=F.cross_entropy)
-        many = {key: torch.randn(PROBES, *p.shape).movedim(0, -1) for key, p in own.items()}
-
-        def fresh() -> dict[str, Tensor]:
-            H.refresh()
-            return H @ v
-
-        runs: dict[str, Callable[[], Any]] = {
-            "ours, amortized": lambda: H @ v,
-            "ours, fresh": fresh,
-            **peers(work, v),
-            **(jax_peers(work, v) if name.startswith("MLP") else {}),
-        }
-        results, unable = _tried(runs)
-        runs = {key: run for key, run in runs.items() if key in results}
-        truth = results["double-backward"]
-        size = sum(float(x.norm()) ** 2 for x in truth.values()) ** 0.5
-        differences = {
-            key: sum(float((found[n] - truth[n]).norm()) ** 2 for n in truth) ** 0.5 / size
-            for key, found in results.items()
-        }
-        wrong = {key: d for key, d in differences.items() if not d <= TOLERANCE}
-        if any(key.startswith("ours") for key in wrong):
-            return {"workload": name, "disagree": differences}
-        unable |= {key: f"its product is off by {d:.1e}" for key, d in wrong.items()}
-        runs = {key: run for key, run in runs.items() if key not in wrong}
-        runs["gradient"] = lambda: torch.autograd.grad(work.value(), list(own.values()))
-        runs["ours, GN and T apart"] = lambda: H.parts(v)
-        runs[f"ours, {PROBES} at once"] = lambda: H @ many
         A = dh.HessianOperator(work.model, batch, loss=F.cross_entropy, space="activation")
-        probes = torch.randn(PROBES, A.shape[0]).T
-        runs[f"ours, activations, {PROBES} at once"] = lambda: A @ probes
-        runs[f"ours, activations, GN and T apart, {PROBES} at once"] = lambda: A.parts(probes)
+        z = {name: torch.randn(shape) for name, shape in zip(A.names, A.layout.shapes, strict=True)}
+        runs = _ours(work, H, A, v, z)
+        runs |= _theirs(hessians(work, v), "H") | _theirs(gauss_newtons(work, v), "GN")
+        errors, unable = _agreed(runs, _truth(work, v, z))
+        if any(key.startswith("ours") for key in unable):
+            return {"workload": name, "disagree": errors}
+        calls = {"gradient": work.gradient, **{key: run.call for key, run in runs.items() if key not in unable}}
         started = time.perf_counter()
-        runs["gradient"]()
-        seconds = interleaved(runs, rounds if time.perf_counter() - started < 1 else 3)
+        work.gradient()
+        seconds = interleaved(calls, rounds if time.perf_counter() - started < 1 else 3)
     unit = median(seconds["gradient"])
     return {
         "workload": name,
         "gradient s": unit,
-        "products agree to": max(d for key, d in differences.items() if key not in wrong),
+        "products agree to": max(off for key, off in errors.items() if key not in unable),
         "gradients": {key: median(s) / unit / (PROBES if "at once" in key else 1) for key, s in seconds.items()},
         "spread": {key: spread(s) for key, s in seconds.items()},
         "unable": unable,
     }
-
-
-def _tried(runs: Products) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """Everybody's product, and why a peer has none."""
-    results, unable = {}, {}
-    for key, run in runs.items():
-        try:
-            results[key] = run()
-        except Exception as error:  # whatever a peer raises is what the table says of it
-            if key.startswith("ours"):
-                raise
-            unable[key] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return results, unable
 
 
 def _written() -> dict[str, dict[str, Any]]:

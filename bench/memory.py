@@ -5,25 +5,23 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from bench.hvp import WORKLOADS
 from bench.timing import peak_bytes, write_json
+from bench.workloads import WORKLOADS
 
 SMALL = ("MLP", "ResNet-18 SiLU", "ResNet-50, B=8, 64²", "GPT-2")
 SETUP = """
 import torch, dag_hesse as dh
 import torch.nn.functional as F
-from bench.hvp import WORKLOADS
+from bench.workloads import WORKLOADS
 torch.manual_seed(0)
 work = WORKLOADS[{name!r}]()
 own = dict(work.model.named_parameters())
 v = {{k: torch.randn_like(p) for k, p in own.items()}}
-def gradient():
-    return torch.autograd.grad(work.value(), list(own.values()))
-gradient()
+work.gradient()
 """
 OURS = "H = dh.HessianOperator(work.model, (work.x, work.y), loss=F.cross_entropy)\n"
 RUNS = {
-    "gradient": "run = gradient",
+    "gradient": "run = work.gradient",
     "ours, fresh (the linearization counted)": OURS + "run = lambda: H @ v",
     "double-backward, fresh (its graph counted)": (
         "def run():\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +24,17 @@ class Pair:
     gap: float
 
 
-def _with_leaves(model: nn.Module, names: Sequence[str], x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Run the model with one zero leaf per point, of the size of one sample."""
+def with_leaves(model: nn.Module, names: Sequence[str], x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Run the model with one zero leaf per point, of the size of one sample, added to its (first) output."""
     leaves: dict[str, Tensor] = {}
     handles = []
 
-    def hook(name: str) -> Callable[..., Tensor]:
-        def add(module: nn.Module, args: object, output: Tensor) -> Tensor:
-            leaves[name] = torch.zeros_like(output[:1], requires_grad=True)
-            return output + leaves[name]
+    def hook(name: str) -> Callable[..., Any]:
+        def add(module: nn.Module, args: object, output: Any) -> Any:
+            value = output[0] if isinstance(output, tuple) else output
+            leaves[name] = torch.zeros_like(value[:1], requires_grad=True)
+            value = value + leaves[name]
+            return (value, *output[1:]) if isinstance(output, tuple) else value
 
         return add
 
@@ -44,6 +47,23 @@ def _with_leaves(model: nn.Module, names: Sequence[str], x: Tensor) -> tuple[dic
             handle.remove()
 
 
+def gauss_newton(
+    output: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    sources: Sequence[Tensor],
+    z: Sequence[Tensor],
+    reads: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Jᵀ L″ J z at the leaves ``reads``, the forward product by the double-backward trick."""
+    dummy = torch.zeros_like(output, requires_grad=True)
+    back = torch.autograd.grad(output, sources, dummy, create_graph=True)
+    pushed = torch.autograd.grad(back, dummy, z, retain_graph=True)[0]
+    out = output.detach().requires_grad_()
+    slope = torch.autograd.grad(loss(out), out, create_graph=True)[0]
+    bent = torch.autograd.grad(slope, out, pushed)[0]
+    return torch.autograd.grad(output, reads, bent, retain_graph=True)
+
+
 class PairwiseBaseline:
     """Double-backward products of one pair, on a retained graph."""
 
@@ -51,7 +71,7 @@ class PairwiseBaseline:
         self, model: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor], v: str, w: str
     ) -> None:
         names = list(dict.fromkeys([v, w]))
-        self.leaves, self.output = _with_leaves(model, names, x)
+        self.leaves, self.output = with_leaves(model, names, x)
         self.v, self.w = self.leaves[v], self.leaves[w]
         self.value = loss(self.output, y)
         both = torch.autograd.grad(self.value, [self.v, self.w], create_graph=True)
@@ -64,14 +84,8 @@ class PairwiseBaseline:
         return torch.autograd.grad(self.of[id(by)], at, z, retain_graph=True)[0]
 
     def gn_product(self, z: Tensor) -> Tensor:
-        """J_vᵀ L″ J_w z, the forward product by the double-backward trick."""
-        dummy = torch.zeros_like(self.output, requires_grad=True)
-        back = torch.autograd.grad(self.output, self.w, dummy, create_graph=True)[0]
-        pushed = torch.autograd.grad(back, dummy, z)[0]
-        out = self.output.detach().requires_grad_()
-        slope = torch.autograd.grad(self.loss(out, self.y), out, create_graph=True)[0]
-        bent = torch.autograd.grad(slope, out, pushed)[0]
-        return torch.autograd.grad(self.output, self.v, bent, retain_graph=True)[0]
+        """J_vᵀ L″ J_w z."""
+        return gauss_newton(self.output, lambda out: self.loss(out, self.y), [self.w], [z], [self.v])[0]
 
 
 def measure(

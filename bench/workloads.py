@@ -1,0 +1,94 @@
+"""Models and batches of the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dag_hesse.experiments.models import mlp, resnet18, resnet50
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model with its batch, and cross-entropy as the loss."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+
+    def loss(self, output: Tensor) -> Tensor:
+        """The loss of an output."""
+        return F.cross_entropy(output, self.y)
+
+    def value(self) -> Tensor:
+        """The loss."""
+        return self.loss(self.model(self.x))
+
+    def gradient(self) -> tuple[Tensor, ...]:
+        """Of the loss by all parameters."""
+        return torch.autograd.grad(self.value(), list(self.model.parameters()))
+
+    def functional(self, params: dict[str, Tensor]) -> Tensor:
+        """The loss as a function of the parameters."""
+        return self.loss(torch.func.functional_call(self.model, params, (self.x,)))
+
+
+class VisionTransformer(nn.Module):
+    """ViT-Tiny's shape: width 192, 12 blocks of 3 heads, patches of 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 192, 16, 16)
+        self.position = nn.Parameter(torch.randn(1, 196, 192) * 0.02)
+        block = partial(nn.TransformerEncoderLayer, 192, 3, 768, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.ModuleList(block() for _ in range(12))
+        self.head = nn.Linear(192, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+class LanguageModel(nn.Module):
+    """GPT-2's shape with 4 layers of width 256, from ``transformers``; logits of the next token only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        config = GPT2Config(n_layer=4, n_embd=256, n_head=4, vocab_size=5000, n_positions=128)
+        self.body = GPT2LMHeadModel(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.body(ids).logits.transpose(1, 2)
+
+
+def _images(model: nn.Module, batch: int, side: int, classes: int) -> Workload:
+    return Workload(model.eval(), torch.randn(batch, 3, side, side), torch.arange(batch) % classes)
+
+
+def _mlp() -> Workload:
+    return Workload(mlp([3072, *[1024] * 16, 10], nn.SiLU), torch.randn(256, 3072), torch.arange(256) % 10)
+
+
+def _gpt() -> Workload:
+    ids = torch.randint(0, 5000, (4, 128))
+    return Workload(LanguageModel().eval(), ids, ids.roll(-1, 1))
+
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "MLP 3072-1024×16-10, B=256": _mlp,
+    "ResNet-18 SiLU, B=32, 32²": lambda: _images(resnet18(activation=nn.SiLU), 32, 32, 10),
+    "ResNet-18 ReLU, B=32, 32²": lambda: _images(resnet18(), 32, 32, 10),
+    "ResNet-50, B=8, 64²": lambda: _images(resnet50(), 8, 64, 1000),
+    "ResNet-50, B=8, 224²": lambda: _images(resnet50(), 8, 224, 1000),
+    "ViT-Tiny, B=16, 224²": lambda: _images(VisionTransformer(), 16, 224, 1000),
+    "GPT-2 4×256, B=4, S=128": _gpt,
+}
