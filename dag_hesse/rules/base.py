@@ -173,20 +173,28 @@ class _Linear(Linearized):
 
     def jvp(self, tangents: Tangents) -> Tensor:
         slots = sorted(tangents)
+        still = [
+            torch.zeros_like(value) if value.is_floating_point() and slot not in tangents else value
+            for slot, value in enumerate(self.call.values)
+        ]
 
         def apply(*given: Tensor) -> Tensor:
-            inputs = list(self.call.values)
-            for slot, value in enumerate(inputs):
-                if value.is_floating_point():
-                    inputs[slot] = torch.zeros_like(value)
+            inputs = list(still)
             for slot, xdot in zip(slots, given, strict=True):
                 inputs[slot] = xdot
             return self.forward(self.call, tuple(inputs))
 
-        return torch.vmap(apply)(*(tangents[slot] for slot in slots))
+        return _each_probe(apply, *(tangents[slot] for slot in slots))
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return torch.vmap(lambda g: self.transpose(self.call, g, slot))(cotangent)
+        return _each_probe(lambda g: self.transpose(self.call, g, slot), cotangent)
+
+
+def _each_probe(apply: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """``apply`` for all probes at once; a single one is spared the transformation."""
+    if len(given[0]) == 1:
+        return apply(*(x[0] for x in given)).unsqueeze(0)
+    return torch.vmap(apply)(*given)
 
 
 def linear(transpose: Transpose, forward: Forward = _run, kind: Kind = Kind.STRUCTURAL) -> Rule:
