@@ -23,6 +23,7 @@ Tangents = Mapping[int, Tensor]
 Pairs = frozenset[tuple[int, int]]
 Notes = dict[Any, Tensor]
 Coefficient = Tensor | float
+Run = Callable[[Node, Sequence[Tensor]], Tensor]
 Partials = Callable[["Call"], tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]]
 
 
@@ -107,12 +108,15 @@ class Linearized(ABC):
                 if bent is not None:
                     found[slot] = bent
                 continue
-            data = self.vjp(cotangent, slot)
-            if tangents:
-                data = data if is_fresh(data, cotangent) else data.clone(memory_format=torch.contiguous_format)
-                self.add_second(tangents, slot, data[rows])
-            found[slot] = data
+            found[slot] = self.bent_vjp(cotangent, tangents, slot, rows) if tangents else self.vjp(cotangent, slot)
         return found
+
+    def bent_vjp(self, cotangent: Tensor, tangents: Tangents, slot: int, rows: slice) -> Tensor:
+        """:meth:`vjp` with :meth:`second` added to its ``rows``."""
+        data = self.vjp(cotangent, slot)
+        data = data if is_fresh(data, cotangent) else data.clone(memory_format=torch.contiguous_format)
+        self.add_second(tangents, slot, data[rows])
+        return data
 
 
 def is_fresh(x: Tensor, *others: Tensor) -> bool:
@@ -131,7 +135,7 @@ class Rule:
     """One row of the table: the kind, how a call is linearized, which slot pairs have a second derivative.
 
     ``partials`` is there for elementwise ops, which may be collapsed into regions; with ``align``, only where nothing
-    but their first input is active.
+    but their first input is active. ``run`` evaluates the op itself, where a memory layout suits its products.
     """
 
     kind: Kind
@@ -139,6 +143,7 @@ class Rule:
     pairs: Callable[[Node], Pairs]
     partials: Partials | None = None
     align: Callable[[Call, int], tuple[int, ...]] | None = None
+    run: Run = execute
 
 
 def no_pairs(node: Node) -> Pairs:
@@ -309,6 +314,8 @@ def binary(
 # --- bilinear -------------------------------------------------------------------------------------------------------
 
 Product = Callable[[Call, Tensor, Tensor, Tensor | None], Tensor]
+Terms = Sequence[tuple[Tensor, Tensor]]
+Outer = Callable[[Call, Terms, Tensor | None], Tensor]
 Keep = Callable[[Call, int, Tensor], Tensor]
 
 
@@ -318,7 +325,7 @@ def _as_it_is(call: Call, slot: int, value: Tensor) -> Tensor:
 
 @final
 class _Bilinear(Linearized):
-    def __init__(self, call: Call, product: Product, left: Product, right: Product, keep: Keep) -> None:
+    def __init__(self, call: Call, product: Product, left: Product, right: Outer, keep: Keep) -> None:
         a_on, b_on = call.active[0], call.active[1]
         self.call = Call(
             call.node,
@@ -351,7 +358,7 @@ class _Bilinear(Linearized):
             return self.left(self.call, cotangent, self.b, None)
         if slot == 1:
             assert self.a is not None
-            return self.right(self.call, cotangent, self.a, None)
+            return self.right(self.call, [(cotangent, self.a)], None)
         return cotangent.sum([1, *range(3, cotangent.ndim)])
 
     def curve(self, lam: Tensor) -> None:
@@ -366,7 +373,15 @@ class _Bilinear(Linearized):
     def _turn(self, tangents: Tangents, slot: int, into: Tensor | None) -> Tensor | None:
         if self.lam is None or slot > 1 or (1 - slot) not in tangents:
             return None
-        return (self.left if slot == 0 else self.right)(self.call, self.lam, tangents[1 - slot], into)
+        if slot == 0:
+            return self.left(self.call, self.lam, tangents[1], into)
+        return self.right(self.call, [(self.lam, tangents[0])], into)
+
+    def bent_vjp(self, cotangent: Tensor, tangents: Tangents, slot: int, rows: slice) -> Tensor:
+        if slot == 1 and rows == slice(None) and self.lam is not None and 0 in tangents:
+            assert self.a is not None
+            return self.right(self.call, [(cotangent, self.a), (self.lam, tangents[0])], None)
+        return super().bent_vjp(cotangent, tangents, slot, rows)
 
     def _spread_bias(self, bias: Tensor) -> Tensor:
         out = self.call.out.shape
@@ -378,16 +393,17 @@ def added(x: Tensor, into: Tensor | None) -> Tensor:
     return x if into is None else into.add_(x)
 
 
-def bilinear(product: Product, left: Product, right: Product, keep: Keep = _as_it_is) -> Rule:
+def bilinear(product: Product, left: Product, right: Outer, keep: Keep = _as_it_is, run: Run = execute) -> Rule:
     """A product of two operands, with an optional third input added per channel (a convolution's bias).
 
-    ``product(call, a, b, into)``, ``left(call, cotangent, b, into)`` (adjoint in a) and ``right(call, cotangent, a,
-    into)`` (adjoint in b) take operands with a leading probe axis, of size 1 where the operand is the same for all
-    probes; the result is added to ``into`` where that is given.
-    ``keep(call, slot, value)`` gives an operand that axis, in the memory layout that the products like.
+    ``product(call, a, b, into)``, ``left(call, cotangent, b, into)`` (adjoint in a) and ``right(call, [(cotangent, a),
+    …], into)`` (adjoints in b, summed) take operands with a leading probe axis, of size 1 where the operand is the same
+    for all probes; the result is added to ``into`` where that is given.
+    ``keep(call, slot, value)`` gives an operand that axis, in the memory layout that the products like; ``run`` gives
+    the op's own result one.
     """
 
     def pairs(node: Node) -> Pairs:
         return frozenset({(0, 1), (1, 0)})
 
-    return Rule(Kind.CONTRACTION, lambda call: _Bilinear(call, product, left, right, keep), pairs)
+    return Rule(Kind.CONTRACTION, lambda call: _Bilinear(call, product, left, right, keep), pairs, run=run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dag_hesse.rules.base import Call, Rule, added, bilinear
+from dag_hesse.rules.base import Call, Rule, Terms, added, bilinear
 from dag_hesse.rules.convolution import convolution
 
 _LARGE = 1 << 20  # multiply-adds
@@ -42,11 +42,15 @@ def _left(c: Call, g: Tensor, b: Tensor, into: Tensor | None) -> Tensor:
     return _matmul(g, b.mT, into)
 
 
-def _right(c: Call, g: Tensor, a: Tensor, into: Tensor | None) -> Tensor:
+def _right(c: Call, terms: Terms, into: Tensor | None) -> Tensor:
     # A weight comes in as a transposed view, and its cotangent is transposed next: lay it out so that this is free.
-    if c.values[1].stride(-2) == 1:
-        return _each(g.mT, a, None if into is None else into.mT).mT
-    return _each(a.mT, g, into)
+    turned = c.values[1].stride(-2) == 1
+    for g, a in terms:
+        if turned:
+            into = _each(g.mT, a, None if into is None else into.mT).mT
+        else:
+            into = _each(a.mT, g, into)
+    return into  # type: ignore[return-value]  # there is a term
 
 
 _mm = bilinear(lambda c, a, b, into: _matmul(a, b, into), _left, _right)

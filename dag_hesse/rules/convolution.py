@@ -1,22 +1,24 @@
 """Convolution, and how each of its products is computed: the shapes decide.
 
 Kernel taps that only ever read padding are left out. What remains of a large weight is often 1×1: that is a matrix
-product, which reads the weight once and never reorders it. Where activations are large they are laid out channels last,
-which the vendor's kernels like best.
+product, which reads the weight once and never reorders it. Activations lie channels last, so that matrix products and
+elementwise ops need no copies; where the weight is the larger operand, the vendor's kernels get them otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dag_hesse.rules.base import Call, Product, added, bilinear
+from dag_hesse.ir.node import Node
+from dag_hesse.rules.base import Call, Product, Terms, added, bilinear
 
 aten = torch.ops.aten
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -49,7 +51,7 @@ class Geometry:
         return tuple(tap.stop - tap.start for tap in self.taps)
 
     @property
-    def live(self) -> tuple[Any, ...]:
+    def live(self) -> Any:
         """Index of that part in (…, *K)."""
         return (..., *self.taps)
 
@@ -63,15 +65,40 @@ class Geometry:
         """Whether weights of several probes are better laid side by side than taken one by one: small ones are."""
         return self.plain and self.batch * prod(self.out) > self.weight[0]
 
+    @property
+    def joins(self) -> bool:
+        """Whether a sum of two weight adjoints is better one of twice the batch: small activations are."""
+        read = self.batch * (self.channels * prod(self.side) + self.weight[0] * prod(self.out))
+        return read <= 8 * prod(self.weight[:2]) * prod(self.kernel)
+
+    @property
+    def unit(self) -> bool:
+        """Whether every output reads one position of the input."""
+        return all(k == 1 and p == 0 for k, p in zip(self.kernel, self.padding, strict=True))
+
     def is_matrix(self, batch: int) -> bool:
         """Whether a product with ``batch`` samples (probes counted) is a matrix product with a larger weight."""
-        unit = all(k == s == 1 and p == 0 for k, s, p in zip(self.kernel, self.stride, self.padding, strict=True))
-        return unit and self.plain and batch * prod(self.out) <= self.weight[0]
+        return self.unit and self.plain and batch * prod(self.out) <= self.weight[0]
 
-    def layout(self, batch: int) -> torch.memory_format:
-        """Memory format of activations: channels last where they are much larger than the weight."""
+    def is_patches(self, batch: int) -> bool:
+        """Whether a weight adjoint is a matrix product with patches of the input, laid out for it: few ones are."""
+        few = 4 * batch * prod(self.out) <= self.weight[0]
+        return self.is_matrix(batch) or (few and self.plain and len(self.side) == 2)
+
+    @property
+    def outside(self) -> torch.memory_format:
+        """Memory format that all activations have in common."""
+        return _CHANNELS_LAST.get(len(self.side), torch.contiguous_format)
+
+    def inside(self, batch: int) -> torch.memory_format:
+        """Memory format that the vendor's kernels like: channels last where the weight is not the larger operand."""
         wide = batch * prod(self.out) >= 4 * self.weight[0]
-        return _CHANNELS_LAST.get(len(self.side), torch.contiguous_format) if wide else torch.contiguous_format
+        return self.outside if wide else torch.contiguous_format
+
+    @property
+    def strided(self) -> Any:
+        """Index of the positions that a kernel of one tap reads, in (…, *S)."""
+        return (..., *(slice(None, None, s) for s in self.stride))
 
     @property
     def arguments(self) -> tuple[object, ...]:
@@ -161,35 +188,59 @@ def _grid(rows: Tensor, side: tuple[int, ...]) -> Tensor:
     return rows.reshape(-1, *side, rows.shape[1]).movedim(-1, 1)
 
 
+def _patches(geo: Geometry, x: Tensor) -> Tensor:
+    """(batch, C, *side) -> (batch·out, C·kernel): what each output reads."""
+    if geo.unit:
+        return _rows(x[geo.strided])
+    columns = F.unfold(x, geo.kernel, geo.dilation, geo.padding, geo.stride)
+    return columns.mT.reshape(-1, columns.shape[1])
+
+
+def _spread(geo: Geometry, rows: Tensor) -> Tensor:
+    """(batch·out, C) -> (batch, C, *side): the transpose of :func:`_patches` where outputs read one position."""
+    inner = _grid(rows, geo.out)
+    if geo.out == geo.side:
+        return inner
+    x = rows.new_zeros(len(inner), *geo.side, rows.shape[1]).movedim(-1, 1)
+    x[geo.strided] = inner
+    return x
+
+
 def _forward(geo: Geometry, x: Tensor, w: Tensor) -> Tensor:
     if geo.is_matrix(len(x)):
-        return _grid(_rows(x) @ w.reshape(w.shape[:2]).T, geo.out)
-    return aten.convolution(x.contiguous(memory_format=geo.layout(len(x))), w, None, *geo.arguments)
+        return _grid(_patches(geo, x) @ w.reshape(w.shape[:2]).T, geo.out)
+    y = aten.convolution(x.contiguous(memory_format=geo.inside(len(x))), w, None, *geo.arguments)
+    return y.contiguous(memory_format=geo.outside)
 
 
 def _input_adjoint(geo: Geometry, g: Tensor, w: Tensor) -> Tensor:
     if geo.is_matrix(len(g)):
-        return _grid(_rows(g) @ w.reshape(w.shape[:2]), geo.side)
-    layout, channels = geo.layout(len(g)), w.shape[0] if geo.transposed else w.shape[1] * geo.groups
+        return _spread(geo, _rows(g) @ w.reshape(w.shape[:2]))
+    layout, channels = geo.inside(len(g)), w.shape[0] if geo.transposed else w.shape[1] * geo.groups
     g = g.contiguous(memory_format=layout)
     like = torch.empty(len(g), channels, *geo.side, dtype=g.dtype, device=g.device, memory_format=layout)  # a shape
-    return aten.convolution_backward(g, like, w, [0], *geo.arguments, [True, False, False])[0]
+    x = aten.convolution_backward(g, like, w, [0], *geo.arguments, [True, False, False])[0]
+    return x.contiguous(memory_format=geo.outside)
 
 
-def _weight_adjoint(geo: Geometry, g: Tensor, x: Tensor) -> Tensor:
-    inner, outer = x.shape[1] // geo.groups, g.shape[1]
-    shape = (x.shape[1], outer // geo.groups) if geo.transposed else (outer, inner)
-    if geo.is_matrix(len(g)):
-        return (_rows(g).T @ _rows(x)).reshape(*shape, *geo.kernel)
-    layout, like = geo.layout(len(g)), g.new_empty(*shape, *geo.kernel)  # only its shape is read
-    g, x = g.contiguous(memory_format=layout), x.contiguous(memory_format=layout)
+def _weight_adjoint(geo: Geometry, terms: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """Of the sum of convolutions with cotangents g and inputs x, ``terms`` = [(g, x), …]."""
+    if len(terms) > 1 and not geo.joins:
+        return sum((_weight_adjoint(geo, [term]) for term in terms[1:]), start=_weight_adjoint(geo, terms[:1]))
+    batch = sum(len(g) for g, _ in terms)
+    layout, few = geo.inside(batch), geo.is_patches(batch)
+    left = [_rows(g) if few else g.contiguous(memory_format=layout) for g, _ in terms]
+    right = [_patches(geo, x) if few else x.contiguous(memory_format=layout) for _, x in terms]
+    g, x = (side[0] if len(side) == 1 else torch.cat(side) for side in (left, right))
+    inner, outer = terms[0][1].shape[1] // geo.groups, terms[0][0].shape[1]
+    shape = (inner * geo.groups, outer // geo.groups) if geo.transposed else (outer, inner)
+    if few:
+        return (g.T @ x).reshape(*shape, *geo.kernel)
+    like = g.new_empty(*shape, *geo.kernel)  # only its shape is read
     return aten.convolution_backward(g, x, like, [0], *geo.arguments, [False, True, False])[1]
 
 
-Run = Callable[[Geometry, Tensor, Tensor], Tensor]
-
-
-def _with_weight(run: Run, aside: Callable[[Tensor], Tensor]) -> Product:
+def _with_weight(run: Callable[[Geometry, Tensor, Tensor], Tensor], aside: Callable[[Tensor], Tensor]) -> Product:
     """``run(geometry, activation, weight)`` for all probes; ``aside`` lays their weights along what ``run`` returns."""
 
     def product(c: Call, x: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
@@ -205,20 +256,24 @@ def _with_weight(run: Run, aside: Callable[[Tensor], Tensor]) -> Product:
     return product
 
 
-def _right(c: Call, g: Tensor, x: Tensor, into: Tensor | None) -> Tensor:
-    geo, probes = _of(c), max(len(g), len(x))
-    if probes == 1:
-        w = _weight_adjoint(geo, g[0], x[0])[None]
-    elif geo.folds and len(x) == 1:
-        w = _weight_adjoint(geo, _beside(g), x[0])
-        w = w.reshape(probes, -1, *w.shape[1:])
-    elif geo.folds and len(g) == 1:
-        w = _apart(_weight_adjoint(geo, g[0], _beside(x)), probes)
-    else:
-        out = g.new_zeros(probes, *geo.weight) if into is None else into
-        for k, row in enumerate(_crop(geo, out)):
-            row += _weight_adjoint(geo, g[min(k, len(g) - 1)], x[min(k, len(x) - 1)])
-        return out
+def _right(c: Call, terms: Terms, into: Tensor | None) -> Tensor:
+    geo, probes = _of(c), max(len(t) for term in terms for t in term)
+    if probes > 1 and geo.folds and all(len(g) == 1 or len(x) == 1 for g, x in terms):
+        for g, x in terms:
+            into = _add(geo, _folded(geo, g, x), into)
+        return into  # type: ignore[return-value]  # there is a term
+    rows = [_weight_adjoint(geo, [tuple(t[min(k, len(t) - 1)] for t in term) for term in terms]) for k in range(probes)]
+    return _add(geo, rows[0][None] if probes == 1 else torch.stack(rows), into)
+
+
+def _folded(geo: Geometry, g: Tensor, x: Tensor) -> Tensor:
+    """Weight adjoints of several probes as one: those of the cotangent, or of the input, side by side."""
+    if len(x) == 1:
+        return _weight_adjoint(geo, [(_beside(g), x[0])]).unflatten(0, (len(g), -1))
+    return _apart(_weight_adjoint(geo, [(g[0], _beside(x))]), len(x))
+
+
+def _add(geo: Geometry, w: Tensor, into: Tensor | None) -> Tensor:
     if into is None:
         return _uncrop(geo, w)
     _crop(geo, into).add_(w)
@@ -230,9 +285,16 @@ def _kept(c: Call, slot: int, value: Tensor) -> Tensor:
     geo = _of(c)
     if slot == 1:
         return _crop(geo, value).contiguous()[None]
-    return value.contiguous(memory_format=geo.layout(len(value)))[None]
+    return value.contiguous(memory_format=geo.inside(len(value)))[None]
 
 
-convolution = bilinear(_with_weight(_forward, _fold), _with_weight(_input_adjoint, _beside), _right, _kept)
+def _run(node: Node, inputs: Sequence[Tensor]) -> Tensor:
+    x, w, *bias = inputs
+    geo = geometry(x.shape, w.shape, node.shape, node.args)
+    y = _forward(geo, x, _crop(geo, w))
+    return y if not bias else y.add_(bias[0].reshape(-1, *(1,) * len(geo.out)))
+
+
+convolution = bilinear(_with_weight(_forward, _fold), _with_weight(_input_adjoint, _beside), _right, _kept, _run)
 
 __all__ = ["Geometry", "convolution", "geometry"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dag_hesse.ir.node import Kind, Node, Ref
+from dag_hesse.ir.node import Kind, Node
 from dag_hesse.rules.base import Call, Coefficient, Pairs, Rule, binary, diagonal, piecewise_linear, pointwise
 
 _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
@@ -263,37 +263,6 @@ def _tensor_clamp(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int]
     return {s: _mask(m, c.out) for p, m in enumerate(shares) if (s := c.slot(p)) is not None}, {}
 
 
-def _batch_affine(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
-    """y = γ (x − m) r + β per channel, r = (v + ε)^-½; statistics are inputs like the others, and usually fixed."""
-    shape = _channels(c, 1)
-    weight = None if c.argument(1) is None else c.argument(1).reshape(shape)
-    mean, var = c.argument(3).reshape(shape), c.argument(4).reshape(shape)
-    r = torch.rsqrt(var + c.argument(5))
-    gain = r if weight is None else r * weight
-    slots = {name: slot for k, name in enumerate("xγβmv") if (slot := c.slot(k)) is not None and c.active[slot]}
-    off = c.values[0] - mean if {"γ", "v"} & set(slots) else None
-    bend = -0.5 * gain * r * r  # ∂(γ r)/∂v
-    first: dict[str, Any] = {"x": gain, "β": 1.0, "m": -gain}
-    second: dict[str, Any] = {"xγ": r, "xv": bend, "mγ": -r, "mv": -bend}
-    if off is not None:
-        first |= {"γ": off * r, "v": off * bend}
-        second |= {"γv": -0.5 * off * r**3, "vv": -1.5 * off * bend * r * r}
-    found = {(slots[p[0]], slots[p[1]]): h for p, h in second.items() if p[0] in slots and p[1] in slots}
-    return {slot: first[name] for name, slot in slots.items()}, found | {(j, i): h for (i, j), h in found.items()}
-
-
-def _batch_affine_pairs(node: Node) -> Pairs:
-    slots = {name: arg.slot for name, arg in zip("xγβmv", node.args, strict=False) if isinstance(arg, Ref)}
-    bends = (("x", "γ"), ("x", "v"), ("m", "γ"), ("m", "v"), ("γ", "v"), ("v", "v"))
-    found = {(slots[i], slots[j]) for i, j in bends if i in slots and j in slots}
-    return frozenset(found | {(j, i) for i, j in found})
-
-
-def _channels(c: Call, slot: int) -> tuple[int, ...]:
-    """How an input lies against the output: what is not x has one number per channel."""
-    return tuple(c.shape(0)) if slot == 0 else (1, -1, *(1,) * (c.values[0].ndim - 2))
-
-
 _maximum_a, _maximum_b = _chosen(torch.gt)
 _minimum_a, _minimum_b = _chosen(torch.lt)
 
@@ -325,7 +294,6 @@ BINARY: dict[str, Rule] = {
     "aten.where.self": diagonal(Kind.PIECEWISE_LINEAR, _where, lambda node: frozenset()),
     "aten.masked_fill.Scalar": diagonal(Kind.PIECEWISE_LINEAR, _masked_fill, lambda node: frozenset()),
     "aten.masked_fill.Tensor": diagonal(Kind.PIECEWISE_LINEAR, _masked_fill, lambda node: frozenset()),
-    "dag_hesse.batch_affine.default": diagonal(Kind.POINTWISE, _batch_affine, _batch_affine_pairs, _channels),
     "aten.clamp.Tensor": diagonal(Kind.PIECEWISE_LINEAR, _tensor_clamp, lambda node: frozenset()),
 }
 

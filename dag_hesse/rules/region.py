@@ -45,14 +45,6 @@ class Region:
     __repr__ = __str__
 
 
-def evaluate(node: Node, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """What :class:`Call` holds of a node: values of its inputs (and, for a region, of its members), and its own."""
-    if isinstance(node.target, Region):
-        *known, out = node.target.values(inputs)
-        return tuple(known), out
-    return inputs, execute(node, inputs)
-
-
 def _rule(node: Node) -> Rule:
     from dag_hesse.rules.table import RULES  # the table has this file's row in it
 
@@ -235,4 +227,4 @@ def linearize(call: Call) -> Linearized:
 
 REGION = Rule(Kind.POINTWISE, linearize, _pairs)
 
-__all__ = ["REGION", "Region", "evaluate"]
+__all__ = ["REGION", "Region"]

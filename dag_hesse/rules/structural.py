@@ -121,7 +121,7 @@ def _sum(c: Call, g: Tensor, slot: int) -> Tensor:
 def _mean(c: Call, g: Tensor, slot: int) -> Tensor:
     shape = c.shape()
     count = prod(shape[k] for k in axes(c.argument(1, "dim"), len(shape)))
-    return _spread(c, g) / max(count, 1)
+    return _spread(c, g / max(count, 1))
 
 
 def _cumsum(c: Call, g: Tensor, slot: int) -> Tensor:

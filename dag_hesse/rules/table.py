@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dag_hesse.ir.node import Kind, Node
-from dag_hesse.rules import contraction, gather, pointwise, rowwise, structural
+from torch import Tensor
+
+from dag_hesse.ir.node import Kind, Node, execute
+from dag_hesse.rules import batch_norm, contraction, gather, pointwise, rowwise, structural
 from dag_hesse.rules.base import Pairs, Rule
 from dag_hesse.rules.opaque import OPAQUE
-from dag_hesse.rules.region import REGION
+from dag_hesse.rules.region import REGION, Region
 
 RULES: dict[str, Rule] = {
     **structural.TABLE,
@@ -14,6 +16,7 @@ RULES: dict[str, Rule] = {
     **contraction.TABLE,
     **gather.TABLE,
     **rowwise.TABLE,
+    **batch_norm.TABLE,
 }
 
 
@@ -24,6 +27,15 @@ SPECIAL: dict[str, Rule] = {"region": REGION}
 def rule_for(node: Node) -> Rule:
     """Return the rule of a differentiable node: its row of the table, or OPAQUE."""
     return SPECIAL.get(node.op) or (OPAQUE if node.kind is Kind.OPAQUE else RULES[node.op])
+
+
+def evaluate(node: Node, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What :class:`Call` holds of a node: values of its inputs (and, for a region, of its members), and its own."""
+    if isinstance(node.target, Region):
+        *known, out = node.target.values(inputs)
+        return tuple(known), out
+    rule = RULES.get(node.op)
+    return inputs, (execute if rule is None else rule.run)(node, inputs)
 
 
 def pairs_of(node: Node) -> Pairs:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from dag_hesse.errors import CaptureError, LossError, NonDifferentiableError, out_of_memory
 from dag_hesse.ir import CurvatureGraph, Kind, Node
 from dag_hesse.rules import Call, Linearized, rule_for
-from dag_hesse.rules.region import evaluate
-from dag_hesse.rules.table import pairs_of
+from dag_hesse.rules.table import evaluate, pairs_of
 
 # What a sweep is to return: GN and T apart, their sum, or one alone.
 CHANNELS = ("both", "sum", "gn", "tensor")

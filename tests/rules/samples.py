@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Sample:
     """``make()`` returns the op's positional arguments; ``special`` are points where autograd has a convention.
 
     ``differences``: the op is differentiable there (ties and padding rows are conventions). ``autograd``: torch can
-    differentiate the call at all.
+    differentiate the call at all. ``fixed``: input slots that no point reaches.
     """
 
     make: Callable[[], tuple[Any, ...]]
@@ -47,6 +47,7 @@ class Sample:
     special: tuple[float, ...] = ()
     differences: bool = True
     autograd: bool = True
+    fixed: tuple[int, ...] = ()
 
 
 def s(
@@ -95,6 +96,11 @@ def _convolutions() -> list[Sample]:
         one((2, 3, 2, 2), (5, 3, 3, 3), False, [2, 2], [1, 1], [1, 1], False, [0, 0], 1),
         one((2, 4, 1, 2), (6, 2, 3, 3), True, [1, 1], [1, 1], [1, 1], False, [0, 0], 2),
         one((2, 3, 2), (4, 3, 5), True, [1], [4], [2], False, [0], 1),
+        # few outputs, wide weights: patches laid out for a matrix product, a stride of 2 among them
+        one((1, 2, 4, 3), (40, 2, 3, 2), True, [2, 1], [1, 0], [1, 1], False, [0, 0], 1),
+        one((1, 2, 5, 5), (40, 2, 2, 2), False, [2, 2], [0, 0], [3, 3], False, [0, 0], 1),
+        one((1, 4, 3, 3), (9, 4, 1, 1), True, [2, 2], [0, 0], [1, 1], False, [0, 0], 1),
+        one((1, 3, 3, 2, 3), (9, 3, 1, 1, 1), False, [2, 1, 2], [0, 0, 0], [1, 1, 1], False, [0, 0, 0], 1),
         # an activation much larger than the weight (channels last)
         one((2, 2, 5, 5), (2, 2, 1, 1), True, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
     ]
@@ -285,6 +291,8 @@ SAMPLES: dict[str, list[Sample]] = {
         s(lambda: (normal(2, 3, 4), normal(3), normal(3), normal(3), positive(3), 1e-3)),
         s(lambda: (normal(4, 3), None, None, normal(3), positive(3), 1e-3)),
         s(lambda: (normal(2, 3, 2, 2), normal(3), None, normal(3), positive(3), 1e-3)),
+        replace(s(lambda: (normal(2, 3, 2, 4), normal(3), normal(3), normal(3), positive(3), 1e-3)), fixed=(3, 4)),
+        replace(s(lambda: (normal(4, 3), normal(3), None, normal(3), positive(3), 1e-3)), fixed=(2, 3)),
     ],
     "dag_hesse.standardize.default": [
         s(lambda: (normal(3, 5), [1], 1e-5, True)),

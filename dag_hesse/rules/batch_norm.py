@@ -1,0 +1,141 @@
+"""BatchNorm with statistics as inputs: y = γ (x − m) r + β per channel, r = (v + ε)^-½."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from dag_hesse.ir.node import Kind, Node, Ref
+from dag_hesse.rules.base import Call, Coefficient, Linearized, Notes, Pairs, Rule, Tangents, diagonal
+
+aten = torch.ops.aten
+_ARGUMENTS = "xγβmv"
+
+
+def _active(c: Call) -> dict[str, int]:
+    """Input slots of the arguments that a point reaches."""
+    return {name: slot for k, name in enumerate(_ARGUMENTS) if (slot := c.slot(k)) is not None and c.active[slot]}
+
+
+def _partials(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
+    shape = _channels(c, 1)
+    weight = None if c.argument(1) is None else c.argument(1).reshape(shape)
+    mean, var = c.argument(3).reshape(shape), c.argument(4).reshape(shape)
+    r = torch.rsqrt(var + c.argument(5))
+    gain = r if weight is None else r * weight
+    slots = _active(c)
+    off = c.values[0] - mean if {"γ", "v"} & set(slots) else None
+    bend = -0.5 * gain * r * r  # ∂(γ r)/∂v
+    first: dict[str, Any] = {"x": gain, "β": 1.0, "m": -gain}
+    second: dict[str, Any] = {"xγ": r, "xv": bend, "mγ": -r, "mv": -bend}
+    if off is not None:
+        first |= {"γ": off * r, "v": off * bend}
+        second |= {"γv": -0.5 * off * r**3, "vv": -1.5 * off * bend * r * r}
+    found = {(slots[p[0]], slots[p[1]]): h for p, h in second.items() if p[0] in slots and p[1] in slots}
+    return {slot: first[name] for name, slot in slots.items()}, found | {(j, i): h for (i, j), h in found.items()}
+
+
+def _pairs(node: Node) -> Pairs:
+    slots = {name: arg.slot for name, arg in zip(_ARGUMENTS, node.args, strict=False) if isinstance(arg, Ref)}
+    bends = (("x", "γ"), ("x", "v"), ("m", "γ"), ("m", "v"), ("γ", "v"), ("v", "v"))
+    found = {(slots[i], slots[j]) for i, j in bends if i in slots and j in slots}
+    return frozenset(found | {(j, i) for i, j in found})
+
+
+def _channels(c: Call, slot: int) -> tuple[int, ...]:
+    """How an input lies against the output: what is not x has one number per channel."""
+    return tuple(c.shape(0)) if slot == 0 else (1, -1, *(1,) * (c.values[0].ndim - 2))
+
+
+@final
+class _FixedStatistics(Linearized):
+    """x and γ active, maybe β, statistics not: x and λ are kept as they are, for the rest is per channel."""
+
+    def __init__(self, call: Call) -> None:
+        self.slots, self.x, self.eps = _active(call), call.values[0], float(call.argument(5))
+        self.mean, self.var = call.argument(3), call.argument(4)
+        self.r = torch.rsqrt(self.var + self.eps)
+        self.gain = self._spread((self.r * call.argument(1))[None])
+        self.lam: Tensor | None = None
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """(probes, channels) -> a shape that broadcasts against (probes, *x)."""
+        return x.reshape(len(x), 1, -1, *(1,) * (self.x.ndim - 2))
+
+    def _sums(self, g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """(Σ g (x − mean) r, Σ g) per channel for each probe, in one pass; g or x may be the same for all probes."""
+        mask, count = [False, True, True], max(len(g), len(x))
+        rows = [
+            aten.native_batch_norm_backward(
+                g[min(k, len(g) - 1)], x[min(k, len(x) - 1)], None, mean, self.var, None, None, False, self.eps, mask
+            )[1:]
+            for k in range(count)
+        ]
+        turned, total = zip(*rows, strict=True)
+        return torch.stack(turned), torch.stack(total)
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        xdot, scale, shift = (tangents.get(self.slots.get(name, -1)) for name in "xγβ")
+        total: Tensor | None = None
+        if scale is not None:
+            turned = scale * self.r
+            offset = -self.mean * turned if shift is None else shift - self.mean * turned
+            total = torch.addcmul(self._spread(offset), self.x, self._spread(turned))
+        elif shift is not None:
+            total = self._spread(shift)
+        if xdot is None:
+            assert total is not None
+            return total.expand(len(total), *self.x.shape)
+        return xdot * self.gain if total is None else torch.addcmul(total, xdot, self.gain)
+
+    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
+        if slot == self.slots["x"]:
+            return cotangent * self.gain
+        return self._sums(cotangent, self.x[None], self.mean)[slot != self.slots["γ"]]
+
+    def curve(self, lam: Tensor) -> None:
+        self.lam = lam[None]
+
+    def second(self, tangents: Tangents, slot: int) -> Tensor | None:
+        xdot, scale = (tangents.get(self.slots[name]) for name in "xγ")
+        if slot == self.slots["x"] and scale is not None and self.lam is not None:
+            return self.lam * self._spread(scale * self.r)
+        if slot == self.slots["γ"] and xdot is not None and self.lam is not None:
+            return self._sums(self.lam, xdot, torch.zeros_like(self.mean))[0]
+        return None
+
+    def add_second(self, tangents: Tangents, slot: int, into: Tensor) -> None:
+        scale = tangents.get(self.slots["γ"])
+        if slot != self.slots["x"]:
+            super().add_second(tangents, slot, into)
+        elif scale is not None and self.lam is not None:
+            into.addcmul_(self.lam, self._spread(scale * self.r))
+
+    def pull(
+        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, notes: Notes
+    ) -> dict[int, Tensor]:
+        scale, shift = self.slots["γ"], self.slots.get("β")
+        if cotangent is None or shift is None or not {scale, shift} <= set(slots):
+            return super().pull(cotangent, tangents, slots, rows, notes)
+        found = super().pull(cotangent, tangents, [k for k in slots if k not in (scale, shift)], rows, notes)
+        found[scale], found[shift] = self._sums(cotangent, self.x[None], self.mean)
+        if tangents:
+            self.add_second(tangents, scale, found[scale][rows])
+        return found
+
+
+_DIAGONAL = diagonal(Kind.POINTWISE, _partials, _pairs, _channels)
+
+
+def _linearize(call: Call) -> Linearized:
+    usual = {"x", "γ"} <= set(_active(call)) <= {"x", "γ", "β"}
+    return _FixedStatistics(call) if usual else _DIAGONAL.linearize(call)
+
+
+TABLE: dict[str, Rule] = {"dag_hesse.batch_affine.default": replace(_DIAGONAL, linearize=_linearize)}
+
+__all__ = ["TABLE"]
