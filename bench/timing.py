@@ -70,24 +70,16 @@ def write_json(name: str, data: Mapping[str, Any]) -> None:
 
 
 def peak_bytes(code: str) -> int:
-    """Growth of the resident set, at its peak, while ``run()`` of ``code`` runs in a process of its own.
+    """Growth of memory, at its peak, while ``run()`` of ``code`` runs in a process of its own.
 
     ``code`` defines ``run``; what it does at its top level (imports, building the model, a warm-up) is not counted.
     """
     program = (
-        f"{code}\nimport gc, json, resource, threading, time\ngc.collect()\n"
-        "def resident():\n"
-        "    with open('/proc/self/statm') as file:\n"
-        f"        return int(file.read().split()[1]) * {os.sysconf('SC_PAGE_SIZE')}\n"
-        "before, peak, going = resident(), 0, True\n"
-        "def watch():\n"
-        "    global peak\n"
-        "    while going:\n"
-        "        peak = max(peak, resident())\n"
-        "        time.sleep(0.001)\n"
-        "watcher = threading.Thread(target=watch)\nwatcher.start()\nrun()\ngoing = False\nwatcher.join()\n"
-        "print(max(peak, resident()) - before)\n"
+        f"{code}\nimport gc\nfrom dag_hesse.measure import measured\ngc.collect()\n"
+        "with measured() as phase:\n    found = run()\nprint(phase.peak_bytes)\n"
     )
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"a measurement failed:\n{done.stderr}")
     return int(done.stdout.split()[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,20 +14,13 @@ from torch import Tensor, nn
 from dag_hesse.capture import batches, capture_all, unwrapped
 from dag_hesse.capture.losses import Loss
 from dag_hesse.ir import CurvatureGraph
+from dag_hesse.measure import Phase, measured
 from dag_hesse.plan import Plan, fuse_all, plan
 from dag_hesse.plan.edges import Edge, as_rows, dearest, edges, render_edges
 from dag_hesse.rules import Linearized
-from dag_hesse.rules.base import Notes, Tangents
+from dag_hesse.rules.base import Note, Tangents
 from dag_hesse.structure import analyze_structure
 from dag_hesse.sweep import Linearization, Problem, Request
-
-
-@dataclass
-class Phase:
-    """One phase: seconds, and how far memory rose above where it began (bytes)."""
-
-    seconds: float = 0.0
-    peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,16 +94,6 @@ class _Timed(Linearized):
     def __init__(self, inner: Linearized, name: str) -> None:
         self.inner, self.name, self.seconds = inner, name, 0.0
 
-    @property
-    def reads_tangents(self) -> bool:  # type: ignore[override]
-        return self.inner.reads_tangents
-
-    def __hash__(self) -> int:  # notes are kept under the inner call
-        return hash(self.inner)
-
-    def __eq__(self, other: object) -> bool:
-        return other is self.inner or (isinstance(other, _Timed) and other.inner is self.inner)
-
     @contextmanager
     def _clock(self, what: str) -> Iterator[None]:
         with torch.profiler.record_function(f"{what} {self.name}"):
@@ -120,54 +102,25 @@ class _Timed(Linearized):
             self.seconds += time.perf_counter() - start
 
     def jvp(self, tangents: Tangents) -> Tensor:
-        return self.push(tangents, {})
-
-    def push(self, tangents: Tangents, notes: Notes) -> Tensor:
         with self._clock("tangent"):
-            return self.inner.push(tangents, notes)
+            return self.inner.jvp(tangents)
+
+    def note(self, tangents: Tangents, slots: Sequence[int]) -> Note:
+        with self._clock("tangent"):
+            return self.inner.note(tangents, slots)
+
+    def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
+        with self._clock("tangent"):
+            return self.inner.push(tangents, slots)
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
         return self.inner.vjp(cotangent, slot)
 
     def pull(
-        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, notes: Notes
+        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, note: Note
     ) -> dict[int, Tensor]:
         with self._clock("adjoint"):
-            return self.inner.pull(cotangent, tangents, slots, rows, notes)
-
-
-def _resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
-
-
-@contextmanager
-def _watched(phase: Phase, device: torch.device) -> Iterator[None]:
-    """Time and peak memory of a block: the device's allocator there, the resident set here."""
-    going = True
-
-    def watch() -> None:
-        while going:
-            phase.peak_bytes = max(phase.peak_bytes, _resident() - before)
-            time.sleep(0.002)
-
-    cuda = device.type == "cuda"
-    before = torch.cuda.memory_allocated(device) if cuda else _resident()
-    watcher = threading.Thread(target=watch, daemon=True)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        watcher.start()
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        if cuda:
-            torch.cuda.synchronize(device)
-            phase.peak_bytes = torch.cuda.max_memory_allocated(device) - before
-        phase.seconds, going = time.perf_counter() - start, False
-        if not cuda:
-            watcher.join()
+            return self.inner.pull(cotangent, tangents, slots, rows, note)
 
 
 def _node_profiles(graph: CurvatureGraph, lin: Linearization, found: list[Edge]) -> list[NodeProfile]:
@@ -208,20 +161,20 @@ def profile(
         (['capture', 'linearize', 'sweep'], 'mm')
     """
     model, parsed = unwrapped(model), batches(batch)[:1]
-    phases = {name: Phase() for name in ("capture", "linearize", "sweep")}
+    phases: dict[str, Phase] = {}
     device = parsed[0].tensors[0].device
-    with _watched(phases["capture"], device):
+    with measured(device) as phases["capture"]:
         captured = capture_all(model, parsed, loss=loss, output=None, points=points, space=space)
         graphs = fuse_all(captured)
         schedule = plan([analyze_structure(graphs[0])], probes=probes)
     problem = Problem(model, graphs, parsed, "shared", with_out=False)
-    with _watched(phases["linearize"], device):
+    with measured(device) as phases["linearize"]:
         _, lin = next(iter(problem.linearizations()))
     z = torch.randn(1, 1, problem.dim(0), dtype=problem.dtype, device=device)
     request = [Request({0: z}, tuple(range(len(problem.points))))]
     problem.run(request)  # warm
     lin.calls = {k: _Timed(call, f"%{k} {graphs[0].nodes[k].where}") for k, call in lin.calls.items()}
-    with _watched(phases["sweep"], device):
+    with measured(device) as phases["sweep"]:
         problem.run(request)
     found = edges(graphs[0])
     nodes = _node_profiles(graphs[0], lin, found)

@@ -9,20 +9,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref, execute
+from dag_hesse.kernels.pointwise import Coefficient, times
 from dag_hesse.kernels.pointwise import adjoint as diagonal_adjoint
 from dag_hesse.kernels.pointwise import curvature as diagonal_curvature
 from dag_hesse.kernels.pointwise import tangent as diagonal_tangent
 
 Tangents = Mapping[int, Tensor]
 Pairs = frozenset[tuple[int, int]]
-Notes = dict[Any, Tensor]
-Coefficient = Tensor | float
+Note = Any  # what a call leaves of a tangent pass for the adjoint pass that follows
 Run = Callable[[Node, Sequence[Tensor]], Tensor]
 Partials = Callable[["Call"], tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]]
 
@@ -66,9 +66,6 @@ class Call:
 class Linearized(ABC):
     """A call after linearization: linear maps, and (after :meth:`curve`) the λ-weighted second-order term."""
 
-    #: Whether the second-order term is found from the inputs' tangents (and not from what :meth:`push` notes).
-    reads_tangents: ClassVar[bool] = True
-
     @abstractmethod
     def jvp(self, tangents: Tangents) -> Tensor:
         """Return the output tangent Σ_i D_i ẋ_i, (probes, *output)."""
@@ -77,46 +74,67 @@ class Linearized(ABC):
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
         """Return D_slotᵀ ā, (probes, *input)."""
 
-    def curve(self, lam: Tensor) -> None:  # noqa: B027  (linear calls have nothing to keep)
-        """Keep what the second-order term needs of the adjoint λ = ∂L/∂output, (*output)."""
+    def curve(self, lam: Tensor, pulled: Tangents) -> None:  # noqa: B027  (linear calls have nothing to keep)
+        """Keep what the second-order term needs of the adjoint λ = ∂L/∂output, (*output).
 
-    def second(self, tangents: Tangents, slot: int) -> Tensor | None:
-        """Return Σ_j (T[slot, j]·λ) ẋ_j, (probes, *input); None if it is zero."""
+        ``pulled`` are the inputs' adjoints that come of λ, (*input), for some slots: what is kept of them costs no
+        memory, as the calls that they are λ of keep them too.
+        """
+
+    def reads(self, slot: int) -> bool:
+        """Whether the second-order term is found from that input's tangent (and not from the note alone)."""
+        return True
+
+    def note(self, tangents: Tangents, slots: Sequence[int]) -> Note:
+        """What the second-order term at ``slots`` needs of a tangent pass besides the tangents; None for nothing."""
         return None
 
-    def add_second(self, tangents: Tangents, slot: int, into: Tensor) -> None:
-        """Add :meth:`second` to ``into``."""
-        bent = self.second(tangents, slot)
-        if bent is not None:
-            into.add_(bent)
+    def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
+        """:meth:`jvp` and :meth:`note`."""
+        return self.jvp(tangents), self.note(tangents, slots)
 
-    def push(self, tangents: Tangents, notes: Notes) -> Tensor:
-        """As :meth:`jvp`, and leave in ``notes`` what :meth:`pull` wants of this sweep besides the tangents."""
-        return self.jvp(tangents)
+    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
+        """Return Σ_j (T[slot, j]·λ) ẋ_j, (probes, *input), added to ``into`` where that is given; None if it is zero.
+
+        ``tangents`` are those that the call :meth:`reads`, ``note`` is :meth:`note` of all.
+        """
+        return None
 
     def pull(
-        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, notes: Notes
+        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, note: Note
     ) -> dict[int, Tensor]:
         """Per slot, D_slotᵀ ā with the second-order term added to its ``rows``; without a cotangent, that term alone.
 
-        No tangents and no notes: no second-order term.
+        No tangents and no note: no second-order term.
         """
         found: dict[int, Tensor] = {}
         for slot in slots:
             if cotangent is None:
-                bent = self.second(tangents, slot)
+                bent = self.second(tangents, note, slot)
                 if bent is not None:
                     found[slot] = bent
-                continue
-            found[slot] = self.bent_vjp(cotangent, tangents, slot, rows) if tangents else self.vjp(cotangent, slot)
+            elif tangents or note is not None:
+                found[slot] = self.bent_vjp(cotangent, tangents, note, slot, rows)
+            else:
+                found[slot] = self.vjp(cotangent, slot)
         return found
 
-    def bent_vjp(self, cotangent: Tensor, tangents: Tangents, slot: int, rows: slice) -> Tensor:
+    def bent_vjp(self, cotangent: Tensor, tangents: Tangents, note: Note, slot: int, rows: slice) -> Tensor:
         """:meth:`vjp` with :meth:`second` added to its ``rows``."""
         data = self.vjp(cotangent, slot)
-        data = data if is_fresh(data, cotangent) else data.clone(memory_format=torch.contiguous_format)
-        self.add_second(tangents, slot, data[rows])
+        if is_fresh(data, cotangent):
+            self.second(tangents, note, slot, data[rows])
+            return data
+        bent = self.second(tangents, note, slot)
+        if bent is not None:
+            data = data.clone(memory_format=torch.contiguous_format)
+            data[rows] += bent
         return data
+
+
+def added(x: Tensor, into: Tensor | None) -> Tensor:
+    """``x``, or ``into`` with ``x`` added to it."""
+    return x if into is None else into.add_(x)
 
 
 def is_fresh(x: Tensor, *others: Tensor) -> bool:
@@ -241,13 +259,13 @@ class _Diagonal(Linearized):
         data = diagonal_adjoint(partial, cotangent, self.aligned[slot])
         return data.reshape(len(data), *self.shapes[slot])
 
-    def curve(self, lam: Tensor) -> None:
-        self.seconds = {pair: h * lam for pair, h in self.raw.items()}
+    def curve(self, lam: Tensor, pulled: Tangents) -> None:
+        self.seconds = {pair: times(h, lam) for pair, h in self.raw.items()}
         self.raw = {}
 
-    def second(self, tangents: Tangents, slot: int) -> Tensor | None:
+    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
         data = diagonal_curvature(self.seconds, self._align(tangents), slot, self.aligned[slot], self.out_shape)
-        return None if data is None else data.reshape(len(data), *self.shapes[slot])
+        return None if data is None else added(data.reshape(len(data), *self.shapes[slot]), into)
 
 
 def diagonal(kind: Kind, partials: Partials, pairs: Callable[[Node], Pairs], align: Align | None = None) -> Rule:
@@ -325,8 +343,11 @@ def _as_it_is(call: Call, slot: int, value: Tensor) -> Tensor:
 
 @final
 class _Bilinear(Linearized):
-    def __init__(self, call: Call, product: Product, left: Product, right: Outer, keep: Keep) -> None:
+    def __init__(
+        self, call: Call, product: Product, left: Product, right: Outer, keep: Keep, early: Callable[[Call], bool]
+    ) -> None:
         a_on, b_on = call.active[0], call.active[1]
+        self.early = a_on and b_on and early(call)
         self.call = Call(
             call.node,
             tuple(torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta") for v in call.values),
@@ -361,49 +382,63 @@ class _Bilinear(Linearized):
             return self.right(self.call, [(cotangent, self.a)], None)
         return cotangent.sum([1, *range(3, cotangent.ndim)])
 
-    def curve(self, lam: Tensor) -> None:
+    def curve(self, lam: Tensor, pulled: Tangents) -> None:
         self.lam = lam.unsqueeze(0)
 
-    def second(self, tangents: Tangents, slot: int) -> Tensor | None:
-        return self._turn(tangents, slot, None)
+    def reads(self, slot: int) -> bool:
+        return slot == 1 or (slot == 0 and not self.early)
 
-    def add_second(self, tangents: Tangents, slot: int, into: Tensor) -> None:
-        self._turn(tangents, slot, into)
+    def note(self, tangents: Tangents, slots: Sequence[int]) -> Note:
+        if not self.early or self.lam is None or 0 not in tangents or 1 not in slots:
+            return None
+        return self.right(self.call, [(self.lam, tangents[0])], None)
 
-    def _turn(self, tangents: Tangents, slot: int, into: Tensor | None) -> Tensor | None:
-        if self.lam is None or slot > 1 or (1 - slot) not in tangents:
+    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
+        if self.lam is None or slot > 1:
             return None
         if slot == 0:
-            return self.left(self.call, self.lam, tangents[1], into)
-        return self.right(self.call, [(self.lam, tangents[0])], into)
+            return self.left(self.call, self.lam, tangents[1], into) if 1 in tangents else None
+        if note is not None:
+            return added(note, into)
+        return self.right(self.call, [(self.lam, tangents[0])], into) if 0 in tangents else None
 
-    def bent_vjp(self, cotangent: Tensor, tangents: Tangents, slot: int, rows: slice) -> Tensor:
-        if slot == 1 and rows == slice(None) and self.lam is not None and 0 in tangents:
-            assert self.a is not None
-            return self.right(self.call, [(cotangent, self.a), (self.lam, tangents[0])], None)
-        return super().bent_vjp(cotangent, tangents, slot, rows)
+    def bent_vjp(self, cotangent: Tensor, tangents: Tangents, note: Note, slot: int, rows: slice) -> Tensor:
+        if slot == 1 and rows == slice(None) and self.a is not None:
+            if note is not None:
+                return self.right(self.call, [(cotangent, self.a)], note)
+            if self.lam is not None and 0 in tangents:
+                return self.right(self.call, [(cotangent, self.a), (self.lam, tangents[0])], None)
+        return super().bent_vjp(cotangent, tangents, note, slot, rows)
 
     def _spread_bias(self, bias: Tensor) -> Tensor:
         out = self.call.out.shape
         return bias.reshape(bias.shape[0], 1, -1, *(1,) * (len(out) - 2)).expand(bias.shape[0], *out)
 
 
-def added(x: Tensor, into: Tensor | None) -> Tensor:
-    """``x``, or ``into`` with ``x`` added to it."""
-    return x if into is None else into.add_(x)
+def _smaller(call: Call) -> bool:
+    """Whether the second operand is smaller than the first."""
+    return call.values[1].numel() < call.values[0].numel()
 
 
-def bilinear(product: Product, left: Product, right: Outer, keep: Keep = _as_it_is, run: Run = execute) -> Rule:
+def bilinear(
+    product: Product,
+    left: Product,
+    right: Outer,
+    keep: Keep = _as_it_is,
+    run: Run = execute,
+    early: Callable[[Call], bool] = _smaller,
+) -> Rule:
     """A product of two operands, with an optional third input added per channel (a convolution's bias).
 
     ``product(call, a, b, into)``, ``left(call, cotangent, b, into)`` (adjoint in a) and ``right(call, [(cotangent, a),
     …], into)`` (adjoints in b, summed) take operands with a leading probe axis, of size 1 where the operand is the same
     for all probes; the result is added to ``into`` where that is given.
     ``keep(call, slot, value)`` gives an operand that axis, in the memory layout that the products like; ``run`` gives
-    the op's own result one.
+    the op's own result one. ``early(call)``: the product of λ and ȧ is taken in the tangent pass, as it is smaller than
+    ȧ, which need not be kept then.
     """
 
     def pairs(node: Node) -> Pairs:
         return frozenset({(0, 1), (1, 0)})
 
-    return Rule(Kind.CONTRACTION, lambda call: _Bilinear(call, product, left, right, keep), pairs, run=run)
+    return Rule(Kind.CONTRACTION, lambda call: _Bilinear(call, product, left, right, keep, early), pairs, run=run)

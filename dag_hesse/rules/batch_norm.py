@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref
-from dag_hesse.rules.base import Call, Coefficient, Linearized, Notes, Pairs, Rule, Tangents, diagonal
+from dag_hesse.kernels.pointwise import Coefficient
+from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Rule, Tangents, added, diagonal
 
 aten = torch.ops.aten
 _ARGUMENTS = "xγβmv"
+_TINY = 1e-15  # λ is not found again from γ r λ where γ r is smaller
 
 
 def _active(c: Call) -> dict[str, int]:
@@ -53,14 +55,18 @@ def _channels(c: Call, slot: int) -> tuple[int, ...]:
 
 @final
 class _FixedStatistics(Linearized):
-    """x and γ active, maybe β, statistics not: x and λ are kept as they are, for the rest is per channel."""
+    """x and γ active, maybe β, statistics not: x and λ are kept as they are, for the rest is per channel.
+
+    The transpose μ = γ r λ is kept in λ's place, as what comes before keeps it too; unless a γ is zero.
+    """
 
     def __init__(self, call: Call) -> None:
         self.slots, self.x, self.eps = _active(call), call.values[0], float(call.argument(5))
         self.mean, self.var = call.argument(3), call.argument(4)
         self.r = torch.rsqrt(self.var + self.eps)
-        self.gain = self._spread((self.r * call.argument(1))[None])
-        self.lam: Tensor | None = None
+        self.gamma = call.argument(1)
+        self.gain = self._spread((self.r * self.gamma)[None])
+        self.lam: Tensor | None = None  # or μ; λ r is factor times that
 
     def _spread(self, x: Tensor) -> Tensor:
         """(probes, channels) -> a shape that broadcasts against (probes, *x)."""
@@ -97,34 +103,40 @@ class _FixedStatistics(Linearized):
             return cotangent * self.gain
         return self._sums(cotangent, self.x[None], self.mean)[slot != self.slots["γ"]]
 
-    def curve(self, lam: Tensor) -> None:
-        self.lam = lam[None]
+    def curve(self, lam: Tensor, pulled: Tangents) -> None:
+        x = self.slots["x"]
+        if x in pulled and float(self.gain.abs().min()) > _TINY:
+            self.lam, self.factor = pulled[x][None], 1 / self.gamma
+        else:
+            self.lam, self.factor = lam[None], self.r
 
-    def second(self, tangents: Tangents, slot: int) -> Tensor | None:
-        xdot, scale = (tangents.get(self.slots[name]) for name in "xγ")
-        if slot == self.slots["x"] and scale is not None and self.lam is not None:
-            return self.lam * self._spread(scale * self.r)
-        if slot == self.slots["γ"] and xdot is not None and self.lam is not None:
-            return self._sums(self.lam, xdot, torch.zeros_like(self.mean))[0]
-        return None
+    def reads(self, slot: int) -> bool:
+        return slot == self.slots["γ"]
 
-    def add_second(self, tangents: Tangents, slot: int, into: Tensor) -> None:
+    def note(self, tangents: Tangents, slots: Sequence[int]) -> Note:
+        x = self.slots["x"]
+        if self.lam is None or x not in tangents or self.slots["γ"] not in slots:
+            return None
+        return self._sums(self.lam, tangents[x], torch.zeros_like(self.mean))[0] * (self.factor / self.r)
+
+    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
+        if slot == self.slots["γ"]:
+            return None if note is None else added(note, into)
         scale = tangents.get(self.slots["γ"])
-        if slot != self.slots["x"]:
-            super().add_second(tangents, slot, into)
-        elif scale is not None and self.lam is not None:
-            into.addcmul_(self.lam, self._spread(scale * self.r))
+        if slot != self.slots["x"] or scale is None or self.lam is None:
+            return None
+        share = self._spread(scale * self.factor)
+        return self.lam * share if into is None else into.addcmul_(self.lam, share)
 
     def pull(
-        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, notes: Notes
+        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, note: Note
     ) -> dict[int, Tensor]:
         scale, shift = self.slots["γ"], self.slots.get("β")
         if cotangent is None or shift is None or not {scale, shift} <= set(slots):
-            return super().pull(cotangent, tangents, slots, rows, notes)
-        found = super().pull(cotangent, tangents, [k for k in slots if k not in (scale, shift)], rows, notes)
+            return super().pull(cotangent, tangents, slots, rows, note)
+        found = super().pull(cotangent, tangents, [k for k in slots if k not in (scale, shift)], rows, note)
         found[scale], found[shift] = self._sums(cotangent, self.x[None], self.mean)
-        if tangents:
-            self.add_second(tangents, scale, found[scale][rows])
+        self.second(tangents, note, scale, found[scale][rows])
         return found
 
 

@@ -295,6 +295,13 @@ def _run(node: Node, inputs: Sequence[Tensor]) -> Tensor:
     return y if not bias else y.add_(bias[0].reshape(-1, *(1,) * len(geo.out)))
 
 
-convolution = bilinear(_with_weight(_forward, _fold), _with_weight(_input_adjoint, _beside), _right, _kept, _run)
+convolution = bilinear(
+    _with_weight(_forward, _fold),
+    _with_weight(_input_adjoint, _beside),
+    _right,
+    _kept,
+    _run,
+    lambda call: not _of(call).joins,
+)
 
 __all__ = ["Geometry", "convolution", "geometry"]

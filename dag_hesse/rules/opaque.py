@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.rules.base import Call, Linearized, Pairs, Rule, Tangents
+from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Rule, Tangents, added
 
 
 @final
@@ -40,16 +40,16 @@ class _Opaque(Linearized):
         place = self.slots.index(slot)
         return _each_probe(lambda g: _on_tape(lambda: self._pullback(g))[place], [cotangent])
 
-    def curve(self, lam: Tensor) -> None:
+    def curve(self, lam: Tensor, pulled: Tangents) -> None:
         self.lam = lam
 
-    def second(self, tangents: Tangents, slot: int) -> Tensor | None:
-        if self.lam is None:
+    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
+        if self.lam is None or not tangents:
             return None
         lam, place = self.lam, self.slots.index(slot)
         # T·λ is symmetric, so its product with ẋ is the gradient of ⟨pullback(λ), ẋ⟩.
         _, turn = _on_tape(lambda: vjp(lambda *p: vjp(self._function, *p)[1](lam), *self.primals))
-        return _each_probe(lambda *given: _on_tape(lambda: turn(given))[place], self._full(tangents))
+        return added(_each_probe(lambda *given: _on_tape(lambda: turn(given))[place], self._full(tangents)), into)
 
     def _full(self, tangents: Tangents) -> list[Tensor]:
         probes = next(iter(tangents.values())).shape[0]

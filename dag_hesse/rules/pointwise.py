@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node
-from dag_hesse.rules.base import Call, Coefficient, Pairs, Rule, binary, diagonal, piecewise_linear, pointwise
+from dag_hesse.kernels.pointwise import Coefficient, Gate
+from dag_hesse.rules.base import Call, Pairs, Rule, binary, diagonal, piecewise_linear, pointwise
 
 _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 _SELU_ALPHA = 1.6732632423543772
@@ -179,7 +180,7 @@ SMOOTH: dict[str, Rule] = {
 }
 
 PIECEWISE: dict[str, Rule] = {
-    "aten.relu.default": piecewise_linear(lambda c: _mask(c.out > 0, c.out)),
+    "aten.relu.default": piecewise_linear(lambda c: Gate(c.out)),
     "aten.relu6.default": piecewise_linear(lambda c: _between(_x(c), 0, 6, closed=False)),
     "aten.leaky_relu.default": piecewise_linear(
         lambda c: torch.where(_x(c) > 0, torch.ones_like(c.out), c.argument(1, "negative_slope", 0.01))

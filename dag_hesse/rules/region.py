@@ -13,8 +13,8 @@ from typing import final
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.kernels.pointwise import Coefficient, adjoint, curvature, tangent, times
-from dag_hesse.rules.base import Call, Linearized, Notes, Pairs, Rule, Tangents
+from dag_hesse.kernels.pointwise import Coefficient, adjoint, curvature, plus, product, tangent, times
+from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Rule, Tangents, added
 
 
 @dataclass(frozen=True)
@@ -73,47 +73,50 @@ def _pairs(node: Node) -> Pairs:
 class _Meeting(Linearized):
     """z = Σ a_i x_i, y = φ(z): c = φ'(z), h = λ φ''(z)."""
 
-    reads_tangents = False
-
     def __init__(self, call: Call, shares: dict[int, Coefficient], tail: _Collapsed | None) -> None:
         self.shares, self.tail = shares, tail
         self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.out.shape
         self.c: Coefficient = 1.0 if tail is None else tail.first[0]
         self.h: Coefficient | None = None
 
-    def push(self, tangents: Tangents, notes: Notes) -> Tensor:
-        shares = [self.shares.get(slot) for slot in range(len(self.shapes))]
-        met = tangent(shares, tangents, self.out_shape)
-        if self.h is not None:
-            notes[self] = met
-        return times(self.c, met)
+    def _meet(self, tangents: Tangents) -> Tensor:
+        return tangent([self.shares.get(slot) for slot in range(len(self.shapes))], tangents, self.out_shape)
+
+    def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
+        met = self._meet(tangents)
+        return times(self.c, met), None if self.h is None else met
 
     def jvp(self, tangents: Tangents) -> Tensor:
-        return self.push(tangents, {})
+        return times(self.c, self._meet(tangents))
+
+    def note(self, tangents: Tangents, slots: Sequence[int]) -> Note:
+        return None if self.h is None else self._meet(tangents)
+
+    def reads(self, slot: int) -> bool:
+        return False
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return self.pull(cotangent, {}, [slot], slice(None), {})[slot]
+        return adjoint(self.shares[slot], times(self.c, cotangent), self.shapes[slot])
 
-    def curve(self, lam: Tensor) -> None:
+    def curve(self, lam: Tensor, pulled: Tangents) -> None:
         if self.tail is not None:
             self.h = self.tail.curvature(lam).get((0, 0))
             self.tail = None
 
-    def second(self, tangents: Tangents, slot: int) -> Tensor | None:
-        notes: Notes = {}
-        self.push(tangents, notes)
-        return self.pull(None, {}, [slot], slice(None), notes).get(slot)
+    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
+        found = self.pull(None, tangents, [slot], slice(None), note).get(slot)
+        return None if found is None else added(found, into)
 
     def pull(
-        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, notes: Notes
+        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, note: Note
     ) -> dict[int, Tensor]:
-        met, at_z = notes.get(self), None if cotangent is None else times(self.c, cotangent)
-        if met is not None and self.h is not None:
+        at_z = None if cotangent is None else times(self.c, cotangent)
+        if note is not None and self.h is not None:
             if at_z is None or cotangent is None:
-                at_z = times(self.h, met)
+                at_z = times(self.h, note)
             else:
                 at_z = cotangent.clone() if at_z is cotangent else at_z
-                add_times(at_z[rows], self.h, met)
+                add_times(at_z[rows], self.h, note)
         if at_z is None:
             return {}
         return {slot: adjoint(self.shares[slot], at_z, self.shapes[slot]) for slot in slots}
@@ -144,8 +147,8 @@ class _Collapsed:
             total: dict[int, Coefficient] = {}
             for slot, k in enumerate(member.inputs):
                 for i, c in own.get(k, {}).items():
-                    term = _product(first[slot], c)
-                    total[i] = _sum(total[i], term) if i in total else term
+                    term = product(first[slot], c)
+                    total[i] = plus(total[i], term) if i in total else term
             own[place] = total
             self.steps.append((member, place, first, second))
         self.own, self.last = own, region.inputs + len(region.members) - 1
@@ -161,26 +164,16 @@ class _Collapsed:
                 continue
             for (p, q), h in second.items():
                 left, right = self.own.get(member.inputs[p], {}), self.own.get(member.inputs[q], {})
-                weighted = _product(h, mine)
+                weighted = product(h, mine)
                 for (i, a), (j, b) in ((x, y) for x in left.items() for y in right.items()):
                     if i <= j:
-                        term = _product(_product(weighted, a), b)
-                        found[i, j] = _sum(found[i, j], term) if (i, j) in found else term
+                        term = product(product(weighted, a), b)
+                        found[i, j] = plus(found[i, j], term) if (i, j) in found else term
             for slot, k in enumerate(member.inputs):
                 if k in self.own:
-                    term = _product(first[slot], mine)
-                    adjoints[k] = _sum(adjoints[k], term) if k in adjoints else term
+                    term = product(first[slot], mine)
+                    adjoints[k] = plus(adjoints[k], term) if k in adjoints else term
         return found | {(j, i): h for (i, j), h in found.items()}
-
-
-def _product(a: Coefficient, b: Coefficient) -> Coefficient:
-    if isinstance(a, Tensor):
-        return times(b, a)
-    return times(a, b) if isinstance(b, Tensor) else a * b
-
-
-def _sum(a: Coefficient, b: Coefficient) -> Coefficient:
-    return a + b
 
 
 @final
@@ -188,7 +181,8 @@ class _Dense(Linearized):
     """y = φ(x_1 … x_k) with partials in every input."""
 
     def __init__(self, call: Call, sources: Sequence[int], collapsed: _Collapsed) -> None:
-        self.sources, self.collapsed = sources, collapsed
+        self.sources = sources
+        self.collapsed: _Collapsed | None = collapsed
         self.first = [
             collapsed.first.get(sources.index(slot)) if slot in sources else None for slot in range(len(call.active))
         ]
@@ -203,13 +197,15 @@ class _Dense(Linearized):
         assert partial is not None
         return adjoint(partial, cotangent, self.shapes[slot])
 
-    def curve(self, lam: Tensor) -> None:
-        found = self.collapsed.curvature(lam)
-        self.seconds = {(self.sources[i], self.sources[j]): h for (i, j), h in found.items()}
-        self.collapsed.steps.clear()
+    def curve(self, lam: Tensor, pulled: Tangents) -> None:
+        if self.collapsed is not None:
+            found = self.collapsed.curvature(lam)
+            self.seconds = {(self.sources[i], self.sources[j]): h for (i, j), h in found.items()}
+            self.collapsed = None
 
-    def second(self, tangents: Tangents, slot: int) -> Tensor | None:
-        return curvature(self.seconds, tangents, slot, self.shapes[slot], self.out_shape)
+    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
+        bent = curvature(self.seconds, tangents, slot, self.shapes[slot], self.out_shape)
+        return None if bent is None else added(bent, into)
 
 
 def linearize(call: Call) -> Linearized:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind
-from dag_hesse.rules.base import Call, Linearized, Rule, Tangents, own_pair
+from dag_hesse.rules.base import Call, Linearized, Note, Rule, Tangents, added, own_pair
 from dag_hesse.rules.structural import axes
 
 
@@ -18,9 +20,28 @@ def _trailing(call: Call, dims: object) -> list[int]:
     return [d - ndim for d in axes(dims, ndim)] if ndim else []
 
 
+class _Rowwise(Linearized):
+    """One input; its second-order term comes of what the tangent pass works out anyway."""
+
+    @abstractmethod
+    def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]: ...
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        return self.push(tangents, ())[0]
+
+    def note(self, tangents: Tangents, slots: Sequence[int]) -> Note:
+        return self.push(tangents, slots)[1] if slots else None
+
+    def reads(self, slot: int) -> bool:
+        return False
+
+
 @final
-class _Softmax(Linearized):
-    """y = softmax(x): ẏ = y(ẋ − ⟨y,ẋ⟩); symmetric, so the transpose is the same map."""
+class _Softmax(_Rowwise):
+    """y = softmax(x): ẏ = y w with w = ẋ − ⟨y,ẋ⟩; symmetric, so the transpose μ of λ is the same map of it.
+
+    The second-order term is w μ − y ⟨w,μ⟩.
+    """
 
     def __init__(self, call: Call) -> None:
         self.y, self.dim = call.out, _trailing(call, call.argument(1))
@@ -28,43 +49,47 @@ class _Softmax(Linearized):
     def _center(self, x: Tensor) -> Tensor:
         return x - (self.y * x).sum(self.dim, keepdim=True)
 
-    def jvp(self, tangents: Tangents) -> Tensor:
-        return self.y * self._center(tangents[0])
+    def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
+        centered = self._center(tangents[0])
+        return self.y * centered, centered
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return self.jvp({0: cotangent})
+        return self._center(cotangent).mul_(self.y)
 
-    def curve(self, lam: Tensor) -> None:
-        self.lam, self.centered = lam, self._center(lam)
+    def curve(self, lam: Tensor, pulled: Tangents) -> None:
+        self.mu = pulled[0] if 0 in pulled else self.vjp(lam, 0)
 
-    def second(self, tangents: Tangents, slot: int) -> Tensor:
-        ydot = self.jvp(tangents)
-        return ydot * self.centered - self.y * (ydot * self.lam).sum(self.dim, keepdim=True)
+    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
+        if note is None:
+            return None
+        bent = note * self.mu
+        return added(bent.addcmul_(self.y, bent.sum(self.dim, keepdim=True), value=-1), into)
 
 
 @final
-class _LogSoftmax(Linearized):
-    """y = x − lse(x): ẏ = ẋ − ⟨p,ẋ⟩ with p = softmax(x)."""
+class _LogSoftmax(_Rowwise):
+    """y = x − lse(x): ẏ = ẋ − ⟨p,ẋ⟩ with p = softmax(x). The second-order term is −Σλ p ẏ."""
 
     def __init__(self, call: Call) -> None:
         self.p, self.dim = call.out.exp(), _trailing(call, call.argument(1))
 
-    def jvp(self, tangents: Tangents) -> Tensor:
-        return tangents[0] - (self.p * tangents[0]).sum(self.dim, keepdim=True)
+    def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
+        moved = tangents[0] - (self.p * tangents[0]).sum(self.dim, keepdim=True)
+        return moved, moved
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return cotangent - self.p * cotangent.sum(self.dim, keepdim=True)
+        return torch.addcmul(cotangent, self.p, cotangent.sum(self.dim, keepdim=True), value=-1)
 
-    def curve(self, lam: Tensor) -> None:
-        self.weighted = self.p * lam.sum(self.dim, keepdim=True)
+    def curve(self, lam: Tensor, pulled: Tangents) -> None:
+        self.total = lam.sum(self.dim, keepdim=True)
 
-    def second(self, tangents: Tangents, slot: int) -> Tensor:
-        return -self.weighted * self.jvp(tangents)
+    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
+        return None if note is None else added((note * self.p).mul_(-self.total), into)
 
 
 @final
-class _LogSumExp(Linearized):
-    """y = log Σ exp x: ẏ = ⟨p,ẋ⟩."""
+class _LogSumExp(_Rowwise):
+    """y = log Σ exp x: ẏ = ⟨p,ẋ⟩. The second-order term is μ(ẋ − ẏ), where μ = λ p is the transpose of λ."""
 
     def __init__(self, call: Call) -> None:
         x = call.values[0]
@@ -73,26 +98,27 @@ class _LogSumExp(Linearized):
         self.keep = [1 if k - x.ndim in self.dims else n for k, n in enumerate(x.shape)]
         self.out_shape = call.out.shape
 
-    def jvp(self, tangents: Tangents) -> Tensor:
-        total = self._inner(tangents[0])
-        return total.reshape(total.shape[0], *self.out_shape)
-
-    def _inner(self, x: Tensor) -> Tensor:
-        return (self.p * x).sum(self.dims, keepdim=True) if self.dims else self.p * x
+    def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
+        x = tangents[0]
+        moved = (self.p * x).sum(self.dims, keepdim=True) if self.dims else self.p * x
+        return moved.reshape(len(x), *self.out_shape), x - moved
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return self.p * cotangent.reshape(cotangent.shape[0], *self.keep)
+        return self.p * cotangent.reshape(len(cotangent), *self.keep)
 
-    def curve(self, lam: Tensor) -> None:
-        self.weighted = self.p * lam.reshape(self.keep)
+    def curve(self, lam: Tensor, pulled: Tangents) -> None:
+        self.mu = pulled[0] if 0 in pulled else self.p * lam.reshape(self.keep)
 
-    def second(self, tangents: Tangents, slot: int) -> Tensor:
-        return self.weighted * (tangents[0] - self._inner(tangents[0]))
+    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
+        return None if note is None else added(note * self.mu, into)
 
 
 @final
-class _Standardize(Linearized):
-    """y = (x − m)·r, r = (mean((x − m)²) + eps)^-½ (m = 0 without centering); symmetric Jacobian r(P − y⟨y,·⟩)."""
+class _Standardize(_Rowwise):
+    """y = (x − m)·r, r = (mean((x − m)²) + eps)^-½ (m = 0 without centering); symmetric Jacobian r(P − y⟨y,·⟩).
+
+    The second-order term is −r(⟨y,ẋ⟩ μ + ⟨y,λ⟩ ẏ + ⟨μ,ẋ⟩ y), where μ is the transpose of λ and ⟨·,·⟩ a mean.
+    """
 
     def __init__(self, call: Call) -> None:
         x, dims, eps, self.center = call.values[0], call.argument(1), call.argument(2), call.argument(3)
@@ -100,29 +126,38 @@ class _Standardize(Linearized):
         if self.center:
             x = x - x.mean(dims, keepdim=True)
         self.r = (x * x).mean(dims, keepdim=True).add(eps).rsqrt()
+        self.mu: Tensor | None = None
 
     def _mean(self, x: Tensor) -> Tensor:
         return x.mean(self.dims, keepdim=True)
 
-    def _project(self, x: Tensor) -> Tensor:
+    def _turn(self, x: Tensor, share: Tensor) -> Tensor:
+        """J x, for share = ⟨y,x⟩."""
         centered = x - self._mean(x) if self.center else x
-        return centered - self.y * self._mean(self.y * x)
+        return torch.addcmul(centered, self.y, share, value=-1).mul_(self.r)
 
-    def jvp(self, tangents: Tangents) -> Tensor:
-        return self.r * self._project(tangents[0])
+    def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
+        x, share = tangents[0], self._mean(self.y * tangents[0])
+        moved = self._turn(x, share)
+        return moved, None if self.mu is None or not slots else (
+            moved,
+            -self.r * share,
+            -self.r * self._mean(self.mu * x),
+        )
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return self.jvp({0: cotangent})
+        return self._turn(cotangent, self._mean(self.y * cotangent))
 
-    def curve(self, lam: Tensor) -> None:
-        self.lam, self.projected, self.overlap = lam, self._project(lam), self._mean(self.y * lam)
+    def curve(self, lam: Tensor, pulled: Tangents) -> None:
+        self.mu = pulled[0] if 0 in pulled else self.vjp(lam, 0)
+        self.overlap = -self.r * self._mean(self.y * lam)
 
-    def second(self, tangents: Tangents, slot: int) -> Tensor:
-        x = tangents[0]
-        ydot = self.jvp(tangents)
-        rdot = -self.r * self.r * self._mean(self.y * x)
-        turned = ydot * self.overlap + self.y * self._mean(ydot * self.lam)
-        return rdot * self.projected - self.r * turned
+    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
+        if note is None or self.mu is None:
+            return None
+        moved, of_mu, of_y = note
+        total = self.mu * of_mu if into is None else into.addcmul_(self.mu, of_mu)
+        return total.addcmul_(moved, self.overlap).addcmul_(self.y, of_y)
 
 
 def _rowwise(linearize: type[Linearized]) -> Rule:

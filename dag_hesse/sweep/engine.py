@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dag_hesse.rules.base import Notes, is_fresh
+from dag_hesse.ir import Node
+from dag_hesse.rules.base import Note, is_fresh
 from dag_hesse.sweep.linearize import Linearization
 
 
@@ -54,25 +55,45 @@ class Adjoint:
         return wide
 
 
-def _push(lin: Linearization, seeds: Mapping[int, Tensor], useful: list[bool], notes: Notes) -> dict[int, Tensor]:
-    """Tangent pass: return the tangents that second-order terms will read; calls leave more in ``notes``."""
-    graph, tangents, kept = lin.graph, dict(seeds), {}  # type: ignore[var-annotated]
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What a tangent pass leaves for the adjoint pass: tangents that second-order terms read, and notes, per node."""
+
+    tangents: dict[int, Tensor]
+    notes: dict[int, Note]
+
+
+def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], channels: str) -> _Pass:
+    """Tangent pass, for second-order terms at inputs that are ``needed``."""
+    graph, tangents, left = lin.graph, dict(seeds), _Pass({}, {})
     readers = [len(children) for children in graph.children]
+    useful, bends = lin.feeds[channels], lin.bends[channels]
     first = min(seeds, default=len(graph.nodes))
     for node in graph.nodes[first:]:
         call = lin.calls.get(node.index)
-        if call is not None and useful[node.index]:
-            given = {slot: tangents[k] for slot, k in enumerate(node.inputs) if k in tangents and lin.active[k]}
-            if given:
-                moved = call.push(given, notes)
+        given = {slot: tangents[k] for slot, k in enumerate(node.inputs) if k in tangents and lin.active[k]}
+        if call is not None and given:
+            slots = _slots(lin, node, needed) if node.index in bends else []
+            note = None
+            if useful[node.index]:
+                moved, note = call.push(given, slots) if slots else (call.jvp(given), None)
                 tangents[node.index] = moved + seeds[node.index] if node.index in seeds else moved
+            elif slots:
+                note = call.note(given, slots)
+            if note is not None:
+                left.notes[node.index] = note
         if node.index in tangents and node.index in lin.kept:
-            kept[node.index] = tangents[node.index]
+            left.tangents[node.index] = tangents[node.index]
         for k in set(node.inputs):
             readers[k] -= 1
             if readers[k] == 0:
                 tangents.pop(k, None)
-    return kept
+    return left
+
+
+def _slots(lin: Linearization, node: Node, needed: list[bool]) -> list[int]:
+    """Inputs of a node that its adjoints go on to."""
+    return [slot for slot, k in enumerate(node.inputs) if lin.active[k] and needed[k]]
 
 
 def _widened(adjoint: Adjoint | None, to_gn: bool) -> tuple[Adjoint | None, slice]:
@@ -90,37 +111,35 @@ def _widened(adjoint: Adjoint | None, to_gn: bool) -> tuple[Adjoint | None, slic
 def _pull(
     lin: Linearization,
     cotangents: Mapping[int, Tensor],
-    tangents: Mapping[int, Tensor],
-    notes: Notes,
-    reads: Iterable[int],
+    left: _Pass,
+    reads: set[int],
+    needed: list[bool],
     channels: str,
 ) -> dict[int, Adjoint]:
-    """Adjoint pass from ``cotangents`` (GN channel) and the second-order terms that ``tangents`` raise."""
-    graph, reads = lin.graph, set(reads)
-    needed = graph.descendants(reads)
+    """Adjoint pass from ``cotangents`` (GN channel) and the second-order terms of a tangent pass, which it uses up."""
     adjoints = {k: Adjoint(g, gn=True, tensor=False) for k, g in cotangents.items()}
     found: dict[int, Adjoint] = {}
-    for node in reversed(graph.nodes):
+    for node in reversed(lin.graph.nodes):
+        left.tangents.pop(node.index, None)  # its readers are done
         mine = adjoints.pop(node.index, None)
-        if mine is not None and lin.sample is not None and node.index in graph.out:
+        if mine is not None and lin.sample is not None and node.index in lin.graph.out:
             mine = Adjoint(lin.mask(node.index, mine.data), mine.gn, mine.tensor, owned=True)
         if mine is not None and node.index in reads:
             found[node.index] = mine
-        call = lin.calls.get(node.index)
+        call, note = lin.calls.get(node.index), left.notes.pop(node.index, None)
         if call is None or not needed[node.index]:
             continue
-        met, bends = {}, node.index in lin.bends[channels]
-        if bends:
-            met = {slot: tangents[k] for slot, k in enumerate(node.inputs) if k in tangents}
-            bends = bool(met) or call in notes
+        met = {}
+        if node.index in lin.bends[channels]:
+            met = {slot: left.tangents[k] for slot, k in enumerate(node.inputs) if k in left.tangents}
+        bends = bool(met) or note is not None
         if mine is None and not bends:
             continue
         to_gn, rows = lin.in_loss[node.index] or channels == "sum", slice(None)
         if bends:
             mine, rows = _widened(mine, to_gn)
-        slots = [slot for slot, k in enumerate(node.inputs) if lin.active[k] and needed[k]]
         cotangent = None if mine is None else mine.data
-        pulled = call.pull(cotangent, met, slots, rows, notes if bends else {})
+        pulled = call.pull(cotangent, met, _slots(lin, node, needed), rows, note)
         gn, tensor = (to_gn, not to_gn) if mine is None else (mine.gn, mine.tensor)
         for slot, data in pulled.items():
             others = [x for k, x in pulled.items() if k != slot] + ([] if cotangent is None else [cotangent])
@@ -144,14 +163,15 @@ def sweep(
     Returns:
         Per read node an :class:`Adjoint`; nodes that nothing reaches are missing (their product is zero).
     """
+    reads = set(reads)
+    needed = lin.graph.descendants(reads)
     with torch.no_grad():
-        notes: Notes = {}
-        tangents = _push(lin, seeds, lin.feeds[channels], notes)
-        return _pull(lin, {}, tangents, notes, reads, channels)
+        return _pull(lin, {}, _push(lin, seeds, needed, channels), reads, needed, channels)
 
 
 def pullback(lin: Linearization, cotangents: Mapping[int, Tensor], reads: Iterable[int]) -> dict[int, Tensor]:
     """First-order adjoints Σ J[u←v]ᵀ ū at ``reads`` for ``cotangents`` (probes, *node) at nodes u."""
+    reads = set(reads)
     with torch.no_grad():
-        found = _pull(lin, cotangents, {}, {}, reads, "both")
+        found = _pull(lin, cotangents, _Pass({}, {}), reads, lin.graph.descendants(reads), "both")
     return {k: adjoint.data for k, adjoint in found.items()}

@@ -53,8 +53,12 @@ class Linearization:
         with torch.no_grad():
             self.loss = self._forward(dict(model.named_parameters()), tensors)
             self.feeds = {channels: self._feeds(self.bends[channels]) for channels in CHANNELS}
-            readers = [c for c in self.curved if self.calls[c].reads_tangents]
-            self.kept = {k for c in readers for k in graph.nodes[c].inputs if self.active[k]}
+            self.kept = {
+                k
+                for c in self.curved
+                for slot, k in enumerate(graph.nodes[c].inputs)
+                if self.active[k] and self.calls[c].reads(slot)
+            }
             if not bool(torch.isfinite(self.loss)):
                 raise LossError(f"the loss is {float(self.loss)}; curvature there is undefined.")
             self._backward()
@@ -65,8 +69,7 @@ class Linearization:
 
     def _feeds(self, curved: Iterable[int]) -> list[bool]:
         """Nodes whose tangents the second-order terms of ``curved`` come from."""
-        nodes, calls = self.graph.nodes, self.calls
-        return self.graph.ancestors(k for c in curved for k in (nodes[c].inputs if calls[c].reads_tangents else (c,)))
+        return self.graph.ancestors(k for c in curved for k in self.graph.nodes[c].inputs)
 
     def _find_curved(self) -> set[int]:
         found = set()
@@ -137,12 +140,13 @@ class Linearization:
                 mine = self.mask(node.index, mine)
             if call is None:
                 continue
-            if node.index in self.curved:
-                call.curve(mine)
             slots = [slot for slot, k in enumerate(node.inputs) if self.active[k] and wanted[k]]
-            for slot, term in call.pull(mine.unsqueeze(0), {}, slots, slice(None), {}).items():
+            pulled = {slot: x[0] for slot, x in call.pull(mine.unsqueeze(0), {}, slots, slice(None), None).items()}
+            if node.index in self.curved:
+                call.curve(mine, pulled)
+            for slot, term in pulled.items():
                 k = node.inputs[slot]
-                lam[k] = lam[k] + term[0] if k in lam else term[0]
+                lam[k] = lam[k] + term if k in lam else term
 
     def mask(self, index: int, x: Tensor) -> Tensor:
         """Zero all samples but ``self.sample`` in a tensor at node ``index``, probes in front or not."""

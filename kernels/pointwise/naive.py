@@ -8,11 +8,24 @@ adjoints carry one leading probe axis.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Coefficient = Tensor | float
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """The coefficient 1[value > 0], given by a value that others keep anyway: it has no memory of its own."""
+
+    value: Tensor
+
+    def dense(self) -> Tensor:
+        """As a tensor."""
+        return (self.value > 0).to(self.value.dtype)
+
+
+Coefficient = Tensor | float | Gate
 
 
 def lift(x: Tensor, ndim: int) -> Tensor:
@@ -35,14 +48,35 @@ def reduce_to(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 def times(c: Coefficient, x: Tensor) -> Tensor:
     """Return ``c ∘ x``, without a copy where c is the number 1."""
-    if not isinstance(c, Tensor):
-        return x if c == 1 else x * c
-    return x * c
+    if isinstance(c, Gate):
+        return torch.ops.aten.threshold_backward(x, c.value, 0)
+    return x if isinstance(c, float) and c == 1 else x * c
 
 
 def plus_times(total: Tensor, c: Coefficient, x: Tensor) -> Tensor:
-    """Return ``total + c ∘ x`` in one pass."""
+    """Return ``total + c ∘ x``, in one pass where there is such a kernel."""
+    if isinstance(c, Gate):
+        return total + times(c, x)
     return torch.addcmul(total, c, x) if isinstance(c, Tensor) else torch.add(total, x, alpha=c)
+
+
+def _plain(c: Coefficient) -> Tensor | float:
+    return c.dense() if isinstance(c, Gate) else c
+
+
+def product(a: Coefficient, b: Coefficient) -> Coefficient:
+    """Return the coefficient ``a ∘ b``."""
+    for one, other in ((a, b), (b, a)):
+        if isinstance(one, float) and one == 1:
+            return other
+        if isinstance(one, Tensor):
+            return times(other, one)
+    return _plain(a) * _plain(b)
+
+
+def plus(a: Coefficient, b: Coefficient) -> Coefficient:
+    """Return the coefficient ``a + b``."""
+    return _plain(a) + _plain(b)
 
 
 def tangent(partials: Sequence[Coefficient | None], tangents: Mapping[int, Tensor], shape: Sequence[int]) -> Tensor:

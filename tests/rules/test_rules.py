@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Node, Ref, execute
-from dag_hesse.rules import RULES, Call
+from dag_hesse.rules import RULES, Call, Linearized
 from tests.oracle import error
 from tests.rules.samples import SAMPLES, Sample
 
@@ -125,15 +125,24 @@ def test_products(name: str, sample: Sample, dtype: torch.dtype) -> None:
     assert error(alone, pushed, 1e-3) < tolerance
 
 
+def _read(lin: Linearized, tangents: dict[int, Tensor]) -> dict[int, Tensor]:
+    return {slot: x for slot, x in tangents.items() if lin.reads(slot)}
+
+
+def _second(lin: Linearized, tangents: dict[int, Tensor], slots: list[int], slot: int) -> Tensor | None:
+    return lin.second(_read(lin, tangents), lin.note(tangents, slots), slot)
+
+
 @pytest.mark.parametrize("name, sample", [row for row in ROWS if row.values[1].autograd])
-def test_second_order(name: str, sample: Sample) -> None:
+@pytest.mark.parametrize("share", [False, True], ids=["", "shared"])
+def test_second_order(name: str, sample: Sample, share: bool) -> None:
     torch.manual_seed(1)
     call = make_call(name, sample)
     rule = RULES[name]
     lin, slots = rule.linearize(call), _slots(call)
     pairs = {pair for pair in rule.pairs(call.node) if set(pair) <= set(slots)}
     lam = torch.randn_like(call.out)
-    lin.curve(lam)
+    lin.curve(lam, {slot: lin.vjp(lam.unsqueeze(0), slot)[0] for slot in slots} if share else {})
     full = {slot: torch.randn(PROBES, *call.shape(slot), dtype=torch.float64) for slot in slots}
     for given in [full, *({slot: full[slot]} for slot in slots)]:
         for k in range(PROBES):
@@ -141,7 +150,7 @@ def test_second_order(name: str, sample: Sample) -> None:
             pulled, bent = _autograd(call, lam, {**rest, **{slot: t[k] for slot, t in given.items()}})
             for slot in slots:
                 assert error(lin.vjp(lam.unsqueeze(0), slot)[0], pulled[slot], 1e-3) < LOOSE.get(name, 1e-10)
-                found = lin.second(given, slot)
+                found = _second(lin, given, slots, slot)
                 zero = torch.zeros_like(call.values[slot])
                 assert error(zero if found is None else found[k], bent[slot], 1e-3) < 1e-9
                 if not any((slot, other) in pairs for other in given):
@@ -150,16 +159,16 @@ def test_second_order(name: str, sample: Sample) -> None:
         for count, rows in ((1, slice(None)), (PROBES, slice(None)), (PROBES, slice(1, None))):
             near = {slot: t[: len(range(count)[rows])] for slot, t in given.items()}
             cotangent = torch.randn(count, *call.out.shape, dtype=torch.float64)
-            joined = lin.pull(cotangent, near, slots, rows, {})
+            joined = lin.pull(cotangent, _read(lin, near), slots, rows, lin.push(near, slots)[1])
             for slot in slots:
-                expected, bend = lin.vjp(cotangent, slot).clone(), lin.second(near, slot)
+                expected, bend = lin.vjp(cotangent, slot).clone(), _second(lin, near, slots, slot)
                 if bend is not None:
                     expected[rows] += bend
                 assert error(joined[slot], expected, 1e-3) < 1e-10
     for i, j in pairs:
         assert (j, i) in pairs
-        left = lin.second({j: full[j]}, i)
-        right = lin.second({i: full[i]}, j)
+        left = _second(lin, {j: full[j]}, slots, i)
+        right = _second(lin, {i: full[i]}, slots, j)
         assert left is not None and right is not None
         assert abs(float((left[0] * full[i][0]).sum() - (right[0] * full[j][0]).sum())) < 1e-9
 
@@ -178,10 +187,10 @@ def test_conventions_at_kinks_are_those_of_autograd(name: str, sample: Sample, p
     call = make_call(name, sample, special=point)
     lin, slots = RULES[name].linearize(call), _slots(call)
     lam = torch.randn_like(call.out)
-    lin.curve(lam)
+    lin.curve(lam, {})
     tangents = {slot: torch.randn_like(call.values[slot]) for slot in slots}
     pulled, bent = _autograd(call, lam, tangents)
     for slot in slots:
         assert error(lin.vjp(lam.unsqueeze(0), slot)[0], pulled[slot], 1e-3) < LOOSE.get(name, 1e-12)
-        found = lin.second({k: t.unsqueeze(0) for k, t in tangents.items()}, slot)
+        found = _second(lin, {k: t.unsqueeze(0) for k, t in tangents.items()}, slots, slot)
         assert error(torch.zeros_like(pulled[slot]) if found is None else found[0], bent[slot], 1e-3) < 1e-12

@@ -1,0 +1,75 @@
+"""Seconds and peak memory of a block of code."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Phase:
+    """Seconds of the wall clock, and how far memory rose above where it began (bytes)."""
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+def _status(key: str) -> int:
+    """A line of ``/proc/self/status``, in bytes."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(key))
+
+
+def _highest() -> int:
+    """The largest resident set so far."""
+    if sys.platform == "linux":
+        return _status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
+
+
+def _settle() -> int:
+    """Give freed memory back, start the high-water mark anew where the system can, and return the memory in use."""
+    if sys.platform != "linux":
+        return _highest()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return _highest()  # without the reset, growth above the old mark is all that can be seen
+    return _status("VmRSS")
+
+
+@contextmanager
+def measured(device: torch.device | None = None) -> Iterator[Phase]:
+    """Fill a :class:`Phase` while a block runs: its memory is the device's, or the process's where that is the CPU.
+
+    Example:
+        >>> from dag_hesse.measure import measured
+        >>> with measured() as phase:
+        ...     zeros = bytearray(1 << 26)
+        >>> phase.peak_bytes >> 26
+        1
+    """
+    phase, cuda = Phase(), device is not None and device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if cuda else _settle()
+    start = time.perf_counter()
+    try:
+        yield phase
+    finally:
+        if cuda:
+            torch.cuda.synchronize(device)
+        phase.seconds = time.perf_counter() - start
+        phase.peak_bytes = (torch.cuda.max_memory_allocated(device) if cuda else _highest()) - before
