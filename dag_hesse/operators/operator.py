@@ -19,7 +19,8 @@ from dag_hesse.operators.functional import FunctionModule, as_module, chosen_par
 from dag_hesse.operators.interop import estimate, to_curvlinops
 from dag_hesse.operators.vectors import Layout
 from dag_hesse.plan import fuse_all
-from dag_hesse.plan.cost import available_memory, probe_bytes
+from dag_hesse.plan.cost import available_memory
+from dag_hesse.plan.memory import probe_chunk, sweep_bytes
 from dag_hesse.sweep import Blocks, Problem, Request
 
 
@@ -68,7 +69,10 @@ class CurvatureOperator(ABC):
         self.model = module
         self._problem = Problem(module, graphs, parsed, batch_mode, with_out=False)
         sites = [k for point in graphs[0].points for k in point.sites]
-        self._problem.chunk = max(1, available_memory() // 4 // probe_bytes(graphs[0], sites))
+        # Vectors over parameters are large themselves: chunks of them would only be copied together again.
+        cap = available_memory() // 4
+        per_probe = sweep_bytes(graphs[0], sites, sites)
+        self._problem.chunk = max(1, cap // per_probe) if space == "parameter" else probe_chunk(per_probe, cap)
         self._versions = self._problem.versions
         found = [point.name for point in self._problem.points]
         # Points come in topological order; vectors keep the order of the model's (or the user's) parameters.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dag_hesse.errors import VectorError
 
+_BLOCK = 1 << 16  # elements
 Unpack = Callable[[list[Tensor]], Any]
 
 
@@ -47,7 +48,7 @@ class Layout:
                 raise VectorError(
                     f"the vector has shape {tuple(v.shape)}; expected ({self.size},) or ({self.size}, k)."
                 )
-            rows = v.unsqueeze(0) if v.ndim == 1 else v.T.contiguous()
+            rows = v.unsqueeze(0) if v.ndim == 1 else _rows(v)
             return list(rows.split(self.sizes, dim=1)), lambda out: _flat(out, v.ndim == 1)
         if isinstance(v, Mapping):
             if set(v) != set(self.names):
@@ -71,7 +72,7 @@ class Layout:
             if part.shape != torch.Size(shape) + columns:
                 raise VectorError(f"'{name}' has shape {tuple(part.shape)}; expected {(*shape, *columns)}.")
         sizes = self.sizes
-        rows = [(p.movedim(-1, 0) if several else p).reshape(-1, n) for p, n in zip(parts, sizes, strict=True)]
+        rows = [_rows(p.reshape(n, -1)) if several else p.reshape(1, n) for p, n in zip(parts, sizes, strict=True)]
 
         def unpack(out: list[Tensor]) -> list[Tensor]:
             pairs = zip(out, self.shapes, strict=True)
@@ -82,6 +83,15 @@ class Layout:
     def _check(self, what: str, x: Tensor) -> None:
         if x.dtype != self.dtype or x.device != self.device:
             raise VectorError(f"{what} is {x.dtype} on {x.device}; expected {self.dtype} on {self.device}: use .to().")
+
+
+def _rows(columns: Tensor) -> Tensor:
+    """(n, k) -> (k, n), in blocks that stay in a core's cache: one strided copy would read everything once a row."""
+    rows = columns.new_empty(columns.shape[::-1])
+    step = max(1, _BLOCK // max(1, len(rows)))
+    for target, block in zip(rows.split(step, dim=1), columns.split(step), strict=True):
+        target.copy_(block.T)
+    return rows
 
 
 def _flat(blocks: list[Tensor], single: bool) -> Tensor:

@@ -9,7 +9,6 @@ from math import prod
 
 from dag_hesse.ir import CurvatureGraph, Kind, Node
 from dag_hesse.rules.convolution import geometry
-from dag_hesse.rules.table import pairs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +52,6 @@ def path_cost(graph: CurvatureGraph, starts: Iterable[int]) -> Cost:
         if moves and alive[node.index] and any(reached[k] for k in node.inputs):
             total = total + _node_cost(graph, node)
     return total
-
-
-def probe_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
-    """Peak bytes that one probe of a sweep holds: tangents that nonlinear nodes read, and adjoints in two channels."""
-    reached, alive = graph.descendants(starts), graph.ancestors([graph.loss])
-    kept = {
-        k
-        for node in graph.nodes
-        if reached[node.index] and alive[node.index]
-        for pair in pairs_of(node)
-        if all(reached[node.inputs[slot]] for slot in pair)
-        for k in (node.inputs[slot] for slot in pair)
-    }
-    largest = max(n.numel * n.dtype.itemsize for n in graph.nodes if reached[n.index] and alive[n.index])
-    return sum(graph.nodes[k].numel * graph.nodes[k].dtype.itemsize for k in kept) + 6 * largest
 
 
 def linearization_bytes(graph: CurvatureGraph) -> int:

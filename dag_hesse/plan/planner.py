@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from dag_hesse.errors import BatchCouplingError, MemoryBudgetError, choose
 from dag_hesse.ir import CurvatureGraph
-from dag_hesse.plan.cost import Cost, available_memory, path_cost, probe_bytes
+from dag_hesse.plan.cost import Cost, available_memory, path_cost
+from dag_hesse.plan.memory import probe_chunk, sweep_bytes
 from dag_hesse.structure import Structure
 
 METHODS = ("zero", "gram", "exact", "probes")
 MODES = ("auto", "exact", "gram", "probes")
 BATCH_MODES = ("shared", "per_sample", "joint")
-_CHUNK_BYTES = 96 << 20  # probes swept together: enough to share every weight load, little beside a training step
 _GRAM_ROWS = 4096
 
 
@@ -220,8 +220,8 @@ def plan(
     tensor_method = np.where(tensor, method, "zero")
     columns = sum(_gram_columns(g, batch_mode)[0] for g in graphs) if gram else 0
     every = [site for point in graph.points for site in point.sites]
-    per_probe = probe_bytes(graph, every)
-    chunk = int(np.clip(min(_CHUNK_BYTES, budget) // per_probe, 1, max(probes, 1)))
+    per_probe = sweep_bytes(graph, every, every, channels=2 if tensor.any() else 1)
+    chunk = min(probe_chunk(per_probe, budget), max(probes, 1))
     held = sum(g.nodes[k].numel for g in graphs for k in g.out) * sum(dims) * itemsize if gram else 0
     return Plan(
         first,

@@ -264,8 +264,13 @@ class _Diagonal(Linearized):
         self.raw = {}
 
     def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        data = diagonal_curvature(self.seconds, self._align(tangents), slot, self.aligned[slot], self.out_shape)
-        return None if data is None else added(data.reshape(len(data), *self.shapes[slot]), into)
+        aligned = into if into is None else into.view(len(into), *self.aligned[slot])
+        data = diagonal_curvature(
+            self.seconds, self._align(tangents), slot, self.aligned[slot], self.out_shape, aligned
+        )
+        if data is None or into is not None:
+            return data if data is None else into
+        return data.reshape(len(data), *self.shapes[slot])
 
 
 def diagonal(kind: Kind, partials: Partials, pairs: Callable[[Node], Pairs], align: Align | None = None) -> Rule:

@@ -18,9 +18,15 @@ _ARGUMENTS = "xγβmv"
 _TINY = 1e-15  # λ is not found again from γ r λ where γ r is smaller
 
 
-def _active(c: Call) -> dict[str, int]:
-    """Input slots of the arguments that a point reaches."""
-    return {name: slot for k, name in enumerate(_ARGUMENTS) if (slot := c.slot(k)) is not None and c.active[slot]}
+def _active(node: Node, active: Sequence[bool]) -> dict[str, int]:
+    """Input slots of the arguments that a point reaches (``active``, per slot)."""
+    slots = {name: arg.slot for name, arg in zip(_ARGUMENTS, node.args, strict=False) if isinstance(arg, Ref)}
+    return {name: slot for name, slot in slots.items() if active[slot]}
+
+
+def has_fixed_statistics(node: Node, active: Sequence[bool]) -> bool:
+    """Whether x and γ are active, maybe β, and the statistics are not."""
+    return {"x", "γ"} <= set(_active(node, active)) <= {"x", "γ", "β"}
 
 
 def _partials(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
@@ -29,7 +35,7 @@ def _partials(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Co
     mean, var = c.argument(3).reshape(shape), c.argument(4).reshape(shape)
     r = torch.rsqrt(var + c.argument(5))
     gain = r if weight is None else r * weight
-    slots = _active(c)
+    slots = _active(c.node, c.active)
     off = c.values[0] - mean if {"γ", "v"} & set(slots) else None
     bend = -0.5 * gain * r * r  # ∂(γ r)/∂v
     first: dict[str, Any] = {"x": gain, "β": 1.0, "m": -gain}
@@ -42,7 +48,7 @@ def _partials(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Co
 
 
 def _pairs(node: Node) -> Pairs:
-    slots = {name: arg.slot for name, arg in zip(_ARGUMENTS, node.args, strict=False) if isinstance(arg, Ref)}
+    slots = _active(node, [True] * len(node.inputs))
     bends = (("x", "γ"), ("x", "v"), ("m", "γ"), ("m", "v"), ("γ", "v"), ("v", "v"))
     found = {(slots[i], slots[j]) for i, j in bends if i in slots and j in slots}
     return frozenset(found | {(j, i) for i, j in found})
@@ -55,13 +61,13 @@ def _channels(c: Call, slot: int) -> tuple[int, ...]:
 
 @final
 class _FixedStatistics(Linearized):
-    """x and γ active, maybe β, statistics not: x and λ are kept as they are, for the rest is per channel.
+    """:func:`has_fixed_statistics`: x and λ are kept as they are, for the rest is per channel.
 
     The transpose μ = γ r λ is kept in λ's place, as what comes before keeps it too; unless a γ is zero.
     """
 
     def __init__(self, call: Call) -> None:
-        self.slots, self.x, self.eps = _active(call), call.values[0], float(call.argument(5))
+        self.slots, self.x, self.eps = _active(call.node, call.active), call.values[0], float(call.argument(5))
         self.mean, self.var = call.argument(3), call.argument(4)
         self.r = torch.rsqrt(self.var + self.eps)
         self.gamma = call.argument(1)
@@ -144,10 +150,10 @@ _DIAGONAL = diagonal(Kind.POINTWISE, _partials, _pairs, _channels)
 
 
 def _linearize(call: Call) -> Linearized:
-    usual = {"x", "γ"} <= set(_active(call)) <= {"x", "γ", "β"}
+    usual = has_fixed_statistics(call.node, call.active)
     return _FixedStatistics(call) if usual else _DIAGONAL.linearize(call)
 
 
 TABLE: dict[str, Rule] = {"dag_hesse.batch_affine.default": replace(_DIAGONAL, linearize=_linearize)}
 
-__all__ = ["TABLE"]
+__all__ = ["TABLE", "has_fixed_statistics"]

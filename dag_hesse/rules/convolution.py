@@ -227,15 +227,11 @@ def _weight_adjoint(geo: Geometry, terms: Sequence[tuple[Tensor, ...]]) -> Tenso
     """Of the sum of convolutions with cotangents g and inputs x, ``terms`` = [(g, x), …]."""
     if len(terms) > 1 and not geo.joins:
         return sum((_weight_adjoint(geo, [term]) for term in terms[1:]), start=_weight_adjoint(geo, terms[:1]))
-    batch = sum(len(g) for g, _ in terms)
-    layout, few = geo.inside(batch), geo.is_patches(batch)
-    left = [_rows(g) if few else g.contiguous(memory_format=layout) for g, _ in terms]
-    right = [_patches(geo, x) if few else x.contiguous(memory_format=layout) for _, x in terms]
-    g, x = (side[0] if len(side) == 1 else torch.cat(side) for side in (left, right))
-    inner, outer = terms[0][1].shape[1] // geo.groups, terms[0][0].shape[1]
+    layout = geo.inside(sum(len(g) for g, _ in terms))
+    sides = [[t.contiguous(memory_format=layout) for t in side] for side in zip(*terms, strict=True)]
+    g, x = (side[0] if len(side) == 1 else torch.cat(side) for side in sides)
+    inner, outer = x.shape[1] // geo.groups, g.shape[1]
     shape = (inner * geo.groups, outer // geo.groups) if geo.transposed else (outer, inner)
-    if few:
-        return (g.T @ x).reshape(*shape, *geo.kernel)
     like = g.new_empty(*shape, *geo.kernel)  # only its shape is read
     return aten.convolution_backward(g, x, like, [0], *geo.arguments, [False, True, False])[1]
 
@@ -262,8 +258,22 @@ def _right(c: Call, terms: Terms, into: Tensor | None) -> Tensor:
         for g, x in terms:
             into = _add(geo, _folded(geo, g, x), into)
         return into  # type: ignore[return-value]  # there is a term
+    if geo.is_patches(geo.batch * (len(terms) if geo.joins else 1)):
+        return _add(geo, _of_patches(geo, terms, probes), into)
     rows = [_weight_adjoint(geo, [tuple(t[min(k, len(t) - 1)] for t in term) for term in terms]) for k in range(probes)]
     return _add(geo, rows[0][None] if probes == 1 else torch.stack(rows), into)
+
+
+def _of_patches(geo: Geometry, terms: Terms, probes: int) -> Tensor:
+    """:func:`_weight_adjoint` of all probes as one batch of matrix products."""
+
+    def side(tensors: Sequence[Tensor], lay: Callable[[Tensor], Tensor]) -> Tensor:
+        laid = [lay(_fold(t)).unflatten(0, (len(t), -1)).expand(probes, -1, -1) for t in tensors]
+        return laid[0] if len(laid) == 1 else torch.cat(laid, dim=1)
+
+    g, x = (list(tensors) for tensors in zip(*terms, strict=True))
+    found = side(g, _rows).mT @ side(x, lambda t: _patches(geo, t))
+    return found.reshape(probes, *geo.weight[:2], *geo.kernel)
 
 
 def _folded(geo: Geometry, g: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import final
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.kernels.pointwise import Coefficient, adjoint, curvature, plus, product, tangent, times
+from dag_hesse.kernels.pointwise import Coefficient, add_times, adjoint, curvature, plus, product, tangent, times
 from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Rule, Tangents, added
 
 
@@ -122,14 +122,6 @@ class _Meeting(Linearized):
         return {slot: adjoint(self.shares[slot], at_z, self.shapes[slot]) for slot in slots}
 
 
-def add_times(into: Tensor, c: Coefficient, x: Tensor) -> None:
-    """into += c ∘ x."""
-    if isinstance(c, Tensor):
-        into.addcmul_(c, x)
-    else:
-        into.add_(x, alpha=c)
-
-
 class _Collapsed:
     """First partials of the last member by some sources, and what λ-weighted second partials need."""
 
@@ -204,8 +196,7 @@ class _Dense(Linearized):
             self.collapsed = None
 
     def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        bent = curvature(self.seconds, tangents, slot, self.shapes[slot], self.out_shape)
-        return None if bent is None else added(bent, into)
+        return curvature(self.seconds, tangents, slot, self.shapes[slot], self.out_shape, into)
 
 
 def linearize(call: Call) -> Linearized:

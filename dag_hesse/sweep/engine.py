@@ -38,11 +38,12 @@ class Adjoint:
         return (self.data, None) if self.gn else (None, self.data)
 
     def add(self, other: Adjoint) -> Adjoint:
-        """Return the sum, in place where this adjoint is owned."""
+        """Return the sum, in place where one of the two is owned."""
         if (self.gn, self.tensor) == (other.gn, other.tensor):
-            if self.owned:
-                self.data.add_(other.data)
-                return self
+            for one, term in ((self, other), (other, self)):
+                if one.owned:
+                    one.data.add_(term.data)
+                    return one
             return Adjoint(self.data + other.data, self.gn, self.tensor, owned=True)
         wide, narrow = (self, other) if self.gn and self.tensor else (other, self)
         if not (wide.gn and wide.tensor):
@@ -139,12 +140,17 @@ def _pull(
         if bends:
             mine, rows = _widened(mine, to_gn)
         cotangent = None if mine is None else mine.data
-        pulled = call.pull(cotangent, met, _slots(lin, node, needed), rows, note)
         gn, tensor = (to_gn, not to_gn) if mine is None else (mine.gn, mine.tensor)
-        for slot, data in pulled.items():
-            others = [x for k, x in pulled.items() if k != slot] + ([] if cotangent is None else [cotangent])
-            k, term = node.inputs[slot], Adjoint(data, gn, tensor, is_fresh(data, *others, *met.values()))
+        pulled = call.pull(cotangent, met, _slots(lin, node, needed), rows, note)
+        given = [*met.values(), *([] if cotangent is None else [cotangent])]
+        own = {s: is_fresh(x, *given, *(y for t, y in pulled.items() if t != s)) for s, x in pulled.items()}
+        del mine, cotangent, given  # nothing is held longer than it is wanted
+        while pulled:
+            slot, data = pulled.popitem()
+            k, term = node.inputs[slot], Adjoint(data, gn, tensor, own[slot])
+            del data
             adjoints[k] = adjoints[k].add(term) if k in adjoints else term
+            del term
     return found
 
 

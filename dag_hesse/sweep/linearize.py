@@ -30,7 +30,7 @@ class Linearization:
     Attributes:
         loss: value of the loss.
         calls: per node index, its linearized call.
-        curved: nodes with a second-order term.
+        curved: nodes with a second-order term, and the input slots that take part in it.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class Linearization:
             self.loss = self._forward(dict(model.named_parameters()), tensors)
             self.feeds = {channels: self._feeds(self.bends[channels]) for channels in CHANNELS}
             self.kept = {
-                k
-                for c in self.curved
-                for slot, k in enumerate(graph.nodes[c].inputs)
-                if self.active[k] and self.calls[c].reads(slot)
+                graph.nodes[c].inputs[slot]
+                for c, slots in self.curved.items()
+                for slot in slots
+                if self.calls[c].reads(slot)
             }
             if not bool(torch.isfinite(self.loss)):
                 raise LossError(f"the loss is {float(self.loss)}; curvature there is undefined.")
@@ -71,13 +71,14 @@ class Linearization:
         """Nodes whose tangents the second-order terms of ``curved`` come from."""
         return self.graph.ancestors(k for c in curved for k in self.graph.nodes[c].inputs)
 
-    def _find_curved(self) -> set[int]:
-        found = set()
+    def _find_curved(self) -> dict[int, set[int]]:
+        found = {}
         for node in self.graph.nodes:
             if not self.active[node.index] or not (self.tensor_part or self.in_loss[node.index]):
                 continue
-            if any(self.active[node.inputs[i]] and self.active[node.inputs[j]] for i, j in pairs_of(node)):
-                found.add(node.index)
+            pairs = {pair for pair in pairs_of(node) if all(self.active[node.inputs[slot]] for slot in pair)}
+            if pairs:
+                found[node.index] = {slot for pair in pairs for slot in pair}
         return found
 
     def _forward(self, parameters: dict[str, Tensor], tensors: list[Tensor]) -> Tensor:

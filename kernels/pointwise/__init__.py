@@ -1,5 +1,15 @@
 """The diagonal contraction: sweeps of any elementwise node (design §3, fuse)."""
 
-from dag_hesse.kernels.pointwise.naive import Coefficient, Gate, adjoint, curvature, plus, product, tangent, times
+from dag_hesse.kernels.pointwise.naive import (
+    Coefficient,
+    Gate,
+    add_times,
+    adjoint,
+    curvature,
+    plus,
+    product,
+    tangent,
+    times,
+)
 
-__all__ = ["Coefficient", "Gate", "adjoint", "curvature", "plus", "product", "tangent", "times"]
+__all__ = ["Coefficient", "Gate", "add_times", "adjoint", "curvature", "plus", "product", "tangent", "times"]

@@ -95,16 +95,32 @@ def adjoint(partial: Coefficient, cotangent: Tensor, shape: Sequence[int]) -> Te
     return reduce_to(times(partial, cotangent), shape)
 
 
+def add_times(into: Tensor, c: Coefficient, x: Tensor) -> Tensor:
+    """into += c ∘ x."""
+    if isinstance(c, Gate):
+        return into.add_(times(c, x))
+    return into.addcmul_(c, x) if isinstance(c, Tensor) else into.add_(x, alpha=c)
+
+
 def curvature(
     seconds: Mapping[tuple[int, int], Coefficient],
     tangents: Mapping[int, Tensor],
     slot: int,
     shape: Sequence[int],
     out_shape: Sequence[int],
+    into: Tensor | None = None,
 ) -> Tensor | None:
-    """Return Σ_j h_ij ∘ ẋ_j summed to input i's ``shape``; None where no tangent meets a second partial."""
+    """Return Σ_j h_ij ∘ ẋ_j summed to input i's ``shape``, added to ``into`` where that is given.
+
+    None where no tangent meets a second partial.
+    """
     row = {other: xdot for other, xdot in tangents.items() if (slot, other) in seconds}
     if not row:
         return None
+    if into is not None and torch.Size(shape) == torch.Size(out_shape):
+        for other, xdot in row.items():
+            add_times(into, seconds[slot, other], lift(xdot, len(out_shape)))
+        return into
     partials = [seconds.get((slot, other)) for other in range(max(row) + 1)]
-    return reduce_to(tangent(partials, row, out_shape), shape)
+    found = reduce_to(tangent(partials, row, out_shape), shape)
+    return found if into is None else into.add_(found)

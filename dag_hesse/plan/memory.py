@@ -1,0 +1,153 @@
+"""Bytes that a sweep holds at its peak, found by walking the graph as the sweep does: tangents ahead, adjoints back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dag_hesse.ir import CurvatureGraph, Kind, Node
+from dag_hesse.rules.batch_norm import has_fixed_statistics
+from dag_hesse.rules.convolution import geometry
+from dag_hesse.rules.region import Region
+from dag_hesse.rules.table import pairs_of
+
+_CHUNK_BYTES = 64 << 20
+_LEAVES = (Kind.INPUT, Kind.PARAM, Kind.CONST)
+_VIEWS = {"view", "_unsafe_view", "transpose", "permute", "t", "expand", "squeeze", "unsqueeze", "slice", "select"}
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the adjoint pass wants of a node's tangent pass: tangents of these nodes, and bytes of a note."""
+
+    tangents: frozenset[int] = frozenset()
+    note: int = 0
+
+
+def held(graph: CurvatureGraph, node: Node, active: list[bool]) -> Held:
+    """What the rule of ``node`` keeps in a sweep through the ``active`` nodes, as its kind and shapes decide."""
+    inputs = [graph.nodes[k] for k in node.inputs]
+    pairs = [pair for pair in pairs_of(node) if all(active[node.inputs[slot]] for slot in pair)]
+    if not pairs:
+        return Held()
+    if isinstance(node.target, Region) and node.target.meet is not None:
+        return Held(note=_bytes(node))
+    if node.op in ("aten._log_softmax.default", "dag_hesse.standardize.default"):
+        return Held(frozenset({node.index}))  # its note is its own tangent
+    if node.kind is Kind.ROWWISE:
+        return Held(note=_bytes(inputs[0]))
+    if node.op == "dag_hesse.batch_affine.default" and has_fixed_statistics(node, [active[k] for k in node.inputs]):
+        return Held(frozenset({inputs[1].index}), _bytes(inputs[1]))
+    if node.kind is Kind.CONTRACTION:
+        a, b = inputs[:2]
+        early = b.numel < a.numel
+        if node.op == "aten.convolution.default":
+            early = not geometry(a.shape, b.shape, node.shape, node.args).joins
+        return Held(frozenset({b.index}), _bytes(b)) if early else Held(frozenset({a.index, b.index}))
+    return Held(frozenset(node.inputs[slot] for pair in pairs for slot in pair))
+
+
+def _bytes(node: Node) -> int:
+    return node.numel * node.dtype.itemsize
+
+
+class _Live:
+    """Nodes whose tangents, or adjoints, are in memory; a view keeps its base."""
+
+    def __init__(self, graph: CurvatureGraph) -> None:
+        self.graph, self.bases, self.counts = graph, list(range(len(graph.nodes))), Counter[int]()
+        for node in graph.nodes:
+            if node.op.startswith("aten.") and node.op.split(".")[1] in _VIEWS:
+                self.bases[node.index] = self.bases[node.inputs[0]]
+
+    def add(self, k: int) -> None:
+        self.counts[self.bases[k]] += 1
+
+    def drop(self, k: int) -> None:
+        base = self.bases[k]
+        self.counts[base] -= 1
+        if not self.counts[base]:
+            del self.counts[base]
+
+    @property
+    def bytes(self) -> int:
+        """Of all; what belongs to a leaf is the caller's, or counted apart."""
+        nodes = (self.graph.nodes[k] for k in self.counts)
+        return sum(_bytes(node) for node in nodes if node.kind not in _LEAVES)
+
+
+def sweep_bytes(graph: CurvatureGraph, starts: Iterable[int], reads: Iterable[int], channels: int = 1) -> int:
+    """Peak bytes of one probe in so many channels from ``starts`` to ``reads``, with what is read; without the seeds.
+
+    Example:
+        >>> import torch, dag_hesse as dh
+        >>> from dag_hesse.plan.memory import sweep_bytes
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> graph = dh.capture(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["1"])
+        >>> site = graph.points[0].sites[0]
+        >>> sweep_bytes(graph, [site], [site]) >= 4 * 5 * 4  # an adjoint, float32
+        True
+    """
+    reached, alive = graph.descendants(starts), graph.ancestors([graph.loss])
+    active = [a and b for a, b in zip(reached, alive, strict=True)]
+    inner = [n for n in graph.nodes if active[n.index] and n.kind not in _LEAVES]
+    kept = {n.index: held(graph, n, active) for n in inner}
+    tangents = _Live(graph)
+    return max(_ahead(tangents, inner, kept), _back(tangents, inner, kept, set(reads), channels))
+
+
+def _ahead(tangents: _Live, inner: list[Node], kept: dict[int, Held]) -> int:
+    """Peak of the tangent pass; what it keeps is left in ``tangents``."""
+    graph, noted, peak = tangents.graph, 0, 0
+    useful = graph.ancestors(k for n in inner if kept[n.index] != Held() for k in n.inputs)
+    readers, alive = [len({c for c in children if c in kept}) for children in graph.children], set[int]()
+    for node in inner:
+        if useful[node.index]:
+            tangents.add(node.index)
+            alive.add(node.index)
+        noted += kept[node.index].note
+        for k in kept[node.index].tangents:
+            tangents.add(k)
+        peak = max(peak, tangents.bytes + noted)
+        for k in set(node.inputs):
+            readers[k] -= 1
+            if readers[k] == 0 and k in alive:
+                tangents.drop(k)
+    return peak
+
+
+def _back(tangents: _Live, inner: list[Node], kept: dict[int, Held], reads: set[int], channels: int) -> int:
+    """Peak of the adjoint pass, which uses up what the tangent pass left."""
+    graph, adjoints = tangents.graph, _Live(tangents.graph)
+    needed, met, active = graph.descendants(reads), set[int](), {n.index for n in inner} | reads
+    noted, found, peak = sum(one.note for one in kept.values()), 0, 0
+    for node in reversed(inner):
+        own = kept[node.index]
+        if not needed[node.index] or not (node.index in met or own != Held()):
+            continue
+        working, view = 0, adjoints.bases[node.index] != node.index
+        if node.op == "aten.convolution.default":  # the vendor's kernels copy into layouts of their own
+            working = max(_bytes(node), _bytes(graph.nodes[node.inputs[0]]))
+        for k in {k for k in node.inputs if k in active and needed[k]}:
+            source = graph.nodes[adjoints.bases[k]]
+            if k in met:
+                working += 0 if view else _bytes(graph.nodes[k])  # a term that is to be added
+            elif source.kind is not Kind.PARAM:
+                adjoints.add(k)
+            elif source.index == k or source.index not in met:
+                found += _bytes(source)
+                met.add(source.index)
+            met.add(k)
+        peak = max(peak, tangents.bytes + noted + channels * (adjoints.bytes + found + working))
+        noted -= own.note
+        for k in own.tangents:
+            tangents.drop(k)
+        if node.index in met and node.index not in reads:
+            adjoints.drop(node.index)
+    return peak
+
+
+def probe_chunk(per_probe: int, budget: int) -> int:
+    """Probes to sweep together: enough to share the load of every weight, few enough for the caches."""
+    return max(1, min(_CHUNK_BYTES, budget) // max(1, per_probe))
