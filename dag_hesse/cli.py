@@ -144,6 +144,7 @@ def parser() -> argparse.ArgumentParser:
     _add_spec(p)
     p.add_argument("--edges", action="store_true", help="print the plan edge by edge, not only the dearest")
     p.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace of one sweep with node names")
+    p.add_argument("--map", action="store_true", help="make the whole map as well, to compare it with what is foreseen")
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
     p.set_defaults(run=_profile)
     return top
@@ -182,7 +183,7 @@ def _built(options: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
 def _profile(options: argparse.Namespace) -> None:
     model, batch, loss = _built(options)
     trace = str(options.trace) if options.trace else None
-    found = profile(model, batch, loss=loss, points=options.points, space=options.space, trace=trace)
+    found = profile(model, batch, loss=loss, points=options.points, space=options.space, trace=trace, whole=options.map)
     print(found)
     if options.edges:
         print(f"\nevery edge\n{render_edges(found.edges)}")

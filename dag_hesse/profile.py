@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dag_hesse.analyze import analyze
 from dag_hesse.capture import batches, capture_all, unwrapped
 from dag_hesse.capture.losses import Loss
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.measure import Phase, measured
-from dag_hesse.plan import Plan, fuse_all, plan
+from dag_hesse.plan import Plan, fuse_all, path_cost, plan
 from dag_hesse.plan.edges import Edge, as_rows, dearest, edges, render_edges
+from dag_hesse.plan.memory import linearization_bytes, sweep_bytes
+from dag_hesse.plan.planner import sweep_cost
 from dag_hesse.rules import Linearized
 from dag_hesse.rules.base import Note, Tangents
 from dag_hesse.structure import analyze_structure
@@ -38,13 +41,19 @@ class NodeProfile:
 
 @dataclass
 class Profile:
-    """What :func:`profile` found. ``phases`` are ``capture``, ``linearize``, ``sweep`` (one probe), maybe ``map``."""
+    """What :func:`profile` found.
+
+    Attributes:
+        phases: measured: ``capture``, ``linearize``, ``sweep`` (one probe), ``map`` where it was asked for.
+        foreseen: what the plan says of ``linearize``, ``sweep`` and ``map``; seconds at the measured rate of a sweep.
+        nodes, edges, plan: in detail.
+    """
 
     phases: dict[str, Phase]
+    foreseen: dict[str, Phase]
     nodes: list[NodeProfile]
     edges: list[Edge]
     plan: Plan
-    map_seconds: float = field(default=0.0)  # predicted from the plan's FLOPs at the measured rate
 
     @property
     def rate(self) -> float:
@@ -64,19 +73,22 @@ class Profile:
         """Plain data."""
         return {
             "phases": {name: asdict(phase) for name, phase in self.phases.items()},
+            "foreseen": {name: asdict(phase) for name, phase in self.foreseen.items()},
             "nodes": [asdict(node) for node in self.nodes],
             "edges": as_rows(self.edges),
             "plan": self.plan.to_dict(),
-            "map_seconds_predicted": self.map_seconds,
         }
 
     def __str__(self) -> str:
-        lines = [f"{'phase':<12}{'seconds':>10}{'peak MiB':>10}"]
-        for name, phase in self.phases.items():
-            lines.append(f"{name:<12}{phase.seconds:>10.3f}{phase.peak_bytes / 2**20:>10.0f}")
+        lines = [f"{'phase':<12}{'seconds':>10}{'foreseen':>10}{'peak MiB':>10}{'foreseen':>10}"]
+        for name in dict.fromkeys([*self.phases, *self.foreseen]):
+            cells = [name.ljust(12)]
+            for read in (lambda phase: f"{phase.seconds:.3f}", lambda phase: f"{phase.peak_bytes / 2**20:.0f}"):
+                cells += [f"{read(kind[name]) if name in kind else '–':>10}" for kind in (self.phases, self.foreseen)]
+            lines.append("".join(cells))
         lines.append(
-            f"\nwhole map: {self.plan.flops / 1e9:.1f} GFLOP planned, about {self.map_seconds:.1f} s at the "
-            f"{self.rate / 1e9:.0f} GFLOP/s of one probe; {self.plan.peak_bytes / 2**20:.0f} MiB a sweep"
+            f"\nwhole map: {self.plan.flops / 1e9:.1f} GFLOP planned, {self.plan.chunk} probes a sweep; "
+            f"one probe runs at {self.rate / 1e9:.0f} GFLOP/s"
         )
         lines.append(f"\n{'module':<36}{'MFLOP':>10}{'MiB':>9}{'ms':>9}{'predicted ms':>14}")
         for name, flops, moved, seconds in self.modules()[:20]:
@@ -143,12 +155,14 @@ def profile(
     space: str = "activation",
     probes: int = 32,
     trace: str | None = None,
+    whole: bool = False,
 ) -> Profile:
     """Linearize once, sweep one probe from the first point to all, and say where time and memory went.
 
     Args:
         model, batch, loss, points, space, probes: as for :func:`~dag_hesse.analyze`; a stream's first batch is taken.
         trace: file for a Chrome trace of the sweep with node names (``chrome://tracing``, Perfetto).
+        whole: make the whole map as well, to compare it with what is foreseen.
 
     Returns:
         A :class:`Profile`; ``print`` it. Bytes above the start of each phase, seconds of the wall clock.
@@ -166,22 +180,48 @@ def profile(
     with measured(device) as phases["capture"]:
         captured = capture_all(model, parsed, loss=loss, output=None, points=points, space=space)
         graphs = fuse_all(captured)
-        schedule = plan([analyze_structure(graphs[0])], probes=probes)
-    problem = Problem(model, graphs, parsed, "shared", with_out=False)
+        schedule = plan([replace(analyze_structure(captured[0]), graph=graphs[0])], probes=probes)
+    every = tuple(range(len(graphs[0].points)))
+    problem = Problem(model, graphs, parsed, "shared", with_out=False, chunk=schedule.chunk)
     with measured(device) as phases["linearize"]:
         _, lin = next(iter(problem.linearizations()))
-    z = torch.randn(1, 1, problem.dim(0), dtype=problem.dtype, device=device)
-    request = [Request({0: z}, tuple(range(len(problem.points))))]
-    problem.run(request)  # warm
+
+    def request(count: int) -> list[Request]:
+        return [Request({0: torch.randn(count, 1, problem.dim(0), dtype=problem.dtype, device=device)}, every)]
+
+    one, chunk = request(1), request(schedule.chunk)
+    problem.run(chunk)  # warm
+    with measured(device) as together:
+        problem.run(chunk)
     lin.calls = {k: _Timed(call, f"%{k} {graphs[0].nodes[k].where}") for k, call in lin.calls.items()}
     with measured(device) as phases["sweep"]:
-        problem.run(request)
+        problem.run(one)
     found = edges(graphs[0])
     nodes = _node_profiles(graphs[0], lin, found)
     if trace is not None:
         with torch.profiler.profile() as recorded:
-            problem.run(request)
+            problem.run(one)
         recorded.export_chrome_trace(trace)
-    result = Profile(phases, nodes, found, schedule)
-    result.map_seconds = schedule.flops / result.rate
-    return result
+    if whole:
+        with measured(device) as phases["map"]:
+            analyze(model, batch, loss=loss, points=points, space=space, probes=probes)
+    rate = schedule.chunk * sweep_cost(schedule.structure, 0, every).flops / together.seconds
+    return Profile(phases, _foreseen(schedule, rate, phases), nodes, found, schedule)
+
+
+def _foreseen(schedule: Plan, rate: float, measured: dict[str, Phase]) -> dict[str, Phase]:
+    """What the plan says of each phase at ``rate`` FLOPs a second."""
+    structure = schedule.structure
+    sites = [site for point in structure.graph.points for site in point.sites]
+    every, channels = range(len(structure.names)), 2 if structure.tensor_alive.any() else 1
+    forward = path_cost(structure.graph, range(len(structure.graph.nodes)))
+    back, sweep = path_cost(structure.graph, sites), sweep_cost(structure, 0, every)
+    kept = linearization_bytes(structure.graph, sites)
+    seconds = schedule.flops / rate + sum(measured[name].seconds for name in ("capture", "linearize"))
+    return {
+        "linearize": Phase((forward.flops + back.flops) / rate, kept),
+        "sweep": Phase(
+            sweep.flops / rate, sweep_bytes(structure.graph, structure.graph.points[0].sites, sites, channels)
+        ),
+        "map": Phase(seconds, kept + schedule.peak_bytes),
+    }

@@ -44,9 +44,10 @@ def test_flops_of_a_convolution_leave_out_dead_taps() -> None:
 
 def test_profile_measures_every_swept_node() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 2))
-    found = dh.profile(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["1", "3"])
+    found = dh.profile(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["1", "3"], whole=True)
     assert all(node.seconds > 0 for node in found.nodes if node.module)
-    assert found.map_seconds > 0 and found.rate > 0
+    assert found.foreseen["map"].seconds > found.phases["linearize"].seconds and found.rate > 0
+    assert found.foreseen["map"].peak_bytes > found.foreseen["sweep"].peak_bytes > 0
     assert "the ten dearest edges" in str(found)
 
 

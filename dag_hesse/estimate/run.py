@@ -14,6 +14,7 @@ from dag_hesse.estimate.krylov import spectral_norms
 from dag_hesse.estimate.norms import PARTS, Array, NormTable
 from dag_hesse.estimate.products import Products
 from dag_hesse.plan import Plan
+from dag_hesse.plan.planner import SPECTRAL_STEPS
 from dag_hesse.sweep import Problem
 
 Progress = Callable[[str, int, int], None]  # (stage, sweeps done, sweeps foreseen)
@@ -106,6 +107,6 @@ def estimate(
         table,
         starts,
         tolerance=min(SPECTRAL_TOLERANCE, rtol or 1.0),
-        progress=_Counter("spectra", 2 * len(starts), progress),
+        progress=_Counter("spectra", 2 * SPECTRAL_STEPS * len(starts), progress),
     )
     return table

@@ -54,11 +54,6 @@ def path_cost(graph: CurvatureGraph, starts: Iterable[int]) -> Cost:
     return total
 
 
-def linearization_bytes(graph: CurvatureGraph) -> int:
-    """Bytes that a linearization keeps, from above: two tensors (c and h, or an operand and λ) a node."""
-    return 2 * sum(n.numel * n.dtype.itemsize for n in graph.nodes if n.kind is not Kind.CONST)
-
-
 def available_memory() -> int:
     """Bytes of main memory that are free now."""
     try:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
+
+import torch
 
 from dag_hesse.ir import CurvatureGraph, Kind, Node
 from dag_hesse.rules.batch_norm import has_fixed_statistics
@@ -48,6 +51,12 @@ def held(graph: CurvatureGraph, node: Node, active: list[bool]) -> Held:
     return Held(frozenset(node.inputs[slot] for pair in pairs for slot in pair))
 
 
+def _active(graph: CurvatureGraph, starts: Iterable[int]) -> list[bool]:
+    """Nodes between ``starts`` and the loss."""
+    reached, alive = graph.descendants(starts), graph.ancestors([graph.loss])
+    return [a and b for a, b in zip(reached, alive, strict=True)]
+
+
 def _bytes(node: Node) -> int:
     return node.numel * node.dtype.itemsize
 
@@ -77,6 +86,44 @@ class _Live:
         return sum(_bytes(node) for node in nodes if node.kind not in _LEAVES)
 
 
+def linearization_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
+    """Peak bytes of a linearization from ``starts`` on, nearly all of which it keeps; without the parameters."""
+    active = _active(graph, starts)
+    values, transposes, extra = _Live(graph), set[int](), 0
+    for node in (n for n in graph.nodes if active[n.index] and n.kind not in _LEAVES):
+        curved, on = held(graph, node, active) != Held(), [active[k] for k in node.inputs]
+        if node.kind is Kind.CONTRACTION:
+            for slot in (0, 1):
+                if on[1 - slot]:
+                    values.add(node.inputs[slot])
+            extra += _cropped(graph, node) if on[0] else 0
+            transposes |= {node.index} if curved else set()
+        elif node.kind is Kind.ROWWISE:
+            values.add(node.index)
+            transposes |= {node.inputs[0]} if curved else set()
+        elif node.op == "dag_hesse.batch_affine.default" and any(on[1:]):
+            values.add(node.inputs[0])
+            transposes.add(node.inputs[0])
+        elif curved:
+            extra += 2 * _bytes(node)  # c and h
+        elif "max_pool" in node.op:
+            extra += node.numel * torch.int64.itemsize
+        elif "relu" in str(node.target):  # its derivative is read off its value
+            values.add(node.index)
+    bases, nodes = values.bases, graph.nodes
+    kept = values.bytes + sum(_bytes(nodes[k]) for k in {bases[k] for k in transposes}) + extra
+    return kept + 2 * max(_bytes(nodes[k]) for k in bases if nodes[k].kind not in _LEAVES)
+
+
+def _cropped(graph: CurvatureGraph, node: Node) -> int:
+    """Bytes of a copy of a convolution's weight without its dead taps."""
+    if node.op != "aten.convolution.default":
+        return 0
+    x, w = (graph.nodes[k] for k in node.inputs[:2])
+    live, whole = prod(geometry(x.shape, w.shape, node.shape, node.args).kernel), prod(w.shape[2:])
+    return _bytes(w) * live // whole if live < whole else 0
+
+
 def sweep_bytes(graph: CurvatureGraph, starts: Iterable[int], reads: Iterable[int], channels: int = 1) -> int:
     """Peak bytes of one probe in so many channels from ``starts`` to ``reads``, with what is read; without the seeds.
 
@@ -89,8 +136,7 @@ def sweep_bytes(graph: CurvatureGraph, starts: Iterable[int], reads: Iterable[in
         >>> sweep_bytes(graph, [site], [site]) >= 4 * 5 * 4  # an adjoint, float32
         True
     """
-    reached, alive = graph.descendants(starts), graph.ancestors([graph.loss])
-    active = [a and b for a, b in zip(reached, alive, strict=True)]
+    active = _active(graph, starts)
     inner = [n for n in graph.nodes if active[n.index] and n.kind not in _LEAVES]
     kept = {n.index: held(graph, n, active) for n in inner}
     tangents = _Live(graph)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ METHODS = ("zero", "gram", "exact", "probes")
 MODES = ("auto", "exact", "gram", "probes")
 BATCH_MODES = ("shared", "per_sample", "joint")
 _GRAM_ROWS = 4096
+SPECTRAL_STEPS = (
+    5  # Golub–Kahan steps that a pair's spectral norm takes, as a rule; each is a product and its transpose
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +40,9 @@ class Source:
 class Plan:
     """The schedule. ``method`` (n×n) is how the full block's norm is obtained, ``gn_method`` that of its GN part.
 
-    ``gram_columns`` are the reverse sweeps of the Gram route (0: not taken). ``chunk`` is the number of probes swept
-    together, ``peak_bytes`` the predicted memory of one such sweep and of what is kept between sweeps.
+    ``gram_columns`` are the reverse sweeps of the Gram route (0: not taken), ``spectral_cost`` what spectral norms of
+    sampled pairs take as a rule. ``chunk`` is the number of probes swept together, ``peak_bytes`` the predicted memory
+    of one such sweep and of what is kept between sweeps, but for the linearization.
     """
 
     structure: Structure
@@ -48,13 +52,14 @@ class Plan:
     sources: tuple[Source, ...]
     gram_columns: int
     gram_cost: Cost
+    spectral_cost: Cost
     chunk: int
     peak_bytes: int
 
     @property
     def flops(self) -> float:
         """Predicted FLOPs of all sweeps."""
-        return self.gram_cost.flops + sum(source.flops for source in self.sources)
+        return self.gram_cost.flops + self.spectral_cost.flops + sum(source.flops for source in self.sources)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -66,6 +71,7 @@ class Plan:
             "gn_method": self.gn_method.tolist(),
             "sources": rows,
             "gram_columns": self.gram_columns,
+            "spectral_flops": self.spectral_cost.flops,
             "flops": self.flops,
             "chunk": self.chunk,
             "peak_bytes": self.peak_bytes,
@@ -87,7 +93,20 @@ class Plan:
                 f"{names[s.point]:<{width}}  {s.method:<6} {s.probes:>6} probes  {s.flops / 1e9:>9.2f} GFLOP"
                 f"  reads {reads}"
             )
+        if self.spectral_cost.flops:
+            lines.append(
+                f"spectral norms: about {2 * SPECTRAL_STEPS} products a sampled pair, "
+                f"{self.spectral_cost.flops / 1e9:.2f} GFLOP"
+            )
         return "\n".join(lines)
+
+
+def sweep_cost(structure: Structure, source: int, reads: Iterable[int]) -> Cost:
+    """Of one probe at point ``source``, read at points ``reads``: ahead once, back once or (with a T channel) twice."""
+    graph = structure.graph
+    ahead = path_cost(graph, graph.points[source].sites)
+    back = path_cost(graph, [site for v in reads for site in graph.points[v].sites])
+    return ahead + back * (2 if structure.tensor_alive[source].any() else 1)
 
 
 def _dims(graph: CurvatureGraph, batch_mode: str) -> list[int]:
@@ -209,12 +228,14 @@ def plan(
     if mode == "exact":
         groups = sum(g.batch_size for g in graphs) if batch_mode == "per_sample" else 1
         _check_exact(names, dims, pairs, itemsize, groups, budget)
-    sources = []
+    sources, spectral = [], Cost()
+    single = [path_cost(graph, point.sites) for point in graph.points]
     for (k, how), targets in sorted(reads.items()):
-        ahead = path_cost(graph, graph.points[k].sites)
-        back = path_cost(graph, [site for v in targets for site in graph.points[v].sites])
         count_k = dims[k] if how == "exact" else probes
-        once = ahead + back * (2 if tensor[k].any() else 1)
+        if how == "probes":
+            for v in targets:
+                spectral = spectral + (single[k] + single[v]) * (2 * SPECTRAL_STEPS)
+        once = sweep_cost(first, k, targets)
         sources.append(Source(k, how, count_k, tuple(sorted(targets)), once.flops * count_k, once.bytes * count_k))
     gn_method = np.where(first.gn_alive, np.where(gram, "gram", method), "zero")
     tensor_method = np.where(tensor, method, "zero")
@@ -231,6 +252,7 @@ def plan(
         tuple(sources),
         columns,
         path_cost(graph, every) * columns,
+        spectral,
         chunk,
         chunk * per_probe + held,
     )

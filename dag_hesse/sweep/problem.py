@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dag_hesse.capture import Batch
 from dag_hesse.errors import out_of_memory
 from dag_hesse.ir import CurvatureGraph, Point
-from dag_hesse.plan.cost import available_memory, linearization_bytes
+from dag_hesse.plan.cost import available_memory
+from dag_hesse.plan.memory import linearization_bytes
 from dag_hesse.sweep.embed import read_parts, seed
 from dag_hesse.sweep.engine import sweep
 from dag_hesse.sweep.linearize import Linearization
@@ -168,7 +169,7 @@ class Problem:
                     sample=entry.sample,
                 )
             self._losses[id(entry)] = float(lin.loss)
-            if len(self.entries) == 1 or linearization_bytes(entry.graph) < available_memory() // 4:
+            if len(self.entries) == 1 or linearization_bytes(entry.graph, sites) < available_memory() // 4:
                 self._kept[place] = lin
             yield entry, lin
 
