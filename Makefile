@@ -28,6 +28,7 @@ bench: peers
 	$(RUN) -m bench hvp
 	$(RUN) -m bench memory
 	$(RUN) -m bench scaling
+	$(RUN) -m bench profile
 
 experiments: $(VENV)/demo
 	$(RUN) -m dag_hesse.experiments attention

@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import analyze, hvp, memory, scaling
+from bench import analyze, hvp, memory, profile, scaling
 
-COMMANDS = {"analyze": analyze.main, "hvp": hvp.main, "memory": memory.main, "scaling": scaling.main}
+COMMANDS = {
+    "analyze": analyze.main,
+    "hvp": hvp.main,
+    "memory": memory.main,
+    "profile": profile.main,
+    "scaling": scaling.main,
+}
 
 
 def main() -> int:

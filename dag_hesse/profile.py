@@ -88,7 +88,7 @@ class Profile:
             lines.append("".join(cells))
         lines.append(
             f"\nwhole map: {self.plan.flops / 1e9:.1f} GFLOP planned, {self.plan.chunk} probes a sweep; "
-            f"one probe runs at {self.rate / 1e9:.0f} GFLOP/s"
+            f"one probe runs at {self.rate / 1e9:.0f} GFLOP/s; peaks are of resident memory, allocator's slack included"
         )
         lines.append(f"\n{'module':<36}{'MFLOP':>10}{'MiB':>9}{'ms':>9}{'predicted ms':>14}")
         for name, flops, moved, seconds in self.modules()[:20]:
