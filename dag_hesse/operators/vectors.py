@@ -72,7 +72,7 @@ class Layout:
             if part.shape != torch.Size(shape) + columns:
                 raise VectorError(f"'{name}' has shape {tuple(part.shape)}; expected {(*shape, *columns)}.")
         sizes = self.sizes
-        rows = [_rows(p.reshape(n, -1)) if several else p.reshape(1, n) for p, n in zip(parts, sizes, strict=True)]
+        rows = [_rows(p) if several else p.reshape(1, n) for p, n in zip(parts, sizes, strict=True)]
 
         def unpack(out: list[Tensor]) -> list[Tensor]:
             pairs = zip(out, self.shapes, strict=True)
@@ -86,7 +86,12 @@ class Layout:
 
 
 def _rows(columns: Tensor) -> Tensor:
-    """(n, k) -> (k, n), in blocks that stay in a core's cache: one strided copy would read everything once a row."""
+    """(…, k) -> (k, n): no copy where rows lie in memory one behind the other, as those of our own results do."""
+    turned = columns.movedim(-1, 0)
+    if turned.is_contiguous():
+        return turned.reshape(len(turned), -1)
+    columns = columns.reshape(-1, len(turned))
+    # Blocks that stay in a core's cache: one strided copy would read everything once a row.
     rows = columns.new_empty(columns.shape[::-1])
     step = max(1, _BLOCK // max(1, len(rows)))
     for target, block in zip(rows.split(step, dim=1), columns.split(step), strict=True):
