@@ -81,7 +81,7 @@ class _Grower:
 
     def region(self, root: int) -> set[int]:
         """The members of the region that ends in ``root``."""
-        graph, members = self.graph, {root}
+        graph, members, refused = self.graph, {root}, set[int]()
         queue = list(graph.nodes[root].inputs)
         while queue:
             k = queue.pop()
@@ -90,9 +90,12 @@ class _Grower:
             same = graph.nodes[k].shape == graph.nodes[root].shape and self.in_loss[k] == self.in_loss[root]
             if not (same and self.elementwise(k)):
                 continue
-            if self.cost(members | {k}) <= self.cost(members) + self.cost({k}):
-                members.add(k)
-                queue += graph.nodes[k].inputs
+            if self.cost(members | {k}) > self.cost(members) + self.cost({k}):
+                refused.add(k)
+                continue
+            members.add(k)
+            queue += [*refused, *graph.nodes[k].inputs]  # what did not pay may do now
+            refused.clear()
         return self.with_constants(members)
 
     def with_constants(self, members: set[int]) -> set[int]:

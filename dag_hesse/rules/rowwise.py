@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from dag_hesse.ir.node import Kind
-from dag_hesse.rules.base import Call, Linearized, Note, Rule, Tangents, added, own_pair
+from dag_hesse.ir.node import Kind, Node, Ref, execute
+from dag_hesse.rules.base import Call, Linearized, Note, Rule, Run, Tangents, added, own_pair
 from dag_hesse.rules.structural import axes
 
 
@@ -78,7 +78,7 @@ class _LogSoftmax(_Rowwise):
         return moved, moved
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return torch.addcmul(cotangent, self.p, cotangent.sum(self.dim, keepdim=True), value=-1)
+        return (self.p * -cotangent.sum(self.dim, keepdim=True)).add_(cotangent)  # in p's layout
 
     def curve(self, lam: Tensor, pulled: Tangents) -> None:
         self.total = lam.sum(self.dim, keepdim=True)
@@ -160,14 +160,23 @@ class _Standardize(_Rowwise):
         return total.addcmul_(moved, self.overlap).addcmul_(self.y, of_y)
 
 
-def _rowwise(linearize: type[Linearized]) -> Rule:
-    return Rule(Kind.ROWWISE, linearize, own_pair)  # type: ignore[arg-type]
+def _where_it_lies(node: Node, inputs: Sequence[Tensor]) -> Tensor:
+    """A softmax where its input lies: one along an axis that is innermost in memory comes out in that layout."""
+    x, dim = inputs[0], node.args[1]
+    if x.ndim < 2 or x.stride(dim) != 1 or not isinstance(node.args[0], Ref):
+        return execute(node, inputs)
+    target: Any = node.target
+    return target(x.movedim(dim, -1), -1, *node.args[2:], **node.kwargs).movedim(-1, dim)
+
+
+def _rowwise(linearize: type[Linearized], run: Run = execute) -> Rule:
+    return Rule(Kind.ROWWISE, linearize, own_pair, run=run)  # type: ignore[arg-type]
 
 
 TABLE: dict[str, Rule] = {
-    "aten._softmax.default": _rowwise(_Softmax),
+    "aten._softmax.default": _rowwise(_Softmax, _where_it_lies),
     "aten._safe_softmax.default": _rowwise(_Softmax),
-    "aten._log_softmax.default": _rowwise(_LogSoftmax),
+    "aten._log_softmax.default": _rowwise(_LogSoftmax, _where_it_lies),
     "aten.logsumexp.default": _rowwise(_LogSumExp),
     "dag_hesse.standardize.default": _rowwise(_Standardize),
 }

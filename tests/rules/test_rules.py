@@ -96,6 +96,15 @@ def test_the_samples_cover_the_table() -> None:
     assert set(SAMPLES) == set(RULES)
 
 
+@pytest.mark.parametrize("name, sample", [row for row in ROWS if RULES[row.values[0]].run is not execute])
+def test_an_op_evaluated_in_another_layout_is_the_same(name: str, sample: Sample) -> None:
+    call = make_call(name, sample)
+    turned = call.values[0].mT.contiguous().mT if call.values[0].ndim > 1 else call.values[0]
+    for first in (call.values[0], turned):
+        found = RULES[name].run(call.node, [first, *call.values[1:]])
+        assert error(found, execute(call.node, [first, *call.values[1:]]), 1e-3) < 1e-12
+
+
 @pytest.mark.parametrize("name, sample", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 def test_products(name: str, sample: Sample, dtype: torch.dtype) -> None:
