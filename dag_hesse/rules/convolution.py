@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dag_hesse.ir.node import Node
+from dag_hesse.ir.node import Node, execute
 from dag_hesse.rules.base import Call, Product, Terms, added, bilinear
 
 aten = torch.ops.aten
@@ -299,10 +299,10 @@ def _kept(c: Call, slot: int, value: Tensor) -> Tensor:
 
 
 def _run(node: Node, inputs: Sequence[Tensor]) -> Tensor:
-    x, w, *bias = inputs
-    geo = geometry(x.shape, w.shape, node.shape, node.args)
-    y = _forward(geo, x, _crop(geo, w))
-    return y if not bias else y.add_(bias[0].reshape(-1, *(1,) * len(geo.out)))
+    """As the model itself runs it, to the bit, so that every ReLU decides as it does there; laid out for the sweeps."""
+    x, *rest = inputs
+    y = execute(node, [x.contiguous(), *rest])
+    return y.contiguous(memory_format=_CHANNELS_LAST.get(y.ndim - 2, torch.contiguous_format))
 
 
 convolution = bilinear(

@@ -105,6 +105,15 @@ def test_an_op_evaluated_in_another_layout_is_the_same(name: str, sample: Sample
         assert error(found, execute(call.node, [first, *call.values[1:]]), 1e-3) < 1e-12
 
 
+@pytest.mark.parametrize("sample", SAMPLES["aten.convolution.default"])
+def test_a_convolution_rounds_as_the_model_does(sample: Sample) -> None:
+    # A ReLU that follows decides by the last bit; in another layout, or as another product, it may decide otherwise.
+    call = make_call("aten.convolution.default", sample, torch.float32)
+    x, *rest = call.values
+    laid = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    assert torch.equal(RULES["aten.convolution.default"].run(call.node, [laid, *rest]), call.out)
+
+
 @pytest.mark.parametrize("name, sample", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 def test_products(name: str, sample: Sample, dtype: torch.dtype) -> None:
