@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from dag_hesse.capture.batch import one_batch
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.experiments.models import resnet18
 from dag_hesse.ir import CurvatureGraph
-from dag_hesse.plan import plan
+from dag_hesse.plan import fuse, plan
 from dag_hesse.structure import analyze_structure
 from dag_hesse.sweep import Problem, Request
 
@@ -82,11 +83,12 @@ def from_captured(model: nn.Module, graph: CurvatureGraph, x: Tensor, y: Tensor)
     batch = one_batch((x, y))
 
     def run() -> Any:
-        schedule = plan([analyze_structure(graph)])
+        fused = fuse(graph)
+        schedule = plan([replace(analyze_structure(graph), graph=fused)])
         alive = bool(schedule.structure.tensor_alive.any())
         ready = Problem(
             model,
-            [graph],
+            [fused],
             [batch],
             "shared",
             tensor_part=alive,
