@@ -209,7 +209,7 @@ def profile(
     return Profile(phases, _foreseen(schedule, rate, phases), nodes, found, schedule)
 
 
-def _foreseen(schedule: Plan, rate: float, measured: dict[str, Phase]) -> dict[str, Phase]:
+def _foreseen(schedule: Plan, rate: float, phases: dict[str, Phase]) -> dict[str, Phase]:
     """What the plan says of each phase at ``rate`` FLOPs a second."""
     structure = schedule.structure
     sites = [site for point in structure.graph.points for site in point.sites]
@@ -217,7 +217,7 @@ def _foreseen(schedule: Plan, rate: float, measured: dict[str, Phase]) -> dict[s
     forward = path_cost(structure.graph, range(len(structure.graph.nodes)))
     back, sweep = path_cost(structure.graph, sites), sweep_cost(structure, 0, every)
     kept = linearization_bytes(structure.graph, sites)
-    seconds = schedule.flops / rate + sum(measured[name].seconds for name in ("capture", "linearize"))
+    seconds = schedule.flops / rate + sum(phases[name].seconds for name in ("capture", "linearize"))
     return {
         "linearize": Phase((forward.flops + back.flops) / rate, kept),
         "sweep": Phase(

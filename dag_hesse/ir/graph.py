@@ -117,6 +117,10 @@ class CurvatureGraph:
                     marked[parent] = marked[parent] or self.nodes[parent].is_float
         return marked
 
+    def active(self, starts: Iterable[int]) -> list[bool]:
+        """Mark the nodes between ``starts`` and the loss: what a sweep from them passes."""
+        return [a and b for a, b in zip(self.descendants(starts), self.ancestors([self.loss]), strict=True)]
+
     @property
     def loss_subgraph(self) -> list[bool]:
         """Mark the ops downstream of ``out``: their second-order terms make the GN channel (design §2.2)."""

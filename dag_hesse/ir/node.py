@@ -67,6 +67,16 @@ class Node:
         return count
 
     @property
+    def bytes(self) -> int:
+        """Size of the node's tensor."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether derivatives pass an op here: it is neither a leaf nor a constant."""
+        return self.kind not in (Kind.INPUT, Kind.PARAM, Kind.CONST)
+
+    @property
     def is_float(self) -> bool:
         """Whether a derivative can pass through this node's tensor."""
         return self.dtype.is_floating_point

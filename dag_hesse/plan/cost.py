@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from dag_hesse.ir import CurvatureGraph, Kind, Node
+from dag_hesse.ir import CurvatureGraph, Node
 from dag_hesse.rules.convolution import geometry
 
 
@@ -48,8 +48,7 @@ def path_cost(graph: CurvatureGraph, starts: Iterable[int]) -> Cost:
     reached, alive = graph.descendants(starts), graph.ancestors([graph.loss])
     total = Cost()
     for node in graph.nodes:
-        moves = node.kind not in (Kind.INPUT, Kind.PARAM, Kind.CONST)
-        if moves and alive[node.index] and any(reached[k] for k in node.inputs):
+        if node.is_differentiable and alive[node.index] and any(reached[k] for k in node.inputs):
             total = total + _node_cost(graph, node)
     return total
 

@@ -6,12 +6,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dag_hesse.ir import CurvatureGraph, Kind
+from dag_hesse.ir import CurvatureGraph
 from dag_hesse.plan.cost import product_flops
 from dag_hesse.rules.region import Region
 from dag_hesse.rules.table import pairs_of
-
-_LEAVES = (Kind.INPUT, Kind.PARAM, Kind.CONST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +34,7 @@ class Edge:
 
 def _active(graph: CurvatureGraph) -> list[bool]:
     sites = [k for point in graph.points for k in point.sites]
-    reached, alive = graph.descendants(sites), graph.ancestors([graph.loss])
-    return [a and b for a, b in zip(reached, alive, strict=True)]
+    return graph.active(sites)
 
 
 def _buffers(graph: CurvatureGraph, active: list[bool]) -> dict[int, int]:
@@ -45,7 +42,7 @@ def _buffers(graph: CurvatureGraph, active: list[bool]) -> dict[int, int]:
     free: list[int] = []
     taken, count = dict[int, int](), 0
     for node in reversed(graph.nodes):
-        if not active[node.index] or node.kind in _LEAVES:
+        if not (active[node.index] and node.is_differentiable):
             continue
         for k in dict.fromkeys(node.inputs):
             if active[k] and k not in taken:
@@ -71,7 +68,7 @@ def edges(graph: CurvatureGraph) -> list[Edge]:
     active, found = _active(graph), []
     buffers = _buffers(graph, active)
     for node in graph.nodes:
-        if node.kind in _LEAVES or not active[node.index]:
+        if not (active[node.index] and node.is_differentiable):
             continue
         curved = {i for i, j in pairs_of(node) if active[node.inputs[i]] and active[node.inputs[j]]}
         flops = product_flops(graph, node)

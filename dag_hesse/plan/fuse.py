@@ -16,7 +16,6 @@ from dag_hesse.ir.ops import TAP
 from dag_hesse.rules.region import Region
 from dag_hesse.rules.table import RULES, pairs_of
 
-_LEAVES = (Kind.INPUT, Kind.PARAM)
 _IDENTITIES = {TAP, "aten.clone.default", "aten.alias.default"}
 
 
@@ -56,9 +55,7 @@ def _without_identities(graph: CurvatureGraph) -> CurvatureGraph:
 class _Grower:
     def __init__(self, graph: CurvatureGraph) -> None:
         self.graph, self.kept = graph, _kept(graph)
-        reached = graph.descendants(self.kept - {graph.loss})
-        alive = graph.ancestors([graph.loss])
-        self.active = [a and b for a, b in zip(reached, alive, strict=True)]
+        self.active = graph.active(self.kept - {graph.loss})
         self.in_loss = graph.loss_subgraph
         self.taken: set[int] = set()
 

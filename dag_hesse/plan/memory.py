@@ -16,7 +16,6 @@ from dag_hesse.rules.region import Region
 from dag_hesse.rules.table import pairs_of
 
 _CHUNK_BYTES = 64 << 20
-_LEAVES = (Kind.INPUT, Kind.PARAM, Kind.CONST)
 _VIEWS = {"view", "_unsafe_view", "transpose", "permute", "t", "expand", "squeeze", "unsqueeze", "slice", "select"}
 
 
@@ -35,30 +34,20 @@ def held(graph: CurvatureGraph, node: Node, active: list[bool]) -> Held:
     if not pairs:
         return Held()
     if isinstance(node.target, Region) and node.target.meet is not None:
-        return Held(note=_bytes(node))
+        return Held(note=node.bytes)
     if node.op in ("aten._log_softmax.default", "dag_hesse.standardize.default"):
         return Held(frozenset({node.index}))  # its note is its own tangent
     if node.kind is Kind.ROWWISE:
-        return Held(note=_bytes(inputs[0]))
+        return Held(note=inputs[0].bytes)
     if node.op == "dag_hesse.batch_affine.default" and has_fixed_statistics(node, [active[k] for k in node.inputs]):
-        return Held(frozenset({inputs[1].index}), _bytes(inputs[1]))
+        return Held(frozenset({inputs[1].index}), inputs[1].bytes)
     if node.kind is Kind.CONTRACTION:
         a, b = inputs[:2]
         early = b.numel < a.numel
         if node.op == "aten.convolution.default":
             early = not geometry(a.shape, b.shape, node.shape, node.args).joins
-        return Held(frozenset({b.index}), _bytes(b)) if early else Held(frozenset({a.index, b.index}))
+        return Held(frozenset({b.index}), b.bytes) if early else Held(frozenset({a.index, b.index}))
     return Held(frozenset(node.inputs[slot] for pair in pairs for slot in pair))
-
-
-def _active(graph: CurvatureGraph, starts: Iterable[int]) -> list[bool]:
-    """Nodes between ``starts`` and the loss."""
-    reached, alive = graph.descendants(starts), graph.ancestors([graph.loss])
-    return [a and b for a, b in zip(reached, alive, strict=True)]
-
-
-def _bytes(node: Node) -> int:
-    return node.numel * node.dtype.itemsize
 
 
 class _Live:
@@ -83,14 +72,14 @@ class _Live:
     def bytes(self) -> int:
         """Of all; what belongs to a leaf is the caller's, or counted apart."""
         nodes = (self.graph.nodes[k] for k in self.counts)
-        return sum(_bytes(node) for node in nodes if node.kind not in _LEAVES)
+        return sum(node.bytes for node in nodes if node.is_differentiable)
 
 
 def linearization_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
     """Peak bytes of a linearization from ``starts`` on, nearly all of which it keeps; without the parameters."""
-    active = _active(graph, starts)
+    active = graph.active(starts)
     values, transposes, extra = _Live(graph), set[int](), 0
-    for node in (n for n in graph.nodes if active[n.index] and n.kind not in _LEAVES):
+    for node in (n for n in graph.nodes if active[n.index] and n.is_differentiable):
         curved, on = held(graph, node, active) != Held(), [active[k] for k in node.inputs]
         if node.kind is Kind.CONTRACTION:
             for slot in (0, 1):
@@ -105,14 +94,14 @@ def linearization_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
             values.add(node.inputs[0])
             transposes.add(node.inputs[0])
         elif curved:
-            extra += 2 * _bytes(node)  # c and h
+            extra += 2 * node.bytes  # c and h
         elif "max_pool" in node.op:
             extra += node.numel * torch.int64.itemsize
         elif "relu" in str(node.target):  # its derivative is read off its value
             values.add(node.index)
     bases, nodes = values.bases, graph.nodes
-    kept = values.bytes + sum(_bytes(nodes[k]) for k in {bases[k] for k in transposes}) + extra
-    return kept + 2 * max(_bytes(nodes[k]) for k in bases if nodes[k].kind not in _LEAVES)
+    kept = values.bytes + sum(nodes[k].bytes for k in {bases[k] for k in transposes}) + extra
+    return kept + 2 * max(nodes[k].bytes for k in bases if nodes[k].is_differentiable)
 
 
 def _cropped(graph: CurvatureGraph, node: Node) -> int:
@@ -121,7 +110,7 @@ def _cropped(graph: CurvatureGraph, node: Node) -> int:
         return 0
     x, w = (graph.nodes[k] for k in node.inputs[:2])
     live, whole = prod(geometry(x.shape, w.shape, node.shape, node.args).kernel), prod(w.shape[2:])
-    return _bytes(w) * live // whole if live < whole else 0
+    return w.bytes * live // whole if live < whole else 0
 
 
 def sweep_bytes(graph: CurvatureGraph, starts: Iterable[int], reads: Iterable[int], channels: int = 1) -> int:
@@ -136,8 +125,8 @@ def sweep_bytes(graph: CurvatureGraph, starts: Iterable[int], reads: Iterable[in
         >>> sweep_bytes(graph, [site], [site]) >= 4 * 5 * 4  # an adjoint, float32
         True
     """
-    active = _active(graph, starts)
-    inner = [n for n in graph.nodes if active[n.index] and n.kind not in _LEAVES]
+    active = graph.active(starts)
+    inner = [n for n in graph.nodes if active[n.index] and n.is_differentiable]
     kept = {n.index: held(graph, n, active) for n in inner}
     tangents = _Live(graph)
     return max(_ahead(tangents, inner, kept), _back(tangents, inner, kept, set(reads), channels))
@@ -174,15 +163,15 @@ def _back(tangents: _Live, inner: list[Node], kept: dict[int, Held], reads: set[
             continue
         working, view = 0, adjoints.bases[node.index] != node.index
         if node.op == "aten.convolution.default":  # the vendor's kernels copy into layouts of their own
-            working = max(_bytes(node), _bytes(graph.nodes[node.inputs[0]]))
+            working = max(node.bytes, graph.nodes[node.inputs[0]].bytes)
         for k in {k for k in node.inputs if k in active and needed[k]}:
             source = graph.nodes[adjoints.bases[k]]
             if k in met:
-                working += 0 if view else _bytes(graph.nodes[k])  # a term that is to be added
+                working += 0 if view else graph.nodes[k].bytes  # a term that is to be added
             elif source.kind is not Kind.PARAM:
                 adjoints.add(k)
             elif source.index == k or source.index not in met:
-                found += _bytes(source)
+                found += source.bytes
                 met.add(source.index)
             met.add(k)
         peak = max(peak, tangents.bytes + noted + channels * (adjoints.bytes + found + working))

@@ -40,6 +40,6 @@ def evaluate(node: Node, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...]
 
 def pairs_of(node: Node) -> Pairs:
     """Slot pairs of ``node`` that have a second derivative; empty for leaves and constants."""
-    if node.kind in (Kind.INPUT, Kind.PARAM, Kind.CONST):
+    if not node.is_differentiable:
         return frozenset()
     return rule_for(node).pairs(node)

@@ -11,8 +11,6 @@ from dag_hesse import _core
 from dag_hesse.ir import Coupling, CurvatureGraph, Kind
 from dag_hesse.rules.table import pairs_of
 
-_LEAVES = (Kind.INPUT, Kind.PARAM, Kind.CONST)
-
 
 @dataclass(frozen=True)
 class Structure:
@@ -56,7 +54,7 @@ def _edges(graph: CurvatureGraph) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     found = [
         (parent, node.index)
         for node in graph.nodes
-        if node.kind not in _LEAVES and alive[node.index]
+        if node.is_differentiable and alive[node.index]
         for parent in dict.fromkeys(node.inputs)
         if graph.nodes[parent].is_float
     ]

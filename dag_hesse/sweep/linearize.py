@@ -44,8 +44,7 @@ class Linearization:
         sample: int | None = None,
     ) -> None:
         self.graph, self.sample, self.tensor_part = graph, sample, tensor_part
-        reached, alive = graph.descendants(sites), graph.ancestors([graph.loss])
-        self.active = [a and b for a, b in zip(reached, alive, strict=True)]
+        self.active = graph.active(sites)
         self.in_loss = graph.loss_subgraph
         self.calls: dict[int, Linearized] = {}
         self.curved = self._find_curved()
@@ -91,7 +90,7 @@ class Linearization:
             inputs = tuple(values[k] for k in node.inputs)
             known, out = self._evaluate(node, inputs)
             values[node.index] = out
-            if self.active[node.index] and node.kind not in (Kind.INPUT, Kind.PARAM, Kind.CONST):
+            if self.active[node.index] and node.is_differentiable:
                 on = tuple(self.active[k] for k in node.inputs)
                 if any(on):
                     self.calls[node.index] = self._linearize(Call(node, known, out, on))
