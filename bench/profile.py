@@ -19,6 +19,7 @@ work = WORKLOADS[{name!r}]()
 H = dh.HessianOperator(work.model, (work.x, work.y), loss=F.cross_entropy, space="activation")
 v = torch.randn(H.shape[0])
 H.parts(v)
+H._problem.pool.clear()
 """
 # Memory is measured in a process of its own, where freed memory goes back at once.
 RUNS = {

@@ -194,6 +194,7 @@ def profile(
     with measured(device) as together:
         problem.run(chunk)
     lin.calls = {k: _Timed(call, f"%{k} {graphs[0].nodes[k].where}") for k, call in lin.calls.items()}
+    problem.pool.clear()
     with measured(device) as phases["sweep"]:
         problem.run(one)
     found = edges(graphs[0])

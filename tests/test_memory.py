@@ -44,6 +44,7 @@ batch = (torch.randn(2048, 512), torch.arange(2048) % 10)
 H = dh.HessianOperator(model, batch, loss=nn.functional.cross_entropy, space={space!r})
 v = torch.randn(H.shape[0])
 H @ v  # linearizes
+H._problem.pool.clear()
 """
 
 

@@ -125,7 +125,8 @@ class CurvatureOperator(ABC):
     def __matmul__(self, v: Any) -> Any:
         """The product with a vector (n,), columns (n, k), or a list or dict like the blocks; same form back."""
         blocks, unpack = self.layout.pack(v)
-        return unpack(self._apply(blocks)[0])
+        with self._problem.pool.use():
+            return unpack(self._apply(blocks)[0])
 
     def _run(
         self, blocks: Sequence[Tensor], channels: str, sources: Sequence[int], reads: Sequence[int]
@@ -221,8 +222,9 @@ class HessianOperator(CurvatureOperator):
     def parts(self, v: Any) -> tuple[Any, Any]:
         """(GGN · v, tensor part · v) from one sweep, in the form of ``v``."""
         blocks, unpack = self.layout.pack(v)
-        gn, tensor = self._apply(blocks, ("gn", "tensor"), "both")
-        return unpack(gn), unpack(tensor)
+        with self._problem.pool.use():
+            gn, tensor = self._apply(blocks, ("gn", "tensor"), "both")
+            return unpack(gn), unpack(tensor)
 
 
 @final

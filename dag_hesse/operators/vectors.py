@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.errors import VectorError
+from dag_hesse.kernels.pool import empty
 
 _BLOCK = 1 << 16  # elements
 Unpack = Callable[[list[Tensor]], Any]
@@ -100,5 +101,6 @@ def _rows(columns: Tensor) -> Tensor:
 
 
 def _flat(blocks: list[Tensor], single: bool) -> Tensor:
-    rows = torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
+    count, size = len(blocks[0]), sum(block.shape[1] for block in blocks)
+    rows = torch.cat(blocks, dim=1, out=empty(blocks[0], count, size)) if len(blocks) > 1 else blocks[0]
     return rows[0] if single else rows.T

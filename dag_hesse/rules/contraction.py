@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dag_hesse.kernels.pool import empty
 from dag_hesse.rules.base import Call, Rule, Terms, added, bilinear
 from dag_hesse.rules.convolution import convolution
 
@@ -18,7 +19,8 @@ def _matmul(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
         if into is not None and into.is_contiguous():
             into.view(-1, b.shape[-1]).addmm_(rows, b[0])
             return into
-        return added((rows @ b[0]).reshape(*a.shape[:-1], b.shape[-1]), into)
+        out = empty(a, len(rows), b.shape[-1])
+        return added(torch.mm(rows, b[0], out=out).view(*a.shape[:-1], b.shape[-1]), into)
     if a.ndim == 4 and b.shape[0] == 1 and a.shape[0] > 1:
         rows = a.transpose(0, 1).reshape(a.shape[1], -1, a.shape[-1])
         product = (rows @ b[0]).reshape(a.shape[1], a.shape[0], a.shape[2], -1).transpose(0, 1)
@@ -31,7 +33,7 @@ def _each(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     large = a.ndim == 3 and a.shape[1] * a.shape[2] * b.shape[2] >= _LARGE
     if not large or a.device.type != "cpu":
         return added(torch.matmul(a, b), into)
-    out = a.new_empty(max(len(a), len(b)), a.shape[1], b.shape[2]) if into is None else into
+    out = empty(a, max(len(a), len(b)), a.shape[1], b.shape[2]) if into is None else into
     for k, row in enumerate(out):
         pair = a[min(k, len(a) - 1)], b[min(k, len(b) - 1)]
         torch.mm(*pair, out=row) if into is None else row.addmm_(*pair)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dag_hesse.ir.node import Node, execute
+from dag_hesse.kernels.pool import empty
 from dag_hesse.rules.base import Call, Product, Terms, added, bilinear
 
 aten = torch.ops.aten
@@ -165,6 +166,11 @@ def _apart(x: Tensor, probes: int) -> Tensor:
     return x.unflatten(1, (probes, -1)).transpose(0, 1)
 
 
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    """Weights one behind the other, contiguous whatever their own layout: so vectors have them."""
+    return torch.stack(list(rows), out=empty(rows[0], len(rows), *rows[0].shape))
+
+
 def _crop(geo: Geometry, w: Tensor) -> Tensor:
     """(…, *K) -> the taps that meet the input."""
     return w if w.shape[-len(geo.taps) :] == geo.kernel else w[geo.live]
@@ -173,7 +179,7 @@ def _crop(geo: Geometry, w: Tensor) -> Tensor:
 def _uncrop(geo: Geometry, w: Tensor) -> Tensor:
     if geo.kernel == geo.weight[2:]:
         return w
-    full = w.new_zeros(*w.shape[: -len(geo.taps)], *geo.weight[2:])
+    full = empty(w, *w.shape[: -len(geo.taps)], *geo.weight[2:]).zero_()
     full[geo.live] = w
     return full
 
@@ -261,7 +267,7 @@ def _right(c: Call, terms: Terms, into: Tensor | None) -> Tensor:
     if geo.is_patches(geo.batch * (len(terms) if geo.joins else 1)):
         return _add(geo, _of_patches(geo, terms, probes), into)
     rows = [_weight_adjoint(geo, [tuple(t[min(k, len(t) - 1)] for t in term) for term in terms]) for k in range(probes)]
-    return _add(geo, rows[0][None] if probes == 1 else torch.stack(rows), into)
+    return _add(geo, _stacked(rows), into)
 
 
 def _of_patches(geo: Geometry, terms: Terms, probes: int) -> Tensor:

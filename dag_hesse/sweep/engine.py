@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir import Node
+from dag_hesse.kernels.pool import room
 from dag_hesse.rules.base import Note, is_fresh
 from dag_hesse.sweep.linearize import Linearization
 
@@ -44,7 +45,7 @@ class Adjoint:
                 if one.owned:
                     one.data.add_(term.data)
                     return one
-            return Adjoint(self.data + other.data, self.gn, self.tensor, owned=True)
+            return Adjoint(_sum(self.data, other.data), self.gn, self.tensor, owned=True)
         wide, narrow = (self, other) if self.gn and self.tensor else (other, self)
         if not (wide.gn and wide.tensor):
             first, second = (wide, narrow) if wide.gn else (narrow, wide)
@@ -54,6 +55,10 @@ class Adjoint:
         half = wide.data.shape[0] // 2
         (wide.data[:half] if narrow.gn else wide.data[half:]).add_(narrow.data)
         return wide
+
+
+def _sum(x: Tensor, y: Tensor) -> Tensor:
+    return torch.add(x, y, out=room(x, y))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,7 @@ def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], c
             note = None
             if useful[node.index]:
                 moved, note = call.push(given, slots) if slots else (call.jvp(given), None)
-                tangents[node.index] = moved + seeds[node.index] if node.index in seeds else moved
+                tangents[node.index] = _sum(moved, seeds[node.index]) if node.index in seeds else moved
             elif slots:
                 note = call.note(given, slots)
             if note is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dag_hesse.capture import Batch
 from dag_hesse.errors import out_of_memory
 from dag_hesse.ir import CurvatureGraph, Point
+from dag_hesse.kernels.pool import Pool
 from dag_hesse.plan.cost import available_memory
 from dag_hesse.plan.memory import linearization_bytes
 from dag_hesse.sweep.embed import read_parts, seed
@@ -96,6 +97,7 @@ class Problem:
                 scale = batch.size / total if graph.mean_loss and batch_mode == "shared" else 1.0
                 self.entries.append(Entry(graph, batch, scale, None, batch.size if self.how == "each" else 1))
         self.groups = sum(entry.groups for entry in self.entries) if self.separate_groups else 1
+        self.pool = Pool()
         self._kept: dict[int, Linearization] = {}
         self._rng = _Generators(self.device)  # dropout masks are drawn anew in every linearization, and must agree
         self.sweeps = 0  # probes swept so far, for reports
@@ -158,7 +160,7 @@ class Problem:
                 continue
             sites = {k for point in self.points_of(entry) for k in point.sites}
             sites |= set(entry.graph.out) if self.with_out else set()
-            with torch.random.fork_rng(_devices(self.device)):
+            with torch.random.fork_rng(_devices(self.device)), self.pool.use():
                 self._rng.restore()
                 lin = Linearization(
                     entry.graph,
@@ -235,9 +237,11 @@ class Problem:
             stop = done + -(-left // -(-left // self.chunk))  # chunks of equal size
             pieces = {k: x[done:stop] for k, x in z.items()}
             try:
-                found = sweep(lin, self._seeds(entry, pieces), sites, channels)
-                like = next(iter(pieces.values()))
-                read_now = {v: read_parts(entry.graph, points[v], found, like, self.how) for v in request.reads}
+                with self.pool.use():
+                    found = sweep(lin, self._seeds(entry, pieces), sites, channels)
+                    like = next(iter(pieces.values()))
+                    read_now = {v: read_parts(entry.graph, points[v], found, like, self.how) for v in request.reads}
+                    del found
             except (MemoryError, RuntimeError) as error:
                 if self.chunk == 1 or not out_of_memory(error):
                     raise

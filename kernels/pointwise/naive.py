@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dag_hesse.kernels.pool import room
+
 
 @dataclass(frozen=True, slots=True)
 class Gate:
@@ -49,15 +51,21 @@ def reduce_to(x: Tensor, shape: Sequence[int]) -> Tensor:
 def times(c: Coefficient, x: Tensor) -> Tensor:
     """Return ``c ∘ x``, without a copy where c is the number 1."""
     if isinstance(c, Gate):
-        return torch.ops.aten.threshold_backward(x, c.value, 0)
-    return x if isinstance(c, float) and c == 1 else x * c
+        place = room(x, c.value)
+        if place is None:
+            return torch.ops.aten.threshold_backward(x, c.value, 0)
+        return torch.ops.aten.threshold_backward.grad_input(x, c.value, 0, grad_input=place)
+    return x if isinstance(c, float) and c == 1 else torch.mul(x, c, out=room(x, c))
 
 
 def plus_times(total: Tensor, c: Coefficient, x: Tensor) -> Tensor:
     """Return ``total + c ∘ x``, in one pass where there is such a kernel."""
     if isinstance(c, Gate):
         return total + times(c, x)
-    return torch.addcmul(total, c, x) if isinstance(c, Tensor) else torch.add(total, x, alpha=c)
+    place = room(total, c, x)
+    if isinstance(c, Tensor):
+        return torch.addcmul(total, c, x, out=place)
+    return torch.add(total, x, alpha=c, out=place)
 
 
 def _plain(c: Coefficient) -> Tensor | float:

@@ -1,0 +1,148 @@
+"""Memory that products reuse.
+
+A system hands out large blocks as fresh pages, and those cost more than what is written to them. The products of an
+operator therefore take them from a pool of its own, to which they come back by themselves.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LARGE = 1 << 24  # bytes; smaller blocks are reused by the system's allocator as they are
+_ALIGNED = 64  # bytes
+_STAGGER = 17 * _ALIGNED  # between cuts: operands that lie a power of two apart evict each other from the caches
+_FIRST = 1 << 26  # bytes of the first slab; the next ones are as large as all before
+
+
+class Pool:
+    """CPU memory in slabs, cut as tensors ask for it. A cut is free again when the last tensor in it is gone.
+
+    What is asked for lies as low as it can, so that pages above the most that was ever in use are never touched.
+
+    Example:
+        >>> pool, like = Pool(), torch.zeros(1)
+        >>> with pool.use():
+        ...     place = empty(like, 1024, 1024).data_ptr()
+        ...     empty(like, 2048, 1024).data_ptr() == place
+        True
+    """
+
+    def __init__(self) -> None:
+        self._slabs: list[_Slab] = []
+        self._returned: list[tuple[_Slab, int, int]] = []  # tensors end at any time, even while gaps are looked through
+
+    @property
+    def size(self) -> int:
+        """Bytes of all slabs."""
+        return sum(slab.size for slab in self._slabs)
+
+    def empty(self, size: int) -> Tensor:
+        """``size`` uninitialized bytes."""
+        self._collect()
+        taken = size + -size % _ALIGNED + _STAGGER
+        for slab in self._slabs:
+            start = slab.cut(taken)
+            if start is not None:
+                break
+        else:
+            slab = _Slab(max(taken, _FIRST, self.size))
+            self._slabs.append(slab)
+            start = slab.cut(taken) or 0
+        lent = slab.memory[start : start + size]
+        weakref.finalize(lent, self._returned.append, (slab, start, start + taken)).atexit = False
+        return torch.from_numpy(lent)
+
+    def _collect(self) -> None:
+        while self._returned:
+            slab, start, stop = self._returned.pop()
+            slab.join(start, stop)
+
+    def clear(self) -> None:
+        """Let all slabs go in which no tensor lies."""
+        self._collect()
+        self._slabs = [slab for slab in self._slabs if slab.gaps != [(0, slab.size)]]
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Let :func:`empty` and :func:`room` take from this pool."""
+        token = _IN_USE.set(self)
+        try:
+            yield
+        finally:
+            _IN_USE.reset(token)
+
+
+class _Slab:
+    """One piece of memory, and what of it is free: gaps (start, stop), ascending, none beside another."""
+
+    def __init__(self, size: int) -> None:
+        whole = np.empty(size + _ALIGNED, np.uint8)  # on huge pages, where the system has them
+        first = -whole.ctypes.data % _ALIGNED
+        self.memory, self.size, self.gaps = whole[first : first + size], size, [(0, size)]
+
+    def cut(self, size: int) -> int | None:
+        """Start of ``size`` bytes in the lowest gap that has them; None if there is none."""
+        for k, (start, stop) in enumerate(self.gaps):
+            if stop - start >= size:
+                self.gaps[k : k + 1] = [(start + size, stop)] if stop - start > size else []
+                return start
+        return None
+
+    def join(self, start: int, stop: int) -> None:
+        """Free a cut, as one gap with its neighbours."""
+        k = bisect(self.gaps, (start, stop))
+        if k < len(self.gaps) and self.gaps[k][0] == stop:
+            stop = self.gaps.pop(k)[1]
+        if k and self.gaps[k - 1][1] == start:
+            k -= 1
+            start = self.gaps.pop(k)[0]
+        self.gaps.insert(k, (start, stop))
+
+
+_IN_USE: ContextVar[Pool | None] = ContextVar("pool", default=None)
+
+
+def empty(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialized tensor of the dtype and device of ``like``; from the pool in use, where it is large."""
+    pool, size = _IN_USE.get(), prod(shape) * like.itemsize
+    if pool is None or like.device.type != "cpu" or size < _LARGE:
+        return like.new_empty(shape)
+    return pool.empty(size).view(like.dtype).view(shape)
+
+
+def room(x: Tensor, *others: object) -> Tensor | None:
+    """Where an elementwise function of ``x`` and ``others``, laid out as x is, can be written.
+
+    None where PyTorch is to find the place: no pool is in use, or the result is small or of another shape.
+    """
+    pool, size = _IN_USE.get(), x.numel() * x.itemsize
+    if pool is None or x.device.type != "cpu" or size < _LARGE or not _is_dense(x):
+        return None
+    shapes = [t.shape for t in others if isinstance(t, Tensor)]
+    if torch.broadcast_shapes(x.shape, *shapes) != x.shape:
+        return None
+    return pool.empty(size).view(x.dtype).as_strided(x.shape, x.stride())
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether every place of the memory that ``x`` spans is one of its elements, once."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, count in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= count
+    return True
+
+
+__all__ = ["Pool", "empty", "room"]
