@@ -70,6 +70,35 @@ def test_fused_products_are_the_unfused_ones(points: list[str]) -> None:
     _same_products(model, batch, graph, fused)
 
 
+class Reshaped(nn.Module):
+    """Linear layers over two leading axes, an activation between them, a cache that starts empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.gain = nn.Linear(3, 4), nn.Linear(4, 2), nn.Parameter(torch.randn(1, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x.view(-1, 3)).view(-1, 2, 4)
+        h = dh.tap(torch.nn.functional.gelu(h + self.gain), "inner")
+        h = torch.cat([h.new_zeros(0), h.flatten()]).unflatten(0, (-1, 4))
+        return self.b((h * h.sigmoid()).view(-1, 2, 4)[:, :2].expand(-1, 2, 4)).sum(1)
+
+
+@pytest.mark.parametrize("points", [["a", "b"], ["a", "inner"], ["a.weight", "gain", "b.bias"]])
+@pytest.mark.parametrize("size", [1, 3])
+def test_data_movement_that_moves_nothing_goes(points: list[str], size: int) -> None:
+    torch.manual_seed(0)
+    model, batch = Reshaped().double(), (torch.randn(size, 2, 3).double(), torch.randn(size, 2).double())
+    graph = dh.capture(model, batch, points=points)
+    fused = verify(fuse(graph))
+    ops = [node.op.split(".")[1] for node in fused.nodes if node.kind not in LEAVES and "." in node.op]
+    assert not {"cat", "slice", "expand", "unflatten", "flatten"} & set(ops)
+    if "inner" not in points:
+        assert any(region[-4:] == ["add", "gelu", "sigmoid", "mul"] for region in regions(fused))
+    assert ops.count("reshape") <= 2 + ("inner" in points)
+    _same_products(model, batch, graph, fused)
+
+
 def _same_products(model: nn.Module, batch: object, graph: CurvatureGraph, fused: CurvatureGraph) -> None:
     parsed = batches(batch)
     every = tuple(range(len(graph.points)))

@@ -1,27 +1,25 @@
 """Pointwise-region collapse: connected elementwise ops become one node (design §3, fuse). Graph in, graph out.
 
 A region grows from its last op towards the inputs, as long as every reader of what it takes in is inside and a sweep
-moves no more tensors than before. Identities go, and what only a region reads of constants is evaluated inside it.
+moves no more tensors than before. What only a region reads of constants is evaluated inside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tag
 
 from dag_hesse.ir import CurvatureGraph, Kind, Node, Ref, verify
-from dag_hesse.ir.ops import TAP
+from dag_hesse.plan.simplify import seeded_or_read, simplify, without
 from dag_hesse.rules.region import Region
 from dag_hesse.rules.table import RULES, pairs_of
-
-_IDENTITIES = {TAP, "aten.clone.default", "aten.alias.default"}
 
 
 def fuse(graph: CurvatureGraph) -> CurvatureGraph:
     """The same function with fewer nodes; points, ``out`` and the loss stay nodes of their own."""
-    return verify(_collapse(_without_identities(graph)))
+    return verify(_collapse(simplify(graph)))
 
 
 def fuse_all(graphs: Sequence[CurvatureGraph]) -> list[CurvatureGraph]:
@@ -31,30 +29,9 @@ def fuse_all(graphs: Sequence[CurvatureGraph]) -> list[CurvatureGraph]:
     return [fused[id(graph)] for graph in graphs]
 
 
-def _kept(graph: CurvatureGraph) -> set[int]:
-    """Nodes that are seeded or read."""
-    return {graph.loss, *graph.out, *(k for point in graph.points for k in point.sites)}
-
-
-def _without_identities(graph: CurvatureGraph) -> CurvatureGraph:
-    """Drop identities that nobody asks for; where one is asked for, what feeds it alone takes its place."""
-    kept, alias = _kept(graph), dict[int, int]()
-    for node in graph.nodes:
-        if node.op not in _IDENTITIES or node.kind is Kind.CONST:  # a constant's copy may be written to
-            continue
-        source = alias.get(node.inputs[0], node.inputs[0])
-        alone = graph.children[node.inputs[0]] == [node.index] and graph.nodes[source].target is not None
-        if graph.nodes[source].dtype != node.dtype or not (node.index not in kept or (alone and source not in kept)):
-            continue
-        alias[node.index] = source
-        if node.index in kept:
-            kept.add(source)
-    return _rebuilt(graph, {}, alias)
-
-
 class _Grower:
     def __init__(self, graph: CurvatureGraph) -> None:
-        self.graph, self.kept = graph, _kept(graph)
+        self.graph, self.kept = graph, seeded_or_read(graph)
         self.active = graph.active(self.kept - {graph.loss})
         self.in_loss = graph.loss_subgraph
         self.taken: set[int] = set()
@@ -158,40 +135,4 @@ def _collapse(graph: CurvatureGraph) -> CurvatureGraph:
                 regions[node.index] = grower.node(members)
                 gone |= members - {node.index}
                 grower.taken |= members
-    return _rebuilt(graph, regions, {}, gone)
-
-
-def _rebuilt(
-    graph: CurvatureGraph, changed: dict[int, Node], alias: dict[int, int], gone: Iterable[int] = ()
-) -> CurvatureGraph:
-    """The graph with nodes replaced, nodes read in place of others (``alias``) and nodes left out, numbered anew."""
-    left, gone, nodes = dict[int, int](), {*gone, *alias}, list[Node]()
-    for old in graph.nodes:
-        if old.index not in gone:
-            left[old.index] = len(nodes)
-            node = changed.get(old.index, old)
-            inputs = tuple(left[alias.get(k, k)] for k in node.inputs)
-            nodes.append(replace(node, index=len(nodes), inputs=inputs, taps=list(node.taps)))
-    left |= {k: left[source] for k, source in alias.items()}
-
-    def places(old: Iterable[int]) -> tuple[int, ...]:
-        return tuple(left[k] for k in old)
-
-    for old in graph.nodes:
-        if old.index in alias:
-            nodes[left[old.index]].taps += old.taps
-    kept = [old.index for old in graph.nodes if old.index not in gone]
-    return replace(
-        graph,
-        nodes=nodes,
-        loss=left[graph.loss],
-        out=places(graph.out),
-        parameters={name: left[k] for name, k in graph.parameters.items()},
-        inputs={left[k]: position for k, position in graph.inputs.items()},
-        constants={left[k]: tensor for k, tensor in graph.constants.items()},
-        taps={name: places(sites) for name, sites in graph.taps.items() if all(k in left for k in sites)},
-        points=tuple(replace(point, sites=places(point.sites)) for point in graph.points),
-        children=[],
-        layouts=[graph.layouts[k] for k in kept],
-        couplings=[graph.couplings[k] for k in kept],
-    )
+    return without(graph, gone, regions)

@@ -16,7 +16,19 @@ from dag_hesse.rules.region import Region
 from dag_hesse.rules.table import pairs_of
 
 _CHUNK_BYTES = 64 << 20
-_VIEWS = {"view", "_unsafe_view", "transpose", "permute", "t", "expand", "squeeze", "unsqueeze", "slice", "select"}
+_VIEWS = {
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "transpose",
+    "permute",
+    "t",
+    "expand",
+    "squeeze",
+    "unsqueeze",
+    "slice",
+    "select",
+}
 
 
 @dataclass(frozen=True, slots=True)

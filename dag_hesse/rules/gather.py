@@ -44,7 +44,7 @@ def _embedding(c: Call, g: Tensor, slot: int) -> Tensor:
     rows = g.reshape(-1, g.shape[-1])
     if padding >= 0:
         rows = rows * (index != padding).unsqueeze(-1)
-    return _zeros(c, g).index_add(0, index, rows)
+    return _zeros(c, g).index_add_(0, index, rows)
 
 
 def _scatter(c: Call, g: Tensor, slot: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref, execute
+from dag_hesse.kernels.pointwise import times
 from dag_hesse.rules.base import Call, Linearized, Note, Rule, Run, Tangents, added, own_pair
 from dag_hesse.rules.structural import axes
 
@@ -36,6 +37,12 @@ class _Rowwise(Linearized):
         return False
 
 
+def _less_mean(x: Tensor, weights: Tensor, dim: int) -> Tensor:
+    """x − ⟨weights, x⟩, in the memory that the products took."""
+    products = times(weights, x)
+    return torch.sub(x, products.sum(dim, keepdim=True), out=products)
+
+
 @final
 class _Softmax(_Rowwise):
     """y = softmax(x): ẏ = y w with w = ẋ − ⟨y,ẋ⟩; symmetric, so the transpose μ of λ is the same map of it.
@@ -47,7 +54,7 @@ class _Softmax(_Rowwise):
         self.y, self.dim = call.out, _trailing(call, call.argument(1))
 
     def _center(self, x: Tensor) -> Tensor:
-        return x - (self.y * x).sum(self.dim, keepdim=True)
+        return _less_mean(x, self.y, self.dim)
 
     def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
         centered = self._center(tangents[0])
@@ -74,7 +81,7 @@ class _LogSoftmax(_Rowwise):
         self.p, self.dim = call.out.exp(), _trailing(call, call.argument(1))
 
     def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
-        moved = tangents[0] - (self.p * tangents[0]).sum(self.dim, keepdim=True)
+        moved = _less_mean(tangents[0], self.p, self.dim)
         return moved, moved
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
@@ -84,7 +91,7 @@ class _LogSoftmax(_Rowwise):
         self.total = lam.sum(self.dim, keepdim=True)
 
     def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        return None if note is None else added((note * self.p).mul_(-self.total), into)
+        return None if note is None else added(times(self.p, note).mul_(-self.total), into)
 
 
 @final
