@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 import dag_hesse as dh
 from bench.timing import RESULTS, interleaved, median, write_json
@@ -19,14 +19,21 @@ from dag_hesse.experiments.models import mlp
 
 WIDTH = 256
 GRIDS = {"depth": (1, 2, 4, 8, 16, 32, 64), "batch": (64, 128, 256, 512, 1024), "probes": (1, 2, 4, 8, 16, 32)}
-GRIDS["points"] = GRIDS["depth"]
+GRIDS["points"] = GRIDS["points at once"] = GRIDS["depth"]
 
 
-def _operator(depth: int, batch: int, **options: Any) -> dh.HessianOperator:
+def _chain(depth: int, batch: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """A model with its batch. Signals keep their size in it: sums of denormal numbers would be timed otherwise."""
     torch.manual_seed(0)
     model = mlp([WIDTH] * (depth + 1) + [10], nn.SiLU)
-    data = (torch.randn(batch, WIDTH), torch.arange(batch) % 10)
-    return dh.HessianOperator(model, data, loss=F.cross_entropy, **options)
+    for layer in model.children():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=(3 / WIDTH) ** 0.5)
+    return model, (torch.randn(batch, WIDTH), torch.arange(batch) % 10)
+
+
+def _operator(depth: int, batch: int) -> dh.HessianOperator:
+    return dh.HessianOperator(*_chain(depth, batch), loss=F.cross_entropy)
 
 
 def _product(operator: dh.HessianOperator, probes: int = 1) -> Callable[[], Any]:
@@ -41,8 +48,13 @@ def _run(axis: str, value: int) -> Callable[[], Any]:
         return _product(_operator(8, value))
     if axis == "probes":
         return _product(_operator(8, 256), value)
-    points = [f"{2 * k + 1}" for k in range(value)]  # the activations of the first layers of a deep chain
-    return _product(_operator(64, 256, space="activation", points=points))
+    # Activations spread evenly over a chain: one probe of all of them, or a probe from each, read at all.
+    names = [f"{2 * (64 * k // value) + 1}" for k in range(value)]
+    operator = dh.HessianOperator(*_chain(64, 256), loss=F.cross_entropy, space="activation", points=names)
+    if axis == "points at once":
+        return _product(operator)
+    vectors = torch.randn(value, 1, WIDTH) * torch.eye(value)[:, :, None]
+    return lambda: [operator @ v.flatten() for v in vectors]
 
 
 def fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
