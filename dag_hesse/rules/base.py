@@ -289,6 +289,16 @@ def pointwise(d1: Derivative, d2: Derivative) -> Rule:
     return diagonal(Kind.POINTWISE, lambda c: ({0: d1(c)}, {(0, 0): d2(c)}), own_pair)
 
 
+def pointwise_jointly(derivatives: Callable[[Call], tuple[Tensor, Tensor]]) -> Rule:
+    """A smooth unary op whose derivatives share what is dear: ``derivatives(call)`` is (d1, d2)."""
+
+    def partials(call: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
+        first, second = derivatives(call)
+        return {0: first}, {(0, 0): second}
+
+    return diagonal(Kind.POINTWISE, partials, own_pair)
+
+
 def piecewise_linear(d1: Derivative) -> Rule:
     """A unary op with second derivative 0 almost everywhere."""
     return diagonal(Kind.PIECEWISE_LINEAR, lambda c: ({0: d1(c)}, {}), no_pairs)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node
 from dag_hesse.kernels.pointwise import Coefficient, Gate
-from dag_hesse.rules.base import Call, Pairs, Rule, binary, diagonal, piecewise_linear, pointwise
+from dag_hesse.rules.base import Call, Pairs, Rule, binary, diagonal, piecewise_linear, pointwise, pointwise_jointly
 
-_INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
+_INV_SQRT_2, _INV_SQRT_2PI = 1 / math.sqrt(2), 1 / math.sqrt(2 * math.pi)
 _SELU_ALPHA = 1.6732632423543772
 _SELU_SCALE = 1.0507009873554805
 
@@ -38,21 +38,16 @@ def _between(x: Tensor, low: Any, high: Any, *, closed: bool) -> Tensor:
 _K, _A = math.sqrt(2 / math.pi), 0.044715
 
 
-def _gelu_d1(c: Call) -> Tensor:
+def _gelu(c: Call) -> tuple[Tensor, Tensor]:
     x = _x(c)
     if c.argument(1, "approximate", "none") == "tanh":
         t, du = torch.tanh(_K * (x + _A * x**3)), _K * (1 + 3 * _A * x * x)
-        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du
-    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * _INV_SQRT_2PI * torch.exp(-0.5 * x * x)
-
-
-def _gelu_d2(c: Call) -> Tensor:
-    x = _x(c)
-    if c.argument(1, "approximate", "none") == "tanh":
-        t, du = torch.tanh(_K * (x + _A * x**3)), _K * (1 + 3 * _A * x * x)
-        dt = 1 - t * t
-        return dt * du + 0.5 * x * dt * (6 * _K * _A * x - 2 * t * du * du)
-    return (2 - x * x) * _INV_SQRT_2PI * torch.exp(-0.5 * x * x)
+        dt = (1 - t * t) * du
+        return 0.5 * (1 + t) + 0.5 * x * dt, dt + 0.5 * x * (6 * _K * _A * x * (1 - t * t) - 2 * t * dt * du)
+    square = x * x
+    density = torch.mul(square, -0.5).exp_().mul_(_INV_SQRT_2PI)
+    share = torch.mul(x, _INV_SQRT_2).erf_().add_(1).mul_(0.5)
+    return share.addcmul_(x, density), density.mul_(square.neg_().add_(2))
 
 
 def _softplus_d1(c: Call) -> Tensor:
@@ -87,14 +82,11 @@ def _elu_d2(c: Call) -> Tensor:
     return torch.where(x < 0, negative * rate * rate * torch.exp(rate * x.clamp(max=0)), torch.zeros_like(x))
 
 
-def _silu_d1(c: Call) -> Tensor:
-    s = torch.sigmoid(_x(c))
-    return s * (1 + _x(c) * (1 - s))
-
-
-def _silu_d2(c: Call) -> Tensor:
-    s = torch.sigmoid(_x(c))
-    return s * (1 - s) * (2 + _x(c) * (1 - 2 * s))
+def _silu(c: Call) -> tuple[Tensor, Tensor]:
+    """y = x s: y' = s + y (1 − s), y'' = (1 − s)(2 y' − y)."""
+    s, one = torch.sigmoid(_x(c)), torch.ones((), dtype=c.out.dtype, device=c.out.device)
+    first = torch.lerp(c.out, one, s)
+    return first, torch.sub(c.out, first, alpha=2).mul_(s.sub_(1))
 
 
 def _mish_d1(c: Call) -> Tensor:
@@ -115,14 +107,22 @@ def _hardswish_d1(c: Call) -> Tensor:
     return torch.where(x <= -3, torch.zeros_like(x), torch.where(x < 3, x / 3 + 0.5, torch.ones_like(x)))
 
 
-def _sigmoid_d1(c: Call) -> Tensor:
-    return c.out * (1 - c.out)
+def _sigmoid(c: Call) -> tuple[Tensor, Tensor]:
+    first = torch.addcmul(c.out, c.out, c.out, value=-1)
+    return first, first * (1 - 2 * c.out)
+
+
+def _tanh(c: Call) -> tuple[Tensor, Tensor]:
+    first = 1 - c.out * c.out
+    return first, (first * c.out).mul_(-2)
 
 
 def _power_partials(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
     x, p = _x(c), c.argument(1, "exponent")
-    if p == 2:  # the common square: no transcendental function
+    if p == 2:  # the common ones need no transcendental function
         return {0: 2 * x}, {(0, 0): torch.full_like(x, 2.0)}
+    if p == 3:
+        return {0: (x * x).mul_(3)}, {(0, 0): 6 * x}
     first = p * x ** (p - 1) if p != 0 else torch.zeros_like(x)
     return {0: first}, ({(0, 0): p * (p - 1) * x ** (p - 2)} if p not in (0, 1) else {})
 
@@ -156,11 +156,11 @@ SMOOTH: dict[str, Rule] = {
     "aten.tan.default": pointwise(lambda c: 1 + c.out**2, lambda c: 2 * c.out * (1 + c.out**2)),
     "aten.sinh.default": pointwise(lambda c: torch.cosh(_x(c)), lambda c: c.out),
     "aten.cosh.default": pointwise(lambda c: torch.sinh(_x(c)), lambda c: c.out),
-    "aten.tanh.default": pointwise(lambda c: 1 - c.out**2, lambda c: -2 * c.out * (1 - c.out**2)),
+    "aten.tanh.default": pointwise_jointly(_tanh),
     "aten.atan.default": pointwise(lambda c: 1 / (1 + _x(c) ** 2), lambda c: -2 * _x(c) / (1 + _x(c) ** 2) ** 2),
     "aten.asin.default": pointwise(lambda c: (1 - _x(c) ** 2) ** -0.5, lambda c: _x(c) * (1 - _x(c) ** 2) ** -1.5),
     "aten.acos.default": pointwise(lambda c: -((1 - _x(c) ** 2) ** -0.5), lambda c: -_x(c) * (1 - _x(c) ** 2) ** -1.5),
-    "aten.sigmoid.default": pointwise(_sigmoid_d1, lambda c: c.out * (1 - c.out) * (1 - 2 * c.out)),
+    "aten.sigmoid.default": pointwise_jointly(_sigmoid),
     "aten.log_sigmoid_forward.default": pointwise(
         lambda c: torch.sigmoid(-_x(c)), lambda c: -torch.sigmoid(_x(c)) * torch.sigmoid(-_x(c))
     ),
@@ -168,8 +168,8 @@ SMOOTH: dict[str, Rule] = {
         lambda c: 2 / math.sqrt(math.pi) * torch.exp(-(_x(c) ** 2)),
         lambda c: -4 / math.sqrt(math.pi) * _x(c) * torch.exp(-(_x(c) ** 2)),
     ),
-    "aten.silu.default": pointwise(_silu_d1, _silu_d2),
-    "aten.gelu.default": pointwise(_gelu_d1, _gelu_d2),
+    "aten.silu.default": pointwise_jointly(_silu),
+    "aten.gelu.default": pointwise_jointly(_gelu),
     "aten.softplus.default": pointwise(_softplus_d1, _softplus_d2),
     "aten.elu.default": pointwise(_elu_d1, _elu_d2),
     "aten.selu.default": pointwise(_elu_d1, _elu_d2),

@@ -6,15 +6,28 @@ alone; otherwise first partials c_i and λ-weighted second partials h_ij are den
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.kernels.pointwise import Coefficient, add_times, adjoint, curvature, plus, product, tangent, times
+from dag_hesse.kernels.pointwise import (
+    Coefficient,
+    add_times,
+    adjoint,
+    curvature,
+    plus_product,
+    product,
+    tangent,
+    times,
+)
 from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Rule, Tangents, added
+
+# A member, its place among the region's values, its first and its second partials.
+_Step = tuple[Node, int, dict[int, Coefficient], dict[tuple[int, int], Coefficient]]
 
 
 @dataclass(frozen=True)
@@ -122,33 +135,80 @@ class _Meeting(Linearized):
         return {slot: adjoint(self.shares[slot], at_z, self.shapes[slot]) for slot in slots}
 
 
-class _Collapsed:
-    """First partials of the last member by some sources, and what λ-weighted second partials need."""
+class _Collapsed(ABC):
+    """First partials of the last member by some sources, and λ-weighted second partials."""
 
-    def __init__(self, region: Region, known: list[Tensor], sources: Sequence[int], start: int) -> None:
-        own: dict[int, dict[int, Coefficient]] = {k: {i: 1.0} for i, k in enumerate(sources)}
-        self.steps: list[tuple[Node, int, dict[int, Coefficient], dict[tuple[int, int], Coefficient]]] = []
-        for j, member in list(enumerate(region.members))[start:]:
-            place = region.inputs + j
-            on = tuple(k in own for k in member.inputs)
-            if not _is_active(member) or not any(on):
-                continue
-            partials = _rule(member).partials
-            assert partials is not None
-            first, second = partials(Call(member, tuple(known[k] for k in member.inputs), known[place], on))
-            total: dict[int, Coefficient] = {}
-            for slot, k in enumerate(member.inputs):
-                for i, c in own.get(k, {}).items():
-                    term = product(first[slot], c)
-                    total[i] = plus(total[i], term) if i in total else term
-            own[place] = total
-            self.steps.append((member, place, first, second))
-        self.own, self.last = own, region.inputs + len(region.members) - 1
-        self.first = own[self.last]
+    first: dict[int, Coefficient]
+
+    @abstractmethod
+    def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]: ...
+
+
+def _steps(region: Region, known: list[Tensor], sources: Sequence[int], start: int) -> Iterator[_Step]:
+    """Partials of the members that the sources reach."""
+    reached = set(sources)
+    for j, member in list(enumerate(region.members))[start:]:
+        place = region.inputs + j
+        on = tuple(k in reached for k in member.inputs)
+        if not _is_active(member) or not any(on):
+            continue
+        partials = _rule(member).partials
+        assert partials is not None
+        reached.add(place)
+        yield member, place, *partials(Call(member, tuple(known[k] for k in member.inputs), known[place], on))
+
+
+@final
+class _OfOne(_Collapsed):
+    """φ(z): φ' and φ'' by the chain rule, member by member; then h = λ φ''."""
+
+    def __init__(self, region: Region, known: list[Tensor], source: int, start: int) -> None:
+        d1: dict[int, Coefficient] = {source: 1.0}
+        d2: dict[int, Coefficient] = {}
+        place = source
+        for member, place, first, second in _steps(region, known, [source], start):
+            sources = [(slot, k) for slot, k in enumerate(member.inputs) if k in d1]
+            d1[place] = _sum_of_products((first[slot], d1[k]) for slot, k in sources)
+            terms = [(first[slot], d2[k]) for slot, k in sources if k in d2]
+            for (p, q), h in second.items():
+                i, j = member.inputs[p], member.inputs[q]
+                if i in d1 and j in d1 and p <= q:
+                    terms.append((product(product(2.0 if p < q else 1.0, h), d1[i]), d1[j]))
+            if terms:
+                d2[place] = _sum_of_products(terms)
+        self.first, self.second = {0: d1[place]}, d2.get(place)
 
     def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
-        """Σ_u λ_u φ_u'' D_u D_uᵀ over the members u."""
+        return {} if self.second is None else {(0, 0): product(self.second, lam)}
+
+
+def _sum_of_products(terms: Iterable[tuple[Coefficient, Coefficient]]) -> Coefficient:
+    total: Coefficient | None = None
+    for a, b in terms:
+        total = product(a, b) if total is None else plus_product(total, a, b)
+    assert total is not None
+    return total
+
+
+@final
+class _OfSeveral(_Collapsed):
+    """φ(x_1 … x_k): D_u of every member u, then Σ_u λ_u φ_u'' D_u D_uᵀ."""
+
+    def __init__(self, region: Region, known: list[Tensor], sources: Sequence[int], start: int) -> None:
+        self.own: dict[int, dict[int, Coefficient]] = {k: {i: 1.0} for i, k in enumerate(sources)}
+        self.steps = list(_steps(region, known, sources, start))
+        for member, place, first, _ in self.steps:
+            total: dict[int, Coefficient] = {}
+            for slot, k in enumerate(member.inputs):
+                for i, c in self.own.get(k, {}).items():
+                    total[i] = plus_product(total[i], first[slot], c) if i in total else product(first[slot], c)
+            self.own[place] = total
+        self.last = region.inputs + len(region.members) - 1
+        self.first = self.own[self.last]
+
+    def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
         adjoints: dict[int, Coefficient] = {self.last: lam}
+        inner = {place for _, place, _, _ in self.steps}
         found: dict[tuple[int, int], Coefficient] = {}
         for member, place, first, second in reversed(self.steps):
             mine = adjoints.pop(place, None)
@@ -159,13 +219,21 @@ class _Collapsed:
                 weighted = product(h, mine)
                 for (i, a), (j, b) in ((x, y) for x in left.items() for y in right.items()):
                     if i <= j:
-                        term = product(product(weighted, a), b)
-                        found[i, j] = plus(found[i, j], term) if (i, j) in found else term
+                        term = product(weighted, a)
+                        found[i, j] = plus_product(found[i, j], term, b) if (i, j) in found else product(term, b)
             for slot, k in enumerate(member.inputs):
-                if k in self.own:
-                    term = product(first[slot], mine)
-                    adjoints[k] = plus(adjoints[k], term) if k in adjoints else term
+                if k in inner:
+                    adjoints[k] = (
+                        plus_product(adjoints[k], first[slot], mine) if k in adjoints else product(first[slot], mine)
+                    )
         return found | {(j, i): h for (i, j), h in found.items()}
+
+
+def _collapsed(region: Region, known: list[Tensor], sources: Sequence[int], start: int) -> _Collapsed:
+    """The members from ``start`` on as one function of ``sources``."""
+    if len(sources) == 1:
+        return _OfOne(region, known, sources[0], start)
+    return _OfSeveral(region, known, sources, start)
 
 
 @final
@@ -204,11 +272,11 @@ def linearize(call: Call) -> Linearized:
     known = [*call.values, call.out]
     active = [slot for slot, on in enumerate(call.active) if on]
     if region.meet is None:
-        return _Dense(call, active, _Collapsed(region, known, active, 0))
+        return _Dense(call, active, _collapsed(region, known, active, 0))
     place = region.inputs + region.meet
     front = Region(region.inputs, region.members[: region.meet + 1], None)
-    shares = _Collapsed(front, known, active, 0).first
-    tail = _Collapsed(region, known, [place], region.meet + 1) if place < len(known) - 1 else None
+    shares = _collapsed(front, known, active, 0).first
+    tail = _collapsed(region, known, [place], region.meet + 1) if place < len(known) - 1 else None
     return _Meeting(call, {active[i]: a for i, a in shares.items()}, tail)
 
 

@@ -37,10 +37,10 @@ class _Rowwise(Linearized):
         return False
 
 
-def _less_mean(x: Tensor, weights: Tensor, dim: int) -> Tensor:
+def _less_mean(x: Tensor, weights: Tensor, dims: list[int]) -> Tensor:
     """x − ⟨weights, x⟩, in the memory that the products took."""
     products = times(weights, x)
-    return torch.sub(x, products.sum(dim, keepdim=True), out=products)
+    return torch.sub(x, products.sum(dims, keepdim=True), out=products)
 
 
 @final

@@ -6,10 +6,10 @@ from dag_hesse.kernels.pointwise.naive import (
     add_times,
     adjoint,
     curvature,
-    plus,
+    plus_product,
     product,
     tangent,
     times,
 )
 
-__all__ = ["Coefficient", "Gate", "add_times", "adjoint", "curvature", "plus", "product", "tangent", "times"]
+__all__ = ["Coefficient", "Gate", "add_times", "adjoint", "curvature", "plus_product", "product", "tangent", "times"]

@@ -82,9 +82,12 @@ def product(a: Coefficient, b: Coefficient) -> Coefficient:
     return _plain(a) * _plain(b)
 
 
-def plus(a: Coefficient, b: Coefficient) -> Coefficient:
-    """Return the coefficient ``a + b``."""
-    return _plain(a) + _plain(b)
+def plus_product(total: Coefficient, a: Coefficient, b: Coefficient) -> Coefficient:
+    """Return the coefficient ``total + a ∘ b``, in one pass where all are tensors."""
+    total, a, b = _plain(total), _plain(a), _plain(b)
+    if isinstance(total, Tensor) and isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.addcmul(total, a, b)
+    return total + _plain(product(a, b))
 
 
 def tangent(partials: Sequence[Coefficient | None], tangents: Mapping[int, Tensor], shape: Sequence[int]) -> Tensor:
