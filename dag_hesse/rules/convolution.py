@@ -157,8 +157,13 @@ def _fold(x: Tensor) -> Tensor:
 
 
 def _beside(x: Tensor) -> Tensor:
-    """(probes, n, c, …) -> (n, probes·c, …): probes side by side along the channels."""
-    return x[0] if len(x) == 1 else x.transpose(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+    """(probes, n, c, …) -> (n, probes·c, …): probes side by side along the channels; channels last where they were."""
+    if len(x) == 1:
+        return x[0]
+    last = x.movedim(2, -1)
+    if last.is_contiguous():
+        return last.movedim(0, -2).flatten(-2).movedim(-1, 1)
+    return x.transpose(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
 
 def _apart(x: Tensor, probes: int) -> Tensor:
@@ -278,7 +283,8 @@ def _of_patches(geo: Geometry, terms: Terms, probes: int) -> Tensor:
         return laid[0] if len(laid) == 1 else torch.cat(laid, dim=1)
 
     g, x = (list(tensors) for tensors in zip(*terms, strict=True))
-    found = side(g, _rows).mT @ side(x, lambda t: _patches(geo, t))
+    left, right = side(g, _rows).mT, side(x, lambda t: _patches(geo, t))
+    found = torch.bmm(left, right, out=empty(left, probes, left.shape[1], right.shape[2]))
     return found.reshape(probes, *geo.weight[:2], *geo.kernel)
 
 
