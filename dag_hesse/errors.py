@@ -16,6 +16,10 @@ class CaptureError(DagHesseError):
     """The model and loss could not be turned into one graph."""
 
 
+class NonDeterministicError(DagHesseError, RuntimeError):
+    """The model gives other values when it is run again from the same state."""
+
+
 class LossError(DagHesseError, ValueError):
     """The loss is missing, not a scalar, or not finite."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +52,17 @@ class Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer(x)
         return x * 2 if x.sum() > 0 else x
+
+
+class Noisy(nn.Module):
+    """Draws a gain anew in every forward, from a generator of its own or from Python's."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.layer, self.draw = nn.Linear(3, 3), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.draw()
 
 
 class _Straight(torch.autograd.Function):
@@ -229,3 +242,15 @@ def test_modules_that_keep_what_they_computed_keep_no_fakes() -> None:
     dh.analyze(model, batch)
     assert model.last is None
     assert _same(before, _state(model))
+
+
+def test_a_model_that_does_not_repeat_itself_is_named() -> None:
+    with pytest.raises(errors.NonDeterministicError, match=r"Noisy gives other losses .* \(\d"):
+        dh.HessianOperator(Noisy(np.random.default_rng(0).random), _batch())
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_draws_of_the_global_generators_are_frozen_and_given_back(draw: Callable[[], float]) -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    dh.HessianOperator(Noisy(draw), _batch()) @ torch.ones(12)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before

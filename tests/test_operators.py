@@ -228,8 +228,8 @@ def test_curvlinops_estimators_run_on_our_operators() -> None:
     G = dh.GGNOperator(c.model, c.batch, loss=c.loss)
     damped = _assembled(truth, names, "gn") + torch.eye(n, dtype=dense.dtype)
     identity = IdentityLinearOperator([p.shape for p in c.model.parameters()], H.device, H.dtype)
-    sub = CGInverseLinearOperator(G.to_curvlinops() + identity, tolerance=1e-6, max_iter=200)
-    assert error(sub @ X[:, 0], torch.linalg.solve(damped, X[:, 0])) < 1e-3
+    sub = CGInverseLinearOperator(G.to_curvlinops() + identity, tolerance=1e-6, max_iter=500)
+    assert error(sub @ X[:, 0], torch.linalg.solve(damped, X[:, 0])) < 1e-5
 
 
 def test_a_missing_curvlinops_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

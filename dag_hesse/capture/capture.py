@@ -13,7 +13,7 @@ from dag_hesse.capture.convert import convert
 from dag_hesse.capture.coupling import annotate
 from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.points import default_points, resolve_points
-from dag_hesse.capture.tracer import trace_forward
+from dag_hesse.capture.tracer import check_repeatable, trace_forward
 from dag_hesse.errors import BatchError, NonDifferentiableError
 from dag_hesse.ir import CurvatureGraph, verify
 
@@ -55,6 +55,7 @@ def trace(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: str
     gm, called = trace_forward(model, batch, loss)
     graph = verify(convert(gm, model, called, batch.size, output))
     _check_rules(graph)
+    check_repeatable(model, batch, loss)
     return annotate(graph, batch)
 
 
@@ -82,7 +83,8 @@ def capture(
         The graph; ``print(graph)`` is readable, ``graph.points`` are its points in topological order.
 
     Raises:
-        CaptureError, LossError, BatchError, PointError, NonFiniteError: see :mod:`dag_hesse.errors`.
+        CaptureError, NonDeterministicError, LossError, BatchError, PointError, NonFiniteError: see
+            :mod:`dag_hesse.errors`.
 
     Example:
         >>> import torch, dag_hesse

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, fx, nn
@@ -16,7 +18,7 @@ from torch.utils import _pytree as pytree
 from dag_hesse.capture.batch import Batch
 from dag_hesse.capture.losses import Loss, LossInputs, evaluate
 from dag_hesse.capture.tap import capturing, map_tensors
-from dag_hesse.errors import CaptureError, DagHesseError
+from dag_hesse.errors import CaptureError, DagHesseError, NonDeterministicError
 from dag_hesse.ir import ops
 from dag_hesse.rules import decompositions
 
@@ -26,10 +28,11 @@ LOSS_INPUT = "<loss input>"
 
 @contextmanager
 def _preserved(model: nn.Module) -> Iterator[None]:
-    """Give buffers, attributes and RNG back as they were.
+    """Give buffers, attributes and random states (PyTorch's, Python's, NumPy's) back as they were.
 
     Tracing may run BatchNorm's counters for real, and modules that keep what they computed would keep fake tensors.
     """
+    python, numpy = random.getstate(), np.random.get_state()
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     kept = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
@@ -37,6 +40,8 @@ def _preserved(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices):
             yield
     finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
         for module, attributes, own_buffers in kept:
             vars(module).clear()
             vars(module).update(attributes)
@@ -243,3 +248,25 @@ def trace_forward(model: nn.Module, batch: Batch, loss: Loss | None) -> tuple[fx
         raise
     except Exception as error:
         raise CaptureError(f"{type(model).__name__} could not be captured: {_explain(error)}") from error
+
+
+def check_repeatable(model: nn.Module, batch: Batch, loss: Loss | None) -> None:
+    """Run the forward twice from one and the same state.
+
+    Raises:
+        NonDeterministicError: the losses differ.
+    """
+    run, losses = _forward(model, batch, loss), list[Tensor]()
+    for _ in range(2):
+        with _preserved(model), torch.no_grad():
+            try:
+                losses.append(run(*batch.tensors))
+            except (IndexError, RuntimeError):
+                return  # a linearization fails on this batch too, and can say where
+    first, second = losses
+    if not torch.allclose(first, second, rtol=torch.finfo(first.dtype).eps ** 0.5, atol=0.0, equal_nan=True):
+        raise NonDeterministicError(
+            f"{type(model).__name__} gives other losses when it is run again from the same state ({float(first):.8g}, "
+            f"then {float(second):.8g}), so there is no one Hessian: let its forward draw from the generators of "
+            "PyTorch, Python or NumPy alone, and read no clock."
+        )
