@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import dag_hesse as dh
 from bench.pairwise import PairwiseBaseline, measure
 from bench.timing import interleaved, median, peak_bytes, spread, write_json
-from dag_hesse.capture.batch import one_batch
+from dag_hesse.capture import Batches
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.experiments.models import resnet18
 from dag_hesse.ir import CurvatureGraph
@@ -62,7 +62,7 @@ def problem(activation: type[nn.Module]) -> tuple[nn.Module, Tensor, Tensor]:
 
 def gate(model: nn.Module, x: Tensor, y: Tensor, report: dh.CurvatureReport, graph: CurvatureGraph) -> float:
     """Products of both sides on the same probes agree; the report's norms agree with the baseline's estimates."""
-    ours = Problem(model, [graph], [one_batch((x, y))], "shared")
+    ours = Problem(model, [graph], Batches((x, y)), "shared")
     worst, generator = 0.0, torch.Generator().manual_seed(1)
     names = report.names
     for i, j in itertools.combinations_with_replacement(range(len(names)), 2):
@@ -80,7 +80,7 @@ def gate(model: nn.Module, x: Tensor, y: Tensor, report: dh.CurvatureReport, gra
 def from_captured(model: nn.Module, graph: CurvatureGraph, x: Tensor, y: Tensor) -> Callable[[], Any]:
     """Structure, plan and estimates on a captured graph: what a second batch of equal shapes costs."""
 
-    batch = one_batch((x, y))
+    batch = Batches((x, y))
 
     def run() -> Any:
         fused = fuse(graph)
@@ -89,7 +89,7 @@ def from_captured(model: nn.Module, graph: CurvatureGraph, x: Tensor, y: Tensor)
         ready = Problem(
             model,
             [fused],
-            [batch],
+            batch,
             "shared",
             tensor_part=alive,
             with_out=schedule.gram_columns > 0,
@@ -154,7 +154,7 @@ def probe_row() -> dict[str, Any]:
     graph = dh.capture(model, (x, y))
     schedule = plan([analyze_structure(graph)], mode="probes")
 
-    ready = Problem(model, [graph], [one_batch((x, y))], "shared", chunk=schedule.chunk, with_out=False)
+    ready = Problem(model, [graph], Batches((x, y)), "shared", chunk=schedule.chunk, with_out=False)
     generator = torch.Generator().manual_seed(0)
     requests = []
     for source in schedule.sources:

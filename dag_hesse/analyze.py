@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from dag_hesse.capture import Batch, batches, capture_all, unwrapped
+from dag_hesse.capture import Batches, capture_all, unwrapped
 from dag_hesse.capture.losses import Loss
 from dag_hesse.errors import BatchError, OptionError, choose
 from dag_hesse.estimate import assemble, estimate
@@ -52,7 +52,8 @@ def analyze(
         mode: ``"auto"``, ``"exact"``, ``"gram"`` or ``"probes"``.
         probes: Rademacher probes per source point, where probes are used.
         rtol: keep probing until every relative standard error is below this.
-        memory: bytes that results and sweeps may take; None: half of what is free.
+        memory: bytes that results and sweeps may take; None: half of what is free. A loader whose batches take more
+            (None: a quarter) is not held but read again in every pass.
         seed: of the probes. The global RNG is neither read for them nor changed.
         progress: called with (stage, sweeps done, sweeps foreseen).
 
@@ -74,11 +75,11 @@ def analyze(
     """
     _check_options(mode, batch_mode, probes, rtol, memory)
     clock = {"start": time.perf_counter()}
-    parsed = batches(batch)
-    if batch_mode == "joint" and len(parsed) > 1:
+    batches = Batches(batch, memory)
+    if batch_mode == "joint" and len(batches) > 1:
         raise BatchError("batch_mode='joint' holds one batch; concatenate the stream, or use 'shared' or 'per_sample'.")
     model = unwrapped(model)
-    graphs = capture_all(model, parsed, loss=loss, output=output, points=points, space=space)
+    graphs = capture_all(model, batches, loss=loss, output=output, points=points, space=space)
     clock["capture"] = time.perf_counter()
     swept = fuse_all(graphs)
     distinct = {id(graph): (graph, fused) for graph, fused in zip(graphs, swept, strict=True)}
@@ -88,7 +89,7 @@ def analyze(
     problem = Problem(
         model,
         swept,
-        parsed,
+        batches,
         batch_mode,
         tensor_part=bool(structures[0].tensor_alive.any()),
         with_out=schedule.gram_columns > 0,
@@ -104,7 +105,7 @@ def analyze(
         metrics.method,
         structure.distance,
         structure.rank_bound,
-        _facts(model, problem, schedule, parsed, space, mode, seed, clock),
+        _facts(model, problem, schedule, space, mode, seed, clock),
         BlockReader(problem),
     )
 
@@ -124,7 +125,6 @@ def _facts(
     model: nn.Module,
     problem: Problem,
     schedule: Plan,
-    parsed: Sequence[Batch],
     space: str,
     mode: str,
     seed: int,
@@ -135,7 +135,7 @@ def _facts(
     return {
         "model": type(model).__name__,
         "loss": problem.loss,
-        "batch_size": sum(batch.size for batch in parsed),
+        "batch_size": problem.batches.total,
         "batch_mode": problem.mode,
         "space": space,
         "mode": mode,

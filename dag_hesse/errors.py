@@ -28,6 +28,10 @@ class BatchError(DagHesseError, ValueError):
     """The batch has a form, a size or a device that cannot be used."""
 
 
+class UnstableLoaderError(BatchError):
+    """A loader that is read in every pass gives other batches than it gave in the first."""
+
+
 class NonFiniteError(DagHesseError, ValueError):
     """A parameter, a buffer or the batch holds NaN or infinity."""
 

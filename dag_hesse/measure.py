@@ -1,8 +1,9 @@
-"""Seconds and peak memory of a block of code."""
+"""Memory that is free; seconds and peak memory of a block of code."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 import time
@@ -19,6 +20,14 @@ class Phase:
 
     seconds: float = 0.0
     peak_bytes: int = 0
+
+
+def available_memory() -> int:
+    """Bytes of main memory that are free now."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 4 << 30
 
 
 def _status(key: str) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dag_hesse.analyze import analyze
-from dag_hesse.capture import batches, capture_all, unwrapped
+from dag_hesse.capture import Batches, capture_all, first_batch, unwrapped
 from dag_hesse.capture.losses import Loss
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.measure import Phase, measured
@@ -174,15 +174,15 @@ def profile(
         >>> sorted(found.phases), found.nodes[0].op
         (['capture', 'linearize', 'sweep'], 'mm')
     """
-    model, parsed = unwrapped(model), batches(batch)[:1]
+    model, batches = unwrapped(model), Batches(first_batch(batch))
     phases: dict[str, Phase] = {}
-    device = parsed[0].tensors[0].device
+    device = batches.device
     with measured(device) as phases["capture"]:
-        captured = capture_all(model, parsed, loss=loss, output=None, points=points, space=space)
+        captured = capture_all(model, batches, loss=loss, output=None, points=points, space=space)
         graphs = fuse_all(captured)
         schedule = plan([replace(analyze_structure(captured[0]), graph=graphs[0])], probes=probes)
     every = tuple(range(len(graphs[0].points)))
-    problem = Problem(model, graphs, parsed, "shared", with_out=False, chunk=schedule.chunk)
+    problem = Problem(model, graphs, batches, "shared", with_out=False, chunk=schedule.chunk)
     with measured(device) as phases["linearize"]:
         _, lin = next(iter(problem.linearizations()))
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dag_hesse as dh
-from dag_hesse.capture import batches
+from dag_hesse.capture import Batches
 from dag_hesse.experiments.models import resnet18
 from dag_hesse.ir import CurvatureGraph, Kind, verify
 from dag_hesse.plan import fuse
@@ -100,7 +100,7 @@ def test_data_movement_that_moves_nothing_goes(points: list[str], size: int) -> 
 
 
 def _same_products(model: nn.Module, batch: object, graph: CurvatureGraph, fused: CurvatureGraph) -> None:
-    parsed = batches(batch)
+    parsed = Batches(batch)
     every = tuple(range(len(graph.points)))
     plain, ours = (Problem(model, [g], parsed, "shared", with_out=False) for g in (graph, fused))
     requests = [Request({w: torch.randn(2, 1, plain.dim(w), dtype=plain.dtype)}, every) for w in every]

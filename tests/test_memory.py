@@ -10,7 +10,7 @@ from torch import nn
 
 import dag_hesse as dh
 from bench.timing import peak_bytes
-from dag_hesse.capture import batches
+from dag_hesse.capture import Batches
 from dag_hesse.plan import fuse
 from dag_hesse.plan.memory import Held, held, sweep_bytes
 from dag_hesse.sweep import Problem
@@ -22,7 +22,7 @@ def test_rules_keep_what_the_plan_says(name: str) -> None:
     one = case(name)
     points = [*one.names, *one.parameters]
     graph = fuse(dh.capture(one.model, one.batch, loss=one.loss, output=one.out or None, points=points))
-    _, lin = next(iter(Problem(one.model, [graph], batches(one.batch), "shared", with_out=False).linearizations()))
+    _, lin = next(iter(Problem(one.model, [graph], Batches(one.batch), "shared", with_out=False).linearizations()))
     for index in lin.calls:
         node, own = graph.nodes[index], held(graph, graph.nodes[index], lin.active)
         if index not in lin.curved:

@@ -1,16 +1,18 @@
 """Model + loss + batch -> one traced, typed graph (design §3, capture)."""
 
-from dag_hesse.capture.batch import Batch, batches
+from dag_hesse.capture.batch import Batch, first_batch
 from dag_hesse.capture.capture import capture, capture_all, trace, unwrapped
 from dag_hesse.capture.points import default_points, resolve_points
+from dag_hesse.capture.stream import Batches
 from dag_hesse.capture.tap import tap
 
 __all__ = [
     "Batch",
-    "batches",
+    "Batches",
     "capture",
     "capture_all",
     "default_points",
+    "first_batch",
     "resolve_points",
     "tap",
     "trace",

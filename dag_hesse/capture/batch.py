@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dag_hesse.errors import BatchError, NonFiniteError
+from dag_hesse.randomness import preserved
 
+NO_BATCHES = "the iterable of batches is empty or used up: give at least one batch."
 _FORMS = "(inputs, targets), a dict of keyword inputs, or an iterable of either"
 
 
@@ -99,7 +101,8 @@ def one_batch(batch: Any) -> Batch:
     return Batch(args, kwargs, targets, size)
 
 
-def _is_one(batch: Any) -> bool:
+def is_one(batch: Any) -> bool:
+    """Whether this is one batch, and not an iterable of batches."""
     if isinstance(batch, (Mapping, Tensor, Batch)):
         return True
     if isinstance(batch, tuple):
@@ -107,18 +110,18 @@ def _is_one(batch: Any) -> bool:
     return isinstance(batch, list) and len(batch) == 2 and isinstance(batch[0], Tensor)
 
 
-def batches(batch: Any) -> list[Batch]:
-    """Parse a batch or an iterable of batches.
+def first_batch(source: Any) -> Batch:
+    """A batch, or the first one of an iterable, of which no more is read.
 
     Raises:
-        BatchError: as :func:`one_batch`, or nothing to iterate over.
+        BatchError: as :func:`one_batch`, or there is none.
     """
-    if _is_one(batch) or not isinstance(batch, Iterable):
-        return [one_batch(batch)]
-    found = [one_batch(item) for item in batch]
-    if not found:
-        raise BatchError("the iterable of batches is empty or used up: give at least one batch.")
-    return found
+    if is_one(source) or not isinstance(source, Iterable):
+        return one_batch(source)
+    with preserved():
+        for item in source:
+            return one_batch(item)
+    raise BatchError(NO_BATCHES)
 
 
 def check_finite(names: Iterable[str], tensors: Iterable[Tensor], what: str) -> None:

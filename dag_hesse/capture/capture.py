@@ -13,6 +13,7 @@ from dag_hesse.capture.convert import convert
 from dag_hesse.capture.coupling import annotate
 from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.points import default_points, resolve_points
+from dag_hesse.capture.stream import Batches
 from dag_hesse.capture.tracer import check_repeatable, trace_forward
 from dag_hesse.errors import BatchError, NonDifferentiableError
 from dag_hesse.ir import CurvatureGraph, verify
@@ -105,7 +106,7 @@ def capture(
 
 def capture_all(
     model: nn.Module,
-    parsed: Sequence[Batch],
+    batches: Batches,
     *,
     loss: Loss | None = None,
     output: str | None = None,
@@ -119,15 +120,14 @@ def capture_all(
     """
     by_signature: dict[Any, CurvatureGraph] = {}
     names = points
-    for one in parsed:
-        if one.signature not in by_signature:
-            graph = capture(model, one, loss=loss, output=output, points=names, space=space)
-            by_signature[one.signature] = graph
-            names = [point.name for point in graph.points]
-            first = next(iter(by_signature.values()))
-            if [p.shape for p in graph.points] != [p.shape for p in first.points]:
-                raise BatchError(
-                    "the batches give points of different shapes, so their blocks cannot be added: "
-                    f"{[p.shape for p in first.points]} and {[p.shape for p in graph.points]}."
-                )
-    return [by_signature[one.signature] for one in parsed]
+    for signature, example in batches.examples.items():
+        graph = capture(model, example, loss=loss, output=output, points=names, space=space)
+        by_signature[signature] = graph
+        names = [point.name for point in graph.points]
+        first = next(iter(by_signature.values()))
+        if [p.shape for p in graph.points] != [p.shape for p in first.points]:
+            raise BatchError(
+                "the batches give points of different shapes, so their blocks cannot be added: "
+                f"{[p.shape for p in first.points]} and {[p.shape for p in graph.points]}."
+            )
+    return [by_signature[signature] for signature in batches.signatures]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, fx, nn
@@ -20,6 +18,7 @@ from dag_hesse.capture.losses import Loss, LossInputs, evaluate
 from dag_hesse.capture.tap import capturing, map_tensors
 from dag_hesse.errors import CaptureError, DagHesseError, NonDeterministicError
 from dag_hesse.ir import ops
+from dag_hesse.randomness import preserved
 from dag_hesse.rules import decompositions
 
 OUTPUT = "<output>"  # tap on the model's output; "<output>.logits" on a part of it
@@ -32,16 +31,12 @@ def _preserved(model: nn.Module) -> Iterator[None]:
 
     Tracing may run BatchNorm's counters for real, and modules that keep what they computed would keep fake tensors.
     """
-    python, numpy = random.getstate(), np.random.get_state()
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     kept = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices):
+        with preserved():
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
         for module, attributes, own_buffers in kept:
             vars(module).clear()
             vars(module).update(attributes)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dag_hesse.analyze import analyze
 from dag_hesse.experiments.models import ToyAttention, ToyReluMLP
+from dag_hesse.randomness import preserved
 
 SEEDS = (42, 43, 44, 45, 46)
 CHECKPOINTS = ("init", "mid", "final")
@@ -70,7 +71,7 @@ def train_and_measure(name: str, seed: int) -> dict[str, Gap]:
     """Train one model by the paper's protocol and measure it at init, mid and final."""
     kind, points = MODELS[name]
     x, y, x_valid, y_valid = teacher_data()
-    with torch.random.fork_rng(devices=[]):
+    with preserved():
         torch.manual_seed(seed)
         model = kind()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

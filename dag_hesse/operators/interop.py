@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.errors import DependencyError
+from dag_hesse.randomness import preserved
 
 if TYPE_CHECKING:
     from dag_hesse.operators.operator import CurvatureOperator
@@ -42,7 +43,6 @@ def to_curvlinops(operator: CurvatureOperator) -> Any:
 def estimate(operator: CurvatureOperator, name: str, matvecs: int, seed: int, **options: Any) -> Any:
     """Run the estimator ``curvlinops.<name>`` with ``matvecs`` products; the global RNG stays as it was."""
     estimator, wrapped = getattr(_curvlinops(), name), to_curvlinops(operator)
-    devices = [operator.device.index or 0] if operator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with preserved():
         torch.manual_seed(seed)
         return estimator(wrapped, matvecs, **options)

@@ -12,14 +12,14 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
-from dag_hesse.capture import batches, capture_all
+from dag_hesse.capture import Batches, capture_all
 from dag_hesse.capture.losses import Loss
 from dag_hesse.errors import MemoryBudgetError, StaleError, choose
+from dag_hesse.measure import available_memory
 from dag_hesse.operators.functional import FunctionModule, as_module, chosen_parameters
 from dag_hesse.operators.interop import estimate, to_curvlinops
 from dag_hesse.operators.vectors import Layout
 from dag_hesse.plan import fuse_all
-from dag_hesse.plan.cost import available_memory
 from dag_hesse.plan.memory import probe_chunk, sweep_bytes
 from dag_hesse.sweep import Blocks, Problem, Request
 
@@ -29,7 +29,7 @@ class CurvatureOperator(ABC):
 
     Args:
         model: a module, or ``callable(params, inputs) -> output`` with ``params`` given.
-        batch: as for :func:`~dag_hesse.analyze`; a loader is read once and taken as one loss.
+        batch: as for :func:`~dag_hesse.analyze`; a loader's batches are one loss.
         loss: ``callable(output, targets) -> scalar``; None: the model's own, or inferred.
         params: parameters to differentiate by: a list of the model's own, or a dict or list for a callable model.
         space: ``"parameter"`` (default: all parameters that require gradients) or ``"activation"``.
@@ -37,9 +37,12 @@ class CurvatureOperator(ABC):
         param_filter: glob, globs, or ``callable(name, parameter) -> bool`` that picks among the parameters.
         output: name of what the loss consumes, where it cannot be inferred.
         batch_mode: meaning of the batch axis of activations, ``"shared"`` or ``"joint"``.
+        memory: bytes that a loader's batches may take (None: a quarter of what is free). Beyond, the loader is read
+            again in every product.
 
     Raises:
-        DagHesseError: as :func:`~dag_hesse.analyze`; :class:`~dag_hesse.errors.VectorError` for a bad vector.
+        DagHesseError: as :func:`~dag_hesse.analyze`; :class:`~dag_hesse.errors.VectorError` for a bad vector;
+            :class:`~dag_hesse.errors.UnstableLoaderError` where a loader that is read again changes.
     """
 
     channels: ClassVar[str]
@@ -56,18 +59,19 @@ class CurvatureOperator(ABC):
         param_filter: Any = None,
         output: str | None = None,
         batch_mode: str = "shared",
+        memory: int | None = None,
     ) -> None:
         choose("space", space, ("parameter", "activation"))
         choose("batch_mode", batch_mode, ("shared", "joint"))
         module, params = as_module(model, params)
-        parsed = batches(batch)
+        batches = Batches(batch, memory)
         wanted: Any = points
         if points is None and space == "parameter":
             wanted = partial(chosen_parameters, module, params, param_filter)
-        graphs = capture_all(module, parsed, loss=loss, output=output, points=wanted, space=space)
+        graphs = capture_all(module, batches, loss=loss, output=output, points=wanted, space=space)
         graphs = fuse_all(graphs)
         self.model = module
-        self._problem = Problem(module, graphs, parsed, batch_mode, with_out=False)
+        self._problem = Problem(module, graphs, batches, batch_mode, with_out=False)
         sites = [k for point in graphs[0].points for k in point.sites]
         # Vectors over parameters are large themselves: chunks of them would only be copied together again.
         cap = available_memory() // 4

@@ -1,6 +1,6 @@
 """Which sweeps give the requested quantities at least cost: pure data, graph in, schedule out (design §3, plan)."""
 
-from dag_hesse.plan.cost import Cost, available_memory, path_cost
+from dag_hesse.plan.cost import Cost, path_cost
 from dag_hesse.plan.edges import Edge, edges, render_edges
 from dag_hesse.plan.fuse import fuse, fuse_all
 from dag_hesse.plan.planner import METHODS, Plan, Source, plan
@@ -11,7 +11,6 @@ __all__ = [
     "Edge",
     "Plan",
     "Source",
-    "available_memory",
     "edges",
     "fuse",
     "fuse_all",

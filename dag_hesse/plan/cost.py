@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -51,11 +50,3 @@ def path_cost(graph: CurvatureGraph, starts: Iterable[int]) -> Cost:
         if node.is_differentiable and alive[node.index] and any(reached[k] for k in node.inputs):
             total = total + _node_cost(graph, node)
     return total
-
-
-def available_memory() -> int:
-    """Bytes of main memory that are free now."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 4 << 30

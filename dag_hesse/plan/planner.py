@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from dag_hesse.errors import BatchCouplingError, MemoryBudgetError, choose
 from dag_hesse.ir import CurvatureGraph
-from dag_hesse.plan.cost import Cost, available_memory, path_cost
+from dag_hesse.measure import available_memory
+from dag_hesse.plan.cost import Cost, path_cost
 from dag_hesse.plan.memory import probe_chunk, sweep_bytes
 from dag_hesse.structure import Structure
 

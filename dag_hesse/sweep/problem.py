@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dag_hesse.capture import Batch
+from dag_hesse.capture import Batches
 from dag_hesse.errors import out_of_memory
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.kernels.pool import Pool
-from dag_hesse.plan.cost import available_memory
+from dag_hesse.measure import available_memory
 from dag_hesse.plan.memory import linearization_bytes
+from dag_hesse.randomness import RandomState, preserved
 from dag_hesse.sweep.embed import read_parts, seed
 from dag_hesse.sweep.engine import sweep
 from dag_hesse.sweep.linearize import Linearization
@@ -44,10 +46,10 @@ class Request:
 
 @dataclass
 class Entry:
-    """One batch (or one sample of it) of the problem; ``scale`` multiplies its Hessian."""
+    """One batch (or one sample of it) of the problem, by its number; ``scale`` multiplies its Hessian."""
 
     graph: CurvatureGraph
-    batch: Batch
+    batch: int
     scale: float
     sample: int | None = None
     groups: int = 1
@@ -69,37 +71,33 @@ class Problem:
         self,
         model: nn.Module,
         graphs: Sequence[CurvatureGraph],
-        batches: Sequence[Batch],
+        batches: Batches,
         batch_mode: str,
         *,
         tensor_part: bool = True,
         with_out: bool = True,
         chunk: int = 8,
     ) -> None:
-        self.model, self.mode, self.chunk = model, batch_mode, chunk
+        self.model, self.batches, self.mode, self.chunk = model, batches, batch_mode, chunk
         self.tensor_part, self.with_out = tensor_part, with_out
         first = graphs[0]
         self.points = first.points
         unbatched = any(p.kind == "parameter" or any(first.layouts[k] is None for k in p.sites) for p in self.points)
         self.masked = batch_mode == "per_sample" and unbatched
         self.how = self._reading(first, unbatched)
-        total = sum(batch.size for batch in batches)
         self.entries: list[Entry] = []
-        for graph, batch in zip(graphs, batches, strict=True):
-            if self.masked:
-                scale = float(batch.size) if graph.mean_loss else 1.0
-                self.entries += [Entry(graph, batch, scale, sample=b) for b in range(batch.size)]
-            elif batch_mode == "per_sample":
-                self.entries.append(
-                    Entry(graph, batch, float(batch.size) if graph.mean_loss else 1.0, None, batch.size)
-                )
+        for number, (graph, size) in enumerate(zip(graphs, batches.sizes, strict=True)):
+            if batch_mode == "per_sample":
+                scale = float(size) if graph.mean_loss else 1.0
+                samples: Iterable[int | None] = range(size) if self.masked else [None]
+                self.entries += [Entry(graph, number, scale, b, 1 if self.masked else size) for b in samples]
             else:
-                scale = batch.size / total if graph.mean_loss and batch_mode == "shared" else 1.0
-                self.entries.append(Entry(graph, batch, scale, None, batch.size if self.how == "each" else 1))
+                scale = size / batches.total if graph.mean_loss and batch_mode == "shared" else 1.0
+                self.entries.append(Entry(graph, number, scale, None, size if self.how == "each" else 1))
         self.groups = sum(entry.groups for entry in self.entries) if self.separate_groups else 1
         self.pool = Pool()
         self._kept: dict[int, Linearization] = {}
-        self._rng = _Generators(self.device)  # dropout masks are drawn anew in every linearization, and must agree
+        self._rng = RandomState.now()  # dropout masks are drawn anew in every linearization, and must agree
         self.sweeps = 0  # probes swept so far, for reports
         self._losses: dict[int, float] = {}
 
@@ -123,23 +121,23 @@ class Problem:
     @property
     def device(self) -> torch.device:
         """Where the batch lies."""
-        return self.entries[0].batch.tensors[0].device
+        return self.batches.device
 
     @property
     def loss(self) -> float:
         """The loss over all batches: a mean over samples, or a sum where the loss is one. NaN before any sweep."""
         if not self._losses:
             return float("nan")
-        by_batch = {id(e.batch): (e.batch.size, self._losses[id(e)]) for e in self.entries if id(e) in self._losses}
-        total = sum(size for size, _ in by_batch.values())
-        mean = self.entries[0].graph.mean_loss
-        return sum(value * (size / total if mean else 1.0) for size, value in by_batch.values())
+        sizes = {number: self.batches.sizes[number] for number in self._losses}
+        total = sum(sizes.values()) if self.entries[0].graph.mean_loss else 1.0
+        weights = {number: size / total if self.entries[0].graph.mean_loss else 1.0 for number, size in sizes.items()}
+        return sum(self._losses[number] * weight for number, weight in weights.items())
 
     @property
     def versions(self) -> tuple[tuple[int, int], ...]:
-        """Identity and version counter of parameters, buffers and batch tensors: changes when one is written to."""
-        own = [*self.model.parameters(), *self.model.buffers()]
-        return tuple((id(t), t._version) for t in [*own, *(t for e in self.entries for t in e.batch.tensors)])
+        """Identity and version counter of parameters, buffers and batches held: changes when one is written to."""
+        own = [*self.model.parameters(), *self.model.buffers(), *self.batches.tensors]
+        return tuple((id(t), t._version) for t in own)
 
     def release(self) -> None:
         """Let the kept linearizations go; the next sweep makes them anew."""
@@ -153,27 +151,32 @@ class Problem:
         return point.dim
 
     def linearizations(self) -> Iterator[tuple[Entry, Linearization]]:
-        """Each entry with its linearization: kept for the next pass while there is room, else made anew."""
-        for place, entry in enumerate(self.entries):
-            if place in self._kept:
-                yield entry, self._kept[place]
-                continue
-            sites = {k for point in self.points_of(entry) for k in point.sites}
-            sites |= set(entry.graph.out) if self.with_out else set()
-            with torch.random.fork_rng(_devices(self.device)), self.pool.use():
-                self._rng.restore()
-                lin = Linearization(
-                    entry.graph,
-                    self.model,
-                    entry.batch.tensors,
-                    sites,
-                    tensor_part=self.tensor_part,
-                    sample=entry.sample,
-                )
-            self._losses[id(entry)] = float(lin.loss)
-            if len(self.entries) == 1 or linearization_bytes(entry.graph, sites) < available_memory() // 4:
-                self._kept[place] = lin
-            yield entry, lin
+        """Each entry with its linearization: kept for the next pass while there is room, else made anew.
+
+        Raises:
+            UnstableLoaderError: a loader that is read again does not give what it gave first.
+        """
+        if len(self._kept) == len(self.entries):
+            yield from ((entry, self._kept[place]) for place, entry in enumerate(self.entries))
+            return
+        waiting = deque(enumerate(self.entries))
+        for number, batch in enumerate(self.batches):
+            while waiting and waiting[0][1].batch == number:
+                place, entry = waiting.popleft()
+                yield entry, self._kept.get(place) or self._linearize(place, entry, batch.tensors)
+
+    def _linearize(self, place: int, entry: Entry, tensors: list[Tensor]) -> Linearization:
+        sites = {k for point in self.points_of(entry) for k in point.sites}
+        sites |= set(entry.graph.out) if self.with_out else set()
+        with preserved(), self.pool.use():
+            self._rng.restore()
+            lin = Linearization(
+                entry.graph, self.model, tensors, sites, tensor_part=self.tensor_part, sample=entry.sample
+            )
+        self._losses[entry.batch] = float(lin.loss)
+        if len(self.entries) == 1 or linearization_bytes(entry.graph, sites) < available_memory() // 4:
+            self._kept[place] = lin
+        return lin
 
     def points_of(self, entry: Entry) -> tuple[Point, ...]:
         """The points as nodes of this entry's graph."""
@@ -264,21 +267,3 @@ def _join(parts: list[Tensor | None], scale: float) -> Tensor | None:
         return None
     joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     return joined if scale == 1.0 else joined * scale
-
-
-class _Generators:
-    """The state of the global generators at one time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.cpu = device, torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def restore(self) -> None:
-        """Set the global generators to it."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
-
-
-def _devices(device: torch.device) -> list[int]:
-    return [device.index or 0] if device.type == "cuda" else []

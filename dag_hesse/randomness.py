@@ -1,0 +1,56 @@
+"""States of the global random generators: PyTorch's, Python's and NumPy's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """What all global generators had drawn at one time."""
+
+    torch: Tensor
+    cuda: list[Tensor]
+    python: tuple[Any, ...]
+    numpy: dict[str, Any]
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """The present state."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return cls(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state(legacy=False))  # type: ignore[arg-type]
+
+    def restore(self) -> None:
+        """Set the generators to it."""
+        torch.set_rng_state(self.torch)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+
+
+@contextmanager
+def preserved() -> Iterator[None]:
+    """Give the generators back as they were.
+
+    Example:
+        >>> import torch
+        >>> from dag_hesse.randomness import preserved
+        >>> with preserved():
+        ...     first = torch.rand(1)
+        >>> bool(torch.rand(1) == first)
+        True
+    """
+    before = RandomState.now()
+    try:
+        yield
+    finally:
+        before.restore()

@@ -1,0 +1,172 @@
+"""Loaders: held, or read again in every pass and held against the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import dag_hesse as dh
+from dag_hesse import errors
+from dag_hesse.capture import Batches
+
+SMALL = 100  # bytes: less than a batch takes
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def _data(samples: int = 10) -> TensorDataset:
+    torch.manual_seed(1)
+    return TensorDataset(torch.randn(samples, 3).double(), torch.arange(samples) % 2)
+
+
+class Passes:
+    """An iterable that gives other batches in every pass, or the last ones once its script is through."""
+
+    def __init__(self, *script: list[tuple[Tensor, Tensor]]) -> None:
+        self.script, self.passes = script, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        return iter(self.script[min(self.passes, len(self.script)) - 1])
+
+
+def _batches(samples: int = 10) -> list[tuple[Tensor, Tensor]]:
+    x, y = _data(samples).tensors
+    return list(zip(x.split(4), y.split(4), strict=True))
+
+
+def _whole(samples: int = 10) -> tuple[Tensor, Tensor]:
+    return _data(samples).tensors
+
+
+@pytest.mark.parametrize("memory", [None, SMALL])
+@pytest.mark.parametrize("space", ["parameter", "activation"])
+def test_an_operator_over_a_loader_is_the_one_over_all_its_samples(memory: int | None, space: str) -> None:
+    model, loader = _net(), DataLoader(_data(), batch_size=4)
+    found = dh.HessianOperator(model, loader, space=space, memory=memory).dense()
+    assert torch.allclose(found, dh.HessianOperator(model, _whole(), space=space).dense(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("batch_mode", ["shared", "per_sample"])
+@pytest.mark.parametrize("space", ["parameter", "activation"])
+def test_a_map_over_a_loader_that_is_read_again_is_the_one_over_all_its_samples(batch_mode: str, space: str) -> None:
+    options: dict[str, Any] = {"batch_mode": batch_mode, "space": space, "mode": "gram"}
+    loader = Passes(_batches())
+    whole = dh.analyze(_net(), _whole(), **options)
+    found = dh.analyze(_net(), loader, memory=SMALL, **options)
+    assert loader.passes > 1
+    assert found.facts["loss"] == pytest.approx(whole.facts["loss"], rel=1e-12)
+    assert np.allclose(found.resonance, whole.resonance, rtol=1e-10)
+
+
+def test_what_is_held_is_read_once_and_what_is_not_in_every_pass() -> None:
+    for memory, passes in ((None, 1), (SMALL, 2)):
+        loader = Passes(_batches())
+        assert len(list(Batches(loader, memory))) == 3
+        assert loader.passes == passes
+
+
+def test_products_of_linearizations_that_are_kept_read_nothing() -> None:
+    loader = Passes(_batches())
+    H = dh.HessianOperator(_net(), loader, memory=SMALL)
+    v = torch.ones(H.shape[0]).double()
+    first = H @ v
+    assert loader.passes == 2
+    assert torch.equal(H @ v, first)
+    assert loader.passes == 2
+    H.refresh()
+    assert torch.equal(H @ v, first)
+    assert loader.passes == 3
+
+
+def test_without_room_for_linearizations_every_product_reads_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = Passes(_batches())
+    H = dh.HessianOperator(_net(), loader, memory=SMALL)
+    monkeypatch.setattr("dag_hesse.sweep.problem.available_memory", lambda: 0)
+    v = torch.ones(H.shape[0]).double()
+    assert torch.equal(H @ v, H @ v)
+    assert loader.passes == 3
+
+
+@pytest.mark.parametrize("draw", ["sampler", "augmentation"])
+def test_a_loader_that_draws_from_the_global_generators_repeats_itself(draw: str) -> None:
+    model, data = _net(), _data()
+
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
+            x, y = data[k]
+            return x + torch.randn(3) + float(np.random.rand()), y
+
+    loader = DataLoader(data if draw == "sampler" else Noisy(), batch_size=4, shuffle=draw == "sampler")
+    torch.manual_seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    streamed = dh.HessianOperator(model, loader, memory=SMALL)
+    first = streamed.dense()
+    streamed.refresh()
+    assert torch.equal(streamed.dense(), first)
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    assert torch.equal(before[0], after[0]) and before[1] == after[1]
+    held = dh.HessianOperator(model, loader)  # the same draws once more
+    assert torch.equal(held.dense(), first)
+
+
+def _changed(batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    x, y = batches[1]
+    return [batches[0], (x, 1 - y), batches[2]]
+
+
+CHANGES = {
+    "order": (lambda b: [b[0], b[2], b[1]], r"its 2\. batch is what the 3\. was"),
+    "content": (_changed, r"its 2\. batch has other content"),
+    "end": (lambda b: b[:2], "ended after 2 batches; it gave 3"),
+    "used up": (lambda b: [], "ended after 0 batches; it gave 3"),
+    "growth": (lambda b: [*b, b[0]], "more than the 3 batches"),
+    "split": (lambda b: [(b[0][0][:2], b[0][1][:2]), *b[1:]], r"its 1\. batch has other content"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_loader_that_changes_is_named(change: str) -> None:
+    turn, message = CHANGES[change]
+    loader = Passes(_batches(), turn(_batches()))
+    H = dh.HessianOperator(_net(), loader, memory=SMALL)
+    with pytest.raises(errors.UnstableLoaderError, match=rf"{message}.*shuffle=False"):
+        H @ torch.ones(H.shape[0]).double()
+    held = dh.HessianOperator(_net(), Passes(_batches(), turn(_batches())))  # what is held cannot change
+    assert torch.allclose(held.dense(), dh.HessianOperator(_net(), _whole()).dense(), rtol=1e-12, atol=1e-14)
+
+
+def test_a_loader_with_a_generator_of_its_own_is_named_when_it_shuffles() -> None:
+    loader = DataLoader(_data(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(0))
+    H = dh.HessianOperator(_net(), loader, memory=SMALL)
+    with pytest.raises(errors.UnstableLoaderError, match="changes from pass to pass"):
+        H.dense()
+
+
+def test_an_iterator_that_cannot_be_held_is_refused() -> None:
+    with pytest.raises(errors.MemoryBudgetError, match="read once only"):
+        dh.HessianOperator(_net(), iter(_batches()), memory=SMALL)
+    with pytest.raises(errors.BatchError, match="empty or used up"):
+        dh.HessianOperator(_net(), iter([]))
+    with pytest.raises(errors.BatchError, match="empty or used up"):
+        dh.profile(_net(), iter([]))
+
+
+def test_a_profile_reads_the_first_batch_alone() -> None:
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        yield _batches()[0]
+        raise AssertionError("a second batch was asked for")
+
+    assert "sweep" in dh.profile(_net(), batches()).phases
