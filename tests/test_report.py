@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -176,7 +177,8 @@ def test_ctrl_c_leaves_nothing_half_written(here: Path) -> None:
         "--out",
         "out",
     ]
-    process = subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    process = subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     time.sleep(8)
     assert process.poll() is None, "finished before it could be interrupted"
     process.send_signal(signal.SIGINT)
