@@ -15,6 +15,7 @@ from dag_hesse.analyze import analyze
 from dag_hesse.capture import Batches, capture_all, first_batch, unwrapped
 from dag_hesse.capture.losses import Loss
 from dag_hesse.ir import CurvatureGraph
+from dag_hesse.kernels.pool import Pool
 from dag_hesse.measure import Phase, measured
 from dag_hesse.plan import Plan, fuse_all, path_cost, plan
 from dag_hesse.plan.edges import Edge, as_rows, dearest, edges, render_edges
@@ -194,7 +195,7 @@ def profile(
     with measured(device) as together:
         problem.run(chunk)
     lin.calls = {k: _Timed(call, f"%{k} {graphs[0].nodes[k].where}") for k, call in lin.calls.items()}
-    problem.pool.clear()
+    problem.pool = Pool()  # the old one has pages already
     with measured(device) as phases["sweep"]:
         problem.run(one)
     found = edges(graphs[0])

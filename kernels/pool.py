@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_LARGE = 1 << 24  # bytes; smaller blocks are reused by the system's allocator as they are
+_LARGE = 1 << 22  # bytes; smaller blocks are reused by the system's allocator as they are
 _ALIGNED = 64  # bytes
 _STAGGER = 17 * _ALIGNED  # between cuts: operands that lie a power of two apart evict each other from the caches
 _FIRST = 1 << 26  # bytes of the first slab; the next ones are as large as all before
@@ -45,6 +45,12 @@ class Pool:
         """Bytes of all slabs."""
         return sum(slab.size for slab in self._slabs)
 
+    @property
+    def gaps(self) -> int:
+        """Pieces that the free memory is in."""
+        self._collect()
+        return sum(len(slab.gaps) for slab in self._slabs)
+
     def empty(self, size: int) -> Tensor:
         """``size`` uninitialized bytes."""
         self._collect()
@@ -65,11 +71,6 @@ class Pool:
         while self._returned:
             slab, start, stop = self._returned.pop()
             slab.join(start, stop)
-
-    def clear(self) -> None:
-        """Let all slabs go in which no tensor lies."""
-        self._collect()
-        self._slabs = [slab for slab in self._slabs if slab.gaps != [(0, slab.size)]]
 
     @contextmanager
     def use(self) -> Iterator[None]:
@@ -125,7 +126,7 @@ def room(x: Tensor, *others: object) -> Tensor | None:
     None where PyTorch is to find the place: no pool is in use, or the result is small or of another shape.
     """
     pool, size = _IN_USE.get(), x.numel() * x.itemsize
-    if pool is None or x.device.type != "cpu" or size < _LARGE or not _is_dense(x):
+    if pool is None or x.device.type != "cpu" or size < _LARGE or not is_dense(x):
         return None
     shapes = [t.shape for t in others if isinstance(t, Tensor)]
     if torch.broadcast_shapes(x.shape, *shapes) != x.shape:
@@ -133,7 +134,7 @@ def room(x: Tensor, *others: object) -> Tensor | None:
     return pool.empty(size).view(x.dtype).as_strided(x.shape, x.stride())
 
 
-def _is_dense(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
     """Whether every place of the memory that ``x`` spans is one of its elements, once."""
     if x.is_contiguous():
         return True
@@ -145,4 +146,4 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
-__all__ = ["Pool", "empty", "room"]
+__all__ = ["Pool", "empty", "is_dense", "room"]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref
 from dag_hesse.kernels.pointwise import Coefficient
-from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Rule, Tangents, added, diagonal
+from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Rule, Tangents, added
+from dag_hesse.rules.diagonal import diagonal
 
 aten = torch.ops.aten
 _ARGUMENTS = "xγβmv"

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dag_hesse.kernels.pool import empty
-from dag_hesse.rules.base import Call, Rule, Terms, added, bilinear
+from dag_hesse.rules.base import Call, Rule, added
+from dag_hesse.rules.bilinear import Terms, bilinear
 from dag_hesse.rules.convolution import convolution
 
 _LARGE = 1 << 20  # multiply-adds

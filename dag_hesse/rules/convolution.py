@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Node, execute
 from dag_hesse.kernels.pool import empty
-from dag_hesse.rules.base import Call, Product, Terms, added, bilinear
+from dag_hesse.rules.base import Call, added
+from dag_hesse.rules.bilinear import Product, Terms, bilinear
 
 aten = torch.ops.aten
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, bind
-from dag_hesse.rules.base import Call, Linearized, Rule, Tangents, linear, no_pairs
+from dag_hesse.kernels.pool import is_dense
+from dag_hesse.rules.base import Call, Linearized, Rule, Tangents, no_pairs
+from dag_hesse.rules.linear import linear
 from dag_hesse.rules.structural import axes
 
 aten = torch.ops.aten
@@ -29,7 +31,9 @@ def _index_select(c: Call, g: Tensor, slot: int) -> Tensor:
 
 
 def _gather(c: Call, g: Tensor, slot: int) -> Tensor:
-    return _zeros(c, g).scatter_add(c.argument(1), c.argument(2), g)
+    shape, strides = c.shape(), c.values[0].stride()
+    laid_out = g.new_empty_strided(shape, strides) if is_dense(c.values[0]) else g.new_empty(shape)
+    return laid_out.zero_().scatter_add_(c.argument(1), c.argument(2), g)
 
 
 def _embedding_forward(c: Call, inputs: tuple[Tensor, ...]) -> Tensor:

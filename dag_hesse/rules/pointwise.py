@@ -10,9 +10,10 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node
 from dag_hesse.kernels.pointwise import Coefficient, Gate
-from dag_hesse.rules.base import Call, Pairs, Rule, binary, diagonal, piecewise_linear, pointwise, pointwise_jointly
+from dag_hesse.rules.base import Call, Pairs, Rule
+from dag_hesse.rules.diagonal import binary, diagonal, piecewise_linear, pointwise, pointwise_jointly
 
-_INV_SQRT_2, _INV_SQRT_2PI = 1 / math.sqrt(2), 1 / math.sqrt(2 * math.pi)
+_INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 _SELU_ALPHA = 1.6732632423543772
 _SELU_SCALE = 1.0507009873554805
 
@@ -46,8 +47,7 @@ def _gelu(c: Call) -> tuple[Tensor, Tensor]:
         return 0.5 * (1 + t) + 0.5 * x * dt, dt + 0.5 * x * (6 * _K * _A * x * (1 - t * t) - 2 * t * dt * du)
     square = x * x
     density = torch.mul(square, -0.5).exp_().mul_(_INV_SQRT_2PI)
-    share = torch.mul(x, _INV_SQRT_2).erf_().add_(1).mul_(0.5)
-    return share.addcmul_(x, density), density.mul_(square.neg_().add_(2))
+    return torch.ops.aten.gelu_backward(torch.ones_like(x), x), density.mul_(square.neg_().add_(2))
 
 
 def _softplus_d1(c: Call) -> Tensor:

@@ -11,8 +11,12 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref, execute
 from dag_hesse.kernels.pointwise import times
+from dag_hesse.kernels.pool import empty
 from dag_hesse.rules.base import Call, Linearized, Note, Rule, Run, Tangents, added, own_pair
 from dag_hesse.rules.structural import axes
+
+aten = torch.ops.aten
+_MANY = 1 << 14  # elements: from here on the call of a kernel is cheap beside its work
 
 
 def _trailing(call: Call, dims: object) -> list[int]:
@@ -61,7 +65,12 @@ class _Softmax(_Rowwise):
         return self.y * centered, centered
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return self._center(cotangent).mul_(self.y)
+        if len(cotangent) > 1 and self.y.numel() < _MANY:
+            return self._center(cotangent).mul_(self.y)
+        found = empty(cotangent, *cotangent.shape)
+        for g, row in zip(cotangent, found, strict=True):  # y (g − ⟨y,g⟩) in one pass
+            aten._softmax_backward_data.out(g, self.y, self.dim[0], g.dtype, grad_input=row)
+        return found
 
     def curve(self, lam: Tensor, pulled: Tangents) -> None:
         self.mu = pulled[0] if 0 in pulled else self.vjp(lam, 0)
@@ -176,13 +185,22 @@ def _where_it_lies(node: Node, inputs: Sequence[Tensor]) -> Tensor:
     return target(x.movedim(dim, -1), -1, *node.args[2:], **node.kwargs).movedim(-1, dim)
 
 
+def _safely(node: Node, inputs: Sequence[Tensor]) -> Tensor:
+    """A softmax, 0 in rows of −∞; the op itself looks at every element three times for such rows."""
+    x, dim = inputs[0], node.args[1]
+    if x.device.type != "cpu" or node.kwargs or len(node.args) > 2 or x.numel() == 0:
+        return execute(node, inputs)
+    y, masked = torch.softmax(x, dim), x.amax(dim, keepdim=True) == -torch.inf
+    return y.masked_fill_(masked, 0.0) if bool(masked.any()) else y
+
+
 def _rowwise(linearize: type[Linearized], run: Run = execute) -> Rule:
     return Rule(Kind.ROWWISE, linearize, own_pair, run=run)  # type: ignore[arg-type]
 
 
 TABLE: dict[str, Rule] = {
     "aten._softmax.default": _rowwise(_Softmax, _where_it_lies),
-    "aten._safe_softmax.default": _rowwise(_Softmax),
+    "aten._safe_softmax.default": _rowwise(_Softmax, _safely),
     "aten._log_softmax.default": _rowwise(_LogSoftmax, _where_it_lies),
     "aten.logsumexp.default": _rowwise(_LogSumExp),
     "dag_hesse.standardize.default": _rowwise(_Standardize),

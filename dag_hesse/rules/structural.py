@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import execute
-from dag_hesse.rules.base import Call, Rule, linear
+from dag_hesse.rules.base import Call, Rule
+from dag_hesse.rules.linear import linear
 
 aten = torch.ops.aten
 
@@ -187,8 +188,8 @@ TABLE: dict[str, Rule] = {
     "aten.t.default": linear(lambda c, g, slot: g.t()),
     "aten.expand.default": linear(_expand),
     "aten.repeat.default": linear(_repeat),
-    "aten.slice.Tensor": linear(_slice),
-    "aten.select.int": linear(_select),
+    "aten.slice.Tensor": linear(_slice, is_part=True),
+    "aten.select.int": linear(_select, is_part=True),
     "aten.cat.default": linear(_cat),
     "aten.stack.default": linear(_stack),
     "aten.flip.default": linear(_flip),

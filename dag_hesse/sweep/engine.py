@@ -38,11 +38,15 @@ class Adjoint:
             return self.data[:half], self.data[half:]
         return (self.data, None) if self.gn else (None, self.data)
 
+    def takes(self, gn: bool, tensor: bool) -> bool:
+        """Whether terms of these channels can be added in place."""
+        return self.owned and (self.gn, self.tensor) == (gn, tensor)
+
     def add(self, other: Adjoint) -> Adjoint:
         """Return the sum, in place where one of the two is owned."""
         if (self.gn, self.tensor) == (other.gn, other.tensor):
             for one, term in ((self, other), (other, self)):
-                if one.owned:
+                if one.takes(term.gn, term.tensor):
                     one.data.add_(term.data)
                     return one
             return Adjoint(_sum(self.data, other.data), self.gn, self.tensor, owned=True)
@@ -146,7 +150,12 @@ def _pull(
             mine, rows = _widened(mine, to_gn)
         cotangent = None if mine is None else mine.data
         gn, tensor = (to_gn, not to_gn) if mine is None else (mine.gn, mine.tensor)
-        pulled = call.pull(cotangent, met, _slots(lin, node, needed), rows, note)
+        slots = _slots(lin, node, needed)
+        if cotangent is not None and not bends and slots:
+            have = adjoints.get(node.inputs[slots[0]])
+            if have is not None and have.takes(gn, tensor) and call.add_vjp(cotangent, slots[0], have.data):
+                continue
+        pulled = call.pull(cotangent, met, slots, rows, note)
         given = [*met.values(), *([] if cotangent is None else [cotangent])]
         own = {s: is_fresh(x, *given, *(y for t, y in pulled.items() if t != s)) for s, x in pulled.items()}
         del mine, cotangent, given  # nothing is held longer than it is wanted

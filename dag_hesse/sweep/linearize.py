@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dag_hesse.errors import CaptureError, LossError, NonDifferentiableError, out_of_memory
 from dag_hesse.ir import CurvatureGraph, Kind, Node
 from dag_hesse.rules import Call, Linearized, rule_for
+from dag_hesse.rules.base import is_fresh
 from dag_hesse.rules.table import evaluate, pairs_of
 
 # What a sweep is to return: GN and T apart, their sum, or one alone.
@@ -131,6 +132,7 @@ class Linearization:
         lam: dict[int, Tensor] = {
             self.graph.loss: torch.ones_like(self.loss).reshape(self.graph.nodes[self.graph.loss].shape)
         }
+        owned: set[int] = set()  # of λ: what may be written to
         for node in reversed(self.graph.nodes):
             mine = lam.pop(node.index, None)
             call = self.calls.get(node.index)
@@ -141,11 +143,19 @@ class Linearization:
             if call is None:
                 continue
             slots = [slot for slot, k in enumerate(node.inputs) if self.active[k] and wanted[k]]
+            first = node.inputs[slots[0]] if slots else -1
+            if first in owned and call.add_vjp(mine.unsqueeze(0), slots[0], lam[first].unsqueeze(0)):
+                continue
             pulled = {slot: x[0] for slot, x in call.pull(mine.unsqueeze(0), {}, slots, slice(None), None).items()}
             if node.index in self.curved:
                 call.curve(mine, pulled)
             for slot, term in pulled.items():
                 k = node.inputs[slot]
+                if k in owned:
+                    lam[k].add_(term)
+                    continue
+                if k in lam or (len(pulled) == 1 and node.index not in self.curved and is_fresh(term, mine)):
+                    owned.add(k)
                 lam[k] = lam[k] + term if k in lam else term
 
     def mask(self, index: int, x: Tensor) -> Tensor:

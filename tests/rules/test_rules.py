@@ -212,3 +212,12 @@ def test_conventions_at_kinks_are_those_of_autograd(name: str, sample: Sample, p
         assert error(lin.vjp(lam.unsqueeze(0), slot)[0], pulled[slot], 1e-3) < LOOSE.get(name, 1e-12)
         found = _second(lin, {k: t.unsqueeze(0) for k, t in tangents.items()}, slots, slot)
         assert error(torch.zeros_like(pulled[slot]) if found is None else found[0], bent[slot], 1e-3) < 1e-12
+
+
+def test_a_safe_softmax_is_zero_in_rows_of_minus_infinity() -> None:
+    x = torch.randn(3, 4, dtype=torch.float64)
+    x[1], x[2, :2] = -torch.inf, -torch.inf
+    name = "aten._safe_softmax.default"
+    node = make_call(name, SAMPLES[name][0]).node
+    for rows in (x, x[:1]):
+        assert torch.equal(RULES[name].run(node, [rows]), torch.ops.aten._safe_softmax(rows, -1))

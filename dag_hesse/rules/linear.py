@@ -1,0 +1,80 @@
+"""Rules of ops that are linear in their inputs jointly: the op itself moves tangents, its transpose cotangents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import final
+
+import torch
+from torch import Tensor
+
+from dag_hesse.ir.node import Kind, execute
+from dag_hesse.rules.base import Call, Linearized, Rule, Tangents, no_pairs
+
+Transpose = Callable[[Call, Tensor, int], Tensor]
+Forward = Callable[[Call, tuple[Tensor, ...]], Tensor]
+
+
+def _run(call: Call, inputs: tuple[Tensor, ...]) -> Tensor:
+    return execute(call.node, inputs)
+
+
+@final
+class _Linear(Linearized):
+    def __init__(self, call: Call, forward: Forward, transpose: Transpose, is_part: bool) -> None:
+        # Shapes and strides are all that is needed of the active inputs.
+        kept = tuple(_shell(v) if on else v for v, on in zip(call.values, call.active, strict=True))
+        self.call = Call(call.node, kept, _shell(call.out), call.active)
+        self.forward, self.transpose, self.is_part = forward, transpose, is_part
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        slots = sorted(tangents)
+        still = [
+            torch.zeros_like(value) if value.is_floating_point() and slot not in tangents else value
+            for slot, value in enumerate(self.call.values)
+        ]
+
+        def apply(*given: Tensor) -> Tensor:
+            inputs = list(still)
+            for slot, xdot in zip(slots, given, strict=True):
+                inputs[slot] = xdot
+            return self.forward(self.call, tuple(inputs))
+
+        return _each_probe(apply, *(tangents[slot] for slot in slots))
+
+    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
+        return _each_probe(lambda g: self.transpose(self.call, g, slot), cotangent)
+
+    def add_vjp(self, cotangent: Tensor, slot: int, into: Tensor) -> bool:
+        if self.is_part:
+            for g, whole in zip(cotangent, into, strict=True):
+                self.forward(self.call, (whole,)).add_(g)
+        return self.is_part
+
+
+def _shell(x: Tensor) -> Tensor:
+    """A tensor like ``x``, strides and all, whose memory is gone."""
+    shell = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    shell.untyped_storage().resize_(0)
+    return shell
+
+
+def _each_probe(apply: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """``apply`` for all probes at once; a single one is spared the transformation."""
+    if len(given[0]) == 1:
+        return apply(*(x[0] for x in given)).unsqueeze(0)
+    return torch.vmap(apply)(*given)
+
+
+def linear(
+    transpose: Transpose, forward: Forward = _run, kind: Kind = Kind.STRUCTURAL, *, is_part: bool = False
+) -> Rule:
+    """An op linear in its floating-point inputs jointly; ``transpose(call, cotangent, slot)`` is its adjoint.
+
+    Both maps are written for one probe; they must not read the values of active inputs, only their shapes.
+    ``is_part``: the result is a view of some elements of the only input.
+    """
+    return Rule(kind, lambda call: _Linear(call, forward, transpose, is_part), no_pairs)
+
+
+__all__ = ["linear"]
