@@ -16,6 +16,7 @@ from dag_hesse.rules.base import Call, Linearized, Note, Rule, Run, Tangents, ad
 from dag_hesse.rules.structural import axes
 
 aten = torch.ops.aten
+_INPUT_ONLY = [True, False, False]  # what a norm's backward is to return
 _MANY = 1 << 14  # elements: from here on the call of a kernel is cheap beside its work
 
 
@@ -73,7 +74,7 @@ class _Softmax(_Rowwise):
         return found
 
     def curve(self, lam: Tensor, pulled: Tangents) -> None:
-        self.mu = pulled[0] if 0 in pulled else self.vjp(lam, 0)
+        self.mu = pulled[0] if 0 in pulled else self.vjp(lam.unsqueeze(0), 0)[0]
 
     def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
         if note is None:
@@ -143,29 +144,35 @@ class _Standardize(_Rowwise):
             x = x - x.mean(dims, keepdim=True)
         self.r = (x * x).mean(dims, keepdim=True).add(eps).rsqrt()
         self.mu: Tensor | None = None
+        trailing = sorted(self.dims) == list(range(-len(self.dims), 0))
+        self.inner = list(x.shape[-len(self.dims) :]) if self.center and trailing else None  # as in a LayerNorm
 
     def _mean(self, x: Tensor) -> Tensor:
         return x.mean(self.dims, keepdim=True)
 
-    def _turn(self, x: Tensor, share: Tensor) -> Tensor:
-        """J x, for share = ⟨y,x⟩."""
-        centered = x - self._mean(x) if self.center else x
-        return torch.addcmul(centered, self.y, share, value=-1).mul_(self.r)
+    def _turn(self, x: Tensor) -> Tensor:
+        """J x."""
+        if self.inner is None or (len(x) > 1 and self.y.numel() < _MANY):
+            centered = x - self._mean(x) if self.center else x
+            return torch.addcmul(centered, self.y, self._mean(self.y * x), value=-1).mul_(self.r)
+        zero, one = torch.zeros_like(self.r), torch.ones_like(self.r)  # mean and scale of y
+        found = empty(x, *x.shape)
+        for g, row in zip(x, found, strict=True):
+            project = aten.native_layer_norm_backward(g, self.y, self.inner, zero, one, None, None, _INPUT_ONLY)[0]
+            torch.mul(project, self.r, out=row)
+        return found
 
     def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
-        x, share = tangents[0], self._mean(self.y * tangents[0])
-        moved = self._turn(x, share)
-        return moved, None if self.mu is None or not slots else (
-            moved,
-            -self.r * share,
-            -self.r * self._mean(self.mu * x),
-        )
+        moved, x = self._turn(tangents[0]), tangents[0]
+        if self.mu is None or not slots:
+            return moved, None
+        return moved, (moved, -self.r * self._mean(self.y * x), -self.r * self._mean(self.mu * x))
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return self._turn(cotangent, self._mean(self.y * cotangent))
+        return self._turn(cotangent)
 
     def curve(self, lam: Tensor, pulled: Tangents) -> None:
-        self.mu = pulled[0] if 0 in pulled else self.vjp(lam, 0)
+        self.mu = pulled[0] if 0 in pulled else self.vjp(lam.unsqueeze(0), 0)[0]
         self.overlap = -self.r * self._mean(self.y * lam)
 
     def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Node, Ref, execute
-from dag_hesse.rules import RULES, Call, Linearized
+from dag_hesse.rules import RULES, Call, Linearized, rowwise
 from tests.oracle import error
 from tests.rules.samples import SAMPLES, Sample
 
@@ -138,6 +138,11 @@ def test_products(name: str, sample: Sample, dtype: torch.dtype) -> None:
     assert abs(float(inner - (cotangent * pushed).sum())) <= tolerance * max(scale, 1.0)
     for slot, value in pulled.items():
         assert value.shape == tangents[slot].shape
+        before, into = torch.ones_like(value), torch.ones_like(value)
+        if lin.add_vjp(cotangent, slot, into):
+            assert error(into - before, value, 1e-3) < tolerance
+        else:
+            assert torch.equal(into, before)
     # one slot at a time is what a graph with other inputs constant does
     alone = sum(lin.jvp({slot: tangent}) for slot, tangent in tangents.items())
     assert error(alone, pushed, 1e-3) < tolerance
@@ -212,6 +217,15 @@ def test_conventions_at_kinks_are_those_of_autograd(name: str, sample: Sample, p
         assert error(lin.vjp(lam.unsqueeze(0), slot)[0], pulled[slot], 1e-3) < LOOSE.get(name, 1e-12)
         found = _second(lin, {k: t.unsqueeze(0) for k, t in tangents.items()}, slots, slot)
         assert error(torch.zeros_like(pulled[slot]) if found is None else found[0], bent[slot], 1e-3) < 1e-12
+
+
+@pytest.mark.parametrize("name, sample", [row for row in ROWS if row.values[0] in rowwise.TABLE])
+def test_adjoints_of_large_rows_are_taken_by_kernels(
+    name: str, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rowwise, "_MANY", 0)
+    test_products(name, sample, torch.float64)
+    test_second_order(name, sample, False)
 
 
 def test_a_safe_softmax_is_zero_in_rows_of_minus_infinity() -> None:
