@@ -18,7 +18,7 @@ from torch import Tensor
 from dag_hesse.estimate.norms import Array, NormTable
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.sweep import Linearization, Problem, pullback, sweep
-from dag_hesse.sweep.embed import read, to_tensor, to_vector
+from dag_hesse.sweep.embed import joined, reader, to_tensor, to_vector
 from dag_hesse.sweep.problem import Entry
 
 
@@ -104,9 +104,9 @@ def _rows(
     parts: list[list[Tensor]] = [[] for _ in points]
     for z, embed in _seeds(entry, roots, alone, separable):
         for piece in z.split(2 * problem.chunk):
-            found = pullback(lin, _out_tensors(graph, piece, embed), sites)
+            found = pullback(lin, _out_tensors(graph, piece, embed), sites, reader(graph, how))
             for rows, point in zip(parts, points, strict=True):
-                rows.append(read(graph, point, found, piece, how))
+                rows.append(joined(graph, point, found, piece, how))
             if progress is not None:
                 progress(piece.shape[0])
     stacked = [torch.cat(rows) for rows in parts]  # (rows, groups or batch, dim)

@@ -75,7 +75,7 @@ class CurvatureOperator(ABC):
         sites = [k for point in graphs[0].points for k in point.sites]
         # Vectors over parameters are large themselves: chunks of them would only be copied together again.
         cap = available_memory() // 4
-        per_probe = sweep_bytes(graphs[0], sites, sites)
+        per_probe = sweep_bytes(graphs[0], sites, sites, batch_mode=batch_mode)
         self._problem.chunk = max(1, cap // per_probe) if space == "parameter" else probe_chunk(per_probe, cap)
         self._versions = self._problem.versions
         found = [point.name for point in self._problem.points]

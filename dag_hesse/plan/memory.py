@@ -125,8 +125,16 @@ def _cropped(graph: CurvatureGraph, node: Node) -> int:
     return w.bytes * live // whole if live < whole else 0
 
 
-def sweep_bytes(graph: CurvatureGraph, starts: Iterable[int], reads: Iterable[int], channels: int = 1) -> int:
+def sweep_bytes(
+    graph: CurvatureGraph,
+    starts: Iterable[int],
+    reads: Iterable[int],
+    channels: int = 1,
+    batch_mode: str = "shared",
+) -> int:
     """Peak bytes of one probe in so many channels from ``starts`` to ``reads``, with what is read; without the seeds.
+
+    With ``batch_mode="shared"`` an activation's adjoint is summed over the samples as soon as it is read.
 
     Example:
         >>> import torch, dag_hesse as dh
@@ -141,7 +149,8 @@ def sweep_bytes(graph: CurvatureGraph, starts: Iterable[int], reads: Iterable[in
     inner = [n for n in graph.nodes if active[n.index] and n.is_differentiable]
     kept = {n.index: held(graph, n, active) for n in inner}
     tangents = _Live(graph)
-    return max(_ahead(tangents, inner, kept), _back(tangents, inner, kept, set(reads), channels))
+    share = graph.batch_size if batch_mode == "shared" else 1
+    return max(_ahead(tangents, inner, kept), _back(tangents, inner, kept, set(reads), channels, share))
 
 
 def _ahead(tangents: _Live, inner: list[Node], kept: dict[int, Held]) -> int:
@@ -164,8 +173,8 @@ def _ahead(tangents: _Live, inner: list[Node], kept: dict[int, Held]) -> int:
     return peak
 
 
-def _back(tangents: _Live, inner: list[Node], kept: dict[int, Held], reads: set[int], channels: int) -> int:
-    """Peak of the adjoint pass, which uses up what the tangent pass left."""
+def _back(tangents: _Live, inner: list[Node], kept: dict[int, Held], reads: set[int], channels: int, share: int) -> int:
+    """Peak of the adjoint pass, which uses up what the tangent pass left; of what is read, one ``share``-th is kept."""
     graph, adjoints = tangents.graph, _Live(tangents.graph)
     needed, met, active = graph.descendants(reads), set[int](), {n.index for n in inner} | reads
     noted, found, peak = sum(one.note for one in kept.values()), 0, 0
@@ -190,8 +199,9 @@ def _back(tangents: _Live, inner: list[Node], kept: dict[int, Held], reads: set[
         noted -= own.note
         for k in own.tangents:
             tangents.drop(k)
-        if node.index in met and node.index not in reads:
+        if node.index in met:
             adjoints.drop(node.index)
+            found += node.bytes // share if node.index in reads else 0
     return peak
 
 

@@ -242,7 +242,7 @@ def plan(
     tensor_method = np.where(tensor, method, "zero")
     columns = sum(_gram_columns(g, batch_mode)[0] for g in graphs) if gram else 0
     every = [site for point in graph.points for site in point.sites]
-    per_probe = sweep_bytes(graph, every, every, channels=2 if tensor.any() else 1)
+    per_probe = sweep_bytes(graph, every, every, 2 if tensor.any() else 1, batch_mode)
     chunk = min(probe_chunk(per_probe, budget), max(probes, 1))
     held = sum(g.nodes[k].numel for g in graphs for k in g.out) * sum(dims) * itemsize if gram else 0
     return Plan(

@@ -12,8 +12,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from dag_hesse.ir import BatchLayout, CurvatureGraph, Point
-from dag_hesse.sweep.engine import Adjoint
+from dag_hesse.ir import BatchLayout, CurvatureGraph, Kind, Point
+from dag_hesse.sweep.engine import Adjoint, Read
 
 MODES = ("sum", "each", "whole")
 
@@ -42,6 +42,8 @@ def to_vector(x: Tensor, shape: Sequence[int], layout: BatchLayout | None, how: 
     if layout is None:
         return x.reshape(probes, 1, prod(shape))
     before, outer, batch, inner, after = _factors(shape, layout)
+    if how == "sum" and outer == inner == 1:
+        return x.sum(1 + layout.axis).reshape(probes, 1, -1)  # as x lies in memory
     split = x.reshape(probes, before, outer, batch, inner, after)
     if how == "sum":
         return split.sum(3).reshape(probes, 1, prod(shape) // batch)
@@ -58,15 +60,22 @@ def seed(graph: CurvatureGraph, point: Point, z: Tensor, how: str) -> dict[int, 
     return {k: to_tensor(piece, graph.nodes[k].shape, None, how) for k, piece in zip(point.sites, pieces, strict=True)}
 
 
-def read(graph: CurvatureGraph, point: Point, data: dict[int, Tensor], like: Tensor, how: str) -> Tensor:
-    """Vectors (probes, groups, dim) of a point from its nodes' adjoints; missing nodes count as zero."""
-    vectors = []
-    for k in point.sites:
-        shape, layout = graph.nodes[k].shape, graph.layouts[k] if point.kind == "activation" else None
-        x = data.get(k)
-        vectors.append(
-            to_vector(like.new_zeros(1).expand(like.shape[0], *shape) if x is None else x, shape, layout, how)
-        )
+def reader(graph: CurvatureGraph, how: str) -> Read:
+    """What a sweep is to keep of the adjoint of a node that it reads: vectors (probes, groups, dim)."""
+
+    def read(k: int, x: Tensor) -> Tensor:
+        node = graph.nodes[k]
+        return to_vector(x, node.shape, None if node.kind is Kind.PARAM else graph.layouts[k], how)
+
+    return read
+
+
+def joined(graph: CurvatureGraph, point: Point, found: dict[int, Tensor], like: Tensor, how: str) -> Tensor:
+    """Vectors of a point from those of its nodes; missing nodes count as zero."""
+    keep, zero = reader(graph, how), like.new_zeros(1)
+    vectors = [
+        found[k] if k in found else keep(k, zero.expand(like.shape[0], *graph.nodes[k].shape)) for k in point.sites
+    ]
     if len(vectors) == 1:
         return vectors[0]
     return torch.cat(vectors, dim=-1) if point.kind == "parameter" else torch.stack(vectors).sum(0)
@@ -75,9 +84,9 @@ def read(graph: CurvatureGraph, point: Point, data: dict[int, Tensor], like: Ten
 def read_parts(
     graph: CurvatureGraph, point: Point, found: dict[int, Adjoint], like: Tensor, how: str
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(GN, T) vectors of a point after a sweep; None for a part that nothing reached."""
+    """(GN, T) vectors of a point after a sweep with :func:`reader`; None for a part that nothing reached."""
     parts: list[Tensor | None] = []
     for channel in (0, 1):
         data = {k: part for k in point.sites if k in found and (part := found[k].parts[channel]) is not None}
-        parts.append(read(graph, point, data, like, how) if data else None)
+        parts.append(joined(graph, point, data, like, how) if data else None)
     return parts[0], parts[1]

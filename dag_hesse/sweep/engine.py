@@ -6,7 +6,7 @@ channel (design §2.2). The channels lie one behind the other along the probe ax
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from dag_hesse.ir import Node
 from dag_hesse.kernels.pool import room
 from dag_hesse.rules.base import Note, is_fresh
 from dag_hesse.sweep.linearize import Linearization
+
+Read = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(slots=True)
@@ -125,6 +127,7 @@ def _pull(
     reads: set[int],
     needed: list[bool],
     channels: str,
+    read: Read,
 ) -> dict[int, Adjoint]:
     """Adjoint pass from ``cotangents`` (GN channel) and the second-order terms of a tangent pass, which it uses up."""
     adjoints = {k: Adjoint(g, gn=True, tensor=False) for k, g in cotangents.items()}
@@ -135,7 +138,7 @@ def _pull(
         if mine is not None and lin.sample is not None and node.index in lin.graph.out:
             mine = Adjoint(lin.mask(node.index, mine.data), mine.gn, mine.tensor, owned=True)
         if mine is not None and node.index in reads:
-            found[node.index] = mine
+            found[node.index] = Adjoint(read(node.index, mine.data), mine.gn, mine.tensor)
         call, note = lin.calls.get(node.index), left.notes.pop(node.index, None)
         if call is None or not needed[node.index]:
             continue
@@ -168,8 +171,16 @@ def _pull(
     return found
 
 
+def _whole(node: int, data: Tensor) -> Tensor:
+    return data
+
+
 def sweep(
-    lin: Linearization, seeds: Mapping[int, Tensor], reads: Iterable[int], channels: str = "both"
+    lin: Linearization,
+    seeds: Mapping[int, Tensor],
+    reads: Iterable[int],
+    channels: str = "both",
+    read: Read = _whole,
 ) -> dict[int, Adjoint]:
     """One Hessian product: perturb the nodes in ``seeds``, return the adjoints' change at ``reads``.
 
@@ -179,6 +190,7 @@ def sweep(
         reads: nodes to read.
         channels: ``"both"`` keeps GN and T apart, ``"sum"`` adds them into the GN channel, ``"gn"`` and
             ``"tensor"`` compute one alone.
+        read: ``(node, data) -> data``: what to keep of the adjoint of a read node, taken as soon as it is known.
 
     Returns:
         Per read node an :class:`Adjoint`; nodes that nothing reaches are missing (their product is zero).
@@ -186,12 +198,14 @@ def sweep(
     reads = set(reads)
     needed = lin.graph.descendants(reads)
     with torch.no_grad():
-        return _pull(lin, {}, _push(lin, seeds, needed, channels), reads, needed, channels)
+        return _pull(lin, {}, _push(lin, seeds, needed, channels), reads, needed, channels, read)
 
 
-def pullback(lin: Linearization, cotangents: Mapping[int, Tensor], reads: Iterable[int]) -> dict[int, Tensor]:
+def pullback(
+    lin: Linearization, cotangents: Mapping[int, Tensor], reads: Iterable[int], read: Read = _whole
+) -> dict[int, Tensor]:
     """First-order adjoints Σ J[u←v]ᵀ ū at ``reads`` for ``cotangents`` (probes, *node) at nodes u."""
     reads = set(reads)
     with torch.no_grad():
-        found = _pull(lin, cotangents, _Pass({}, {}), reads, lin.graph.descendants(reads), "both")
+        found = _pull(lin, cotangents, _Pass({}, {}), reads, lin.graph.descendants(reads), "both", read)
     return {k: adjoint.data for k, adjoint in found.items()}

@@ -16,7 +16,7 @@ from dag_hesse.kernels.pool import Pool
 from dag_hesse.measure import available_memory
 from dag_hesse.plan.memory import linearization_bytes
 from dag_hesse.randomness import RandomState, preserved
-from dag_hesse.sweep.embed import read_parts, seed
+from dag_hesse.sweep.embed import read_parts, reader, seed
 from dag_hesse.sweep.engine import sweep
 from dag_hesse.sweep.linearize import Linearization
 
@@ -241,7 +241,7 @@ class Problem:
             pieces = {k: x[done:stop] for k, x in z.items()}
             try:
                 with self.pool.use():
-                    found = sweep(lin, self._seeds(entry, pieces), sites, channels)
+                    found = sweep(lin, self._seeds(entry, pieces), sites, channels, reader(entry.graph, self.how))
                     like = next(iter(pieces.values()))
                     read_now = {v: read_parts(entry.graph, points[v], found, like, self.how) for v in request.reads}
                     del found
