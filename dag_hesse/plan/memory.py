@@ -16,6 +16,7 @@ from dag_hesse.rules.region import Region
 from dag_hesse.rules.table import pairs_of
 
 _CHUNK_BYTES = 64 << 20
+_CONVOLUTION = "aten.convolution.default"
 _VIEWS = {
     "view",
     "reshape",
@@ -56,7 +57,7 @@ def held(graph: CurvatureGraph, node: Node, active: list[bool]) -> Held:
     if node.kind is Kind.CONTRACTION:
         a, b = inputs[:2]
         early = b.numel < a.numel
-        if node.op == "aten.convolution.default":
+        if node.op == _CONVOLUTION:
             early = not geometry(a.shape, b.shape, node.shape, node.args).joins
         return Held(frozenset({b.index}), b.bytes) if early else Held(frozenset({a.index, b.index}))
     return Held(frozenset(node.inputs[slot] for pair in pairs for slot in pair))
@@ -65,8 +66,9 @@ def held(graph: CurvatureGraph, node: Node, active: list[bool]) -> Held:
 class _Live:
     """Nodes whose tangents, or adjoints, are in memory; a view keeps its base."""
 
-    def __init__(self, graph: CurvatureGraph) -> None:
+    def __init__(self, graph: CurvatureGraph, copies: list[int] | None = None) -> None:
         self.graph, self.bases, self.counts = graph, list(range(len(graph.nodes))), Counter[int]()
+        self.copies = copies or [1] * len(graph.nodes)
         for node in graph.nodes:
             if node.op.startswith("aten.") and node.op.split(".")[1] in _VIEWS:
                 self.bases[node.index] = self.bases[node.inputs[0]]
@@ -84,7 +86,7 @@ class _Live:
     def bytes(self) -> int:
         """Of all; what belongs to a leaf is the caller's, or counted apart."""
         nodes = (self.graph.nodes[k] for k in self.counts)
-        return sum(node.bytes for node in nodes if node.is_differentiable)
+        return sum(node.bytes * self.copies[node.index] for node in nodes if node.is_differentiable)
 
 
 def linearization_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
@@ -113,16 +115,28 @@ def linearization_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
             values.add(node.index)
     bases, nodes = values.bases, graph.nodes
     kept = values.bytes + sum(nodes[k].bytes for k in {bases[k] for k in transposes}) + extra
-    return kept + 2 * max(nodes[k].bytes for k in bases if nodes[k].is_differentiable)
+    passing = 2 * max(nodes[k].bytes for k in bases if nodes[k].is_differentiable)
+    weights = [nodes[n.inputs[1]].bytes for n in nodes if n.op == _CONVOLUTION]  # the vendor lays them out anew
+    return kept + max([passing, *weights])
 
 
 def _cropped(graph: CurvatureGraph, node: Node) -> int:
     """Bytes of a copy of a convolution's weight without its dead taps."""
-    if node.op != "aten.convolution.default":
+    if node.op != _CONVOLUTION:
         return 0
     x, w = (graph.nodes[k] for k in node.inputs[:2])
     live, whole = prod(geometry(x.shape, w.shape, node.shape, node.args).kernel), prod(w.shape[2:])
     return w.bytes * live // whole if live < whole else 0
+
+
+def _workspace(graph: CurvatureGraph, node: Node, copies: int) -> int:
+    """Bytes of the layouts of its own that a vendor's convolution copies into, one operand at a time."""
+    if node.op != _CONVOLUTION:
+        return 0
+    x, w = (graph.nodes[k] for k in node.inputs[:2])
+    geo = geometry(x.shape, w.shape, node.shape, node.args)
+    weight = 0 if geo.is_matrix(geo.batch) else _cropped(graph, node) or w.bytes
+    return max(copies * node.bytes, copies * x.bytes, weight)
 
 
 def sweep_bytes(
@@ -175,33 +189,35 @@ def _ahead(tangents: _Live, inner: list[Node], kept: dict[int, Held]) -> int:
 
 def _back(tangents: _Live, inner: list[Node], kept: dict[int, Held], reads: set[int], channels: int, share: int) -> int:
     """Peak of the adjoint pass, which uses up what the tangent pass left; of what is read, one ``share``-th is kept."""
-    graph, adjoints = tangents.graph, _Live(tangents.graph)
+    graph = tangents.graph
+    bent = [n for n in inner if kept[n.index] != Held() and not graph.loss_subgraph[n.index]]
+    both = graph.ancestors(k for n in bent for k in n.inputs)  # where the T channel comes by as well
+    copies = [channels if on else 1 for on in both]
+    adjoints = _Live(graph, copies)
     needed, met, active = graph.descendants(reads), set[int](), {n.index for n in inner} | reads
     noted, found, peak = sum(one.note for one in kept.values()), 0, 0
     for node in reversed(inner):
         own = kept[node.index]
         if not needed[node.index] or not (node.index in met or own != Held()):
             continue
-        working, view = 0, adjoints.bases[node.index] != node.index
-        if node.op == "aten.convolution.default":  # the vendor's kernels copy into layouts of their own
-            working = max(node.bytes, graph.nodes[node.inputs[0]].bytes)
+        working, view = _workspace(graph, node, copies[node.index]), adjoints.bases[node.index] != node.index
         for k in {k for k in node.inputs if k in active and needed[k]}:
             source = graph.nodes[adjoints.bases[k]]
             if k in met:
-                working += 0 if view else graph.nodes[k].bytes  # a term that is to be added
+                working += 0 if view else graph.nodes[k].bytes * copies[k]  # a term that is to be added
             elif source.kind is not Kind.PARAM:
                 adjoints.add(k)
             elif source.index == k or source.index not in met:
-                found += source.bytes
+                found += source.bytes * copies[k]
                 met.add(source.index)
             met.add(k)
-        peak = max(peak, tangents.bytes + noted + channels * (adjoints.bytes + found + working))
+        peak = max(peak, tangents.bytes + noted + adjoints.bytes + found + working)
         noted -= own.note
         for k in own.tangents:
             tangents.drop(k)
         if node.index in met:
             adjoints.drop(node.index)
-            found += node.bytes // share if node.index in reads else 0
+            found += node.bytes * copies[node.index] // share if node.index in reads else 0
     return peak
 
 
