@@ -113,7 +113,7 @@ def _agreed(runs: dict[str, Run], truth: Vectors) -> tuple[dict[str, float], dic
     return errors, unable
 
 
-def measure(name: str, rounds: int = 5) -> dict[str, Any]:
+def measure(name: str) -> dict[str, Any]:
     """Medians of one workload, in gradients; only the errors where one of ours is wrong."""
     torch.manual_seed(0)
     work = WORKLOADS[name]()
@@ -131,7 +131,8 @@ def measure(name: str, rounds: int = 5) -> dict[str, Any]:
         calls = {"gradient": work.gradient, **{key: run.call for key, run in runs.items() if key not in unable}}
         started = time.perf_counter()
         work.gradient()
-        seconds = interleaved(calls, rounds if time.perf_counter() - started < 1 else 3)
+        once = time.perf_counter() - started
+        seconds = interleaved(calls, 11 if once < 0.25 else 5 if once < 1 else 3)
     unit = median(seconds["gradient"])
     return {
         "workload": name,

@@ -73,7 +73,7 @@ def analyze(
         >>> report.names, report.resonance.shape, bool((report.tensor_norm == 0.0).all())
         (('1', '3'), (2, 2), True)
     """
-    _check_options(mode, batch_mode, probes, rtol, memory)
+    _check_options(mode, batch_mode, probes, rtol)
     clock = {"start": time.perf_counter()}
     batches = Batches(batch, memory)
     if batch_mode == "joint" and len(batches) > 1:
@@ -110,15 +110,13 @@ def analyze(
     )
 
 
-def _check_options(mode: str, batch_mode: str, probes: int, rtol: float | None, memory: int | None) -> None:
+def _check_options(mode: str, batch_mode: str, probes: int, rtol: float | None) -> None:
     choose("mode", mode, MODES)
     choose("batch_mode", batch_mode, BATCH_MODES)
     if not isinstance(probes, int) or probes < 2:
         raise OptionError(f"probes={probes!r}; expected an integer of at least 2 (a standard error needs two).")
     if rtol is not None and not 0 < rtol < 1:
         raise OptionError(f"rtol={rtol!r}; expected a relative error between 0 and 1, or None.")
-    if memory is not None and memory <= 0:
-        raise OptionError(f"memory={memory!r}; expected a positive number of bytes, or None.")
 
 
 def _facts(

@@ -45,12 +45,6 @@ class Pool:
         """Bytes of all slabs."""
         return sum(slab.size for slab in self._slabs)
 
-    @property
-    def gaps(self) -> int:
-        """Pieces that the free memory is in."""
-        self._collect()
-        return sum(len(slab.gaps) for slab in self._slabs)
-
     def empty(self, size: int) -> Tensor:
         """``size`` uninitialized bytes."""
         self._collect()

@@ -158,6 +158,8 @@ def test_a_loader_with_a_generator_of_its_own_is_named_when_it_shuffles() -> Non
 def test_an_iterator_that_cannot_be_held_is_refused() -> None:
     with pytest.raises(errors.MemoryBudgetError, match="read once only"):
         dh.HessianOperator(_net(), iter(_batches()), memory=SMALL)
+    with pytest.raises(errors.OptionError, match="positive number of bytes"):
+        dh.HessianOperator(_net(), _batches(), memory=-1)
     with pytest.raises(errors.BatchError, match="empty or used up"):
         dh.HessianOperator(_net(), iter([]))
     with pytest.raises(errors.BatchError, match="empty or used up"):

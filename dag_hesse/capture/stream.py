@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from dag_hesse.capture.batch import NO_BATCHES, Batch, is_one, one_batch
-from dag_hesse.errors import BatchError, MemoryBudgetError, UnstableLoaderError
+from dag_hesse.errors import BatchError, MemoryBudgetError, OptionError, UnstableLoaderError
 from dag_hesse.measure import available_memory
 from dag_hesse.randomness import RandomState, preserved
 
 _END = object()
+_ADVICE = (
+    "Products need the same batches in the same order: use shuffle=False (or shuffle and augment with PyTorch's, "
+    "Python's or NumPy's global generator, which is set back before every pass), pass a list of batches, or raise "
+    "memory= so that the batches are read once and held."
+)
 
 
 class Batches:
@@ -33,6 +38,7 @@ class Batches:
         held: the batches in memory; None where the loader is read again.
 
     Raises:
+        OptionError: ``memory`` is not a number of bytes.
         BatchError: a batch of an unknown form, or none at all.
         MemoryBudgetError: an iterator, which can be read once only, gives more than may be held.
 
@@ -46,6 +52,8 @@ class Batches:
     """
 
     def __init__(self, source: Any, memory: int | None = None) -> None:
+        if memory is not None and (not isinstance(memory, int) or memory <= 0):
+            raise OptionError(f"memory={memory!r}; expected a positive number of bytes, or None.")
         self.sizes: list[int] = []
         self.signatures: list[Any] = []
         self.examples: dict[Any, Batch] = {}
@@ -143,13 +151,6 @@ class Batches:
         else:
             what = f"its {number}. batch has other content than in its first pass"
         raise UnstableLoaderError(f"the loader changes from pass to pass: {what}. {_ADVICE}")
-
-
-_ADVICE = (
-    "Products need the same batches in the same order: use shuffle=False (or shuffle and augment with PyTorch's, "
-    "Python's or NumPy's global generator, which is set back before every pass), pass a list of batches, or raise "
-    "memory= so that the batches are read once and held."
-)
 
 
 def _checksum(batch: Batch) -> int:

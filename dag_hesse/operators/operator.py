@@ -20,7 +20,7 @@ from dag_hesse.operators.functional import FunctionModule, as_module, chosen_par
 from dag_hesse.operators.interop import estimate, to_curvlinops
 from dag_hesse.operators.vectors import Layout
 from dag_hesse.plan import fuse_all
-from dag_hesse.plan.memory import probe_chunk, sweep_bytes
+from dag_hesse.plan.memory import probe_chunk, shared_chunk, sweep_bytes
 from dag_hesse.sweep import Blocks, Problem, Request
 
 
@@ -73,10 +73,10 @@ class CurvatureOperator(ABC):
         self.model = module
         self._problem = Problem(module, graphs, batches, batch_mode, with_out=False)
         sites = [k for point in graphs[0].points for k in point.sites]
-        # Vectors over parameters are large themselves: chunks of them would only be copied together again.
-        cap = available_memory() // 4
-        per_probe = sweep_bytes(graphs[0], sites, sites, batch_mode=batch_mode)
-        self._problem.chunk = max(1, cap // per_probe) if space == "parameter" else probe_chunk(per_probe, cap)
+        cap, per_probe = available_memory() // 4, sweep_bytes(graphs[0], sites, sites, batch_mode=batch_mode)
+        self._problem.chunk = probe_chunk(per_probe, cap)
+        if space == "parameter":  # vectors are large themselves, and chunks of them are copied together again
+            self._problem.chunk = max(1, min(cap // per_probe, shared_chunk(graphs[0], sites)))
         self._versions = self._problem.versions
         found = [point.name for point in self._problem.points]
         # Points come in topological order; vectors keep the order of the model's (or the user's) parameters.

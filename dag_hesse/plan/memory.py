@@ -16,6 +16,8 @@ from dag_hesse.rules.region import Region
 from dag_hesse.rules.table import pairs_of
 
 _CHUNK_BYTES = 64 << 20
+_SHARED_BYTES = 8 << 20
+_NOT_COMPUTED = (Kind.STRUCTURAL, Kind.PARAM)
 _CONVOLUTION = "aten.convolution.default"
 _VIEWS = {
     "view",
@@ -219,6 +221,16 @@ def _back(tangents: _Live, inner: list[Node], kept: dict[int, Held], reads: set[
             adjoints.drop(node.index)
             found += node.bytes * copies[node.index] // share if node.index in reads else 0
     return peak
+
+
+def shared_chunk(graph: CurvatureGraph, starts: Iterable[int]) -> int:
+    """Probes that profit from being swept together: as many as keep what an op returns, on average, in the caches.
+
+    Where one probe's tensors are too large for them already, weights are cheap to load beside them.
+    """
+    active = graph.active(starts)
+    computed = [n.bytes for n in graph.nodes if active[n.index] and n.is_differentiable and n.kind not in _NOT_COMPUTED]
+    return max(1, _SHARED_BYTES * len(computed) // max(1, sum(computed)))
 
 
 def probe_chunk(per_probe: int, budget: int) -> int:

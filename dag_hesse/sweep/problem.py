@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dag_hesse.capture import Batches
 from dag_hesse.errors import out_of_memory
 from dag_hesse.ir import CurvatureGraph, Point
-from dag_hesse.kernels.pool import Pool
+from dag_hesse.kernels.pool import Pool, empty
 from dag_hesse.measure import available_memory
 from dag_hesse.plan.memory import linearization_bytes
 from dag_hesse.randomness import RandomState, preserved
@@ -128,10 +128,9 @@ class Problem:
         """The loss over all batches: a mean over samples, or a sum where the loss is one. NaN before any sweep."""
         if not self._losses:
             return float("nan")
-        sizes = {number: self.batches.sizes[number] for number in self._losses}
-        total = sum(sizes.values()) if self.entries[0].graph.mean_loss else 1.0
-        weights = {number: size / total if self.entries[0].graph.mean_loss else 1.0 for number, size in sizes.items()}
-        return sum(self._losses[number] * weight for number, weight in weights.items())
+        sizes, mean = self.batches.sizes, self.entries[0].graph.mean_loss
+        total = sum(sizes[number] for number in self._losses)
+        return sum(value * (sizes[number] / total if mean else 1.0) for number, value in self._losses.items())
 
     @property
     def versions(self) -> tuple[tuple[int, int], ...]:
@@ -265,5 +264,7 @@ def _join(parts: list[Tensor | None], scale: float) -> Tensor | None:
     tensors = [part for part in parts if part is not None]
     if not tensors:
         return None
-    joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    joined = tensors[0]
+    if len(tensors) > 1:
+        joined = torch.cat(tensors, out=empty(joined, sum(map(len, tensors)), *joined.shape[1:]))
     return joined if scale == 1.0 else joined * scale
