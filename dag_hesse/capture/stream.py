@@ -143,9 +143,9 @@ class Batches:
                 f"the loader gives more than the {len(self)} batches of its first pass. {_ADVICE}"
             )
         mine = (_checksum(batch), batch.signature)
-        seen = list(zip(self._checksums, self.signatures, strict=True))
-        if mine == seen[number - 1]:
+        if mine == (self._checksums[number - 1], self.signatures[number - 1]):
             return
+        seen = list(zip(self._checksums, self.signatures, strict=True))
         if mine in seen:
             what = f"its {number}. batch is what the {seen.index(mine) + 1}. was in its first pass"
         else:

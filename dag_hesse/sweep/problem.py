@@ -86,13 +86,14 @@ class Problem:
         self.masked = batch_mode == "per_sample" and unbatched
         self.how = self._reading(first, unbatched)
         self.entries: list[Entry] = []
+        total = batches.total
         for number, (graph, size) in enumerate(zip(graphs, batches.sizes, strict=True)):
             if batch_mode == "per_sample":
                 scale = float(size) if graph.mean_loss else 1.0
                 samples: Iterable[int | None] = range(size) if self.masked else [None]
                 self.entries += [Entry(graph, number, scale, b, 1 if self.masked else size) for b in samples]
             else:
-                scale = size / batches.total if graph.mean_loss and batch_mode == "shared" else 1.0
+                scale = size / total if graph.mean_loss and batch_mode == "shared" else 1.0
                 self.entries.append(Entry(graph, number, scale, None, size if self.how == "each" else 1))
         self.groups = sum(entry.groups for entry in self.entries) if self.separate_groups else 1
         self.pool = Pool()
