@@ -173,7 +173,7 @@ def profile(
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
         >>> found = dh.profile(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])))
         >>> sorted(found.phases), found.nodes[0].op
-        (['capture', 'linearize', 'sweep'], 'mm')
+        (['capture', 'linearize', 'sweep'], 'mm_bias')
     """
     model, batches = unwrapped(model), Batches(first_batch(batch))
     phases: dict[str, Phase] = {}

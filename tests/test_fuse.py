@@ -127,3 +127,16 @@ def test_the_zoo_stays_well_formed_and_gets_smaller(name: str) -> None:
     assert len(fused.nodes) < len(graph.nodes)
     assert [p.dim for p in fused.points] == [p.dim for p in graph.points]
     _same_products(one.model, one.batch, graph, fused)
+
+
+@pytest.mark.parametrize("points", [["0", "2"], ["0.weight", "0.bias", "2.bias"], ["2"]])
+def test_biases_join_the_products_they_are_added_to(points: list[str]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    batch = (torch.randn(5, 3).double(), torch.randn(5, 2).double())
+    graph = dh.capture(model, batch, points=points)
+    fused = verify(fuse(graph))
+    joined = [node for node in fused.nodes if node.op == "dag_hesse.mm_bias.default"]
+    # What nothing that is seeded reaches stays as it is: it is evaluated once.
+    assert len(joined) == {"0": 1, "0.weight": 2, "2": 0}[points[0]]
+    _same_products(model, batch, graph, fused)

@@ -1,6 +1,10 @@
-"""Custom ops that exist only in captured graphs: the tap marker, row standardization, BatchNorm in eval mode."""
+"""Custom ops that exist only in captured graphs: the tap marker, row standardization, BatchNorm in eval mode, and a
+matrix product with a bias in the order of operands that contractions share.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +12,7 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("dag_hesse", "DEF")
 _LIBRARY.define("tap(Tensor x, str name) -> Tensor")
 _LIBRARY.define("standardize(Tensor x, int[] dims, float eps, bool center) -> Tensor")
+_LIBRARY.define("mm_bias(Tensor a, Tensor b, Tensor bias) -> Tensor")
 _LIBRARY.define("batch_affine(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps) -> Tensor")
 
 
@@ -15,7 +20,16 @@ def _tap(x: Tensor, name: str) -> Tensor:
     return x.clone()
 
 
+def normalized_shape(shape: Sequence[int], dims: Sequence[int], center: bool) -> list[int] | None:
+    """The trailing axes over which a standardization is a LayerNorm, for which PyTorch has a kernel; None if it is none."""
+    last = range(len(shape) - len(dims), len(shape))
+    return list(shape[last.start :]) if center and last and sorted(d % len(shape) for d in dims) == list(last) else None
+
+
 def _standardize(x: Tensor, dims: list[int], eps: float, center: bool) -> Tensor:
+    inner = normalized_shape(x.shape, dims, center)
+    if inner is not None:
+        return torch.native_layer_norm(x, inner, None, None, eps)[0]
     if center:
         x = x - x.mean(dims, keepdim=True)
     return x * (x * x).mean(dims, keepdim=True).add(eps).rsqrt()
@@ -31,12 +45,17 @@ def _batch_affine(
     return torch.addcmul(shift.reshape(shape), x, scale.reshape(shape))
 
 
+def _mm_bias(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+    return torch.addmm(bias, a, b)
+
+
 _LIBRARY.impl("tap", _tap, "CompositeExplicitAutograd")
 _LIBRARY.impl("standardize", _standardize, "CompositeExplicitAutograd")
-
+_LIBRARY.impl("mm_bias", _mm_bias, "CompositeExplicitAutograd")
 _LIBRARY.impl("batch_affine", _batch_affine, "CompositeExplicitAutograd")
 
 TAP = "dag_hesse.tap.default"
 tap = torch.ops.dag_hesse.tap.default
 standardize = torch.ops.dag_hesse.standardize.default
+mm_bias = torch.ops.dag_hesse.mm_bias.default
 batch_affine = torch.ops.dag_hesse.batch_affine.default

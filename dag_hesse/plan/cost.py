@@ -27,7 +27,7 @@ class Cost:
 def product_flops(graph: CurvatureGraph, node: Node) -> int:
     """FLOPs of one linear product through a node (2 per multiply-add of a contraction, 1 per element elsewhere)."""
     shapes = [graph.nodes[k].shape for k in node.inputs]
-    if node.op in ("aten.mm.default", "aten.bmm.default"):
+    if node.op in ("aten.mm.default", "aten.bmm.default", "dag_hesse.mm_bias.default"):
         return 2 * node.numel * shapes[0][-1]
     if node.op == "aten.convolution.default":
         weight, transposed = shapes[1], node.args[6]

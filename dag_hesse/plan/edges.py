@@ -63,7 +63,7 @@ def edges(graph: CurvatureGraph) -> list[Edge]:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
         >>> graph = fuse(dh.capture(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["1"]))
         >>> [(edge.op, edge.products) for edge in edges(graph)][0]
-        ('mm', ('jvp', 'vjp'))
+        ('mm_bias', ('jvp', 'vjp'))
     """
     active, found = _active(graph), []
     buffers = _buffers(graph, active)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from torch import Tag
 
 from dag_hesse.ir import CurvatureGraph, Kind, Node, Ref, verify
+from dag_hesse.plan.biases import absorb_biases
 from dag_hesse.plan.simplify import seeded_or_read, simplify, without
 from dag_hesse.rules.region import Region
 from dag_hesse.rules.table import RULES, pairs_of
@@ -19,7 +20,7 @@ from dag_hesse.rules.table import RULES, pairs_of
 
 def fuse(graph: CurvatureGraph) -> CurvatureGraph:
     """The same function with fewer nodes; points, ``out`` and the loss stay nodes of their own."""
-    return verify(_collapse(simplify(graph)))
+    return verify(_collapse(absorb_biases(simplify(graph))))
 
 
 def fuse_all(graphs: Sequence[CurvatureGraph]) -> list[CurvatureGraph]:

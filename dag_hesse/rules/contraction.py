@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from dag_hesse.ir.node import Node, execute
 from dag_hesse.kernels.pool import empty
-from dag_hesse.rules.base import Call, Rule, added
+from dag_hesse.rules.base import Call, Rule, Run, added
 from dag_hesse.rules.bilinear import Terms, bilinear
 from dag_hesse.rules.convolution import convolution
 
@@ -56,11 +59,19 @@ def _right(c: Call, terms: Terms, into: Tensor | None) -> Tensor:
     return into  # type: ignore[return-value]  # there is a term
 
 
-_mm = bilinear(lambda c, a, b, into: _matmul(a, b, into), _left, _right)
+def _mm_bias(node: Node, inputs: Sequence[Tensor]) -> Tensor:
+    a, b, bias = inputs
+    return torch.addmm(bias, a, b, out=empty(a, len(a), b.shape[1]))
+
+
+def _mm(run: Run = execute) -> Rule:
+    return bilinear(lambda c, a, b, into: _matmul(a, b, into), _left, _right, run=run)
+
 
 TABLE: dict[str, Rule] = {
-    "aten.mm.default": _mm,
-    "aten.bmm.default": _mm,
+    "aten.mm.default": _mm(),
+    "aten.bmm.default": _mm(),
+    "dag_hesse.mm_bias.default": _mm(_mm_bias),
     "aten.convolution.default": convolution,
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref, execute
+from dag_hesse.ir.ops import normalized_shape
 from dag_hesse.kernels.pointwise import times
 from dag_hesse.kernels.pool import empty
 from dag_hesse.rules.base import Call, Linearized, Note, Rule, Run, Tangents, added, own_pair
@@ -140,12 +141,13 @@ class _Standardize(_Rowwise):
     def __init__(self, call: Call) -> None:
         x, dims, eps, self.center = call.values[0], call.argument(1), call.argument(2), call.argument(3)
         self.dims, self.y = _trailing(call, dims), call.out
-        if self.center:
-            x = x - x.mean(dims, keepdim=True)
-        self.r = (x * x).mean(dims, keepdim=True).add(eps).rsqrt()
+        self.inner = normalized_shape(x.shape, dims, self.center)
+        if self.inner is not None:
+            self.r = aten.native_layer_norm(x, self.inner, None, None, eps)[2].to(x.dtype)
+        else:
+            off = x - x.mean(dims, keepdim=True) if self.center else x
+            self.r = (off * off).mean(dims, keepdim=True).add(eps).rsqrt()
         self.mu: Tensor | None = None
-        trailing = sorted(self.dims) == list(range(-len(self.dims), 0))
-        self.inner = list(x.shape[-len(self.dims) :]) if self.center and trailing else None  # as in a LayerNorm
 
     def _mean(self, x: Tensor) -> Tensor:
         return x.mean(self.dims, keepdim=True)

@@ -224,6 +224,7 @@ SAMPLES: dict[str, list[Sample]] = {
     "aten.masked_fill.Tensor": [s(lambda: (normal(3, 4), index(2, 3, 4).bool(), normal()))],
     # contractions
     "aten.mm.default": [s(lambda: (normal(2, 3), normal(3, 4)))],
+    "dag_hesse.mm_bias.default": [s(lambda: (normal(2, 3), normal(3, 4), normal(4)))],
     "aten.bmm.default": [s(lambda: (normal(2, 3, 4), normal(2, 4, 2)))],
     "aten.convolution.default": _convolutions(),
     # gathers
