@@ -21,7 +21,7 @@ def _tap(x: Tensor, name: str) -> Tensor:
 
 
 def normalized_shape(shape: Sequence[int], dims: Sequence[int], center: bool) -> list[int] | None:
-    """The trailing axes over which a standardization is a LayerNorm, for which PyTorch has a kernel; None if it is none."""
+    """Sizes of the trailing axes, if a standardization over them is a LayerNorm (PyTorch has a kernel); else None."""
     last = range(len(shape) - len(dims), len(shape))
     return list(shape[last.start :]) if center and last and sorted(d % len(shape) for d in dims) == list(last) else None
 

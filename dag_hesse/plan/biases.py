@@ -1,4 +1,4 @@
-"""A bias that is added to a matrix product becomes its third operand: one pass over memory less. Graph in, graph out."""
+"""A bias added to a matrix product becomes its third operand: one pass over memory less. Graph in, graph out."""
 
 from __future__ import annotations
 
