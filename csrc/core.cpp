@@ -1,6 +1,8 @@
 // Structure analysis on the curvature graph: who reaches whom, which pairs interact, and how wide the way out is.
 // Nodes are numbered in topological order; edges are given as parallel arrays (source < destination).
 
+#include "elementwise.hpp"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -180,7 +182,8 @@ std::int64_t min_cut(const Ints& from_array, const Ints& to_array, const Ints& c
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-    m.doc() = "Structure analysis of curvature graphs (reachability, interaction, node-capacity min-cut).";
+    m.doc() = "Structure analysis of curvature graphs (reachability, interaction, node-capacity min-cut), elementwise programs.";
+    bind_elementwise(m);
     m.def("reach", &reach, py::arg("nodes"), py::arg("source"), py::arg("target"), py::arg("members"),
           py::arg("groups"), py::arg("group_count"), "uint8 (nodes, groups): who is reached by which group.");
     m.def("interactions", &interactions, py::arg("reached"), py::arg("left"), py::arg("right"),

@@ -128,6 +128,21 @@ def room(x: Tensor, *others: object) -> Tensor | None:
     return pool.empty(size).view(x.dtype).as_strided(x.shape, x.stride())
 
 
+def blank(like: Tensor) -> Tensor:
+    """An uninitialized tensor laid out as ``like``, which is dense; from the pool in use, where it is large."""
+    place = room(like)
+    return torch.empty_like(like) if place is None else place
+
+
+def empty_as(probes: Tensor, value: Tensor) -> Tensor:
+    """Uninitialized, (probes, *value), each laid out as ``value`` (in order of the axes, where that has gaps)."""
+    if not is_dense(value):
+        return empty(probes, len(probes), *value.shape)
+    order = sorted(range(value.ndim), key=lambda axis: -value.stride(axis))
+    places = [order.index(axis) + 1 for axis in range(value.ndim)]
+    return empty(probes, len(probes), *(value.shape[axis] for axis in order)).permute(0, *places)
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether every place of the memory that ``x`` spans is one of its elements, once."""
     if x.is_contiguous():
@@ -140,4 +155,4 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
-__all__ = ["Pool", "empty", "is_dense", "room"]
+__all__ = ["Pool", "blank", "empty", "empty_as", "is_dense", "room"]

@@ -45,6 +45,10 @@ class _Grower:
             return False
         return rule.align is None or [self.active[i] for i in node.inputs] == [True] + [False] * (len(node.inputs) - 1)
 
+    def bends(self, node: Node) -> bool:
+        """Whether a node alone is worth a region: its derivatives are to be found in one pass."""
+        return len(node.inputs) == 1 and bool(pairs_of(node))
+
     def constant(self, k: int) -> bool:
         """Whether a node may be evaluated inside: nothing active reaches it, it draws nothing and writes to nothing."""
         node = self.graph.nodes[k]
@@ -132,7 +136,7 @@ def _collapse(graph: CurvatureGraph) -> CurvatureGraph:
     for node in reversed(graph.nodes):
         if grower.elementwise(node.index):
             members = grower.region(node.index)
-            if len(members) > 1:
+            if len(members) > 1 or grower.bends(node):
                 regions[node.index] = grower.node(members)
                 gone |= members - {node.index}
                 grower.taken |= members

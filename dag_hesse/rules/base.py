@@ -82,6 +82,13 @@ class Linearized(ABC):
         memory, as the calls that they are λ of keep them too.
         """
 
+    def descend(self, lam: Tensor, slots: Sequence[int], *, curved: bool) -> dict[int, Tensor]:
+        """The inputs' adjoints that come of λ, (*input), per slot; :meth:`curve` where the call is ``curved``."""
+        pulled = {slot: x[0] for slot, x in self.pull(lam.unsqueeze(0), {}, slots, slice(None), None).items()}
+        if curved:
+            self.curve(lam, pulled)
+        return pulled
+
     def reads(self, slot: int) -> bool:
         """Whether the second-order term is found from that input's tangent (and not from the note alone)."""
         return True

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, execute
+from dag_hesse.kernels.pool import empty_as
 from dag_hesse.rules.base import Call, Linearized, Rule, Tangents, no_pairs
 
 Transpose = Callable[[Call, Tensor, int], Tensor]
@@ -21,11 +22,11 @@ def _run(call: Call, inputs: tuple[Tensor, ...]) -> Tensor:
 
 @final
 class _Linear(Linearized):
-    def __init__(self, call: Call, forward: Forward, transpose: Transpose, is_part: bool) -> None:
+    def __init__(self, call: Call, forward: Forward, transpose: Transpose | None) -> None:
         # Shapes and strides are all that is needed of the active inputs.
         kept = tuple(_shell(v) if on else v for v, on in zip(call.values, call.active, strict=True))
         self.call = Call(call.node, kept, _shell(call.out), call.active)
-        self.forward, self.transpose, self.is_part = forward, transpose, is_part
+        self.forward, self.transpose = forward, transpose
 
     def jvp(self, tangents: Tangents) -> Tensor:
         slots = sorted(tangents)
@@ -43,13 +44,20 @@ class _Linear(Linearized):
         return _each_probe(apply, *(tangents[slot] for slot in slots))
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return _each_probe(lambda g: self.transpose(self.call, g, slot), cotangent)
+        if self.transpose is None:
+            whole = empty_as(cotangent, self.call.values[0]).zero_()
+            self._part(whole).copy_(cotangent)
+            return whole
+        transpose = self.transpose
+        return _each_probe(lambda g: transpose(self.call, g, slot), cotangent)
 
     def add_vjp(self, cotangent: Tensor, slot: int, into: Tensor) -> bool:
-        if self.is_part:
-            for g, whole in zip(cotangent, into, strict=True):
-                self.forward(self.call, (whole,)).add_(g)
-        return self.is_part
+        if self.transpose is None:
+            self._part(into).add_(cotangent)
+        return self.transpose is None
+
+    def _part(self, whole: Tensor) -> Tensor:
+        return _each_probe(lambda x: self.forward(self.call, (x,)), whole)
 
 
 def _shell(x: Tensor) -> Tensor:
@@ -66,15 +74,17 @@ def _each_probe(apply: Callable[..., Tensor], *given: Tensor) -> Tensor:
     return torch.vmap(apply)(*given)
 
 
-def linear(
-    transpose: Transpose, forward: Forward = _run, kind: Kind = Kind.STRUCTURAL, *, is_part: bool = False
-) -> Rule:
+def linear(transpose: Transpose, forward: Forward = _run, kind: Kind = Kind.STRUCTURAL) -> Rule:
     """An op linear in its floating-point inputs jointly; ``transpose(call, cotangent, slot)`` is its adjoint.
 
     Both maps are written for one probe; they must not read the values of active inputs, only their shapes.
-    ``is_part``: the result is a view of some elements of the only input.
     """
-    return Rule(kind, lambda call: _Linear(call, forward, transpose, is_part), no_pairs)
+    return Rule(kind, lambda call: _Linear(call, forward, transpose), no_pairs)
 
 
-__all__ = ["linear"]
+def part() -> Rule:
+    """An op whose result is a view of some elements of its only input: cotangents are written to that view."""
+    return Rule(Kind.STRUCTURAL, lambda call: _Linear(call, _run, None), no_pairs)
+
+
+__all__ = ["linear", "part"]

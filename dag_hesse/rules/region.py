@@ -6,28 +6,16 @@ alone; otherwise first partials c_i and λ-weighted second partials h_ij are den
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.kernels.pointwise import (
-    Coefficient,
-    add_times,
-    adjoint,
-    curvature,
-    plus_product,
-    product,
-    tangent,
-    times,
-)
+from dag_hesse.kernels.pointwise import Coefficient, add_times, adjoint, curvature, reduce_to, tangent, times
 from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Rule, Tangents, added
-
-# A member, its place among the region's values, its first and its second partials.
-_Step = tuple[Node, int, dict[int, Coefficient], dict[tuple[int, int], Coefficient]]
+from dag_hesse.rules.chain import Collapsed, Descent, collapse, is_active, rule_of
 
 
 @dataclass(frozen=True)
@@ -58,16 +46,6 @@ class Region:
     __repr__ = __str__
 
 
-def _rule(node: Node) -> Rule:
-    from dag_hesse.rules.table import RULES  # the table has this file's row in it
-
-    return RULES[node.op]
-
-
-def _is_active(member: Node) -> bool:
-    return member.kind is not Kind.CONST
-
-
 def _pairs(node: Node) -> Pairs:
     """Input pairs that some member brings together nonlinearly."""
     region: Region = node.target  # type: ignore[assignment]
@@ -75,9 +53,9 @@ def _pairs(node: Node) -> Pairs:
     found: set[tuple[int, int]] = set()
     for member in region.members:
         sources = [reach[k] for k in member.inputs]
-        live = _is_active(member)
+        live = is_active(member)
         reach.append(frozenset().union(*sources) if live else frozenset())
-        for p, q in _rule(member).pairs(member) if live else ():
+        for p, q in rule_of(member).pairs(member) if live else ():
             found |= {(i, j) for i in sources[p] for j in sources[q]}
     return frozenset(found)
 
@@ -86,11 +64,18 @@ def _pairs(node: Node) -> Pairs:
 class _Meeting(Linearized):
     """z = Σ a_i x_i, y = φ(z): c = φ'(z), h = λ φ''(z)."""
 
-    def __init__(self, call: Call, shares: dict[int, Coefficient], tail: _Collapsed | None) -> None:
+    def __init__(self, call: Call, shares: dict[int, Coefficient], tail: Collapsed | None) -> None:
         self.shares, self.tail = shares, tail
         self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.out.shape
-        self.c: Coefficient = 1.0 if tail is None else tail.first[0]
+        self._c: Coefficient | None = 1.0 if tail is None else None
         self.h: Coefficient | None = None
+
+    @property
+    def c(self) -> Coefficient:
+        if self._c is None:
+            assert self.tail is not None
+            self._c = self.tail.first[0]
+        return self._c
 
     def _meet(self, tangents: Tangents) -> Tensor:
         return tangent([self.shares.get(slot) for slot in range(len(self.shapes))], tangents, self.out_shape)
@@ -113,8 +98,17 @@ class _Meeting(Linearized):
 
     def curve(self, lam: Tensor, pulled: Tangents) -> None:
         if self.tail is not None:
-            self.h = self.tail.curvature(lam).get((0, 0))
-            self.tail = None
+            self._adopt(self.tail.descend(lam, ()))
+
+    def _adopt(self, descent: Descent) -> dict[int, Tensor]:
+        self._c, self.h, self.tail = descent.first[0], descent.second.get((0, 0)), None
+        return descent.pulled
+
+    def descend(self, lam: Tensor, slots: Sequence[int], *, curved: bool) -> dict[int, Tensor]:
+        if self.tail is None or not curved:
+            return super().descend(lam, slots, curved=curved)
+        pulled = self._adopt(self.tail.descend(lam, [0] if slots else []))
+        return {slot: adjoint(self.shares[slot], pulled[0][None], self.shapes[slot])[0] for slot in slots}
 
     def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
         found = self.pull(None, tangents, [slot], slice(None), note).get(slot)
@@ -135,119 +129,27 @@ class _Meeting(Linearized):
         return {slot: adjoint(self.shares[slot], at_z, self.shapes[slot]) for slot in slots}
 
 
-class _Collapsed(ABC):
-    """First partials of the last member by some sources, and λ-weighted second partials."""
-
-    first: dict[int, Coefficient]
-
-    @abstractmethod
-    def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]: ...
-
-
-def _steps(region: Region, known: list[Tensor], sources: Sequence[int], start: int) -> Iterator[_Step]:
-    """Partials of the members that the sources reach."""
-    reached = set(sources)
-    for j, member in list(enumerate(region.members))[start:]:
-        place = region.inputs + j
-        on = tuple(k in reached for k in member.inputs)
-        if not _is_active(member) or not any(on):
-            continue
-        partials = _rule(member).partials
-        assert partials is not None
-        reached.add(place)
-        yield member, place, *partials(Call(member, tuple(known[k] for k in member.inputs), known[place], on))
-
-
-@final
-class _OfOne(_Collapsed):
-    """φ(z): φ' and φ'' by the chain rule, member by member; then h = λ φ''."""
-
-    def __init__(self, region: Region, known: list[Tensor], source: int, start: int) -> None:
-        d1: dict[int, Coefficient] = {source: 1.0}
-        d2: dict[int, Coefficient] = {}
-        place = source
-        for member, place, first, second in _steps(region, known, [source], start):
-            sources = [(slot, k) for slot, k in enumerate(member.inputs) if k in d1]
-            d1[place] = _sum_of_products((first[slot], d1[k]) for slot, k in sources)
-            terms = [(first[slot], d2[k]) for slot, k in sources if k in d2]
-            for (p, q), h in second.items():
-                i, j = member.inputs[p], member.inputs[q]
-                if i in d1 and j in d1 and p <= q:
-                    terms.append((product(product(2.0 if p < q else 1.0, h), d1[i]), d1[j]))
-            if terms:
-                d2[place] = _sum_of_products(terms)
-        self.first, self.second = {0: d1[place]}, d2.get(place)
-
-    def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
-        return {} if self.second is None else {(0, 0): product(self.second, lam)}
-
-
-def _sum_of_products(terms: Iterable[tuple[Coefficient, Coefficient]]) -> Coefficient:
-    total: Coefficient | None = None
-    for a, b in terms:
-        total = product(a, b) if total is None else plus_product(total, a, b)
-    assert total is not None
-    return total
-
-
-@final
-class _OfSeveral(_Collapsed):
-    """φ(x_1 … x_k): D_u of every member u, then Σ_u λ_u φ_u'' D_u D_uᵀ."""
-
-    def __init__(self, region: Region, known: list[Tensor], sources: Sequence[int], start: int) -> None:
-        self.own: dict[int, dict[int, Coefficient]] = {k: {i: 1.0} for i, k in enumerate(sources)}
-        self.steps = list(_steps(region, known, sources, start))
-        for member, place, first, _ in self.steps:
-            total: dict[int, Coefficient] = {}
-            for slot, k in enumerate(member.inputs):
-                for i, c in self.own.get(k, {}).items():
-                    total[i] = plus_product(total[i], first[slot], c) if i in total else product(first[slot], c)
-            self.own[place] = total
-        self.last = region.inputs + len(region.members) - 1
-        self.first = self.own[self.last]
-
-    def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
-        adjoints: dict[int, Coefficient] = {self.last: lam}
-        inner = {place for _, place, _, _ in self.steps}
-        found: dict[tuple[int, int], Coefficient] = {}
-        for member, place, first, second in reversed(self.steps):
-            mine = adjoints.pop(place, None)
-            if mine is None:
-                continue
-            for (p, q), h in second.items():
-                left, right = self.own.get(member.inputs[p], {}), self.own.get(member.inputs[q], {})
-                weighted = product(h, mine)
-                for (i, a), (j, b) in ((x, y) for x in left.items() for y in right.items()):
-                    if i <= j:
-                        term = product(weighted, a)
-                        found[i, j] = plus_product(found[i, j], term, b) if (i, j) in found else product(term, b)
-            for slot, k in enumerate(member.inputs):
-                if k in inner:
-                    adjoints[k] = (
-                        plus_product(adjoints[k], first[slot], mine) if k in adjoints else product(first[slot], mine)
-                    )
-        return found | {(j, i): h for (i, j), h in found.items()}
-
-
-def _collapsed(region: Region, known: list[Tensor], sources: Sequence[int], start: int) -> _Collapsed:
-    """The members from ``start`` on as one function of ``sources``."""
-    if len(sources) == 1:
-        return _OfOne(region, known, sources[0], start)
-    return _OfSeveral(region, known, sources, start)
-
-
 @final
 class _Dense(Linearized):
     """y = φ(x_1 … x_k) with partials in every input."""
 
-    def __init__(self, call: Call, sources: Sequence[int], collapsed: _Collapsed) -> None:
-        self.sources = sources
-        self.collapsed: _Collapsed | None = collapsed
-        self.first = [
-            collapsed.first.get(sources.index(slot)) if slot in sources else None for slot in range(len(call.active))
-        ]
+    def __init__(self, call: Call, sources: Sequence[int], collapsed: Collapsed) -> None:
+        self.sources, self.number = sources, {slot: i for i, slot in enumerate(sources)}
+        self.collapsed: Collapsed | None = collapsed
+        self._first: list[Coefficient | None] | None = None
         self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.out.shape
         self.seconds: dict[tuple[int, int], Coefficient] = {}
+
+    @property
+    def first(self) -> list[Coefficient | None]:
+        """c_i, per input slot."""
+        if self._first is None:
+            assert self.collapsed is not None
+            self._first = self._by_slot(self.collapsed.first)
+        return self._first
+
+    def _by_slot(self, first: dict[int, Coefficient]) -> list[Coefficient | None]:
+        return [first.get(self.number.get(slot, -1)) for slot in range(len(self.shapes))]
 
     def jvp(self, tangents: Tangents) -> Tensor:
         return tangent(self.first, tangents, self.out_shape)
@@ -259,9 +161,18 @@ class _Dense(Linearized):
 
     def curve(self, lam: Tensor, pulled: Tangents) -> None:
         if self.collapsed is not None:
-            found = self.collapsed.curvature(lam)
-            self.seconds = {(self.sources[i], self.sources[j]): h for (i, j), h in found.items()}
-            self.collapsed = None
+            self._adopt(self.collapsed.descend(lam, ()))
+
+    def _adopt(self, descent: Descent) -> dict[int, Tensor]:
+        self._first, self.collapsed = self._by_slot(descent.first), None
+        self.seconds = {(self.sources[i], self.sources[j]): h for (i, j), h in descent.second.items()}
+        return descent.pulled
+
+    def descend(self, lam: Tensor, slots: Sequence[int], *, curved: bool) -> dict[int, Tensor]:
+        if self.collapsed is None or not curved:
+            return super().descend(lam, slots, curved=curved)
+        pulled = self._adopt(self.collapsed.descend(lam, [self.number[slot] for slot in slots]))
+        return {slot: reduce_to(pulled[self.number[slot]][None], self.shapes[slot])[0] for slot in slots}
 
     def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
         return curvature(self.seconds, tangents, slot, self.shapes[slot], self.out_shape, into)
@@ -269,15 +180,16 @@ class _Dense(Linearized):
 
 def linearize(call: Call) -> Linearized:
     region: Region = call.node.target  # type: ignore[assignment]
-    known = [*call.values, call.out]
+    known = dict(enumerate([*call.values, call.out]))
+    members = list(enumerate(region.members, region.inputs))
     active = [slot for slot, on in enumerate(call.active) if on]
     if region.meet is None:
-        return _Dense(call, active, _collapsed(region, known, active, 0))
-    place = region.inputs + region.meet
-    front = Region(region.inputs, region.members[: region.meet + 1], None)
-    shares = _collapsed(front, known, active, 0).first
-    tail = _collapsed(region, known, [place], region.meet + 1) if place < len(known) - 1 else None
-    return _Meeting(call, {active[i]: a for i, a in shares.items()}, tail)
+        return _Dense(call, active, collapse(members, known, active))
+    front, tail = members[: region.meet + 1], members[region.meet + 1 :]
+    shares = collapse(front, known, active).first
+    return _Meeting(
+        call, {active[i]: a for i, a in shares.items()}, collapse(tail, known, [front[-1][0]]) if tail else None
+    )
 
 
 REGION = Rule(Kind.POINTWISE, linearize, _pairs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dag_hesse.ir.node import execute
 from dag_hesse.rules.base import Call, Rule
-from dag_hesse.rules.linear import linear
+from dag_hesse.rules.linear import linear, part
 
 aten = torch.ops.aten
 
@@ -41,16 +41,6 @@ def _repeat(c: Call, g: Tensor, slot: int) -> Tensor:
     padded = (*(1,) * (len(repeats) - len(shape)), *shape)
     folded = g.reshape([k for pair in zip(repeats, padded, strict=True) for k in pair])
     return folded.sum(list(range(0, 2 * len(repeats), 2))).reshape(shape)
-
-
-def _slice(c: Call, g: Tensor, slot: int) -> Tensor:
-    dim, start, end = c.argument(1, "dim", 0), c.argument(2, "start"), c.argument(3, "end")
-    size = c.shape()[dim]
-    return aten.slice_backward(g, c.shape(), dim, start or 0, size if end is None else end, c.argument(4, "step", 1))
-
-
-def _select(c: Call, g: Tensor, slot: int) -> Tensor:
-    return aten.select_backward(g, c.shape(), c.argument(1, "dim"), c.argument(2, "index"))
 
 
 def _cat(c: Call, g: Tensor, slot: int) -> Tensor:
@@ -188,8 +178,8 @@ TABLE: dict[str, Rule] = {
     "aten.t.default": linear(lambda c, g, slot: g.t()),
     "aten.expand.default": linear(_expand),
     "aten.repeat.default": linear(_repeat),
-    "aten.slice.Tensor": linear(_slice, is_part=True),
-    "aten.select.int": linear(_select, is_part=True),
+    "aten.slice.Tensor": part(),
+    "aten.select.int": part(),
     "aten.cat.default": linear(_cat),
     "aten.stack.default": linear(_stack),
     "aten.flip.default": linear(_flip),

@@ -146,9 +146,7 @@ class Linearization:
             first = node.inputs[slots[0]] if slots else -1
             if first in owned and call.add_vjp(mine.unsqueeze(0), slots[0], lam[first].unsqueeze(0)):
                 continue
-            pulled = {slot: x[0] for slot, x in call.pull(mine.unsqueeze(0), {}, slots, slice(None), None).items()}
-            if node.index in self.curved:
-                call.curve(mine, pulled)
+            pulled = call.descend(mine, slots, curved=node.index in self.curved)
             for slot, term in pulled.items():
                 k = node.inputs[slot]
                 if k in owned:

@@ -8,8 +8,20 @@ from dag_hesse.kernels.pointwise.naive import (
     curvature,
     plus_product,
     product,
+    reduce_to,
     tangent,
     times,
 )
 
-__all__ = ["Coefficient", "Gate", "add_times", "adjoint", "curvature", "plus_product", "product", "tangent", "times"]
+__all__ = [
+    "Coefficient",
+    "Gate",
+    "add_times",
+    "adjoint",
+    "curvature",
+    "plus_product",
+    "product",
+    "reduce_to",
+    "tangent",
+    "times",
+]

@@ -1,0 +1,330 @@
+// Elementwise programs: a list of instructions on registers, run over all elements of some tensors in one pass.
+// Elements are taken in pieces that stay in the first-level cache, so only operands and results move through memory.
+// Knows pointers, sizes and strides; nothing of torch, whose thread pool is found at run time (see in_parallel).
+
+#include "elementwise.hpp"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <type_traits>
+#include <vector>
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
+// One body, compiled for several instruction sets; the best one that the processor has is taken when the module loads.
+#if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#define FOR_EACH_ISA __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define INLINE inline __attribute__((always_inline))
+#else
+#define FOR_EACH_ISA
+#define INLINE inline
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+enum Op : std::int64_t {
+    COPY, FILL, ADD, SUB, MUL, DIV, FMA, ADD_I, MUL_I, RSUB_I, RDIV_I, GT_I, GE_I, LT_I, LE_I, WHERE,
+    EXP, LOG, SQRT, TANH, SIGMOID, ERF, ABS, OPS
+};
+const char* const NAMES[OPS] = {"copy", "fill", "add", "sub", "mul", "div", "fma", "add_i", "mul_i", "rsub_i",
+                                "rdiv_i", "gt_i", "ge_i", "lt_i", "le_i", "where", "exp", "log", "sqrt", "tanh",
+                                "sigmoid", "erf", "abs"};
+
+struct Instruction {
+    std::int64_t op, to, a, b, c;
+    double number;
+};
+
+struct Operand {
+    std::uintptr_t address;
+    std::vector<std::int64_t> strides;  // in elements, per axis
+};
+
+constexpr std::int64_t PIECE = 512;      // elements of a register
+constexpr std::int64_t GRAIN = 1 << 15;  // elements that a thread is worth waking for
+
+// Functions of one float, to about an ulp or two and free of branches, so that loops over them become vector code.
+// exp: Cody and Waite's reduction and the polynomial of Cephes' expf; 2ⁿ in two factors, as one may be out of range.
+INLINE float power_of_two(std::int32_t n) {
+    const std::int32_t bits = (n + 127) * (1 << 23);
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return power;
+}
+
+INLINE float exp_of(float x) {
+    const float low = -104.0f, high = 88.7228391f;
+    const float y = x < low ? low : x > high ? high : x;
+    const float n = (y * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // to the nearest integer
+    const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const std::int32_t whole = static_cast<std::int32_t>(n), half = whole / 2;
+    p = p * power_of_two(half) * power_of_two(whole - half);
+    return x < low ? 0.0f : x > high ? std::numeric_limits<float>::infinity() : p;
+}
+
+// tanh: Cephes' tanhf, an odd polynomial near zero and exp beyond.
+INLINE float tanh_of(float x) {
+    const float z = x * x, size = x < 0 ? -x : x;
+    float p = -5.70498872745e-3f;
+    p = p * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    const float near = p * z * x + x;
+    const float far = 1.0f - 2.0f / (exp_of(2.0f * size) + 1.0f);
+    return size < 0.625f ? near : x < 0 ? -far : far;
+}
+
+INLINE float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
+
+// erf: x P(x²)/Q(x²) on [-4, 4], beyond which it is ±1 in single precision (coefficients as in Eigen and XLA).
+INLINE float erf_of(float x) {
+    const float y = x < -4.0f ? -4.0f : x > 4.0f ? 4.0f : x, z = y * y;
+    float p = -2.72614225801306e-10f;
+    p = p * z + 2.77068142495902e-08f;
+    p = p * z - 2.10102402082508e-06f;
+    p = p * z - 5.69250639462346e-05f;
+    p = p * z - 7.34990630326855e-04f;
+    p = p * z - 2.95459980854025e-03f;
+    p = p * z - 1.60960333262415e-02f;
+    float q = -1.45660718464996e-05f;
+    q = q * z - 2.13374055278905e-04f;
+    q = q * z - 1.68282697438203e-03f;
+    q = q * z - 7.37332916720468e-03f;
+    q = q * z - 1.42647390514189e-02f;
+    return y * p / q;
+}
+
+INLINE double exp_of(double x) { return std::exp(x); }
+INLINE double tanh_of(double x) { return std::tanh(x); }
+INLINE double sigmoid_of(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+INLINE double erf_of(double x) { return std::erf(x); }
+
+#define EACH(value)                                    \
+    _Pragma("GCC ivdep") for (std::int64_t i = 0; i < n; ++i) { \
+        to[i] = (value);                               \
+    }                                                  \
+    break
+
+template <class T>
+INLINE void execute(const std::vector<Instruction>& program, T* const* at, std::int64_t n) {
+    for (const Instruction& one : program) {
+        T* to = at[one.to];
+        const T *a = at[one.a], *b = at[one.b], *c = at[one.c];
+        const T k = static_cast<T>(one.number);
+        switch (one.op) {
+            case COPY: EACH(a[i]);
+            case FILL: EACH(k);
+            case ADD: EACH(a[i] + b[i]);
+            case SUB: EACH(a[i] - b[i]);
+            case MUL: EACH(a[i] * b[i]);
+            case DIV: EACH(a[i] / b[i]);
+            case FMA: EACH(a[i] * b[i] + c[i]);
+            case ADD_I: EACH(a[i] + k);
+            case MUL_I: EACH(a[i] * k);
+            case RSUB_I: EACH(k - a[i]);
+            case RDIV_I: EACH(k / a[i]);
+            case GT_I: EACH(a[i] > k ? T(1) : T(0));
+            case GE_I: EACH(a[i] >= k ? T(1) : T(0));
+            case LT_I: EACH(a[i] < k ? T(1) : T(0));
+            case LE_I: EACH(a[i] <= k ? T(1) : T(0));
+            case WHERE: EACH(a[i] != T(0) ? b[i] : c[i]);
+            case EXP: EACH(exp_of(a[i]));
+            case LOG: EACH(std::log(a[i]));
+            case SQRT: EACH(std::sqrt(a[i]));
+            case TANH: EACH(tanh_of(a[i]));
+            case SIGMOID: EACH(sigmoid_of(a[i]));
+            case ERF: EACH(erf_of(a[i]));
+            case ABS: EACH(a[i] < 0 ? -a[i] : a[i]);
+            default: break;
+        }
+    }
+}
+
+FOR_EACH_ISA void execute_one(const std::vector<Instruction>& program, float* const* at, std::int64_t n) {
+    execute(program, at, n);
+}
+FOR_EACH_ISA void execute_one(const std::vector<Instruction>& program, double* const* at, std::int64_t n) {
+    execute(program, at, n);
+}
+
+bool is_dense(const std::vector<std::int64_t>& sizes, const std::vector<std::int64_t>& strides) {
+    std::int64_t expected = 1;
+    for (std::size_t d = sizes.size(); d-- > 0;) {
+        if (sizes[d] != 1 && strides[d] != expected) return false;
+        expected *= sizes[d];
+    }
+    return true;
+}
+
+// Copy elements [begin, begin + n), counted in the order of the axes, into a register.
+template <class T>
+void gather(const Operand& from, const std::vector<std::int64_t>& sizes, std::int64_t begin, std::int64_t n, T* to) {
+    const std::size_t axes = sizes.size();
+    std::vector<std::int64_t> place(axes, 0);
+    std::int64_t offset = 0, rest = begin;
+    for (std::size_t d = axes; d-- > 0;) {
+        place[d] = rest % sizes[d];
+        rest /= sizes[d];
+        offset += place[d] * from.strides[d];
+    }
+    const T* data = reinterpret_cast<const T*>(from.address);
+    const std::int64_t last = axes ? sizes[axes - 1] : 1, step = axes ? from.strides[axes - 1] : 0;
+    std::int64_t column = axes ? place[axes - 1] : 0;
+    for (std::int64_t done = 0; done < n;) {
+        const std::int64_t run = std::min(last - column, n - done);
+        const T* row = data + offset;
+        if (step == 1) std::memcpy(to + done, row, run * sizeof(T));
+        else if (step == 0) std::fill(to + done, to + done + run, *row);
+        else for (std::int64_t i = 0; i < run; ++i) to[done + i] = row[i * step];
+        done += run;
+        if (done == n) break;
+        offset -= column * step;
+        column = 0;
+        for (std::size_t d = axes - 1; d-- > 0;) {  // the next row
+            offset += from.strides[d];
+            if (++place[d] < sizes[d]) break;
+            offset -= sizes[d] * from.strides[d];
+            place[d] = 0;
+        }
+    }
+}
+
+// Calls part(data) in so many threads of the OpenMP runtime that torch has loaded: a second pool of
+// threads would compete with torch's, which wait busily. One thread where that runtime is not GNU's.
+void in_parallel(void (*part)(void*), void* data, unsigned threads) {
+#if defined(__linux__)
+    using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+    static const Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    if (parallel != nullptr && threads > 1) {
+        parallel(part, data, threads, 0);
+        return;
+    }
+#endif
+    part(data);
+}
+
+template <class T>
+struct Job {
+    const std::vector<Instruction>& program;
+    const std::vector<std::int64_t>& sizes;
+    const std::vector<Operand>& operands;
+    const std::vector<std::uintptr_t>& results;
+    std::int64_t registers, total, share;
+    std::atomic<std::int64_t> next{0};  // where the first share begins that nobody has taken yet
+
+    static void part(void* data) {
+        auto& job = *static_cast<Job*>(data);
+        while (true) {  // a nested region has one thread only, which takes all
+            const std::int64_t begin = job.next.fetch_add(job.share, std::memory_order_relaxed);
+            if (begin >= job.total) return;
+            job.run(begin, std::min(begin + job.share, job.total));
+        }
+    }
+
+    // Slots of the program: operands, results, registers.
+    void run(std::int64_t begin, std::int64_t end) const {
+        const std::size_t count = operands.size();
+        std::vector<T> memory((count + registers) * PIECE + 16);
+        const auto misplaced = reinterpret_cast<std::uintptr_t>(memory.data()) % 64 / sizeof(T);
+        T* const base = memory.data() + (misplaced ? 64 / sizeof(T) - misplaced : 0);
+        std::vector<char> direct(count);
+        for (std::size_t k = 0; k < count; ++k) direct[k] = is_dense(sizes, operands[k].strides);
+        std::vector<T*> at(count + results.size() + registers);
+        for (std::int64_t k = 0; k < registers; ++k) at[count + results.size() + k] = base + (count + k) * PIECE;
+        for (std::int64_t start = begin; start < end; start += PIECE) {
+            const std::int64_t n = std::min(PIECE, end - start);
+            for (std::size_t k = 0; k < count; ++k) {
+                at[k] = direct[k] ? reinterpret_cast<T*>(operands[k].address) + start : base + k * PIECE;
+                if (!direct[k]) gather(operands[k], sizes, start, n, at[k]);
+            }
+            for (std::size_t k = 0; k < results.size(); ++k) at[count + k] = reinterpret_cast<T*>(results[k]) + start;
+            execute_one(program, at.data(), n);
+        }
+    }
+};
+
+template <class T>
+void run_typed(const std::vector<Instruction>& program, std::int64_t registers, const std::vector<std::int64_t>& sizes,
+               const std::vector<Operand>& operands, const std::vector<std::uintptr_t>& results, unsigned threads) {
+    std::int64_t total = 1;
+    for (auto size : sizes) total *= size;
+    const auto wanted = std::min<std::int64_t>(threads, (total + GRAIN - 1) / GRAIN);
+    threads = static_cast<unsigned>(std::max<std::int64_t>(wanted, 1));
+    std::int64_t share = (total + threads - 1) / threads;
+    share += (PIECE - share % PIECE) % PIECE;
+    Job<T> job{program, sizes, operands, results, registers, total, share, {0}};
+    in_parallel(&Job<T>::part, &job, threads);
+}
+
+// A program, checked once.
+class Program {
+public:
+    Program(const std::vector<std::tuple<std::string, std::vector<std::int64_t>, double>>& rows, std::int64_t operands,
+            std::int64_t results, std::int64_t registers)
+        : operands_(operands), results_(results), registers_(registers) {
+        const std::int64_t slots = operands + results + registers;
+        for (const auto& [name, places, number] : rows) {
+            const auto found = std::find(NAMES, NAMES + OPS, name);
+            if (found == NAMES + OPS) throw std::invalid_argument("no such instruction: " + name);
+            if (places.empty() || places.size() > 4) throw std::invalid_argument("an instruction has 1 to 4 places");
+            for (auto place : places)
+                if (place < 0 || place >= slots) throw std::invalid_argument("an instruction's place is out of range");
+            if (places[0] < operands) throw std::invalid_argument("operands are not written to");
+            std::int64_t at[4] = {places[0], places[0], places[0], places[0]};
+            std::copy(places.begin(), places.end(), at);
+            program_.push_back({found - NAMES, at[0], at[1], at[2], at[3], number});
+        }
+    }
+
+    void run(bool is_double, const std::vector<std::int64_t>& sizes,
+             const std::vector<std::pair<std::uintptr_t, std::vector<std::int64_t>>>& operands,
+             const std::vector<std::uintptr_t>& results, unsigned threads) const {
+        if (static_cast<std::int64_t>(operands.size()) != operands_ ||
+            static_cast<std::int64_t>(results.size()) != results_)
+            throw std::invalid_argument("the program has other numbers of operands and results");
+        std::vector<Operand> given;
+        for (const auto& [address, strides] : operands) {
+            if (strides.size() != sizes.size()) throw std::invalid_argument("an operand has other axes than the results");
+            given.push_back({address, strides});
+        }
+        py::gil_scoped_release release;
+        if (is_double) run_typed<double>(program_, registers_, sizes, given, results, threads);
+        else run_typed<float>(program_, registers_, sizes, given, results, threads);
+    }
+
+private:
+    std::vector<Instruction> program_;
+    std::int64_t operands_, results_, registers_;
+};
+
+}  // namespace
+
+void bind_elementwise(py::module_& m) {
+    py::class_<Program>(m, "Program", "An elementwise program: (name, (to, a, b, c), number) a row; slots are operands, "
+                                      "results and registers.")
+        .def(py::init<const std::vector<std::tuple<std::string, std::vector<std::int64_t>, double>>&, std::int64_t,
+                      std::int64_t, std::int64_t>(),
+             py::arg("rows"), py::arg("operands"), py::arg("results"), py::arg("registers"))
+        .def("run", &Program::run, py::arg("is_double"), py::arg("sizes"), py::arg("operands"), py::arg("results"),
+             py::arg("threads"),
+             "Evaluate over tensors of ``sizes``: operands as (address, strides), results as addresses of dense tensors.");
+}

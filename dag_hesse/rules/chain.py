@@ -1,0 +1,263 @@
+"""The chain rule through elementwise ops in a row: partials of the last one by some sources.
+
+Recorded as a program and run in one pass where that can be done (:mod:`dag_hesse.kernels.elementwise`), else op by op.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, final
+
+from torch import Tensor
+
+from dag_hesse.ir.node import Kind, Node, execute
+from dag_hesse.kernels import elementwise
+from dag_hesse.kernels.pointwise import Coefficient, plus_product, product
+from dag_hesse.rules.base import Call, Rule
+
+_LOG = logging.getLogger("dag_hesse")
+
+Members = Sequence[tuple[int, Node]]  # each with its place among a region's values
+Known = Mapping[int, Tensor]  # values by place
+# A member, its place, its first and its second partials.
+_Step = tuple[Node, int, dict[int, Coefficient], dict[tuple[int, int], Coefficient]]
+
+
+@dataclass(frozen=True, slots=True)
+class Descent:
+    """What λ of the last member makes of all: c_i, h_ij (what is not there is zero), and c_i λ where it is wanted."""
+
+    first: dict[int, Coefficient]
+    second: dict[tuple[int, int], Coefficient]
+    pulled: dict[int, Tensor]
+
+
+class Collapsed(ABC):
+    """Members as one function of their sources, by which the partials are numbered."""
+
+    @property
+    @abstractmethod
+    def first(self) -> dict[int, Coefficient]:
+        """c_i = ∂φ/∂x_i."""
+
+    @abstractmethod
+    def descend(self, lam: Tensor, wanted: Sequence[int]) -> Descent:
+        """First partials, and second ones weighted with λ; c_i λ of the sources that are ``wanted``."""
+
+
+def rule_of(node: Node) -> Rule:
+    """The rule of a member."""
+    from dag_hesse.rules.table import RULES  # the table has the row of regions in it
+
+    return RULES[node.op]
+
+
+def is_active(member: Node) -> bool:
+    """Whether derivatives pass a member."""
+    return member.kind is not Kind.CONST
+
+
+def collapse(members: Members, known: Known, sources: Sequence[int]) -> Collapsed:
+    """The last of ``members`` as a function of the values at ``sources``."""
+    if any(rule_of(node).pairs(node) for _, node in _live(members, sources)):
+        recorded = _Recorded.of(members, known, sources)
+        if recorded is not None:
+            return recorded
+    return _by_op(members, known, sources)
+
+
+def _by_op(members: Members, known: Known, sources: Sequence[int]) -> _ByOp:
+    return _OfOne(members, known, sources[0]) if len(sources) == 1 else _OfSeveral(members, known, sources)
+
+
+def _live(members: Members, sources: Iterable[int]) -> Iterator[tuple[int, Node]]:
+    """Members that the sources reach."""
+    reached = set(sources)
+    for place, node in members:
+        if is_active(node) and not reached.isdisjoint(node.inputs):
+            reached.add(place)
+            yield place, node
+
+
+def _steps(members: Members, known: Known, sources: Sequence[int]) -> Iterator[_Step]:
+    reached = set(sources)
+    for place, node in _live(members, sources):
+        on = tuple(k in reached for k in node.inputs)
+        partials = rule_of(node).partials
+        assert partials is not None
+        reached.add(place)
+        yield node, place, *partials(Call(node, tuple(known[k] for k in node.inputs), known[place], on))
+
+
+class _ByOp(Collapsed):
+    @abstractmethod
+    def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
+        """h_ij."""
+
+    def descend(self, lam: Tensor, wanted: Sequence[int]) -> Descent:
+        pulled = {i: product(self.first[i], lam) for i in wanted}
+        return Descent(self.first, self.curvature(lam), pulled)  # type: ignore[arg-type]  # λ is a tensor
+
+
+@final
+class _OfOne(_ByOp):
+    """φ(z): φ' and φ'' by the chain rule, member by member; then h = λ φ''."""
+
+    def __init__(self, members: Members, known: Known, source: int) -> None:
+        d1: dict[int, Coefficient] = {source: 1.0}
+        d2: dict[int, Coefficient] = {}
+        place = source
+        for member, place, first, second in _steps(members, known, [source]):
+            sources = [(slot, k) for slot, k in enumerate(member.inputs) if k in d1]
+            d1[place] = _sum_of_products((first[slot], d1[k]) for slot, k in sources)
+            terms = [(first[slot], d2[k]) for slot, k in sources if k in d2]
+            for (p, q), h in second.items():
+                i, j = member.inputs[p], member.inputs[q]
+                if i in d1 and j in d1 and p <= q:
+                    terms.append((product(product(2.0 if p < q else 1.0, h), d1[i]), d1[j]))
+            if terms:
+                d2[place] = _sum_of_products(terms)
+        self._first, self.second = {0: d1[place]}, d2.get(place)
+
+    @property
+    def first(self) -> dict[int, Coefficient]:
+        return self._first
+
+    def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
+        return {} if self.second is None else {(0, 0): product(self.second, lam)}
+
+
+def _sum_of_products(terms: Iterable[tuple[Coefficient, Coefficient]]) -> Coefficient:
+    total: Coefficient | None = None
+    for a, b in terms:
+        total = product(a, b) if total is None else plus_product(total, a, b)
+    assert total is not None
+    return total
+
+
+@final
+class _OfSeveral(_ByOp):
+    """φ(x_1 … x_k): D_u of every member u, then Σ_u λ_u φ_u'' D_u D_uᵀ."""
+
+    def __init__(self, members: Members, known: Known, sources: Sequence[int]) -> None:
+        self.own: dict[int, dict[int, Coefficient]] = {k: {i: 1.0} for i, k in enumerate(sources)}
+        self.steps = list(_steps(members, known, sources))
+        for member, place, first, _ in self.steps:
+            total: dict[int, Coefficient] = {}
+            for slot, k in enumerate(member.inputs):
+                for i, c in self.own.get(k, {}).items():
+                    total[i] = plus_product(total[i], first[slot], c) if i in total else product(first[slot], c)
+            self.own[place] = total
+        self.last = members[-1][0]
+
+    @property
+    def first(self) -> dict[int, Coefficient]:
+        return self.own[self.last]
+
+    def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
+        adjoints: dict[int, Coefficient] = {self.last: lam}
+        inner = {place for _, place, _, _ in self.steps}
+        found: dict[tuple[int, int], Coefficient] = {}
+        for member, place, first, second in reversed(self.steps):
+            mine = adjoints.pop(place, None)
+            if mine is None:
+                continue
+            for (p, q), h in second.items():
+                left, right = self.own.get(member.inputs[p], {}), self.own.get(member.inputs[q], {})
+                weighted = product(h, mine)
+                for (i, a), (j, b) in ((x, y) for x in left.items() for y in right.items()):
+                    if i <= j:
+                        term = product(weighted, a)
+                        found[i, j] = plus_product(found[i, j], term, b) if (i, j) in found else product(term, b)
+            for slot, k in enumerate(member.inputs):
+                if k in inner:
+                    adjoints[k] = (
+                        plus_product(adjoints[k], first[slot], mine) if k in adjoints else product(first[slot], mine)
+                    )
+        return found | {(j, i): h for (i, j), h in found.items()}
+
+
+# Recordings by what they were made of; None where the code was refused.
+_RECORDINGS: dict[Hashable, elementwise.Recording | None] = {}
+
+
+@final
+class _Recorded(Collapsed):
+    """Programs that make all partials in one pass, of the sources' values, when they are first asked for."""
+
+    def __init__(self, members: Members, operands: Known, sources: Sequence[int], like: Tensor) -> None:
+        self.members, self.operands, self.sources, self.like = members, operands, sources, like
+        self._first: dict[int, Coefficient] | None = None
+
+    @classmethod
+    def of(cls, members: Members, known: Known, sources: Sequence[int]) -> _Recorded | None:
+        """None where there is no program for these members and values."""
+        live = dict(_live(members, sources))
+        places = dict.fromkeys(k for node in live.values() for k in node.inputs if k not in live)
+        operands, out = {k: known[k] for k in places}, known[members[-1][0]]
+        like = next((x for x in operands.values() if x.shape == out.shape), None)
+        if like is None or elementwise.refusal(list(operands.values()), like):
+            return None
+        made = cls(list(live.items()), operands, sources, like)
+        return None if made._recording() is None or made._recording(like) is None else made
+
+    def _code(self, wanted: Sequence[int], *tensors: Tensor) -> dict[Hashable, Any]:
+        """What is recorded: the partials op by op, and, if λ is given behind the operands, what descends from it."""
+        known = dict(zip(self.operands, tensors, strict=False))
+        for place, node in self.members:
+            known[place] = execute(node, [known[k] for k in node.inputs])
+        found = _by_op(self.members, known, self.sources)
+        named: dict[Hashable, Any] = {("first", i): c for i, c in found.first.items()}
+        if len(tensors) == len(self.operands):
+            return named
+        descent = found.descend(tensors[-1], wanted)
+        named |= {("second", *pair): h for pair, h in descent.second.items()}
+        return named | {("pulled", i): x for i, x in descent.pulled.items()}
+
+    def _recording(self, lam: Tensor | None = None, wanted: Sequence[int] = ()) -> elementwise.Recording | None:
+        given = [*self.operands.values(), *([] if lam is None else [lam])]
+        code = [(k, node.op, repr(node.args), repr(node.kwargs), node.inputs) for k, node in self.members]
+        kinds = [(x.dtype, tuple(size == 1 for size in x.shape)) for x in given]
+        key = (*code, *self.operands, *self.sources, *kinds, *wanted)
+        if key not in _RECORDINGS:
+            try:
+                recording = elementwise.record(partial(self._code, wanted), given, self.like)
+            except elementwise.Refused as refused:
+                _LOG.info("no program for %s: %s", " ".join(node.op for _, node in self.members), refused)
+                _RECORDINGS[key] = None
+            else:  # partials that are operands or numbers cost nothing as they are
+                new = any(k[0] != "pulled" and r.computed is not None for k, r in recording.results.items())  # type: ignore[index]
+                _RECORDINGS[key] = recording if new or lam is None else None
+        return _RECORDINGS[key]
+
+    def _run(self, lam: Tensor | None = None, wanted: Sequence[int] = ()) -> dict[str, dict[Any, Coefficient]]:
+        recording = self._recording(lam, wanted)
+        assert recording is not None
+        given = [*self.operands.values(), *([] if lam is None else [lam])]
+        made = elementwise.run(recording.program, given, self.like) if recording.program.results else []
+        found: dict[str, dict[Any, Coefficient]] = {"first": {}, "second": {}, "pulled": {}}
+        for (what, *numbers), result in recording.results.items():  # type: ignore[misc]
+            value: Any = result.number
+            if result.computed is not None:
+                value = made[result.computed]
+            elif result.operand is not None:
+                value = given[result.operand]
+            found[what][numbers[0] if len(numbers) == 1 else tuple(numbers)] = value
+        return found
+
+    @property
+    def first(self) -> dict[int, Coefficient]:
+        if self._first is None:
+            self._first = self._run()["first"]
+        return self._first
+
+    def descend(self, lam: Tensor, wanted: Sequence[int]) -> Descent:
+        found = self._run(lam, wanted)
+        return Descent(found["first"], found["second"], found["pulled"])  # type: ignore[arg-type]  # λ is a tensor
+
+
+__all__ = ["Collapsed", "Descent", "collapse", "is_active", "rule_of"]

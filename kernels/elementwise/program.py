@@ -1,0 +1,147 @@
+"""Elementwise programs: instructions on registers, in static single assignment until registers are given out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+from dag_hesse import _core
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What an instruction of a program under construction makes, or an operand."""
+
+    place: int
+
+
+Scalar: TypeAlias = Value | float  # an element of a tensor, or a number that all elements share
+
+
+@dataclass(frozen=True)
+class Program:
+    """``(name, slots, number)`` a row; slots are those of the result and the arguments.
+
+    Slots are numbered: operands, then results, then registers.
+    """
+
+    rows: tuple[tuple[str, tuple[int, ...], float], ...]
+    operands: int
+    results: int
+    registers: int
+
+    @cached_property
+    def compiled(self) -> _core.Program:
+        """The program as the extension runs it."""
+        return _core.Program([(name, list(slots), number) for name, slots, number in self.rows], *self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Numbers of operands, results and registers."""
+        return self.operands, self.results, self.registers
+
+
+class Builder:
+    """Puts instructions together: equal ones are one, numbers are folded.
+
+    Example:
+        >>> b = Builder(operands=1)
+        >>> x = b.operand(0)
+        >>> twice = b.multiply(b.add(x, 0.0), 2.0)
+        >>> b.program([twice]).rows
+        (('mul_i', (1, 0), 2.0),)
+    """
+
+    def __init__(self, operands: int) -> None:
+        self.operands = operands
+        self._rows: list[tuple[str, tuple[int, ...], float]] = []  # the k-th makes place operands + k
+        self._made: dict[tuple[str, tuple[int, ...], float], Value] = {}
+
+    def operand(self, k: int) -> Value:
+        """The k-th operand."""
+        return Value(k)
+
+    def emit(self, name: str, *arguments: Value, number: float = 0.0) -> Value:
+        """One instruction as it is."""
+        row = (name, tuple(a.place for a in arguments), number)
+        if row not in self._made:
+            self._made[row] = Value(self.operands + len(self._rows))
+            self._rows.append(row)
+        return self._made[row]
+
+    def dense(self, x: Scalar) -> Value:
+        """A number as a register full of it."""
+        return x if isinstance(x, Value) else self.emit("fill", number=x)
+
+    def add(self, x: Scalar, y: Scalar) -> Scalar:
+        """x + y."""
+        if not isinstance(x, Value):
+            x, y = y, x
+        if not isinstance(x, Value):
+            return float(x) + float(y)  # type: ignore[arg-type]
+        if not isinstance(y, Value):
+            return x if y == 0 else self.emit("add_i", x, number=y)
+        return self.emit("add", x, y)
+
+    def subtract(self, x: Scalar, y: Scalar) -> Scalar:
+        """x − y."""
+        if isinstance(y, Value):
+            return self.emit("sub", x, y) if isinstance(x, Value) else self.emit("rsub_i", y, number=x)
+        return self.add(x, -y)
+
+    def multiply(self, x: Scalar, y: Scalar) -> Scalar:
+        """x y."""
+        if not isinstance(x, Value):
+            x, y = y, x
+        if not isinstance(x, Value):
+            return float(x) * float(y)  # type: ignore[arg-type]
+        if not isinstance(y, Value):
+            return x if y == 1 else self.emit("mul_i", x, number=y)
+        return self.emit("mul", x, y)
+
+    def divide(self, x: Scalar, y: Scalar) -> Scalar:
+        """x / y."""
+        if isinstance(y, Value):
+            return self.emit("div", x, y) if isinstance(x, Value) else self.emit("rdiv_i", y, number=x)
+        return self.emit("div", self.dense(x), self.dense(y)) if y == 0 else self.multiply(x, 1 / y)
+
+    def fused(self, x: Scalar, y: Scalar, z: Scalar) -> Scalar:
+        """x y + z."""
+        if isinstance(x, Value) and isinstance(y, Value) and isinstance(z, Value):
+            return self.emit("fma", x, y, z)
+        return self.add(self.multiply(x, y), z)
+
+    def apply(self, name: str, x: Scalar) -> Scalar:
+        """A function of one element."""
+        return self.emit(name, self.dense(x))
+
+    def program(self, results: Sequence[Value]) -> Program:
+        """What makes ``results``, each a value of its own; registers are reused as soon as they are free."""
+        assert len(set(results)) == len(results) and all(value.place >= self.operands for value in results)
+        wanted = {value.place for value in results}
+        for k in reversed(range(len(self._rows))):
+            if self.operands + k in wanted:
+                wanted.update(self._rows[k][1])
+        last = {a: k for k, row in enumerate(self._rows) if self.operands + k in wanted for a in row[1]}
+        slots: dict[int, int] = {k: k for k in range(self.operands)}
+        slots |= {value.place: self.operands + n for n, value in enumerate(results)}
+        free, registers, rows = list[int](), 0, list[tuple[str, tuple[int, ...], float]]()
+        first = self.operands + len(results)
+        for k, (name, arguments, number) in enumerate(self._rows):
+            place = self.operands + k
+            if place not in wanted:
+                continue
+            taken = tuple(slots[a] for a in arguments)
+            free += {slots[a] for a in arguments if last[a] == k and slots[a] >= first}
+            if place not in slots:
+                if not free:
+                    free.append(first + registers)
+                    registers += 1
+                slots[place] = free.pop()
+            rows.append((name, (slots[place], *taken), number))
+        return Program(tuple(rows), self.operands, len(results), registers)
+
+
+__all__ = ["Builder", "Program", "Scalar", "Value"]
