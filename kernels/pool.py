@@ -20,6 +20,7 @@ from torch import Tensor
 _LARGE = 1 << 22  # bytes; smaller blocks are reused by the system's allocator as they are
 _ALIGNED = 64  # bytes
 _STAGGER = 17 * _ALIGNED  # between cuts: operands that lie a power of two apart evict each other from the caches
+_CELLS = 1 << 10
 _FIRST = 1 << 26  # bytes of the first slab; the next ones are as large as all before
 
 
@@ -143,6 +144,22 @@ def empty_as(probes: Tensor, value: Tensor) -> Tensor:
     return empty(probes, len(probes), *(value.shape[axis] for axis in order)).permute(0, *places)
 
 
+def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """``x`` in a memory layout: itself where it has that, else a copy."""
+    if x.is_contiguous(memory_format=layout):
+        return x
+    if layout is torch.contiguous_format:
+        found = empty(x, *x.shape)
+        if x.ndim < 4 or not x.movedim(1, -1).is_contiguous():
+            return found.copy_(x)
+        # A channel's cells lie far apart: as many as the caches hold until the next channel, beside it, is read.
+        for to, cells in zip(found.flatten(2).split(_CELLS, 2), x.flatten(2).split(_CELLS, 2), strict=True):
+            to.copy_(cells)
+        return found
+    lead, channels, *side = x.shape
+    return empty(x, lead, *side, channels).movedim(-1, 1).copy_(x)
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether every place of the memory that ``x`` spans is one of its elements, once."""
     if x.is_contiguous():
@@ -155,4 +172,4 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
-__all__ = ["Pool", "blank", "empty", "empty_as", "is_dense", "room"]
+__all__ = ["Pool", "blank", "empty", "empty_as", "is_dense", "laid_out", "room"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref
-from dag_hesse.kernels.pointwise import Coefficient
+from dag_hesse.kernels.pointwise import Coefficient, add_times, plus_times, times
+from dag_hesse.kernels.pool import room
 from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Rule, Tangents, added
 from dag_hesse.rules.diagonal import diagonal
 
@@ -97,17 +98,21 @@ class _FixedStatistics(Linearized):
         if scale is not None:
             turned = scale * self.r
             offset = -self.mean * turned if shift is None else shift - self.mean * turned
-            total = torch.addcmul(self._spread(offset), self.x, self._spread(turned))
+            place = room(self.x[None]) if len(turned) == 1 else None
+            total = torch.addcmul(self._spread(offset), self.x, self._spread(turned), out=place)
         elif shift is not None:
             total = self._spread(shift)
         if xdot is None:
             assert total is not None
             return total.expand(len(total), *self.x.shape)
-        return xdot * self.gain if total is None else torch.addcmul(total, xdot, self.gain)
+        if total is None:
+            return times(self.gain, xdot)
+        own = total.shape == xdot.shape  # then it is a new tensor
+        return add_times(total, self.gain, xdot) if own else plus_times(total, self.gain, xdot)
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
         if slot == self.slots["x"]:
-            return cotangent * self.gain
+            return times(self.gain, cotangent)
         return self._sums(cotangent, self.x[None], self.mean)[slot != self.slots["γ"]]
 
     def curve(self, lam: Tensor, pulled: Tangents) -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dag_hesse.ir.node import Node, execute
-from dag_hesse.kernels.pool import empty
+from dag_hesse.kernels.pool import empty, laid_out
 from dag_hesse.rules.base import Call, added
 from dag_hesse.rules.bilinear import Product, Terms, bilinear
 
@@ -221,18 +221,18 @@ def _spread(geo: Geometry, rows: Tensor) -> Tensor:
 def _forward(geo: Geometry, x: Tensor, w: Tensor) -> Tensor:
     if geo.is_matrix(len(x)):
         return _grid(_patches(geo, x) @ w.reshape(w.shape[:2]).T, geo.out)
-    y = aten.convolution(x.contiguous(memory_format=geo.inside(len(x))), w, None, *geo.arguments)
-    return y.contiguous(memory_format=geo.outside)
+    y = aten.convolution(laid_out(x, geo.inside(len(x))), w, None, *geo.arguments)
+    return laid_out(y, geo.outside)
 
 
 def _input_adjoint(geo: Geometry, g: Tensor, w: Tensor) -> Tensor:
     if geo.is_matrix(len(g)):
         return _spread(geo, _rows(g) @ w.reshape(w.shape[:2]))
     layout, channels = geo.inside(len(g)), w.shape[0] if geo.transposed else w.shape[1] * geo.groups
-    g = g.contiguous(memory_format=layout)
+    g = laid_out(g, layout)
     like = torch.empty(len(g), channels, *geo.side, dtype=g.dtype, device=g.device, memory_format=layout)  # a shape
     x = aten.convolution_backward(g, like, w, [0], *geo.arguments, [True, False, False])[0]
-    return x.contiguous(memory_format=geo.outside)
+    return laid_out(x, geo.outside)
 
 
 def _weight_adjoint(geo: Geometry, terms: Sequence[tuple[Tensor, ...]]) -> Tensor:
@@ -240,7 +240,7 @@ def _weight_adjoint(geo: Geometry, terms: Sequence[tuple[Tensor, ...]]) -> Tenso
     if len(terms) > 1 and not geo.joins:
         return sum((_weight_adjoint(geo, [term]) for term in terms[1:]), start=_weight_adjoint(geo, terms[:1]))
     layout = geo.inside(sum(len(g) for g, _ in terms))
-    sides = [[t.contiguous(memory_format=layout) for t in side] for side in zip(*terms, strict=True)]
+    sides = [[laid_out(t, layout) for t in side] for side in zip(*terms, strict=True)]
     g, x = (side[0] if len(side) == 1 else torch.cat(side) for side in sides)
     inner, outer = x.shape[1] // geo.groups, g.shape[1]
     shape = (inner * geo.groups, outer // geo.groups) if geo.transposed else (outer, inner)
@@ -308,14 +308,14 @@ def _kept(c: Call, slot: int, value: Tensor) -> Tensor:
     geo = _of(c)
     if slot == 1:
         return _crop(geo, value).contiguous()[None]
-    return value.contiguous(memory_format=geo.inside(len(value)))[None]
+    return laid_out(value, geo.inside(len(value)))[None]
 
 
 def _run(node: Node, inputs: Sequence[Tensor]) -> Tensor:
     """As the model itself runs it, to the bit, so that every ReLU decides as it does there; laid out for the sweeps."""
     x, *rest = inputs
-    y = execute(node, [x.contiguous(), *rest])
-    return y.contiguous(memory_format=_CHANNELS_LAST.get(y.ndim - 2, torch.contiguous_format))
+    y = execute(node, [laid_out(x, torch.contiguous_format), *rest])
+    return laid_out(y, _CHANNELS_LAST.get(y.ndim - 2, torch.contiguous_format))
 
 
 convolution = bilinear(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, bind
-from dag_hesse.kernels.pool import is_dense
+from dag_hesse.kernels.pool import empty_as, is_dense
 from dag_hesse.rules.base import Call, Linearized, Rule, Tangents, no_pairs
-from dag_hesse.rules.linear import linear
+from dag_hesse.rules.linear import linear, shell
 from dag_hesse.rules.structural import axes
 
 aten = torch.ops.aten
@@ -133,15 +133,21 @@ def _results(call: Call) -> tuple[Tensor, ...]:
 _DIM_POSITION = {"aten.topk.default": 2, "aten.kthvalue.default": 2}
 
 
+def _cells_lie_evenly(x: Tensor, spatial: int) -> bool:
+    """Whether the spatial axes are one in memory, as in the usual layouts."""
+    shape, strides = x.shape[-spatial:], x.stride()[-spatial:]
+    return is_dense(x) and all(strides[k] == strides[k + 1] * shape[k + 1] for k in range(spatial - 1))
+
+
 @final
 class _MaxPool(Linearized):
     """Windows' maxima: gather at the flattened spatial index that pooling returned."""
 
     def __init__(self, call: Call) -> None:
         self.spatial = 3 if "3d" in call.node.op else 2
-        results = _results(call)
-        self.shape, self.out_shape = call.shape(), call.out.shape
-        self.index = results[1].flatten(-self.spatial)
+        self.out_shape, self.index = call.out.shape, _results(call)[1].flatten(-self.spatial)
+        x = call.values[0]
+        self.like = shell(x if _cells_lie_evenly(x, self.spatial) else x.contiguous())
 
     def jvp(self, tangents: Tangents) -> Tensor:
         x = tangents[0].flatten(-self.spatial)
@@ -149,10 +155,11 @@ class _MaxPool(Linearized):
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
         probes = cotangent.shape[0]
-        lead, cells = self.shape[: -self.spatial], prod(self.shape[-self.spatial :])
-        zeros = cotangent.new_zeros(probes, *lead, cells)
+        found = empty_as(cotangent, self.like).zero_()
+        lead, cells = found.shape[: -self.spatial], prod(found.shape[-self.spatial :])
         index = self.index.expand(probes, *self.index.shape)
-        return zeros.scatter_add(-1, index, cotangent.flatten(-self.spatial)).reshape(probes, *self.shape)
+        found.view(*lead, cells).scatter_add_(-1, index, cotangent.flatten(-self.spatial))
+        return found
 
 
 @final

@@ -24,8 +24,8 @@ def _run(call: Call, inputs: tuple[Tensor, ...]) -> Tensor:
 class _Linear(Linearized):
     def __init__(self, call: Call, forward: Forward, transpose: Transpose | None) -> None:
         # Shapes and strides are all that is needed of the active inputs.
-        kept = tuple(_shell(v) if on else v for v, on in zip(call.values, call.active, strict=True))
-        self.call = Call(call.node, kept, _shell(call.out), call.active)
+        kept = tuple(shell(v) if on else v for v, on in zip(call.values, call.active, strict=True))
+        self.call = Call(call.node, kept, shell(call.out), call.active)
         self.forward, self.transpose = forward, transpose
 
     def jvp(self, tangents: Tangents) -> Tensor:
@@ -60,7 +60,7 @@ class _Linear(Linearized):
         return _each_probe(lambda x: self.forward(self.call, (x,)), whole)
 
 
-def _shell(x: Tensor) -> Tensor:
+def shell(x: Tensor) -> Tensor:
     """A tensor like ``x``, strides and all, whose memory is gone."""
     shell = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     shell.untyped_storage().resize_(0)
@@ -87,4 +87,4 @@ def part() -> Rule:
     return Rule(Kind.STRUCTURAL, lambda call: _Linear(call, _run, None), no_pairs)
 
 
-__all__ = ["linear", "part"]
+__all__ = ["linear", "part", "shell"]
