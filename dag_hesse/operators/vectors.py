@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Layout:
     dtype: torch.dtype
     device: torch.device
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Elements of every block."""
         return [torch.Size(shape).numel() for shape in self.shapes]

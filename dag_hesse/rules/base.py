@@ -89,6 +89,9 @@ class Linearized(ABC):
             self.curve(lam, pulled)
         return pulled
 
+    def settle(self) -> None:  # noqa: B027  (most calls have nothing left to do)
+        """λ has come by, or never will: evaluate what is still to be, and give up what that comes of."""
+
     def reads(self, slot: int) -> bool:
         """Whether the second-order term is found from that input's tangent (and not from the note alone)."""
         return True

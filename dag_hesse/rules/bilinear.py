@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import final
 
-import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
 from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Rule, Run, Tangents, added
+from dag_hesse.rules.linear import shell
 
 Product = Callable[[Call, Tensor, Tensor, Tensor | None], Tensor]
 Terms = Sequence[tuple[Tensor, Tensor]]
@@ -28,12 +28,7 @@ class _Bilinear(Linearized):
     ) -> None:
         a_on, b_on = call.active[0], call.active[1]
         self.early = a_on and b_on and early(call)
-        self.call = Call(
-            call.node,
-            tuple(torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta") for v in call.values),
-            call.out.to("meta"),
-            call.active,
-        )
+        self.call = Call(call.node, tuple(shell(v) for v in call.values), shell(call.out), call.active)
         self.a = keep(call, 0, call.values[0]) if b_on else None
         self.b = keep(call, 1, call.values[1]) if a_on else None
         self.product, self.left, self.right = product, left, right

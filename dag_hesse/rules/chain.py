@@ -187,11 +187,10 @@ _RECORDINGS: dict[Hashable, elementwise.Recording | None] = {}
 
 @final
 class _Recorded(Collapsed):
-    """Programs that make all partials in one pass, of the sources' values, when they are first asked for."""
+    """Programs that make all partials in one pass over the values of the sources, whenever they are asked for."""
 
     def __init__(self, members: Members, operands: Known, sources: Sequence[int], like: Tensor) -> None:
         self.members, self.operands, self.sources, self.like = members, operands, sources, like
-        self._first: dict[int, Coefficient] | None = None
 
     @classmethod
     def of(cls, members: Members, known: Known, sources: Sequence[int]) -> _Recorded | None:
@@ -222,7 +221,7 @@ class _Recorded(Collapsed):
         given = [*self.operands.values(), *([] if lam is None else [lam])]
         code = [(k, node.op, repr(node.args), repr(node.kwargs), node.inputs) for k, node in self.members]
         kinds = [(x.dtype, tuple(size == 1 for size in x.shape)) for x in given]
-        key = (*code, *self.operands, *self.sources, *kinds, *wanted)
+        key = tuple(tuple(part) for part in (code, self.operands, self.sources, kinds, wanted))
         if key not in _RECORDINGS:
             try:
                 recording = elementwise.record(partial(self._code, wanted), given, self.like)
@@ -251,9 +250,7 @@ class _Recorded(Collapsed):
 
     @property
     def first(self) -> dict[int, Coefficient]:
-        if self._first is None:
-            self._first = self._run()["first"]
-        return self._first
+        return self._run()["first"]
 
     def descend(self, lam: Tensor, wanted: Sequence[int]) -> Descent:
         found = self._run(lam, wanted)

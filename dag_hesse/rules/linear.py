@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import final
 
 import torch
@@ -61,10 +62,15 @@ class _Linear(Linearized):
 
 
 def shell(x: Tensor) -> Tensor:
-    """A tensor like ``x``, strides and all, whose memory is gone."""
-    shell = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    shell.untyped_storage().resize_(0)
-    return shell
+    """A tensor like ``x``, strides and all, without memory."""
+    return _shell(x.shape, x.stride(), x.dtype, x.device)
+
+
+@lru_cache(maxsize=1 << 12)  # they cannot be written to, and every linearization asks for the same ones
+def _shell(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    like = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    like.untyped_storage().resize_(0)
+    return like
 
 
 def _each_probe(apply: Callable[..., Tensor], *given: Tensor) -> Tensor:

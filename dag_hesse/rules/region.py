@@ -100,6 +100,9 @@ class _Meeting(Linearized):
         if self.tail is not None:
             self._adopt(self.tail.descend(lam, ()))
 
+    def settle(self) -> None:
+        self._c, self.tail = self.c, None
+
     def _adopt(self, descent: Descent) -> dict[int, Tensor]:
         self._c, self.h, self.tail = descent.first[0], descent.second.get((0, 0)), None
         return descent.pulled
@@ -162,6 +165,9 @@ class _Dense(Linearized):
     def curve(self, lam: Tensor, pulled: Tangents) -> None:
         if self.collapsed is not None:
             self._adopt(self.collapsed.descend(lam, ()))
+
+    def settle(self) -> None:
+        self._first, self.collapsed = self.first, None
 
     def _adopt(self, descent: Descent) -> dict[int, Tensor]:
         self._first, self.collapsed = self._by_slot(descent.first), None

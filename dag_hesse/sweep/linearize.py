@@ -62,6 +62,8 @@ class Linearization:
             if not bool(torch.isfinite(self.loss)):
                 raise LossError(f"the loss is {float(self.loss)}; curvature there is undefined.")
             self._backward()
+            for call in self.calls.values():
+                call.settle()
 
     def _bends(self, node: int, channels: str) -> bool:
         """Whether the node's second-order term belongs to what is asked for."""
