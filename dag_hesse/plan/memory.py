@@ -18,6 +18,7 @@ from dag_hesse.rules.table import pairs_of
 _CHUNK_BYTES = 64 << 20
 _SHARED_BYTES = 8 << 20
 _NOT_COMPUTED = (Kind.STRUCTURAL, Kind.PARAM)
+_OF_SUMS = {"aten._log_softmax.default"}  # of λ their second-order terms want a sum alone
 _CONVOLUTION = "aten.convolution.default"
 _VIEWS = {
     "view",
@@ -92,34 +93,42 @@ class _Live:
 
 
 def linearization_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
-    """Peak bytes of a linearization from ``starts`` on, nearly all of which it keeps; without the parameters."""
-    active = graph.active(starts)
-    values, transposes, extra = _Live(graph), set[int](), 0
-    for node in (n for n in graph.nodes if active[n.index] and n.is_differentiable):
+    """Peak bytes of a linearization from ``starts`` on, forward and back; without the parameters."""
+    active, values, nodes = graph.active(starts), _Live(graph), graph.nodes
+    inner = [node for node in nodes if active[node.index] and node.is_differentiable]
+    extra, late, peak = 0, dict[int, int](), 0  # late: whose λ or its transpose is kept, and an h, on the way back
+    for node in inner:
         curved, on = held(graph, node, active) != Held(), [active[k] for k in node.inputs]
         if node.kind is Kind.CONTRACTION:
             for slot in (0, 1):
                 if on[1 - slot]:
                     values.add(node.inputs[slot])
             extra += _cropped(graph, node) if on[0] else 0
-            transposes |= {node.index} if curved else set()
+            late |= {values.bases[node.index]: node.bytes} if curved else {}
         elif node.kind is Kind.ROWWISE:
             values.add(node.index)
-            transposes |= {node.inputs[0]} if curved else set()
+            late |= {values.bases[node.inputs[0]]: node.bytes} if curved and node.op not in _OF_SUMS else {}
         elif node.op == "dag_hesse.batch_affine.default" and any(on[1:]):
             values.add(node.inputs[0])
-            transposes.add(node.inputs[0])
+            late[values.bases[node.inputs[0]]] = node.bytes
         elif curved:
-            extra += 2 * node.bytes  # c and h
+            extra += node.bytes  # what c and h come of; they take its place
+            late[-node.index] = node.bytes
         elif "max_pool" in node.op:
             extra += node.numel * torch.int64.itemsize
         elif "relu" in str(node.target):  # its derivative is read off its value
             values.add(node.index)
-    bases, nodes = values.bases, graph.nodes
-    kept = values.bytes + sum(nodes[k].bytes for k in {bases[k] for k in transposes}) + extra
-    passing = 2 * max(nodes[k].bytes for k in bases if nodes[k].is_differentiable)
-    weights = [nodes[n.inputs[1]].bytes for n in nodes if n.op == _CONVOLUTION]  # the vendor lays them out anew
-    return kept + max([passing, *weights])
+        peak = max(peak, values.bytes + extra + _passing(graph, node))
+    kept = values.bytes + extra
+    for node in reversed(inner):
+        peak = max(peak, kept + _passing(graph, node))
+        kept += late.get(node.index, 0) + late.get(-node.index, 0)
+    return max(peak, kept)
+
+
+def _passing(graph: CurvatureGraph, node: Node) -> int:
+    """Bytes of a value, or of its λ, and what comes of it; or of the layout that a vendor gives a weight."""
+    return max(2 * node.bytes, graph.nodes[node.inputs[1]].bytes if node.op == _CONVOLUTION else 0)
 
 
 def _cropped(graph: CurvatureGraph, node: Node) -> int:
