@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -75,15 +76,18 @@ class Builder:
         """A number as a register full of it."""
         return x if isinstance(x, Value) else self.emit("fill", number=x)
 
+    def _commutative(self, name: str, fold: Callable[[float, float], float], neutral: float, *given: Scalar) -> Scalar:
+        values = [x for x in given if isinstance(x, Value)]
+        numbers = [x for x in given if not isinstance(x, Value)]
+        if not values:
+            return fold(*numbers)
+        if not numbers:
+            return self.emit(name, *values)
+        return values[0] if numbers[0] == neutral else self.emit(f"{name}_i", *values, number=numbers[0])
+
     def add(self, x: Scalar, y: Scalar) -> Scalar:
         """x + y."""
-        if not isinstance(x, Value):
-            x, y = y, x
-        if not isinstance(x, Value):
-            return float(x) + float(y)  # type: ignore[arg-type]
-        if not isinstance(y, Value):
-            return x if y == 0 else self.emit("add_i", x, number=y)
-        return self.emit("add", x, y)
+        return self._commutative("add", operator.add, 0.0, x, y)
 
     def subtract(self, x: Scalar, y: Scalar) -> Scalar:
         """x − y."""
@@ -93,13 +97,7 @@ class Builder:
 
     def multiply(self, x: Scalar, y: Scalar) -> Scalar:
         """x y."""
-        if not isinstance(x, Value):
-            x, y = y, x
-        if not isinstance(x, Value):
-            return float(x) * float(y)  # type: ignore[arg-type]
-        if not isinstance(y, Value):
-            return x if y == 1 else self.emit("mul_i", x, number=y)
-        return self.emit("mul", x, y)
+        return self._commutative("mul", operator.mul, 1.0, x, y)
 
     def divide(self, x: Scalar, y: Scalar) -> Scalar:
         """x / y."""
