@@ -34,10 +34,10 @@ namespace py = pybind11;
 namespace {
 
 enum Op : std::int64_t {
-    COPY, FILL, ADD, SUB, MUL, DIV, FMA, ADD_I, MUL_I, RSUB_I, RDIV_I, GT_I, GE_I, LT_I, LE_I, WHERE,
+    FILL, ADD, SUB, MUL, DIV, FMA, ADD_I, MUL_I, RSUB_I, RDIV_I, GT_I, GE_I, LT_I, LE_I, WHERE,
     EXP, LOG, SQRT, TANH, SIGMOID, ERF, ABS, OPS
 };
-const char* const NAMES[OPS] = {"copy", "fill", "add", "sub", "mul", "div", "fma", "add_i", "mul_i", "rsub_i",
+const char* const NAMES[OPS] = {"fill", "add", "sub", "mul", "div", "fma", "add_i", "mul_i", "rsub_i",
                                 "rdiv_i", "gt_i", "ge_i", "lt_i", "le_i", "where", "exp", "log", "sqrt", "tanh",
                                 "sigmoid", "erf", "abs"};
 
@@ -131,7 +131,6 @@ INLINE void execute(const std::vector<Instruction>& program, T* const* at, std::
         const T *a = at[one.a], *b = at[one.b], *c = at[one.c];
         const T k = static_cast<T>(one.number);
         switch (one.op) {
-            case COPY: EACH(a[i]);
             case FILL: EACH(k);
             case ADD: EACH(a[i] + b[i]);
             case SUB: EACH(a[i] - b[i]);

@@ -96,7 +96,12 @@ def linearization_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
     """Peak bytes of a linearization from ``starts`` on, forward and back; without the parameters."""
     active, values, nodes = graph.active(starts), _Live(graph), graph.nodes
     inner = [node for node in nodes if active[node.index] and node.is_differentiable]
-    extra, late, peak = 0, dict[int, int](), 0  # late: whose λ or its transpose is kept, and an h, on the way back
+    transposes, bent, extra, peak = (
+        set[int](),
+        set[int](),
+        0,
+        0,
+    )  # what keeps λ or its transpose, or an h, on the way back
     for node in inner:
         curved, on = held(graph, node, active) != Held(), [active[k] for k in node.inputs]
         if node.kind is Kind.CONTRACTION:
@@ -104,16 +109,16 @@ def linearization_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
                 if on[1 - slot]:
                     values.add(node.inputs[slot])
             extra += _cropped(graph, node) if on[0] else 0
-            late |= {values.bases[node.index]: node.bytes} if curved else {}
+            transposes |= {values.bases[node.index]} if curved else set()
         elif node.kind is Kind.ROWWISE:
             values.add(node.index)
-            late |= {values.bases[node.inputs[0]]: node.bytes} if curved and node.op not in _OF_SUMS else {}
+            transposes |= {values.bases[node.inputs[0]]} if curved and node.op not in _OF_SUMS else set()
         elif node.op == "dag_hesse.batch_affine.default" and any(on[1:]):
             values.add(node.inputs[0])
-            late[values.bases[node.inputs[0]]] = node.bytes
+            transposes.add(values.bases[node.inputs[0]])
         elif curved:
             extra += node.bytes  # what c and h come of; they take its place
-            late[-node.index] = node.bytes
+            bent.add(node.index)
         elif "max_pool" in node.op:
             extra += node.numel * torch.int64.itemsize
         elif "relu" in str(node.target):  # its derivative is read off its value
@@ -122,7 +127,7 @@ def linearization_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
     kept = values.bytes + extra
     for node in reversed(inner):
         peak = max(peak, kept + _passing(graph, node))
-        kept += late.get(node.index, 0) + late.get(-node.index, 0)
+        kept += node.bytes * ((node.index in transposes) + (node.index in bent))
     return max(peak, kept)
 
 
