@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import analyze, hvp, memory, profile, scaling
+from bench import analyze, gpu, hvp, memory, profile, scaling
 
 COMMANDS = {
     "analyze": analyze.main,
+    "gpu": gpu.main,
     "hvp": hvp.main,
     "memory": memory.main,
     "profile": profile.main,

@@ -41,24 +41,26 @@ class Run:
         return max(float((x - truth[key]).norm() / truth[key].norm()) for key, x in self.says(result).items())
 
 
-def _flat(named: Mapping[str, Tensor]) -> Tensor:
+def flat(named: Mapping[str, Tensor]) -> Tensor:
     """One vector, in the alphabetical order of names."""
     return torch.cat([named[name].flatten() for name in sorted(named)])
 
 
-def _truth(work: Workload, v: Named, z: Named) -> Vectors:
+def truth(work: Workload, v: Named, z: Named) -> Vectors:
     """The oracle: double-backward, at the parameters and at zero leaves added to the activations."""
-    truth: Vectors = {}
+    found: Vectors = {}
     leaves, output = with_leaves(work.model, list(z), work.x)
     own = dict(work.model.named_parameters())
     for mark, places, along in (("", own, v), ("′", leaves, z)):
+        if not along:
+            continue
         at = [places[name] for name in along]
         vectors = [x.reshape(leaf.shape) for x, leaf in zip(along.values(), at, strict=True)]
         first = torch.autograd.grad(work.loss(output), at, create_graph=True)
         second = torch.autograd.grad(first, at, vectors, retain_graph=True)
-        for key, found in (("H", second), ("GN", gauss_newton(output, work.loss, at, vectors, at))):
-            truth[key + mark] = _flat(dict(zip(along, found, strict=True))).detach()
-    return truth
+        for key, products in (("H", second), ("GN", gauss_newton(output, work.loss, at, vectors, at))):
+            found[key + mark] = flat(dict(zip(along, products, strict=True))).detach()
+    return found
 
 
 def _addends(total: Named) -> Named:
@@ -80,13 +82,13 @@ def _ours(work: Workload, H: dh.HessianOperator, A: dh.HessianOperator, v: Named
         return H @ v
 
     def total(found: Named) -> Tensor:
-        return _flat({name: x.sum(-1) for name, x in found.items()})
+        return flat({name: x.sum(-1) for name, x in found.items()})
 
     return {
-        "ours, amortized": Run(lambda: H @ v, lambda x: {"H": _flat(x)}),
-        "ours, fresh": Run(fresh, lambda x: {"H": _flat(x)}),
-        "ours, GGN, amortized": Run(lambda: G @ v, lambda x: {"GN": _flat(x)}),
-        APART: Run(lambda: H.parts(v), lambda x: {"GN": _flat(x[0]), "H": _flat(x[0]) + _flat(x[1])}),
+        "ours, amortized": Run(lambda: H @ v, lambda x: {"H": flat(x)}),
+        "ours, fresh": Run(fresh, lambda x: {"H": flat(x)}),
+        "ours, GGN, amortized": Run(lambda: G @ v, lambda x: {"GN": flat(x)}),
+        APART: Run(lambda: H.parts(v), lambda x: {"GN": flat(x[0]), "H": flat(x[0]) + flat(x[1])}),
         f"ours, {PROBES} at once": Run(lambda: H @ many, lambda x: {"H": total(x)}),
         f"ours, activations, {PROBES} at once": Run(lambda: A @ probes, lambda x: {"H′": total(x)}),
         f"ours, activations, GN and T apart, {PROBES} at once": Run(
@@ -95,11 +97,12 @@ def _ours(work: Workload, H: dh.HessianOperator, A: dh.HessianOperator, v: Named
     }
 
 
-def _theirs(products: Products, key: str) -> dict[str, Run]:
-    return {name: Run(call, lambda found: {key: _flat(found)}) for name, call in products.items()}
+def theirs(products: Products, key: str) -> dict[str, Run]:
+    """Runs of peers' products, which say ``key``."""
+    return {name: Run(call, lambda found: {key: flat(found)}) for name, call in products.items()}
 
 
-def _agreed(runs: dict[str, Run], truth: Vectors) -> tuple[dict[str, float], dict[str, str]]:
+def agreed(runs: dict[str, Run], truth: Vectors) -> tuple[dict[str, float], dict[str, str]]:
     """Everybody's error, and why a peer has no product or a wrong one."""
     errors, unable = {}, {}
     for name, run in runs.items():
@@ -124,8 +127,8 @@ def measure(name: str) -> dict[str, Any]:
         A = dh.HessianOperator(work.model, batch, loss=F.cross_entropy, space="activation")
         z = {name: torch.randn(shape) for name, shape in zip(A.names, A.layout.shapes, strict=True)}
         runs = _ours(work, H, A, v, z)
-        runs |= _theirs(hessians(work, v), "H") | _theirs(gauss_newtons(work, v), "GN")
-        errors, unable = _agreed(runs, _truth(work, v, z))
+        runs |= theirs(hessians(work, v), "H") | theirs(gauss_newtons(work, v), "GN")
+        errors, unable = agreed(runs, truth(work, v, z))
         if any(key.startswith("ours") for key in unable):
             return {"workload": name, "disagree": errors}
         calls = {"gradient": work.gradient, **{key: run.call for key, run in runs.items() if key not in unable}}

@@ -14,11 +14,13 @@ Blocks = dict[tuple[str, str], Tensor]
 
 
 @contextmanager
-def _no_onednn() -> Iterator[None]:
+def _no_vendor_recurrences() -> Iterator[None]:
+    """oneDNN's and cuDNN's recurrent layers cannot be differentiated twice."""
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
     finally:
         torch._C._set_mkldnn_enabled(before)
 
@@ -79,7 +81,7 @@ def _jacobian(rows_of: Tensor, of: Sequence[Tensor]) -> Tensor:
     rows = []
     for y in rows_of.reshape(-1):
         if not y.requires_grad:
-            rows.append(torch.zeros(of[0].numel(), dtype=y.dtype))
+            rows.append(torch.zeros(of[0].numel(), dtype=y.dtype, device=y.device))
             continue
         row = torch.autograd.grad(y, of, retain_graph=True, allow_unused=True)
         rows.append(sum((torch.zeros_like(o) if r is None else r).reshape(-1) for r, o in zip(row, of, strict=True)))
@@ -110,7 +112,7 @@ class Truth:
         frozen = [p for p in own.values() if not p.requires_grad]
         for p in frozen:
             p.requires_grad_(True)
-        with Leaves(model, wanted) as leaves, sdpa_kernel(SDPBackend.MATH), _no_onednn():
+        with Leaves(model, wanted) as leaves, sdpa_kernel(SDPBackend.MATH), _no_vendor_recurrences():
             loss = run()
         groups = {**{name: leaves.made[name] for name in wanted}, **{name: [own[name]] for name in parameters}}
         points = [*names, *parameters]

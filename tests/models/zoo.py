@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dag_hesse.experiments.models import ToyAttention, ToyReluMLP, mlp, resnet18, resnet50
+from tests import device
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,16 @@ class Case:
         return F.mse_loss(output, targets) if targets.is_floating_point() else F.cross_entropy(output, targets)
 
     def to(self, dtype: torch.dtype) -> Case:
-        """The case in another floating-point type."""
+        """The case in another floating-point type, on the device of the tests."""
         from torch.utils._pytree import tree_map
 
-        move = lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
+        def move(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return x.to(device.NAME, dtype if x.is_floating_point() else x.dtype)
+
         return Case(
-            self.model.to(dtype), tree_map(move, self.batch), self.names, self.parameters, self.loss, self.out,
+            self.model.to(device.NAME, dtype), tree_map(move, self.batch), self.names, self.parameters, self.loss, self.out,
             self.axes, self.couples, self.piecewise_linear,
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 
 import dag_hesse as dh
+from tests import device
 from tests.oracle import Truth, error
 from tests.property.dags import BATCH, LOSSES, WIDTH, Dag, Recipe, recipes
 
@@ -18,8 +19,9 @@ EXAMPLES = int(os.environ.get("DAG_HESSE_FUZZ", "200"))  # over all shards
 
 def check(recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
-    model = Dag(recipe).double()
-    batch = (torch.randn(BATCH, WIDTH).double(), torch.randn(BATCH, WIDTH).double())
+    model = Dag(recipe).double().to(device.NAME)
+    inputs, targets = (torch.randn(BATCH, WIDTH).double().to(device.NAME) for _ in range(2))
+    batch = (inputs, targets)
     loss = LOSSES[recipe.loss]
     names = [f"nodes.{k}" for k in recipe.alive()]
     parameters = ["pool.0.weight"] if 0 in recipe.alive() else []

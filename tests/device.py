@@ -1,0 +1,3 @@
+"""Where the tests' models, batches and samples lie; set by ``pytest --device``."""
+
+NAME = "cpu"
