@@ -1,55 +1,172 @@
-"""The fallback: autograd on one op alone, exact wherever the op can be differentiated twice in reverse mode."""
+"""The fallback: autograd on one op alone, exact wherever the op can be differentiated twice in reverse mode.
+
+The op runs once, at linearization; products read the tape that it left. Complex tensors follow PyTorch's convention:
+tangents and cotangents are complex, and adjoint means adjoint in the real inner product Re⟨a, b⟩.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, final
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import final
 
 import torch
 from torch import Tensor
-from torch.func import vjp
+from torch.autograd import forward_ad
 
+from dag_hesse.errors import NonDifferentiableError, out_of_memory
 from dag_hesse.ir.node import Kind, Node, execute
 from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Rule, Tangents, added
+
+_Tensors = Sequence[Tensor]
+
+
+@final
+class _Tape:
+    """One run of the op on leaves of its own: the values of the active slots."""
+
+    def __init__(self, node: Node, values: _Tensors, slots: Sequence[int]) -> None:
+        self.leaves = [values[slot].detach().requires_grad_() for slot in slots]
+        with torch.enable_grad():
+            # A copy goes in: what the op saves as its own output must not be a leaf, nor what it writes to be ours.
+            copies = {slot: leaf.clone() for slot, leaf in zip(slots, self.leaves, strict=True)}
+            self.out = execute(node, [copies.get(slot, value) for slot, value in enumerate(values)])
+
+    def pull(self, cotangent: Tensor) -> list[Tensor]:
+        """Dᵀ ā."""
+        return _gradient([self.out], self.leaves, [cotangent])
+
+    def pullback(self, cotangent: Tensor) -> list[Tensor]:
+        """Dᵀ ā on the tape: a function of the leaves, and of the cotangent if that requires grad."""
+        return _gradient([self.out], self.leaves, [cotangent], on_tape=True)
+
+
+def _gradient(of: _Tensors, leaves: _Tensors, seeds: _Tensors, *, on_tape: bool = False) -> list[Tensor]:
+    """Gradient of Re⟨of, seeds⟩; zero where nothing depends on a leaf."""
+    live = [(y, seed) for y, seed in zip(of, seeds, strict=True) if y.requires_grad]
+    found: Sequence[Tensor | None] = [None] * len(leaves)
+    if live:
+        with torch.enable_grad():
+            found = torch.autograd.grad(
+                [y for y, _ in live],
+                leaves,
+                [seed for _, seed in live],
+                create_graph=on_tape,
+                retain_graph=True,
+                allow_unused=True,
+            )
+    filled = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
+    return filled if on_tape else [g.detach() for g in filled]
+
+
+def _inner(a: _Tensors, b: _Tensors) -> float:
+    """Re⟨a, b⟩ in double precision."""
+    wide = torch.complex128 if any(x.is_complex() for x in a) else torch.float64
+    return sum(float((x.detach().to(wide).conj() * y.detach().to(wide)).sum().real) for x, y in zip(a, b, strict=True))
+
+
+def _norm(x: _Tensors) -> float:
+    return _inner(x, x) ** 0.5
+
+
+def _random(like: Iterable[Tensor], seed: int) -> list[Tensor]:
+    """Normal tensors from a generator of our own."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device) for x in like]
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 @final
 class _Opaque(Linearized):
     def __init__(self, call: Call) -> None:
+        if _is_random(call.node):
+            raise NonDifferentiableError(
+                f"{call.node.where} draws random numbers inside: its derivatives at what it drew cannot be had."
+            )
         self.call = call
         self.slots = [slot for slot, on in enumerate(call.active) if on]
-        self.primals = tuple(call.values[slot] for slot in self.slots)
-        self.lam: Tensor | None = None
+        self.tape = _Tape(call.node, call.values, self.slots)
+        self.push_one = self._checked_push()
+        self.bent: list[Tensor] | None = None
 
-    def _function(self, *primals: Tensor) -> Tensor:
-        values = list(self.call.values)
-        for slot, value in zip(self.slots, primals, strict=True):
-            values[slot] = value
-        return execute(self.call.node, values)
+    def _checked_push(self) -> Callable[[_Tensors], Tensor]:
+        """A way to move tangents that is adjoint to the pullback, as the formulas of rare ops are not always right."""
+        if not self.tape.out.requires_grad:
+            return lambda tangents: torch.zeros_like(self.tape.out).detach()
+        (cotangent,), tangents = _random([self.tape.out], 1), _random(self.tape.leaves, 2)
+        pulled = self.tape.pull(cotangent)
+        expected = _inner(pulled, tangents)
+        reasons: list[str] = []
+        for way in (self._forward_mode, self._transposed):
+            try:
+                push = way()
+                moved = push(tangents)
+            except (RuntimeError, NotImplementedError) as error:
+                if out_of_memory(error):
+                    raise
+                reasons.append(str(error).split("\n")[0])
+                continue
+            scale = max(_norm([cotangent]) * _norm([moved]), _norm(tangents) * _norm(pulled))
+            off = abs(_inner([moved], [cotangent]) - expected)
+            if not math.isfinite(expected) or off <= torch.finfo(moved.dtype).eps ** 0.6 * scale:
+                return push
+            reasons.append("its backward is not linear, or cannot be differentiated itself (once_differentiable)")
+        raise NonDifferentiableError(f"{self.call.node.where} cannot be differentiated: {'; '.join(reasons)}")
 
-    def _pullback(self, cotangent: Tensor) -> tuple[Tensor, ...]:
-        return vjp(self._function, *self.primals)[1](cotangent)
+    def _forward_mode(self) -> Callable[[_Tensors], Tensor]:
+        def push(tangents: _Tensors) -> Tensor:
+            with forward_ad.dual_level(), torch.no_grad():
+                values = list(self.call.values)
+                for slot, leaf, xdot in zip(self.slots, self.tape.leaves, tangents, strict=True):
+                    values[slot] = forward_ad.make_dual(leaf.detach().clone(), xdot)
+                moved = forward_ad.unpack_dual(execute(self.call.node, values)).tangent
+            return torch.zeros_like(self.tape.out).detach() if moved is None else moved.detach()
+
+        return push
+
+    def _transposed(self) -> Callable[[_Tensors], Tensor]:
+        """The transpose of the pullback, which is linear: taken where no formula is at a point of its own."""
+        (cotangent,) = _random([self.tape.out], 3)
+        cotangent.requires_grad_()
+        pulled = self.tape.pullback(cotangent)
+        return lambda tangents: _gradient(pulled, [cotangent], tangents)[0]
 
     def jvp(self, tangents: Tangents) -> Tensor:
-        # The transpose of the (linear) pullback: reverse mode twice, as few rare ops have a forward mode.
-        zero = torch.zeros_like(self.call.out)
-        _, push = _on_tape(lambda: vjp(self._pullback, zero))
-        return _each_probe(lambda *given: _on_tape(lambda: push(given))[0], self._full(tangents))
+        return torch.stack([self.push_one(row) for row in zip(*self._full(tangents), strict=True)])
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
         place = self.slots.index(slot)
-        return _each_probe(lambda g: _on_tape(lambda: self._pullback(g))[place], [cotangent])
+        return torch.stack([self.tape.pull(g)[place] for g in cotangent])
+
+    def pull(
+        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, note: Note
+    ) -> dict[int, Tensor]:
+        if cotangent is None or len(slots) < 2:
+            return super().pull(cotangent, tangents, slots, rows, note)
+        every = [torch.stack(column) for column in zip(*map(self.tape.pull, cotangent), strict=True)]
+        found = {slot: every[self.slots.index(slot)] for slot in slots}
+        if tangents and self.bent is not None:
+            for slot, bent in self._bends(tangents).items():
+                if slot in found:
+                    found[slot][rows] += bent
+        return found
 
     def curve(self, lam: Tensor, pulled: Tangents) -> None:
-        self.lam = lam
+        self.bent = self.tape.pullback(lam.detach())
 
     def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        if self.lam is None or not tangents:
+        if self.bent is None or not tangents:
             return None
-        lam, place = self.lam, self.slots.index(slot)
-        # T·λ is symmetric, so its product with ẋ is the gradient of ⟨pullback(λ), ẋ⟩.
-        _, turn = _on_tape(lambda: vjp(lambda *p: vjp(self._function, *p)[1](lam), *self.primals))
-        return added(_each_probe(lambda *given: _on_tape(lambda: turn(given))[place], self._full(tangents)), into)
+        return added(self._bends(tangents)[slot], into)
+
+    def _bends(self, tangents: Tangents) -> dict[int, Tensor]:
+        """Per slot Σ_j (T·λ) ẋ_j: T·λ is symmetric, so that is the gradient of ⟨Dᵀλ, ẋ⟩."""
+        assert self.bent is not None
+        rows = [_gradient(self.bent, self.tape.leaves, row) for row in zip(*self._full(tangents), strict=True)]
+        return {slot: torch.stack(column) for slot, column in zip(self.slots, zip(*rows, strict=True), strict=True)}
 
     def _full(self, tangents: Tangents) -> list[Tensor]:
         probes = next(iter(tangents.values())).shape[0]
@@ -59,13 +176,99 @@ class _Opaque(Linearized):
         ]
 
 
-def _on_tape(fn: Callable[[], Any]) -> Any:
-    with torch.enable_grad():
-        return fn()
+_STEPS = (1e-4, 1e-5)  # of the input's size, in double precision
 
 
-def _each_probe(fn: Callable[..., Tensor], tensors: list[Tensor]) -> Tensor:
-    return torch.stack([fn(*rows).detach() for rows in zip(*tensors, strict=True)])
+def second_order_fault(call: Call) -> str | None:
+    """What is wrong with autograd's second derivative of an OPAQUE call; None: nothing.
+
+    Σ_j (T·λ) ẋ_j at a random λ and ẋ is held against central differences of the pullback, in double precision where
+    the op runs in it: about seven times the op's own backward. Where the pullback jumps (a kink lies at the very
+    input), there is no second derivative, and autograd's is as good as any.
+
+    Example:
+        >>> from dag_hesse.ir import Ref
+        >>> x = torch.randn(3)
+        >>> node = Node(1, "sin", torch.sin, (Ref(0),), {}, (0,), (3,), x.dtype, Kind.OPAQUE)
+        >>> second_order_fault(Call(node, (x,), x.sin(), (True,))) is None
+        True
+    """
+    try:
+        call = _widened(call)
+        lin = _Opaque(call)
+        (lam,), rest = _random([lin.tape.out], 4), _random(lin.tape.leaves, 5)
+        xdot = [x * _size(leaf) for x, leaf in zip(rest, lin.tape.leaves, strict=True)]
+        lin.curve(lam, {})
+        found = lin._bends({slot: x.unsqueeze(0) for slot, x in zip(lin.slots, xdot, strict=True)})
+        exact = torch.cat([_real(found[slot][0]) for slot in lin.slots])
+        eps = torch.finfo(lin.tape.out.dtype).eps
+        steps = [step * (1 if eps < 1e-10 else 100) for step in _STEPS]
+        coarse, fine = (_differences(call, lin, lam, xdot, step) for step in steps)
+        noise = 30 * eps / steps[1] * float(torch.cat([_real(g) for g in lin.tape.pull(lam)]).abs().max())
+    except (RuntimeError, NotImplementedError, NonDifferentiableError) as error:
+        if out_of_memory(error):
+            raise
+        return str(error).split("\n")[0]
+    return _disagreement(exact, coarse, fine, noise, 1e-4 if eps < 1e-10 else 1e-2)
+
+
+def _size(x: Tensor) -> float:
+    """How large the finite elements are; 1 where all are zero."""
+    known = x.detach()[x.isfinite()]
+    found = float(known.abs().mean()) if known.numel() else 0.0
+    return found or 1.0
+
+
+_WIDE = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64)
+_WIDE[torch.complex64] = torch.complex128
+
+
+def _widened(call: Call) -> Call:
+    """The call in double precision, if the op runs in it."""
+    if all(v.dtype not in _WIDE for v in call.values):
+        return call
+    values = tuple(v.to(_WIDE.get(v.dtype, v.dtype)) for v in call.values)
+    try:
+        with torch.no_grad():
+            return Call(call.node, values, execute(call.node, [v.clone() for v in values]), call.active)
+    except Exception as error:  # a kernel of the user's may refuse in any way
+        if out_of_memory(error):
+            raise
+        return call
+
+
+def _real(x: Tensor) -> Tensor:
+    return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).reshape(-1).double()
+
+
+def _differences(call: Call, lin: _Opaque, lam: Tensor, xdot: _Tensors, step: float) -> Tensor:
+    """Central differences of Dᵀλ along ẋ."""
+
+    def at(offset: float) -> Tensor:
+        values = list(call.values)
+        for slot, x in zip(lin.slots, xdot, strict=True):
+            values[slot] = values[slot] + offset * x
+        return torch.cat([_real(g) for g in _Tape(call.node, values, lin.slots).pull(lam)])
+
+    return (at(step) - at(-step)) / (2 * step)
+
+
+def _disagreement(exact: Tensor, coarse: Tensor, fine: Tensor, noise: float, tolerance: float) -> str | None:
+    known = coarse.isfinite() & fine.isfinite()
+    exact, coarse, fine = exact[known], coarse[known], fine[known]
+    if not bool(exact.isfinite().all()):
+        return "PyTorch's second derivative of it is not finite, where differences of the first are"
+    if not len(exact):
+        return None
+    bound = tolerance * (exact.abs() + fine.abs()) + 1e-2 * tolerance * float(exact.abs().max()) + noise
+    off = torch.minimum((exact - coarse).abs(), (exact - fine).abs()) > bound
+    wrong = off & (fine.abs() <= 5 * coarse.abs() + bound)  # differences over a jump grow as 1/step
+    if not bool(wrong.any()):
+        return None
+    return (
+        "PyTorch's second derivative of it is not the derivative of its first "
+        f"({float(exact[wrong][0]):.4g} where differences give {float(fine[wrong][0]):.4g})"
+    )
 
 
 def _all_pairs(node: Node) -> Pairs:
@@ -74,3 +277,5 @@ def _all_pairs(node: Node) -> Pairs:
 
 
 OPAQUE = Rule(Kind.OPAQUE, _Opaque, _all_pairs)
+
+__all__ = ["OPAQUE", "second_order_fault"]

@@ -25,7 +25,7 @@ SPECIAL: dict[str, Rule] = {"region": REGION}
 
 
 def rule_for(node: Node) -> Rule:
-    """Return the rule of a differentiable node: its row of the table, or OPAQUE."""
+    """Return the rule of a differentiable node: its row of the table, or OPAQUE (complex tensors, say)."""
     return SPECIAL.get(node.op) or (OPAQUE if node.kind is Kind.OPAQUE else RULES[node.op])
 
 
@@ -34,7 +34,7 @@ def evaluate(node: Node, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...]
     if isinstance(node.target, Region):
         *known, out = node.target.values(inputs)
         return tuple(known), out
-    rule = RULES.get(node.op)
+    rule = None if node.kind is Kind.OPAQUE else RULES.get(node.op)
     return inputs, (execute if rule is None else rule.run)(node, inputs)
 
 
