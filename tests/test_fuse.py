@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -155,3 +158,87 @@ def test_a_linearization_leaves_nothing_nonlinear_for_the_sweeps(
     assert len(found) >= 2
     # What the partials come of has been given up.
     assert all(getattr(call, "tail", None) is None and getattr(call, "collapsed", None) is None for call in found)
+
+
+def _hardshrink_by_hand(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.where((x - y).abs() < 0.4, (x - y) ** 2 / 2, (x - y).abs() - 0.5)
+
+
+_CUTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "a detached square": lambda x, y: x + (x * x).detach() + x * y,
+    "straight-through": lambda x, y: (y.tanh() + (y.tanh().round() - y.tanh()).detach()) * x,
+    "Huber": _hardshrink_by_hand,
+    "hardshrink": lambda x, y: torch.nn.functional.hardshrink(x, 0.3) * y,
+    "softshrink": lambda x, y: torch.nn.functional.softshrink(x * y, 0.1),
+    "a detached softmax": lambda x, y: (x * y).sin() * (1 - y.softmax(1)[:, :1].detach()),
+    "a mask of both": lambda x, y: (x * y) ** 2 * (x.sigmoid() <= y.sigmoid()),
+    "a detached point": lambda x, y: dh.tap(x * 2, "inner").detach() * x * y + dh.tap(x.exp(), "other").detach(),
+    "logaddexp": torch.logaddexp,
+    "clipped": lambda x, y: torch.min(x * y, (x.exp() / x.exp().detach()).clamp(0.8, 1.2) * y),
+    "a masked mean": lambda x, y: (x * y * (x > 0)).sum() / (x > 0).sum().clamp(min=1) + x.sign() * y,
+}
+
+
+class Cut(nn.Module):
+    """Two linear layers of one input, and elementwise code of their outputs."""
+
+    def __init__(self, code: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.code = nn.Linear(3, 4), nn.Linear(3, 4), code
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.code(self.a(x), self.b(x))
+
+
+def _is_right(code: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], points: list[str]) -> None:
+    """Products before and after fusion are one, and those in parameter space are those of double backward."""
+    torch.manual_seed(0)
+    model, batch = Cut(code).double(), (torch.randn(2, 3).double(), torch.randn(2, 4).double())
+    graph = dh.capture(model, batch, loss=lambda o, t: (o * t).sum(), points=points)
+    _same_products(model, batch, graph, verify(fuse(graph)))
+    parameters = list(model.parameters())
+    slopes = torch.autograd.grad((model(batch[0]) * batch[1]).sum(), parameters, create_graph=True)
+    flat = torch.cat([slope.flatten() for slope in slopes])
+    rows = [torch.autograd.grad(s, parameters, retain_graph=True, materialize_grads=True) for s in flat]
+    truth = torch.stack([torch.cat([x.flatten() for x in row]) for row in rows])
+    found = dh.HessianOperator(model, batch, loss=lambda o, t: (o * t).sum()).dense()
+    assert error(found, truth, 1e-3) < 1e-12
+
+
+@pytest.mark.parametrize("name", _CUTS)
+@pytest.mark.parametrize("points", [["a", "b"], ["a"], ["b.weight"]])
+def test_cuts_stay_outside_of_regions(name: str, points: list[str]) -> None:
+    _is_right(_CUTS[name], points)
+
+
+def _random_code(seed: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Elementwise code with cuts, the same whenever it is called."""
+
+    def code(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        choose, values = random.Random(seed), [x, y]
+        for _ in range(8):
+            p, q = choose.choice(values), choose.choice(values)
+            values.append(choose.choice(_MOVES)(p, q))
+        return values[-1] + values[-2] * x + y * y * x
+
+    return code
+
+
+_MOVES: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [
+    lambda p, q: p + q,
+    lambda p, q: p * q / 2,
+    lambda p, q: p.tanh(),
+    lambda p, q: p.detach(),
+    lambda p, q: p * q.detach(),
+    lambda p, q: torch.where(p > q, p, q * 2),
+    lambda p, q: p * (q.sin() > 0.1),
+    lambda p, q: p - q.sign(),
+    lambda p, q: p.abs(),
+    lambda p, q: p + (q.round() - q).detach(),
+    lambda p, q: torch.maximum(p, q),
+]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_code_with_cuts(seed: int) -> None:
+    _is_right(_random_code(seed), [["a", "b"], ["a"], ["a.weight", "b.bias"]][seed % 3])

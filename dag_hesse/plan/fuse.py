@@ -34,13 +34,14 @@ class _Grower:
     def __init__(self, graph: CurvatureGraph) -> None:
         self.graph, self.kept = graph, seeded_or_read(graph)
         self.active = graph.active(self.kept - {graph.loss})
+        self.reached = graph.descendants(self.kept)
         self.in_loss = graph.loss_subgraph
         self.taken: set[int] = set()
 
     def elementwise(self, k: int) -> bool:
         """Whether a node may be a member that derivatives pass."""
         node = self.graph.nodes[k]
-        rule = None if node.kind is Kind.CONST else RULES.get(node.op)
+        rule = None if node.kind in (Kind.CONST, Kind.OPAQUE) else RULES.get(node.op)
         if rule is None or rule.partials is None or not self.active[k] or k in self.taken:
             return False
         return rule.align is None or [self.active[i] for i in node.inputs] == [True] + [False] * (len(node.inputs) - 1)
@@ -50,9 +51,13 @@ class _Grower:
         return len(node.inputs) == 1 and bool(pairs_of(node))
 
     def constant(self, k: int) -> bool:
-        """Whether a node may be evaluated inside: nothing active reaches it, it draws nothing and writes to nothing."""
+        """Whether a node may be evaluated inside: no point reaches it, it draws nothing and writes to nothing.
+
+        A cut (a detach, a mask) of what a point reaches stays outside, though no derivative passes it: inside, it would
+        make that an input of the region, through which the graph lets derivatives pass.
+        """
         node = self.graph.nodes[k]
-        reached = self.active[k] or any(self.active[i] for i in node.inputs)  # a mask of active values is no constant
+        reached = self.reached[k] or any(self.reached[i] for i in node.inputs)
         if reached or node.target is None or k in self.kept or k in self.taken:
             return False
         writes = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
