@@ -269,8 +269,20 @@ _maximum_a, _maximum_b = _chosen(torch.gt)
 _minimum_a, _minimum_b = _chosen(torch.lt)
 
 
-def _log(x: Any, y: Tensor) -> Tensor:
-    return torch.log(x if isinstance(x, Tensor) else torch.as_tensor(x, dtype=y.dtype, device=y.device))
+def _power(a: Tensor, b: Tensor, order: int) -> Tensor:
+    """The derivative of a^b in a of that order: 0 where a factor before the power is, whatever the power."""
+    factor = b if order == 1 else b * (b - 1)
+    return torch.where(factor == 0, 0.0, factor * a ** (b - order))
+
+
+def _mixed_power(a: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return a ** (b - 1) + _power(a, b, 1) * _log(a, b - 1, y)
+
+
+def _log(a: Any, b: Tensor, y: Tensor) -> Tensor:
+    """log a; 0 at a = 0 where a^b log a is taken for 0, as autograd does."""
+    a = a if isinstance(a, Tensor) else torch.as_tensor(a, dtype=y.dtype, device=y.device)
+    return torch.where((a == 0) & (b >= 0), 0.0, torch.log(a))
 
 
 BINARY: dict[str, Rule] = {
@@ -284,13 +296,13 @@ BINARY: dict[str, Rule] = {
         dbb=lambda a, b, y: 2 * y / (b * b),
     ),
     "aten.pow.Tensor_Tensor": binary(
-        lambda a, b, y: b * a ** (b - 1),
-        lambda a, b, y: y * _log(a, y),
-        daa=lambda a, b, y: b * (b - 1) * a ** (b - 2),
-        dab=lambda a, b, y: a ** (b - 1) * (1 + b * _log(a, y)),
-        dbb=lambda a, b, y: y * _log(a, y) ** 2,
+        lambda a, b, y: _power(a, b, 1),
+        lambda a, b, y: y * _log(a, b, y),
+        daa=lambda a, b, y: _power(a, b, 2),
+        dab=_mixed_power,
+        dbb=lambda a, b, y: y * _log(a, b, y) ** 2,
     ),
-    "aten.pow.Scalar": binary(_one, lambda a, b, y: y * _log(a, y), dbb=lambda a, b, y: y * _log(a, y) ** 2),
+    "aten.pow.Scalar": binary(_one, lambda a, b, y: y * _log(a, b, y), dbb=lambda a, b, y: y * _log(a, b, y) ** 2),
     "aten.maximum.default": binary(_maximum_a, _maximum_b, kind=Kind.PIECEWISE_LINEAR),
     "aten.minimum.default": binary(_minimum_a, _minimum_b, kind=Kind.PIECEWISE_LINEAR),
     "aten.where.self": diagonal(Kind.PIECEWISE_LINEAR, _where, lambda node: frozenset()),

@@ -112,7 +112,8 @@ class _LogSumExp(_Rowwise):
     def __init__(self, call: Call) -> None:
         x = call.values[0]
         self.dims = _trailing(call, call.argument(1, "dim"))
-        self.p = torch.exp(x - torch.logsumexp(x, self.dims, keepdim=True)) if x.ndim else torch.ones_like(x)
+        total = torch.logsumexp(x, self.dims, keepdim=True) if x.ndim else x
+        self.p = torch.exp(x - total).masked_fill_(total == -torch.inf, 0.0)  # autograd passes nothing on to such rows
         self.keep = [1 if k - x.ndim in self.dims else n for k, n in enumerate(x.shape)]
         self.out_shape = call.out.shape
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.rules import batch_norm, contraction, gather, pointwise, rowwise, structural
+from dag_hesse.rules import batch_norm, contraction, gather, pointwise, rowwise, special, structural
 from dag_hesse.rules.base import Pairs, Rule
 from dag_hesse.rules.opaque import OPAQUE
 from dag_hesse.rules.region import REGION, Region
@@ -13,6 +13,7 @@ from dag_hesse.rules.region import REGION, Region
 RULES: dict[str, Rule] = {
     **structural.TABLE,
     **pointwise.TABLE,
+    **special.TABLE,
     **contraction.TABLE,
     **gather.TABLE,
     **rowwise.TABLE,

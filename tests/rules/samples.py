@@ -107,6 +107,7 @@ def _convolutions() -> list[Sample]:
 
 
 _KINKS = (0.0,)
+POWERS = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
 
 SAMPLES: dict[str, list[Sample]] = {
     # data movement
@@ -147,6 +148,9 @@ SAMPLES: dict[str, list[Sample]] = {
     "aten.im2col.default": [s(lambda: (normal(1, 2, 4, 5), [2, 3], [1, 1], [1, 0], [2, 1]))],
     "aten.col2im.default": [s(lambda: (normal(1, 8, 6), [3, 4], [2, 2], [1, 1], [0, 0], [1, 1]))],
     "dag_hesse.tap.default": [s(lambda: (normal(2, 3), "name"))],
+    "dag_hesse.assigned.default": [
+        Sample(lambda: (normal(2, 3), normal(3, 2)), differences=False, autograd=False, fixed=(1,))
+    ],
     # sums and pooling
     "aten.sum.default": unary(),
     "aten.sum.dim_IntList": [
@@ -212,8 +216,15 @@ SAMPLES: dict[str, list[Sample]] = {
     + unary(normal, 1)
     + unary(normal, 0)
     + unary(normal, 2, special=_KINKS),
-    "aten.pow.Scalar": [s(lambda: (2.5, normal(3)))],
-    "aten.pow.Tensor_Tensor": [s(lambda: (positive(2, 3), normal(3)))],
+    "aten.pow.Scalar": [
+        s(lambda: (2.5, normal(3))),
+        Sample(lambda: (0.0, positive(3)), special=(0.0, 1.0), autograd=False),
+    ],
+    "aten.pow.Tensor_Tensor": [
+        s(lambda: (positive(2, 3), normal(3))),
+        replace(s(lambda: (positive(2, 4), POWERS), special=(0.0,)), fixed=(1,)),
+        s(lambda: (positive(2, 3), positive(3) + 2), special=(0.0,)),
+    ],
     "aten.maximum.default": [s(lambda: (apart(3, 2), apart(3, 2) + 0.03)), s(lambda: (apart(3, 2), normal() / 100))],
     "aten.minimum.default": [s(lambda: (apart(3, 2), apart(2) + 0.03))],
     "aten.where.self": [
@@ -222,6 +233,49 @@ SAMPLES: dict[str, list[Sample]] = {
     ],
     "aten.masked_fill.Scalar": [s(lambda: (normal(3, 4), index(2, 4).bool(), -2.0))],
     "aten.masked_fill.Tensor": [s(lambda: (normal(3, 4), index(2, 3, 4).bool(), normal()))],
+    # special functions
+    **{f"aten.{n}.default": unary() for n in ("erfc", "asinh", "special_erfcx", "special_ndtr", "special_log_ndtr")},
+    **{f"aten.{n}.default": unary(inside) for n in ("erfinv", "atanh")},
+    **{f"aten.{n}.default": unary(positive) for n in ("lgamma", "digamma")},
+    "aten.polygamma.default": [s(lambda: (1, positive(3, 2))), s(lambda: (2, positive()))],
+    "aten.acosh.default": unary(lambda *shape: positive(*shape) + 1),
+    "aten.special_ndtri.default": unary(lambda *shape: inside(*shape) / 2 + 0.5),
+    "aten.i0.default": unary(),
+    "aten.special_i0e.default": unary(apart),
+    "aten.sinc.default": unary(),
+    "aten.logit.default": unary(lambda *shape: inside(*shape) / 2 + 0.5)
+    + unary(lambda *shape: inside(*shape) / 2 + 0.5, 0.2, special=(0.1, 0.2, 0.8, 0.95)),
+    "dag_hesse.clamped_log.default": unary(positive),
+    "aten.hardshrink.default": unary(apart, 0.25, special=(-0.25, 0.25)),
+    "aten.softshrink.default": unary(apart, 0.25, special=(-0.25, 0.25)),
+    "aten.sgn.default": unary(apart),
+    "aten.angle.default": unary(apart),
+    "aten.fmod.Scalar": unary(apart, 0.17),
+    "aten.remainder.Scalar": unary(apart, -0.17),
+    "aten.fmod.Tensor": [s(lambda: (apart(3, 4), inside(3, 4) / 100 + 0.2))],
+    "aten.remainder.Tensor": [s(lambda: (apart(3, 4), inside(4) / 100 - 0.2))],
+    "aten.remainder.Scalar_Tensor": [Sample(lambda: (1.03, inside(3, 4) / 100 + 0.2), autograd=False)],
+    "aten.copysign.Scalar": unary(apart, -1.0, special=_KINKS),
+    "aten.copysign.Tensor": [s(lambda: (apart(3, 4), apart(4)), special=_KINKS)],
+    "aten.logaddexp.default": [
+        s(lambda: (normal(3, 4), normal(4))),
+        s(lambda: (normal(2), normal(2)), special=(30.0,)),
+    ],
+    "aten.logaddexp2.default": [s(lambda: (normal(3, 4), normal(3, 1)))],
+    "aten.xlogy.Tensor": [
+        s(lambda: (normal(3, 4), positive(4))),
+        s(lambda: (normal(3, 4), positive(3, 4)), special=_KINKS),
+    ],
+    "aten.xlogy.Scalar_Self": [s(lambda: (2.5, positive(3, 4)))],
+    "aten.xlogy.Scalar_Other": [s(lambda: (normal(3, 4), 2.5))],
+    "aten.special_xlog1py.default": [s(lambda: (normal(3, 4), positive(4)), special=_KINKS)],
+    "aten.special_xlog1py.self_scalar": [s(lambda: (2.5, positive(3, 4)))],
+    "aten.special_xlog1py.other_scalar": [s(lambda: (normal(3, 4), 2.5))],
+    "aten.hypot.default": [s(lambda: (apart(3, 4), apart(4)))],
+    "aten.atan2.default": [
+        s(lambda: (normal(3, 4), positive(3, 1))),
+        s(lambda: (normal(3), positive(3)), special=_KINKS),
+    ],
     # contractions
     "aten.mm.default": [s(lambda: (normal(2, 3), normal(3, 4)))],
     "dag_hesse.mm_bias.default": [s(lambda: (normal(2, 3), normal(3, 4), normal(4)))],

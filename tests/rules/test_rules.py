@@ -218,9 +218,13 @@ def test_conventions_at_kinks_are_those_of_autograd(name: str, sample: Sample, p
     tangents = {slot: torch.randn_like(call.values[slot]) for slot in slots}
     pulled, bent = _autograd(call, lam, tangents)
     for slot in slots:
-        assert error(lin.vjp(lam.unsqueeze(0), slot)[0], pulled[slot], 1e-3) < LOOSE.get(name, 1e-12)
-        found = _second(lin, {k: t.unsqueeze(0) for k, t in tangents.items()}, slots, slot)
-        assert error(torch.zeros_like(pulled[slot]) if found is None else found[0], bent[slot], 1e-3) < 1e-12
+        for order, expected in enumerate((pulled[slot], bent[slot])):
+            found = lin.vjp(lam.unsqueeze(0), slot)
+            if order:
+                second = _second(lin, {k: t.unsqueeze(0) for k, t in tangents.items()}, slots, slot)
+                found = torch.zeros_like(found) if second is None else second
+            known = expected.isfinite()
+            assert error(found[0][known], expected[known], 1e-3) < LOOSE.get(name, 1e-12)
 
 
 @pytest.mark.parametrize("name, sample", [row for row in ROWS if row.values[0] in rowwise.TABLE])
