@@ -1,14 +1,17 @@
 """Ops rewritten into ops that have a rule, while the model is traced.
 
-Order of precedence: an op with a rule stays whole; an op listed here is rewritten as given; one with a decomposition
-in torch is rewritten by it; anything else stays and becomes OPAQUE.
+Order of precedence: an op listed here (or in ``CONCRETE``, where the lowering must see the values of integer tensors)
+is rewritten as given, unless its lowering returns ``NotImplemented``; an op with a rule stays whole; one with a
+decomposition in torch is rewritten by it; anything else stays and becomes OPAQUE.
+
+Lowerings see tensors without values: they ask for shapes, dtypes and plain arguments only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from math import inf, prod
+from math import prod
 from typing import Any
 
 import torch
@@ -16,6 +19,9 @@ from torch import Tensor
 from torch._decomp import core_aten_decompositions
 
 from dag_hesse.ir.ops import batch_affine, standardize
+from dag_hesse.rules import backward, distances, losses
+from dag_hesse.rules.concrete import CONCRETE
+from dag_hesse.rules.distances import rooted
 from dag_hesse.rules.structural import axes
 from dag_hesse.rules.table import RULES
 
@@ -32,23 +38,31 @@ def _channels(x: Tensor) -> list[int]:
     return [1, -1, *[1] * (x.ndim - 2)]
 
 
+def _statistics(x: Tensor, dims: list[int], eps: float, center: bool = True) -> tuple[Tensor, Tensor]:
+    """Mean and inverse deviation, which a backward pass recorded in a forward reads; else they are dead code."""
+    mean = x.mean(dims, keepdim=True)
+    off = x - mean if center else x
+    return mean, ((off * off).mean(dims, keepdim=True) + eps).rsqrt()
+
+
 def _layer_norm(x: Tensor, shape: list[int], weight: Any, bias: Any, eps: float) -> tuple[Tensor, ...]:
-    y = _affine(standardize(x, list(range(-len(shape), 0)), eps, True), weight, bias, list(shape))
-    return y, y, y
+    dims = list(range(-len(shape), 0))
+    return _affine(standardize(x, dims, eps, True), weight, bias, list(shape)), *_statistics(x, dims, eps)
 
 
 def _group_norm(
     x: Tensor, weight: Any, bias: Any, n: int, c: int, cells: int, groups: int, eps: float
 ) -> tuple[Tensor, ...]:
-    y = standardize(x.reshape(n, groups, -1), [2], eps, True).reshape(x.shape)
-    y = _affine(y, weight, bias, _channels(x))
-    return y, y, y
+    rows = x.reshape(n, groups, -1)
+    y = _affine(standardize(rows, [2], eps, True).reshape(x.shape), weight, bias, _channels(x))
+    mean, rstd = _statistics(rows, [2], eps)
+    return y, mean.squeeze(2), rstd.squeeze(2)
 
 
 def _rms_norm(x: Tensor, shape: list[int], weight: Any, eps: float | None) -> tuple[Tensor, ...]:
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    y = _affine(standardize(x, list(range(-len(shape), 0)), eps, False), weight, None, list(shape))
-    return y, y
+    eps, dims = torch.finfo(x.dtype).eps if eps is None else eps, list(range(-len(shape), 0))
+    y = _affine(standardize(x, dims, eps, False), weight, None, list(shape))
+    return y, _statistics(x, dims, eps, center=False)[1]
 
 
 def _batch_norm(
@@ -62,12 +76,14 @@ def _batch_norm(
     eps: float,
     outputs: int = 3,
 ) -> tuple[Tensor, ...]:
-    shape = _channels(x)
+    shape, dims = _channels(x), [0, *range(2, x.ndim)]
+    none = x.new_zeros(0)
     if training or mean is None:
-        y = _affine(standardize(x, [0, *range(2, x.ndim)], eps, True), weight, bias, shape)
+        y = _affine(standardize(x, dims, eps, True), weight, bias, shape)
+        saved = tuple(s.reshape(-1) for s in _statistics(x, dims, eps))
     else:
-        y = batch_affine(x, weight, bias, mean, var, eps)
-    return (y,) * outputs
+        y, saved = batch_affine(x, weight, bias, mean, var, eps), (none, none)
+    return (y, *saved, none)[:outputs]
 
 
 def _batch_norm_no_stats(x: Tensor, weight: Any, bias: Any, training: bool, momentum: float, eps: float) -> Any:
@@ -146,7 +162,7 @@ def _var(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = 
 
 
 def _std(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
-    return _var(x, dim, correction=correction, keepdim=keepdim).sqrt()
+    return rooted(_var(x, dim, correction=correction, keepdim=keepdim))
 
 
 def _var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
@@ -155,18 +171,7 @@ def _var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bo
 
 def _std_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     variance, mean = _var_mean(x, dim, correction=correction, keepdim=keepdim)
-    return variance.sqrt(), mean
-
-
-def _vector_norm(x: Tensor, order: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-    x, dims = (x if dtype is None else x.to(dtype)), axes(dim, x.ndim)
-    if order == 2:
-        return (x * x).sum(dims, keepdim=keepdim).sqrt()
-    if order == 1:
-        return x.abs().sum(dims, keepdim=keepdim)
-    if order in (inf, -inf):
-        return (torch.amax if order > 0 else torch.amin)(x.abs(), dims, keepdim)
-    return x.abs().pow(order).sum(dims, keepdim=keepdim).pow(1 / order)
+    return rooted(variance), mean
 
 
 def _copy(into: Tensor, x: Tensor, non_blocking: bool = False) -> Tensor:
@@ -183,6 +188,45 @@ def _max_pool1d(
     step = wide(stride, 1) if stride else size
     lifted = x.unsqueeze(-2)
     return aten.max_pool2d_with_indices(lifted, size, step, wide(padding, 0), wide(dilation, 1), ceil)[0].squeeze(-2)
+
+
+def _fill_diagonal(x: Tensor, value: float, wrap: bool = False) -> Tensor:
+    """The tensor with its diagonal replaced; with ``wrap``, a tall matrix has one again below each."""
+    if x.ndim > 2:
+        places = torch.arange(x.shape[0], device=x.device)
+        return aten.index_put(x, [places] * x.ndim, x.new_full((), value))
+    rows, columns = x.shape
+    step, count = columns + 1, rows * columns if wrap else min(rows, columns) * (columns + 1)
+    places = torch.arange(0, min(count, rows * columns), step, device=x.device)
+    return aten.index_put(x.reshape(-1), [places], x.new_full((), value)).reshape(x.shape)
+
+
+def _div(x: Tensor, y: Any, *, rounding_mode: str | None) -> Any:
+    return x / y if rounding_mode is None else NotImplemented
+
+
+def _gates(x: Tensor, bias: Tensor | None, count: int) -> list[Tensor]:
+    size = x.shape[1] // count
+    x = x if bias is None else x + bias
+    return [x.narrow(1, k * size, size) for k in range(count)]
+
+
+def _lstm_cell(
+    inputs: Tensor, hidden: Tensor, cell: Tensor, input_bias: Tensor | None = None, hidden_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    both = inputs + hidden if input_bias is None else inputs + input_bias + hidden
+    i, f, g, o = _gates(both, hidden_bias, 4)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cell.tanh(), cell, both
+
+
+def _gru_cell(
+    inputs: Tensor, hidden: Tensor, state: Tensor, input_bias: Tensor | None = None, hidden_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    of_input, of_state = _gates(inputs, input_bias, 3), _gates(hidden, hidden_bias, 3)
+    reset, update = ((a + b).sigmoid() for a, b in zip(of_input[:2], of_state[:2], strict=True))
+    new = (of_input[2] + reset * of_state[2]).tanh()
+    return new + update * (state - new), inputs
 
 
 LOWERINGS: Mapping[Any, Callable[..., Any]] = {
@@ -215,8 +259,15 @@ LOWERINGS: Mapping[Any, Callable[..., Any]] = {
     aten.std.correction: _std,
     aten.var_mean.correction: _var_mean,
     aten.std_mean.correction: _std_mean,
-    aten.linalg_vector_norm.default: _vector_norm,
     aten.max_pool1d.default: _max_pool1d,
+    aten.fill_diagonal_.default: _fill_diagonal,
+    aten.div.Tensor_mode: _div,
+    aten.div.Scalar_mode: _div,
+    aten._thnn_fused_lstm_cell.default: _lstm_cell,
+    aten._thnn_fused_gru_cell.default: _gru_cell,
+    **losses.LOWERINGS,
+    **distances.LOWERINGS,
+    **backward.LOWERINGS,
 }
 
 # Torch's own decompositions that would hide something from us (a custom kernel is kept, a cut is seen).
@@ -232,3 +283,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         if str(op) not in RULES and str(op) not in _KEEP and not str(op).split(".")[1].endswith("_")
     }
     return {**theirs, **LOWERINGS}
+
+
+__all__ = ["CONCRETE", "LOWERINGS", "decompositions"]

@@ -227,6 +227,9 @@ BINARY: dict[str, Rule] = {
     "aten.fmod.Tensor": binary(_one, _quotient("trunc"), kind=Kind.PIECEWISE_LINEAR),
     "aten.remainder.Tensor": binary(_one, _quotient("floor"), kind=Kind.PIECEWISE_LINEAR),
     "aten.remainder.Scalar_Tensor": binary(_one, _quotient("floor"), kind=Kind.PIECEWISE_LINEAR),
+    # as it is used: with a rounding mode; without one it is written as a plain quotient
+    "aten.div.Tensor_mode": binary(_zero, _zero, kind=Kind.PIECEWISE_LINEAR),
+    "aten.div.Scalar_mode": binary(_zero, _zero, kind=Kind.PIECEWISE_LINEAR),
     "aten.copysign.Tensor": binary(_sign_kept, _zero, kind=Kind.PIECEWISE_LINEAR),
 }
 

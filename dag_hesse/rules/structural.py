@@ -90,6 +90,11 @@ def _diagonal(c: Call, g: Tensor, slot: int) -> Tensor:
     )
 
 
+def _diagonal_scatter(c: Call, g: Tensor, slot: int) -> Tensor:
+    place = [c.argument(k, name, default) for k, name, default in ((2, "offset", 0), (3, "dim1", 0), (4, "dim2", 1))]
+    return g.diagonal(*place) if slot == 1 else aten.diagonal_scatter(g, g.new_zeros(c.shape(1)), *place)
+
+
 def _unfold(c: Call, g: Tensor, slot: int) -> Tensor:
     return aten.unfold_backward(g, c.shape(), *c.node.args[1:4])
 
@@ -192,6 +197,7 @@ TABLE: dict[str, Rule] = {
     },
     "aten._to_copy.default": linear(_cast),
     "aten.diagonal.default": linear(_diagonal),
+    "aten.diagonal_scatter.default": linear(_diagonal_scatter),
     "aten.unfold.default": linear(_unfold),
     "aten.tril.default": linear(_same_op),
     "aten.triu.default": linear(_same_op),
@@ -217,6 +223,7 @@ TABLE: dict[str, Rule] = {
     "aten.im2col.default": linear(_im2col),
     "aten.col2im.default": linear(_col2im),
     "dag_hesse.tap.default": linear(_reshape, lambda c, inputs: inputs[0]),
+    "dag_hesse.assigned.default": linear(_reshape, lambda c, inputs: inputs[0]),
 }
 
 __all__ = ["TABLE", "axes"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.rules import batch_norm, contraction, gather, pointwise, rowwise, special, structural
+from dag_hesse.rules import batch_norm, contraction, determinant, gather, pointwise, rowwise, special, structural
 from dag_hesse.rules.base import Pairs, Rule
 from dag_hesse.rules.opaque import OPAQUE
 from dag_hesse.rules.region import REGION, Region
@@ -18,6 +18,7 @@ RULES: dict[str, Rule] = {
     **gather.TABLE,
     **rowwise.TABLE,
     **batch_norm.TABLE,
+    **determinant.TABLE,
 }
 
 

@@ -142,6 +142,10 @@ SAMPLES: dict[str, list[Sample]] = {
     **{f"aten.{mode}_pad{n}d.default": _pads(n) for mode in ("reflection", "replication") for n in (1, 2, 3)},
     "aten._to_copy.default": [s(lambda: (normal(2, 3),), dtype=torch.float64)],
     "aten.diagonal.default": [s(lambda: (normal(3, 4), 1)), s(lambda: (normal(2, 3, 3), 0, -2, -1))],
+    "aten.diagonal_scatter.default": [
+        s(lambda: (normal(3, 4), normal(3), 1)),
+        s(lambda: (normal(2, 3, 3), normal(2, 3), 0, -2, -1)),
+    ],
     "aten.unfold.default": [s(lambda: (normal(2, 7), 1, 3, 2))],
     "aten.tril.default": [s(lambda: (normal(3, 4), 1))],
     "aten.triu.default": [s(lambda: (normal(2, 3, 3),))],
@@ -255,6 +259,10 @@ SAMPLES: dict[str, list[Sample]] = {
     "aten.fmod.Tensor": [s(lambda: (apart(3, 4), inside(3, 4) / 100 + 0.2))],
     "aten.remainder.Tensor": [s(lambda: (apart(3, 4), inside(4) / 100 - 0.2))],
     "aten.remainder.Scalar_Tensor": [Sample(lambda: (1.03, inside(3, 4) / 100 + 0.2), autograd=False)],
+    **{
+        f"aten.div.{n}_mode": unary(apart, 0.17, rounding_mode="floor") + unary(apart, -0.17, rounding_mode="trunc")
+        for n in ("Tensor", "Scalar")
+    },
     "aten.copysign.Scalar": unary(apart, -1.0, special=_KINKS),
     "aten.copysign.Tensor": [s(lambda: (apart(3, 4), apart(4)), special=_KINKS)],
     "aten.logaddexp.default": [
@@ -342,6 +350,16 @@ SAMPLES: dict[str, list[Sample]] = {
     },
     "aten._safe_softmax.default": [s(lambda: (normal(3, 4), -1))],
     "aten.logsumexp.default": [s(lambda: (normal(3, 4), [1])), s(lambda: (normal(2, 3, 4), [0, -1], True))],
+    "aten._linalg_det.default": [
+        s(lambda: (normal(3, 3),), 0),
+        s(lambda: (normal(2, 4, 4),), 0),
+        s(lambda: (normal(2, 1, 1),), 0),
+    ],
+    "aten._linalg_slogdet.default": [
+        s(lambda: (normal(3, 3),), 1),
+        s(lambda: (normal(2, 4, 4),), 1),
+        s(lambda: (normal(3, 3),), 0),
+    ],
     "dag_hesse.batch_affine.default": [
         s(lambda: (normal(2, 3, 4), normal(3), normal(3), normal(3), positive(3), 1e-3)),
         s(lambda: (normal(4, 3), None, None, normal(3), positive(3), 1e-3)),

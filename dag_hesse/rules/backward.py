@@ -1,0 +1,118 @@
+"""Ops of a backward pass, which a forward records that differentiates something itself (a gradient penalty, forces)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def _elu(g: Tensor, alpha: float, scale: float, input_scale: float, is_result: bool, x: Tensor) -> Tensor:
+    """``x`` is the input of the forward pass, or its result."""
+    negative = alpha * scale
+    slope = (x + negative) * input_scale if is_result else (x * input_scale).exp() * (negative * input_scale)
+    return torch.where(x <= 0, g * slope, g * scale)
+
+
+def _softplus(g: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
+    scaled = x * beta
+    return torch.where(scaled > threshold, g, g * scaled.sigmoid())
+
+
+def _shrink(g: Tensor, x: Tensor, limit: float) -> Tensor:
+    return g.masked_fill(x.abs() <= limit, 0.0)
+
+
+def _log_sigmoid(g: Tensor, x: Tensor, buffer: Tensor) -> Tensor:
+    return g * (-x).sigmoid()
+
+
+def _hardsigmoid(g: Tensor, x: Tensor) -> Tensor:
+    return (g / 6).masked_fill((x <= -3) | (x >= 3), 0.0)
+
+
+def _huber(g: Tensor, x: Tensor, target: Tensor, reduction: int, delta: float) -> Tensor:
+    near = (x - target).clamp(-delta, delta)
+    return g * near / (x.numel() if reduction == 1 else 1)
+
+
+def _smooth_l1(g: Tensor, x: Tensor, target: Tensor, reduction: int, beta: float) -> Tensor:
+    if beta == 0:
+        return g * (x - target).sign() / (x.numel() if reduction == 1 else 1)
+    return _huber(g, x, target, reduction, beta) / beta
+
+
+def _rms_norm(
+    g: Tensor, x: Tensor, shape: list[int], rstd: Tensor, weight: Tensor | None, mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    dims = list(range(-len(shape), 0))
+    y = x * rstd
+    scaled = g if weight is None else g * weight
+    to_x = (scaled - y * (scaled * y).mean(dims, keepdim=True)) * rstd if mask[0] else None
+    if weight is None or not mask[1]:
+        return to_x, None
+    return to_x, (g * y).reshape(-1, *shape).sum(0)
+
+
+def _layer_norm(
+    g: Tensor,
+    x: Tensor,
+    shape: list[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    dims = list(range(-len(shape), 0))
+    y = (x - mean) * rstd
+    scaled = g if weight is None else g * weight
+    centered = scaled - scaled.mean(dims, keepdim=True)
+    to_x = (centered - y * (scaled * y).mean(dims, keepdim=True)) * rstd if mask[0] else None
+    to_weight = (g * y).reshape(-1, *shape).sum(0) if mask[1] and weight is not None else None
+    to_bias = g.reshape(-1, *shape).sum(0) if mask[2] and bias is not None else None
+    return to_x, to_weight, to_bias
+
+
+def _group_norm(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    n: int,
+    c: int,
+    cells: int,
+    groups: int,
+    mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    split = [n, groups, c // groups, cells]
+    y = (x.reshape(split) - mean.reshape(n, groups, 1, 1)) * rstd.reshape(n, groups, 1, 1)
+    g = g.reshape(split)
+    scaled = g if weight is None else g * weight.reshape(1, groups, -1, 1)
+    centered = scaled - scaled.mean([2, 3], keepdim=True)
+    turned = centered - y * (scaled * y).mean([2, 3], keepdim=True)
+    to_x = (turned * rstd.reshape(n, groups, 1, 1)).reshape(x.shape) if mask[0] else None
+    to_weight = (g * y).sum([0, 3]).reshape(c) if mask[1] else None
+    return to_x, to_weight, g.sum([0, 3]).reshape(c) if mask[2] else None
+
+
+LOWERINGS: Mapping[Any, Callable[..., Any]] = {
+    aten.elu_backward.default: _elu,
+    aten.softplus_backward.default: _softplus,
+    aten.softshrink_backward.default: _shrink,
+    aten.hardshrink_backward.default: _shrink,
+    aten.log_sigmoid_backward.default: _log_sigmoid,
+    aten.hardsigmoid_backward.default: _hardsigmoid,
+    aten.huber_loss_backward.default: _huber,
+    aten.smooth_l1_loss_backward.default: _smooth_l1,
+    aten._fused_rms_norm_backward.default: _rms_norm,
+    aten.native_layer_norm_backward.default: _layer_norm,
+    aten.native_group_norm_backward.default: _group_norm,
+}
+
+__all__ = ["LOWERINGS"]

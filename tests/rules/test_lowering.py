@@ -1,0 +1,353 @@
+"""Lowerings give the op's value and both of its derivatives, by the rules of what they call alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dag_hesse.rules import RULES
+from dag_hesse.rules.lowering import CONCRETE, LOWERINGS
+from tests.oracle import error
+from tests.rules.lowered import Function, Written, by_differences, by_double_backward, gradient, of_op
+from tests.rules.samples import apart, index, inside, normal, positive
+from tests.rules.test_opaque import call_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Row:
+    """``truth``: what the Hessian is held against. ``formula``: the op in plain torch, where it has no derivative."""
+
+    op: Any
+    make: Callable[[], tuple[Any, ...]]
+    options: dict[str, Any] = field(default_factory=dict)
+    truth: str = "double differences"
+    active: tuple[int, ...] | None = None
+    output: int = 0
+    formula: Function | None = None
+
+
+def probability(*shape: int) -> Tensor:
+    return inside(*shape) / 2 + 0.5
+
+
+def lstm(x: Sequence[Tensor]) -> Tensor:
+    i, f, g, o = (x[0] + x[1] + (x[3] + x[4] if len(x) > 3 else 0)).chunk(4, 1)
+    cell = f.sigmoid() * x[2] + i.sigmoid() * g.tanh()
+    return torch.cat([o.sigmoid() * cell.tanh(), cell], 1)
+
+
+def gru(x: Sequence[Tensor]) -> Tensor:
+    (ir, iz, new), (hr, hz, hn) = x[0].chunk(3, 1), x[1].chunk(3, 1)
+    r, z = (ir + hr).sigmoid(), (iz + hz).sigmoid()
+    n = (new + r * hn).tanh()
+    return (1 - z) * n + z * x[2]
+
+
+_TARGETS = torch.tensor([0, 2, 1])
+_BAG = torch.tensor([0, 2, 2, 4, 1, 3])
+
+ROWS = [
+    Row(aten.huber_loss.default, lambda: (normal(3, 4), normal(3, 4), 1, 0.7)),
+    Row(aten.huber_loss.default, lambda: (normal(3, 4), normal(4), 0)),
+    Row(aten.smooth_l1_loss.default, lambda: (normal(3, 4), normal(3, 4), 2, 0.5)),
+    Row(aten.smooth_l1_loss.default, lambda: (apart(3, 4), torch.zeros(3, 4), 1, 0.0), active=(0,)),
+    Row(aten.binary_cross_entropy.default, lambda: (probability(3, 4), probability(3, 4)), truth="double"),
+    Row(aten.binary_cross_entropy.default, lambda: (probability(3), index(2, 3).double(), positive(3), 2), active=(0,)),
+    Row(aten.soft_margin_loss.default, lambda: (normal(3, 4) * 3, normal(3, 4).sign()), active=(0,)),
+    Row(aten.multi_margin_loss.default, lambda: (apart(3, 4), _TARGETS, 2), active=(0,), truth="differences"),
+    Row(
+        aten.multi_margin_loss.default,
+        lambda: (apart(3, 4), _TARGETS, 1, 0.52, positive(4)),
+        active=(0,),
+        truth="differences",
+    ),
+    Row(aten.multi_margin_loss.default, lambda: (apart(4), torch.tensor(2), 2, 0.52), truth="differences"),
+    Row(
+        aten.multilabel_margin_loss_forward.default,
+        lambda: (apart(2, 4), torch.tensor([[1, 3, -1, 0], [-1] * 4]), 1),
+        truth="differences",
+    ),
+    # norms and distances
+    *(Row(aten.linalg_vector_norm.default, lambda p=p: (apart(3, 4), p, [1])) for p in (0, 1, 2, 3, 1.5, torch.inf)),
+    Row(aten.dist.default, lambda: (normal(3), normal(3), 3)),
+    Row(aten.std.correction, lambda: (normal(3, 4), [1])),
+    *(
+        Row(
+            aten._cdist_forward.default,
+            lambda p=p: (apart(2, 3, 4), apart(2, 2, 4) + 0.03, p, None),
+            truth="differences",
+        )
+        for p in (1.0, 2.0, 2.5)
+    ),
+    Row(aten._cdist_forward.default, lambda: (normal(3, 4), normal(2, 4), torch.inf, None), truth="differences"),
+    Row(aten._euclidean_dist.default, lambda: (normal(3, 4), normal(2, 4))),
+    *(Row(aten._pdist_forward.default, lambda p=p: (apart(4, 3), p), truth="differences") for p in (1.0, 2.0, 3.0)),
+    Row(aten._weight_norm_interface.default, lambda: (normal(3, 4), positive(3, 1), 0), truth="differences"),
+    # integers that matter
+    *(
+        Row(
+            aten._ctc_loss.default,
+            lambda targets=targets, lengths=lengths, inputs=inputs: (normal(5, 2, 4), targets, inputs, lengths, 0),
+            truth="differences",
+            formula=lambda x, targets=targets, lengths=lengths, inputs=inputs: F.ctc_loss(
+                torch.log_softmax(x[0], -1), targets, inputs, lengths, reduction="none"
+            ),
+        )
+        for targets, lengths, inputs in (
+            (torch.tensor([[1, 1, 2], [3, 2, 0]]), [3, 2], [5, 4]),
+            (torch.tensor([1, 2, 3]), [3, 0], [5, 5]),
+        )
+    ),
+    *(
+        Row(aten._embedding_bag.default, lambda mode=mode: (normal(5, 3), _BAG, torch.tensor([0, 3, 3]), False, mode))
+        for mode in (0, 1, 2)
+    ),
+    Row(
+        aten._embedding_bag.default,
+        lambda: (normal(5, 3), _BAG, torch.tensor([0, 3, 6]), False, 0, False, normal(6), True, 2),
+        truth="differences",
+    ),
+    Row(
+        aten._embedding_bag_forward_only.default,
+        lambda: (normal(5, 3), _BAG, torch.tensor([0, 2]), False, 1),
+        formula=lambda x: aten._embedding_bag(x[0], _BAG, torch.tensor([0, 2]), False, 1)[0],
+    ),
+    *(
+        Row(
+            aten.segment_reduce.default,
+            lambda how=how: (apart(5, 2), how),
+            {"lengths": torch.tensor([2, 3])},
+            "differences",
+        )
+        for how in ("sum", "mean", "max", "min")
+    ),
+    Row(
+        aten.segment_reduce.default,
+        lambda: (positive(5, 2), "prod"),
+        {"lengths": torch.tensor([2, 3]), "initial": 2.0},
+        "differences",
+    ),
+    Row(aten._pack_padded_sequence.default, lambda: (normal(3, 2, 2), torch.tensor([3, 1]), False)),
+    Row(aten._pack_padded_sequence.default, lambda: (normal(2, 3, 2), torch.tensor([3, 2]), True)),
+    # cells
+    *(
+        Row(
+            aten._thnn_fused_lstm_cell.default,
+            lambda biases=biases: (normal(2, 12), normal(2, 12), normal(2, 3), *(normal(12) for _ in range(biases))),
+            formula=lambda x: lstm(x)[:, :3],
+        )
+        for biases in (0, 2)
+    ),
+    Row(
+        aten._thnn_fused_lstm_cell.default,
+        lambda: (normal(2, 12), normal(2, 12), normal(2, 3)),
+        output=1,
+        formula=lambda x: lstm(x)[:, 3:],
+    ),
+    Row(aten._thnn_fused_gru_cell.default, lambda: (normal(2, 9), normal(2, 9), normal(2, 3)), formula=gru),
+    Row(
+        aten._thnn_fused_gru_cell.default,
+        lambda: (normal(2, 9), normal(2, 9), normal(2, 3), normal(9), normal(9)),
+        formula=lambda x: gru([x[0] + x[3], x[1] + x[4], x[2]]),
+    ),
+    # backward passes that a forward may hold
+    Row(aten.tanh_backward.default, lambda: (normal(3), inside(3))),
+    Row(aten.sigmoid_backward.default, lambda: (normal(3), inside(3))),
+    Row(aten.threshold_backward.default, lambda: (normal(3), apart(3), 0.0)),
+    Row(aten.gelu_backward.default, lambda: (normal(3), normal(3))),
+    Row(aten.gelu_backward.default, lambda: (normal(3), normal(3)), {"approximate": "tanh"}),
+    Row(aten.softplus_backward.default, lambda: (normal(3), normal(3), 1.5, 1.0)),
+    Row(aten.elu_backward.default, lambda: (normal(3), 0.7, 1.3, 1.1, False, apart(3))),
+    Row(aten.elu_backward.default, lambda: (normal(3), 0.7, 1.3, 1.1, True, apart(3))),
+    Row(aten.hardtanh_backward.default, lambda: (normal(3), apart(3), -0.05, 0.05)),
+    Row(aten.leaky_relu_backward.default, lambda: (normal(3), apart(3), 0.1, False)),
+    Row(aten.hardswish_backward.default, lambda: (normal(3), normal(3))),
+    Row(aten.softshrink_backward.default, lambda: (normal(3), apart(3), 0.1)),
+    Row(aten.hardshrink_backward.default, lambda: (normal(3), apart(3), 0.1)),
+    Row(aten.glu_backward.default, lambda: (normal(3, 2), normal(3, 4), 1)),
+    Row(
+        aten.log_sigmoid_backward.default,
+        lambda: (normal(3), (x := normal(3)), (-x.abs()).exp()),
+        active=(0, 1),
+        truth="double",
+    ),
+    Row(aten.mse_loss_backward.default, lambda: (normal(), normal(3), normal(3), 1)),
+    Row(aten.huber_loss_backward.default, lambda: (normal(), normal(4), normal(4), 1, 0.8)),
+    Row(aten.smooth_l1_loss_backward.default, lambda: (normal(4), normal(4), normal(4), 0, 0.8)),
+    Row(
+        aten.binary_cross_entropy_backward.default,
+        lambda: (normal(), probability(3), probability(3), None, 1),
+        truth="double",
+    ),
+    Row(aten._softmax_backward_data.default, lambda: (normal(3, 4), torch.softmax(normal(3, 4), 1), 1, torch.float64)),
+    Row(
+        aten._log_softmax_backward_data.default,
+        lambda: (normal(3, 4), torch.log_softmax(normal(3, 4), 1), 1, torch.float64),
+    ),
+    Row(aten.embedding_dense_backward.default, lambda: (normal(4, 2), torch.tensor([0, 2, 2, 1]), 5, -1, False)),
+    Row(
+        aten.nll_loss_backward.default,
+        lambda: (normal(), normal(3, 4), _TARGETS, None, 1, -100, torch.tensor(3.0).double()),
+        active=(0,),
+    ),
+    Row(aten.slice_backward.default, lambda: (normal(2), [5], 0, 1, 5, 2)),
+    Row(aten.select_backward.default, lambda: (normal(2), [5, 2], 0, 1)),
+    Row(aten.diagonal_backward.default, lambda: (normal(3), [3, 4], 0, 0, 1)),
+    Row(aten.unfold_backward.default, lambda: (normal(3, 3), [5], 0, 3, 1)),
+    Row(aten._prelu_kernel_backward.default, lambda: (normal(3), apart(3), normal(3)), output=0),
+    Row(aten._prelu_kernel_backward.default, lambda: (normal(3), apart(3), normal(3)), output=1),
+    # further compositions
+    Row(aten._prelu_kernel.default, lambda: (apart(3, 2), normal(3, 2))),
+    Row(aten.lerp.Tensor, lambda: (normal(3), normal(3), inside(3))),
+    Row(aten.lerp.Scalar, lambda: (normal(3), normal(3), 0.7)),
+    Row(aten.addcdiv.default, lambda: (normal(3), normal(3), positive(3))),
+    Row(aten.addcmul.default, lambda: (normal(3), normal(3), normal(3))),
+    Row(aten.glu.default, lambda: (normal(3, 4), 1)),
+    Row(aten.square.default, lambda: (normal(3),)),
+    Row(aten.frac.default, lambda: (apart(3),)),
+    Row(aten.rsub.Tensor, lambda: (normal(3), normal(3))),
+    Row(aten.nan_to_num.default, lambda: (torch.tensor([1.0, torch.nan, torch.inf]).double(),), truth="double"),
+    Row(aten.renorm.default, lambda: (normal(3, 4) * 2, 2, 0, 1.0)),
+    Row(aten.div.Tensor_mode, lambda: (normal(3), positive(3)), {"rounding_mode": None}),
+]
+
+
+def _values(row: Row) -> tuple[tuple[Any, ...], list[Tensor]]:
+    args = row.make()
+    return args, [x for x in [*args, *row.options.values()] if isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=f"{row.op}-{k}") for k, row in enumerate(ROWS)])
+def test_value_and_derivatives(row: Row) -> None:
+    torch.manual_seed(0)
+    args, values = _values(row)
+    logits = "ctc" in str(row.op)
+    given = (torch.log_softmax(args[0], -1), *args[1:]) if logits else args
+    written = Written(row.op, given, row.options, active=row.active, output=row.output)
+    run = row.formula or of_op(row.op, args, row.options, row.output)
+    assert error(written.value, run(values), 1e-3) < 1e-13
+    lam = torch.randn_like(written.value)
+    slope, bend = written.derivatives(lam)
+    if logits:
+        slope, bend = _through_log_softmax(values[0], slope[0] if slope.ndim > 1 else slope, bend)
+    assert error(slope, gradient(run, values, written.active, lam), 1e-3) < 1e-10
+    assert error(bend, bend.mT, 1e-3) < 1e-12
+    if "double" in row.truth and not logits:
+        assert error(bend, by_double_backward(run, values, written.active, lam), 1e-3) < 1e-9
+    if "differences" in row.truth:
+        assert error(bend, by_differences(run, values, written.active, lam), 1e-3) < 1e-7
+
+
+def _through_log_softmax(x: Tensor, slope: Tensor, bend: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives in logits from those in log-probabilities."""
+    turn = torch.autograd.functional.jacobian(lambda x: torch.log_softmax(x, -1), x).reshape(x.numel(), x.numel())
+    own = torch.autograd.functional.hessian(lambda x: (torch.log_softmax(x, -1).reshape(-1) * slope).sum(), x)
+    return turn.T @ slope, turn.T @ bend @ turn + own.reshape(x.numel(), x.numel())
+
+
+def test_every_lowering_that_is_new_has_a_row() -> None:
+    from dag_hesse.rules import backward, distances, losses
+
+    tested = {row.op for row in ROWS}
+    elsewhere = {aten._fused_rms_norm_backward.default, aten.native_layer_norm_backward.default}
+    elsewhere |= {aten.native_group_norm_backward.default, aten.hardsigmoid_backward.default, aten._ctc_loss.Tensor}
+    own = {*losses.LOWERINGS, *distances.LOWERINGS, *backward.LOWERINGS, *CONCRETE}
+    assert own <= tested | elsewhere
+    assert own - set(CONCRETE) <= set(LOWERINGS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
+def test_binary_cross_entropy_where_the_probability_is_saturated(target: float, dtype: torch.dtype) -> None:
+    p = torch.tensor([0.0, 1.0, 0.5], dtype=dtype)
+    t = torch.full_like(p, target)
+    written = Written(aten.binary_cross_entropy.default, (p, t, None, 0), active=(0,))
+    slope, bend = written.derivatives(torch.ones_like(p))
+    run = of_op(aten.binary_cross_entropy.default, (p, t, None, 0))
+    assert error(written.value, run([p, t])) < 1e-6
+    assert error(slope, gradient(run, [p, t], [0], torch.ones_like(p))) < 1e-6
+    assert bool(bend.isfinite().all())  # so what σ' = 0 is multiplied with is a number
+    truth = t / p**2 + (1 - t) / (1 - p) ** 2
+    assert error(bend.diagonal()[truth.isfinite()], truth[truth.isfinite()]) < 1e-6
+
+
+ZEROS: list[tuple[Any, tuple[Any, ...], Tensor]] = [  # op, arguments, true Hessian of the sum
+    (aten.huber_loss.default, (torch.zeros(2), torch.zeros(2), 2, 1.0), torch.eye(2)),
+    (aten.smooth_l1_loss.default, (torch.zeros(2), torch.zeros(2), 2, 0.5), 2 * torch.eye(2)),
+    (aten.std.correction, (torch.ones(3), [0]), torch.zeros(3, 3)),
+    (aten.linalg_vector_norm.default, (torch.zeros(3), 2), torch.zeros(3, 3)),
+    (aten.linalg_vector_norm.default, (torch.zeros(3), 3), torch.zeros(3, 3)),
+    (aten._cdist_forward.default, (torch.ones(2, 3), torch.ones(1, 3), 2.0, None), torch.zeros(6, 6)),
+    (aten._pdist_forward.default, (torch.ones(2, 3), 2.0), torch.zeros(6, 6)),
+    (aten.softplus_backward.default, (torch.ones(1), torch.full((1,), 800.0), 1.0, 20.0), torch.zeros(2, 2)),
+    (aten.soft_margin_loss.default, (torch.full((1,), 800.0), -torch.ones(1), 2), torch.zeros(1, 1)),
+]
+
+
+@pytest.mark.parametrize("op, args, truth", [pytest.param(*row, id=f"{row[0]}-{k}") for k, row in enumerate(ZEROS)])
+def test_second_derivatives_at_special_points(op: Any, args: tuple[Any, ...], truth: Tensor) -> None:
+    wide = tuple(x.double() if isinstance(x, Tensor) else x for x in args)
+    written = Written(op, wide, active=None if len(truth) > 3 or "backward" in str(op) else (0,))
+    slope, bend = written.derivatives(torch.ones_like(written.value))
+    size = len(truth)
+    assert bool(slope.isfinite().all())
+    assert error(bend[:size, :size], truth, 1.0) < 1e-12
+
+
+@pytest.mark.parametrize("fill", ["zeros", "eye", "rank one", "repeated"])
+def test_determinants_at_singular_matrices_and_equal_singular_values(fill: str) -> None:
+    torch.manual_seed(0)
+    a = {
+        "zeros": torch.zeros(2, 2),
+        "eye": torch.eye(3),
+        "rank one": torch.outer(torch.arange(1.0, 4.0), torch.ones(3)),
+        "repeated": torch.diag(torch.tensor([2.0, 2.0, 0.0])),
+    }[fill].double()
+    n = a.numel()
+    call = call_of(aten._linalg_det.default, a, output=0)
+    lin = RULES["aten._linalg_det.default"].linearize(call)
+    lam = torch.tensor(0.7, dtype=torch.float64)
+    lin.curve(lam, {})
+    every = torch.eye(n, dtype=torch.float64).reshape(n, *a.shape)
+    second = lin.second({0: every}, None, 0)
+    assert second is not None
+
+    def cofactors(x: Tensor) -> Tensor:
+        """The gradient of a determinant, from minors."""
+        size = len(x)
+        rows = [[k for k in range(size) if k != i] for i in range(size)]
+        return torch.stack(
+            [
+                torch.stack([(-1) ** (i + j) * torch.linalg.det(x[rows[i]][:, rows[j]]) for j in range(size)])
+                for i in range(size)
+            ]
+        )
+
+    assert error(lin.vjp(lam.reshape(1), 0)[0], 0.7 * cofactors(a), 1.0) < 1e-12
+    for k in range(n):
+        ends = [cofactors(a + sign * 1e-4 * every[k]) for sign in (1, -1)]
+        assert error(second[k], 0.7 * (ends[0] - ends[1]) / 2e-4, 1e-3) < 1e-8
+
+
+def test_the_diagonal_is_filled() -> None:
+    for shape, wrap in (((3, 4), False), ((7, 2), True), ((7, 2), False), ((2, 2, 2), False)):
+        x = normal(*shape)
+        written = Written(aten.fill_diagonal_.default, (x, 1.5, wrap))
+        assert torch.equal(written.value, x.clone().fill_diagonal_(1.5, wrap))
+        kept = (x.clone().fill_diagonal_(torch.nan, wrap)).isfinite().double()
+        slope, bend = written.derivatives(torch.ones_like(x))
+        assert torch.equal(slope, kept.reshape(-1))
+        assert not bool(bend.any())
+
+
+def test_packed_sequences_know_their_sizes() -> None:
+    written = Written(aten._pack_padded_sequence.default, (normal(3, 2, 2), torch.tensor([3, 1]), False), output=1)
+    assert written.value.tolist() == [2, 1, 1]
