@@ -81,16 +81,18 @@ class _FixedStatistics(Linearized):
         return x.reshape(len(x), 1, -1, *(1,) * (self.x.ndim - 2))
 
     def _sums(self, g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """(Σ g (x − mean) r, Σ g) per channel for each probe, in one pass; g or x may be the same for all probes."""
-        mask, count = [False, True, True], max(len(g), len(x))
-        rows = [
-            aten.native_batch_norm_backward(
-                g[min(k, len(g) - 1)], x[min(k, len(x) - 1)], None, mean, self.var, None, None, False, self.eps, mask
-            )[1:]
-            for k in range(count)
-        ]
+        """(Σ g (x − mean) r, Σ g) per channel for each probe; g or x may be the same for all probes."""
+        count = max(len(g), len(x))
+        rows = [self._sums_of_one(g[min(k, len(g) - 1)], x[min(k, len(x) - 1)], mean) for k in range(count)]
         turned, total = zip(*rows, strict=True)
         return torch.stack(turned), torch.stack(total)
+
+    def _sums_of_one(self, g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        if _kernel_is_right(g, x):  # one pass over both
+            mask = [False, True, True]
+            return aten.native_batch_norm_backward(g, x, None, mean, self.var, None, None, False, self.eps, mask)[1:]
+        over = [0, *range(2, g.ndim)]
+        return (g * (x - self._spread(mean[None])[0])).sum(over) * self.r, g.sum(over)
 
     def jvp(self, tangents: Tangents) -> Tensor:
         xdot, scale, shift = (tangents.get(self.slots.get(name, -1)) for name in "xγβ")
@@ -150,6 +152,15 @@ class _FixedStatistics(Linearized):
         found[scale], found[shift] = self._sums(cotangent, self.x[None], self.mean)
         self.second(tangents, note, scale, found[scale][rows])
         return found
+
+
+def _kernel_is_right(g: Tensor, x: Tensor) -> bool:
+    """Whether PyTorch's backward in evaluation mode gives a scale's gradient here.
+
+    CUDA's wants the statistics of training for some layouts; the CPU's reads a single sample as if it were contiguous.
+    """
+    contiguous = g.is_contiguous() and x.is_contiguous()
+    return x.device.type == "cpu" and (x.shape[0] > 1 or contiguous)
 
 
 _DIAGONAL = diagonal(Kind.POINTWISE, _partials, _pairs, _channels)

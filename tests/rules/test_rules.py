@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Node, Ref, execute
-from dag_hesse.rules import RULES, Call, Linearized, rowwise
+from dag_hesse.rules import RULES, Call, Linearized, batch_norm, rowwise
 from tests import device
 from tests.oracle import error
-from tests.rules.samples import SAMPLES, Sample
+from tests.rules.samples import SAMPLES, Sample, normal, positive
 
 PROBES = 2
 # torch's kernels round 1/6 to float32: hardsigmoid's backward everywhere, both forwards on CUDA
@@ -243,3 +243,39 @@ def test_a_safe_softmax_is_zero_in_rows_of_minus_infinity() -> None:
     node = make_call(name, SAMPLES[name][0]).node
     for rows in (x, x[:1]):
         assert torch.equal(RULES[name].run(node, [rows]), torch.ops.aten._safe_softmax(rows, -1))
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 2, 3, 2), (3,), (3, 4)])
+def test_sums_of_batch_norm_in_any_memory_layout(
+    samples: int, kernel: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernel:
+        monkeypatch.setattr(batch_norm, "_kernel_is_right", lambda g, x: False)
+    torch.manual_seed(3)
+    name = "dag_hesse.batch_affine.default"
+    sample = Sample(lambda: (normal(samples, *shape), normal(3), normal(3), normal(3), positive(3), 1e-3), fixed=(3, 4))
+    call = make_call(name, sample)
+    g = torch.randn_like(call.out)
+
+    def scale_slope(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        lin = RULES[name].linearize(Call(call.node, (x, *call.values[1:]), call.out, call.active))
+        return lin.vjp(g[None], 1)[0], lin.vjp(g[None], 2)[0]
+
+    over = [0, *range(2, g.ndim)]
+    spread = [1, 3, *(1,) * (g.ndim - 2)]
+    mean, r = call.values[3].reshape(spread), (call.values[4] + 1e-3).rsqrt()
+    turned, total = (g * (call.values[0] - mean)).sum(over) * r, g.sum(over)
+    for x_laid in _layouts(call.values[0]):
+        for g_laid in _layouts(g):
+            found = scale_slope(x_laid, g_laid)
+            assert error(found[0], turned) < 1e-12
+            assert error(found[1], total) < 1e-12
+
+
+def _layouts(x: Tensor) -> list[Tensor]:
+    """The tensor in row order, with channels last, and with its axes in memory turned round."""
+    order = list(reversed(range(x.ndim)))
+    turned = x.permute(order).contiguous().permute(order)
+    return [x, x.movedim(1, -1).contiguous().movedim(-1, 1), turned]
