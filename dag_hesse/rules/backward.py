@@ -46,16 +46,34 @@ def _smooth_l1(g: Tensor, x: Tensor, target: Tensor, reduction: int, beta: float
     return _huber(g, x, target, reduction, beta) / beta
 
 
+def _standardized(x: Tensor, dims: list[int], rstd: Tensor, center: bool = True) -> tuple[Tensor, Tensor]:
+    """(x − m) r and r as functions of x alone, which is how autograd differentiates a norm's backward.
+
+    The ε that r was made with is what r has over the variance.
+    """
+    off = x - x.mean(dims, keepdim=True) if center else x
+    var = (off * off).mean(dims, keepdim=True)
+    r = (var + (rstd.detach() ** -2 - var.detach())).rsqrt()
+    return off * r, r
+
+
+def _projected(g: Tensor, y: Tensor, r: Tensor, dims: list[int], center: bool = True) -> Tensor:
+    """The gradient in x, from that in y = (x − m) r."""
+    off = g - g.mean(dims, keepdim=True) if center else g
+    return (off - y * (g * y).mean(dims, keepdim=True)) * r
+
+
+def _scaled(g: Tensor, weight: Tensor | None, shape: list[int]) -> Tensor:
+    return g if weight is None else g * weight.reshape(shape)
+
+
 def _rms_norm(
     g: Tensor, x: Tensor, shape: list[int], rstd: Tensor, weight: Tensor | None, mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     dims = list(range(-len(shape), 0))
-    y = x * rstd
-    scaled = g if weight is None else g * weight
-    to_x = (scaled - y * (scaled * y).mean(dims, keepdim=True)) * rstd if mask[0] else None
-    if weight is None or not mask[1]:
-        return to_x, None
-    return to_x, (g * y).reshape(-1, *shape).sum(0)
+    y, r = _standardized(x, dims, rstd, center=False)
+    to_x = _projected(_scaled(g, weight, shape), y, r, dims, center=False) if mask[0] else None
+    return to_x, (g * y).reshape(-1, *shape).sum(0) if mask[1] and weight is not None else None
 
 
 def _layer_norm(
@@ -69,13 +87,10 @@ def _layer_norm(
     mask: list[bool],
 ) -> tuple[Tensor | None, ...]:
     dims = list(range(-len(shape), 0))
-    y = (x - mean) * rstd
-    scaled = g if weight is None else g * weight
-    centered = scaled - scaled.mean(dims, keepdim=True)
-    to_x = (centered - y * (scaled * y).mean(dims, keepdim=True)) * rstd if mask[0] else None
+    y, r = _standardized(x, dims, rstd)
+    to_x = _projected(_scaled(g, weight, shape), y, r, dims) if mask[0] else None
     to_weight = (g * y).reshape(-1, *shape).sum(0) if mask[1] and weight is not None else None
-    to_bias = g.reshape(-1, *shape).sum(0) if mask[2] and bias is not None else None
-    return to_x, to_weight, to_bias
+    return to_x, to_weight, g.reshape(-1, *shape).sum(0) if mask[2] and bias is not None else None
 
 
 def _group_norm(
@@ -90,15 +105,37 @@ def _group_norm(
     groups: int,
     mask: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    split = [n, groups, c // groups, cells]
-    y = (x.reshape(split) - mean.reshape(n, groups, 1, 1)) * rstd.reshape(n, groups, 1, 1)
+    split, dims = [n, groups, c // groups, cells], [2, 3]
+    y, r = _standardized(x.reshape(split), dims, rstd.reshape(n, groups, 1, 1))
     g = g.reshape(split)
-    scaled = g if weight is None else g * weight.reshape(1, groups, -1, 1)
-    centered = scaled - scaled.mean([2, 3], keepdim=True)
-    turned = centered - y * (scaled * y).mean([2, 3], keepdim=True)
-    to_x = (turned * rstd.reshape(n, groups, 1, 1)).reshape(x.shape) if mask[0] else None
+    to_x = _projected(_scaled(g, weight, [1, groups, -1, 1]), y, r, dims).reshape(x.shape) if mask[0] else None
     to_weight = (g * y).sum([0, 3]).reshape(c) if mask[1] else None
     return to_x, to_weight, g.sum([0, 3]).reshape(c) if mask[2] else None
+
+
+def _batch_norm(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    save_mean: Tensor | None,
+    save_rstd: Tensor | None,
+    train: bool,
+    eps: float,
+    mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    shape, dims = [1, -1, *[1] * (x.ndim - 2)], [0, *range(2, x.ndim)]
+    scaled = _scaled(g, weight, shape)
+    if train:
+        assert save_rstd is not None
+        y, r = _standardized(x, dims, save_rstd.reshape(shape))
+        to_x = _projected(scaled, y, r, dims)
+    else:
+        assert mean is not None and var is not None
+        r = (var.reshape(shape) + eps).rsqrt()
+        y, to_x = (x - mean.reshape(shape)) * r, scaled * r
+    return to_x, (g * y).sum(dims) if mask[1] else None, g.sum(dims) if mask[2] else None
 
 
 LOWERINGS: Mapping[Any, Callable[..., Any]] = {
@@ -113,6 +150,7 @@ LOWERINGS: Mapping[Any, Callable[..., Any]] = {
     aten._fused_rms_norm_backward.default: _rms_norm,
     aten.native_layer_norm_backward.default: _layer_norm,
     aten.native_group_norm_backward.default: _group_norm,
+    aten.native_batch_norm_backward.default: _batch_norm,
 }
 
 __all__ = ["LOWERINGS"]

@@ -201,6 +201,20 @@ def _fill_diagonal(x: Tensor, value: float, wrap: bool = False) -> Tensor:
     return aten.index_put(x.reshape(-1), [places], x.new_full((), value)).reshape(x.shape)
 
 
+def _as_strided_scatter(
+    x: Tensor, source: Tensor, size: list[int], stride: list[int], offset: int | None = None
+) -> Any:
+    """Elements of a contiguous tensor replaced by their place in memory; PyTorch's own backward of it is wrong."""
+    if not x.is_contiguous():
+        return NotImplemented
+    places = torch.full([1] * len(size), offset or 0, device=x.device)
+    for axis, (count, step) in enumerate(zip(size, stride, strict=True)):
+        lies = [-1 if k == axis else 1 for k in range(len(size))]
+        places = places + torch.arange(count, device=x.device).reshape(lies) * step
+    flat = aten.index_put(x.reshape(-1), [places.reshape(-1)], source.reshape(-1))
+    return flat.reshape(x.shape)
+
+
 def _div(x: Tensor, y: Any, *, rounding_mode: str | None) -> Any:
     return x / y if rounding_mode is None else NotImplemented
 
@@ -260,6 +274,7 @@ LOWERINGS: Mapping[Any, Callable[..., Any]] = {
     aten.var_mean.correction: _var_mean,
     aten.std_mean.correction: _std_mean,
     aten.max_pool1d.default: _max_pool1d,
+    aten.as_strided_scatter.default: _as_strided_scatter,
     aten.fill_diagonal_.default: _fill_diagonal,
     aten.div.Tensor_mode: _div,
     aten.div.Scalar_mode: _div,
