@@ -1,306 +1,512 @@
 """Where the batch axis of every tensor lies, and whether samples interact: read off shapes and ops, no model is run.
 
-Data movement is followed exactly by moving *labels*: the op itself is run on a tensor that holds each element's sample
-number. Everything else has a rule per family. Whatever is not understood counts as mixing samples, which is always
-safe: it only refuses ``per_sample`` and takes the general path elsewhere.
+Data movement is followed by arithmetic on the axis that holds the samples (``layout.py``), or by moving sample numbers
+through the op itself (``labels.py``); everything else has a rule per family. Whatever is not understood counts as
+mixing samples, which is always safe: it only refuses ``per_sample`` and takes the general path elsewhere. Where an axis
+that was known cannot be followed, the graph says so in ``lost``.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from dag_hesse.capture import labels
 from dag_hesse.capture.batch import Batch
-from dag_hesse.ir import BatchLayout, Coupling, CurvatureGraph, Kind, Node
-from dag_hesse.ir.node import execute
+from dag_hesse.capture.layout import FREE, Place, along, reshaped
+from dag_hesse.ir import Coupling, CurvatureGraph, Kind, Node
 from dag_hesse.rules.structural import axes
-
-_SPATIAL = re.compile(
-    r"(?:pool|upsample\w*?|reflection_pad|replication_pad|im2col|col2im|nearest_exact)(\d)?d?\b|im2col|col2im"
-)
-_SUMS = {"aten.sum.default", "aten.sum.dim_IntList", "aten.mean.default", "aten.mean.dim"}
-_REDUCTIONS = _SUMS | {
-    "aten.amax.default",
-    "aten.amin.default",
-    "aten.max.default",
-    "aten.min.default",
-    "aten.logsumexp.default",
-    "aten.prod.default",
-    "aten.prod.dim_int",
-    "aten.any.default",
-    "aten.all.default",
-    "aten.any.dim",
-    "aten.all.dim",
-}
-_ALONG = {  # ops that mix elements along the dims in the argument at this position
-    "aten._softmax.default": 1,
-    "aten._safe_softmax.default": 1,
-    "aten._log_softmax.default": 1,
-    "aten.cumsum.default": 1,
-    "aten.sort.default": 1,
-    "aten.max.dim": 1,
-    "aten.min.dim": 1,
-    "aten.median.dim": 1,
-    "aten.topk.default": 2,
-    "aten.kthvalue.default": 2,
-    "dag_hesse.standardize.default": 1,
-}
-_ACCUMULATING = {"aten.scatter_add.default", "aten.index_add.default", "aten.col2im.default"}
-_SAME_SHAPE = {
-    "aten._to_copy.default",
-    "aten.tril.default",
-    "aten.triu.default",
-    "dag_hesse.tap.default",
-    "aten.clone.default",
-}
-_LINEAR = {
-    "aten.add.Tensor",
-    "aten.sub.Tensor",
-    "aten.neg.default",
-    "aten.mul.Scalar",
-    "aten.div.Scalar",
-    "aten.add.Scalar",
-}
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
+class State:
+    """How a tensor depends on samples. ``one``: on the sample of this number alone; ``lost``: nobody knows where."""
+
     coupling: Coupling
-    layout: BatchLayout | None = None
-    mean: bool = False
+    place: Place | None = None
+    one: int = -1
+    lost: bool = False
+
+    @property
+    def free(self) -> bool:
+        """The same for all samples."""
+        return self.coupling is Coupling.NONE and self.place is None and not self.lost
 
 
-_NONE = _State(Coupling.NONE)
-_MIXED = _State(Coupling.MIXED)
+LITERAL = "dag_hesse.literal"
+NONE = State(Coupling.NONE)
+GONE = State(Coupling.MIXED)  # reduced over the batch: there is no batch axis any more
+LOST = State(Coupling.MIXED, lost=True)
 
 
-class _Walker:
-    def __init__(self, graph: CurvatureGraph, batch: Batch, separate: frozenset[int] = frozenset()) -> None:
-        self.graph, self.tensors, self.size = graph, batch.tensors, batch.size
-        self.separate = separate  # nodes declared SEPARATE, whatever made them
-        self.states: list[_State] = []
-        self.values: dict[int, Tensor | None] = {}
+def separate(place: Place | None) -> State:
+    """Slices along a place that depend on their own sample; lost where there is no place."""
+    return LOST if place is None else State(Coupling.SEPARATE, place)
 
-    def run(self) -> list[_State]:
+
+def mixed(place: Place | None) -> State:
+    """Samples interact; their axis may still be known."""
+    return State(Coupling.MIXED, place)
+
+
+def option(node: Node, name: str, default: Any = None) -> Any:
+    """An argument of the node's op by the name that its schema gives it."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    place = names.index(name) if name in names else len(node.args)
+    return node.args[place] if place < len(node.args) else default
+
+
+class Walker:
+    """Visits the nodes in order. ``apart``: nodes declared to be separate, whatever made them."""
+
+    def __init__(self, graph: CurvatureGraph, batch: Batch, apart: frozenset[int] = frozenset()) -> None:
+        self.graph, self.size, self.apart = graph, batch.size, apart
+        self.constants = labels.Constants(graph, batch.tensors)
+        self.states: list[State] = []
+        self.lost: list[str] = []
+
+    def run(self) -> list[State]:
         for node in self.graph.nodes:
             state = self.leaf(node) if node.target is None else self.visit(node)
             if node.kind is Kind.CONST and state.coupling in (Coupling.MIXED, Coupling.SUMMED):
-                state = _State(Coupling.NONE, state.layout)  # a constant carries no derivative from sample to sample
-            if node.index in self.separate and state.layout is not None:
-                state = _State(Coupling.SEPARATE, state.layout)
+                state = State(Coupling.NONE, state.place, lost=state.lost)  # no derivative goes from sample to sample
+            elif state.lost and not any(self.states[k].lost and not self.constant(k) for k in node.inputs):
+                self.lost.append(node.where)
+            if node.index in self.apart and state.place is not None:
+                state = replace(state, coupling=Coupling.SEPARATE, lost=False)
             self.states.append(state)
+        if self.size > 1 and all(self.states[k].free for k in self.graph.out):
+            self.lost += [node.where for node in self.graph.nodes if self.reads_numbers(node)][:1]
         return self.states
 
-    def leaf(self, node: Node) -> _State:
+    def reads_numbers(self, node: Node) -> bool:
+        """Whether a node that has derivatives goes by integers that the forward read out of the batch."""
+        return not self.constant(node.index) and any(self.graph.nodes[k].op.startswith(LITERAL) for k in node.inputs)
+
+    def constant(self, k: int) -> bool:
+        return self.graph.nodes[k].kind is Kind.CONST
+
+    def shape(self, k: int) -> tuple[int, ...]:
+        return self.graph.nodes[k].shape
+
+    def leaf(self, node: Node) -> State:
         if node.kind is not Kind.INPUT:
-            return _NONE
+            return NONE
         axis = next((k for k, n in enumerate(node.shape) if n == self.size), None)
-        return _NONE if axis is None else _State(Coupling.SEPARATE, BatchLayout(axis, 1, self.size, 1))
+        if self.size == 1:
+            return self.single(node, 0, None if axis is None else Place(axis, 1, 1, 1))
+        return NONE if axis is None else separate(Place(axis, 1, self.size, 1))
 
-    def visit(self, node: Node) -> _State:
+    def visit(self, node: Node) -> State:
         states = [self.states[k] for k in node.inputs]
-        batched = [s for s in states if s.layout is not None or s.coupling is not Coupling.NONE]
-        if not batched:
-            return _NONE
-        if all(s.layout is None for s in batched):  # sums over the batch, or tensors whose batch axis was lost
-            return self.after_sum(node, batched)
-        found = self.family(node)(node)
-        if any(s.coupling in (Coupling.MIXED, Coupling.SUMMED) for s in batched):
-            return _State(Coupling.MIXED, found.layout)
-        return found
-
-    def family(self, node: Node) -> Callable[[Node], _State]:
-        op = node.op
-        if op in _REDUCTIONS:
-            return self.reduction
-        if op in _ALONG:
-            return self.along
-        if op in ("aten.mm.default", "aten.bmm.default"):
-            return self.product
-        if op in ("aten.convolution.default", "dag_hesse.batch_affine.default"):
-            return self.first_axis
-        if op == "aten.embedding.default":
-            return self.rows
-        if op == "aten.gather.default":
-            return self.gather
-        if _SPATIAL.search(op):
-            return self.spatial
-        if op in _SAME_SHAPE:
-            return self.elementwise
-        if node.kind in (Kind.STRUCTURAL, Kind.GATHER) or (node.kind is Kind.CONST and self.moves_data(node)):
-            return self.labels
-        if node.kind in (Kind.POINTWISE, Kind.PIECEWISE_LINEAR, Kind.CONST):
-            return self.elementwise
-        return lambda node: _MIXED
-
-    def moves_data(self, node: Node) -> bool:
-        from dag_hesse.rules.table import RULES
-
-        rule = RULES.get(node.op)
-        return rule is not None and rule.kind in (Kind.STRUCTURAL, Kind.GATHER)
-
-    def after_sum(self, node: Node, states: list[_State]) -> _State:
-        if any(s.coupling is Coupling.MIXED for s in states):
-            return _MIXED
-        mean = any(s.mean for s in states)
-        moved = node.kind is Kind.STRUCTURAL or node.op in _LINEAR
-        scaled = node.op in ("aten.mul.Tensor", "aten.div.Tensor") and (
-            self.states[node.inputs[0]] in states and len(states) == 1
-        )
-        if node.op in ("aten.div.Tensor", "aten.div.Scalar") and (scaled or moved):
-            divisor = node.args[1]
-            counts = len(node.inputs) > 1 and self.graph.nodes[node.inputs[1]].kind is Kind.CONST
-            mean = mean or counts or (isinstance(divisor, (int, float)) and divisor != 0 and divisor % self.size == 0)
-        return _State(Coupling.SUMMED, None, mean) if moved or scaled else _MIXED
-
-    def reduction(self, node: Node) -> _State:
-        source = self.states[node.inputs[0]]
-        layout, ndim = source.layout, len(self.graph.nodes[node.inputs[0]].shape)
-        assert layout is not None
-        dims = axes(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"), ndim)
-        if layout.axis in dims:
-            return _State(Coupling.SUMMED, None, "mean" in node.op) if node.op in _SUMS else _MIXED
-        shift = 0 if len(node.shape) == ndim else sum(d < layout.axis for d in dims)
-        return _State(source.coupling, _moved(layout, layout.axis - shift))
-
-    def along(self, node: Node) -> _State:
-        source = self.states[node.inputs[0]]
-        position, ndim = _ALONG[node.op], len(self.graph.nodes[node.inputs[0]].shape)
-        dims = axes(node.args[position] if len(node.args) > position else node.kwargs.get("dim", -1), ndim)
-        assert source.layout is not None
-        if source.layout.axis in dims:
-            return _State(Coupling.MIXED, source.layout if len(node.shape) == ndim else None)
-        shift = 0 if len(node.shape) == ndim else sum(d < source.layout.axis for d in dims)
-        return _State(source.coupling, _moved(source.layout, source.layout.axis - shift))
-
-    def product(self, node: Node) -> _State:
-        a, b = (self.states[k].layout for k in node.inputs)
-        last = len(node.shape) - 1  # rows of a at last - 1, columns of b at last
-        if a and b:
-            same_stack = last == 2 and a == b and a.axis == 0
-            return _State(Coupling.SEPARATE, a) if same_stack else _State(Coupling.MIXED, a if a.axis < last else None)
-        layout = a or b
-        assert layout is not None
-        contracted = last if a else last - 1
-        return _MIXED if layout.axis == contracted else _State(Coupling.SEPARATE, layout)
-
-    def first_axis(self, node: Node) -> _State:
-        x = self.states[node.inputs[0]]
-        alone = all(self.states[k].layout is None for k in node.inputs[1:])
-        return _State(Coupling.SEPARATE, x.layout) if x.layout and x.layout.axis == 0 and alone else _MIXED
-
-    def rows(self, node: Node) -> _State:
-        table, index = (self.states[k] for k in node.inputs[:2])
-        return _MIXED if table.layout or not index.layout else _State(Coupling.SEPARATE, index.layout)
-
-    def gather(self, node: Node) -> _State:
-        source = self.states[node.inputs[0]]
-        dim = axes(node.args[1], len(node.shape))[0]
-        return _MIXED if not source.layout or source.layout.axis == dim else source
-
-    def spatial(self, node: Node) -> _State:
-        match = re.search(r"(\d)d", node.op)
-        trailing = int(match.group(1)) if match else 2
-        source, ndim = self.states[node.inputs[0]], len(self.graph.nodes[node.inputs[0]].shape)
-        if source.layout is None or source.layout.axis >= ndim - trailing or len(node.shape) != ndim:
-            return _MIXED
-        return source
-
-    def elementwise(self, node: Node) -> _State:
-        layouts: list[BatchLayout] = []
-        for k in node.inputs:
-            layout, shape = self.states[k].layout, self.graph.nodes[k].shape
-            if layout is not None:
-                layouts.append(_moved(layout, layout.axis + len(node.shape) - len(shape)))
-        fits = all(0 <= y.axis < len(node.shape) and node.shape[y.axis] == y.outer * y.batch * y.inner for y in layouts)
-        if not fits or any(layout != layouts[0] for layout in layouts):
-            return _State(Coupling.MIXED, layouts[0] if fits else None)
-        return _State(Coupling.SEPARATE, layouts[0])
-
-    def labels(self, node: Node) -> _State:
-        if (
-            node.op in _ACCUMULATING
-            or node.kwargs.get("accumulate")
-            or (node.op.endswith("index_put.default") and len(node.args) > 3 and node.args[3])
-        ):
-            return _MIXED
-        values: list[Tensor] = []
-        for k in node.inputs:
-            parent = self.graph.nodes[k]
-            value = (
-                self.label(k)
-                if parent.is_float or (self.states[k].layout and not self.is_index(node, k))
-                else self.constant(k)
+        touched = [s for s in states if not s.free]
+        if not touched or node.op in CREATED:
+            return NONE
+        if touched[0].one >= 0 and all(s.one == touched[0].one for s in touched):
+            return self.single(node, touched[0].one)
+        rule = self.family(node)
+        if all(s.place is None and s.one < 0 for s in touched):  # sums over the batch, or what was lost before
+            return self.after_sum(node, touched)
+        state = rule(self, node)
+        if any(s.coupling in (Coupling.MIXED, Coupling.SUMMED) for s in touched):
+            added = rule is elementwise and all(s.coupling is not Coupling.MIXED for s in touched)
+            return (
+                state if added and state.coupling is Coupling.SUMMED else replace(mixed(state.place), lost=state.lost)
             )
-            if value is None:
-                return _MIXED
-            values.append(value)
-        if node.op == "aten.constant_pad_nd.default":
-            moved = torch.constant_pad_nd(values[0], node.args[1], -1)
-        else:
-            moved = execute(node, values)
-        layout = _find_layout(moved, self.size)
-        return _MIXED if layout is None else _State(Coupling.SEPARATE, layout)
+        return state
 
-    def is_index(self, node: Node, k: int) -> bool:
-        """Integer inputs of picking ops are positions; of moving ops they are data like any other."""
-        return node.kind is Kind.GATHER or "index" in node.op or "scatter" in node.op or "gather" in node.op
+    def single(self, node: Node, number: int, place: Place | None = None) -> State:
+        """A tensor of one sample. In a batch of one its axis is followed where that goes, for the points' shapes."""
+        if self.size > 1:
+            return State(Coupling.SEPARATE, one=number)
+        if node.target is not None:
+            place = self.guess(node)
+        if place is None and node.shape:
+            place = Place(0, 1, 1, node.shape[0])
+        return State(Coupling.SEPARATE, place, one=number)
 
-    def label(self, k: int) -> Tensor:
-        """The sample number of every element, −1 where it is the same for all samples."""
-        layout, shape = self.states[k].layout, self.graph.nodes[k].shape
-        if layout is None:
-            return torch.full((), -1.0).expand(shape)
-        ids = torch.arange(layout.batch, dtype=torch.float32)
-        line = ids.repeat_interleave(layout.inner).repeat(layout.outer)
-        return line.reshape([-1 if axis == layout.axis else 1 for axis in range(len(shape))]).expand(shape)
-
-    def constant(self, k: int) -> Tensor | None:
-        """The value of an integer tensor that depends on nothing but the batch; None if it may depend on more."""
-        if k not in self.values:
-            self.values[k] = self._evaluate(self.graph.nodes[k])
-        return self.values[k]
-
-    def _evaluate(self, node: Node) -> Tensor | None:
-        if node.kind is Kind.INPUT:
-            return self.tensors[self.graph.inputs[node.index]]
-        if node.target is None:
-            return self.graph.constants.get(node.index)
-        if node.kind is not Kind.CONST or re.search(r"rand|bernoulli|multinomial|_\.", node.op):
+    def guess(self, node: Node) -> Place | None:
+        if self.family(node) not in ARITHMETIC or all(self.states[k].place is None for k in node.inputs):
             return None
-        values = [self.constant(k) for k in node.inputs]
-        return None if any(v is None for v in values) else execute(node, [v for v in values if v is not None])
+        place = self.family(node)(self, node).place
+        return place if place and place.axis < len(node.shape) and node.shape[place.axis] == place.size else None
+
+    def family(self, node: Node) -> Rule:
+        rule = FAMILIES.get(node.op.rsplit(".", 1)[0])
+        if rule is not None:
+            return rule
+        if node.kind in (Kind.POINTWISE, Kind.PIECEWISE_LINEAR) or is_pointwise(node):
+            return elementwise
+        if any(word in node.op for word in ("pool", "upsample", "_pad", "nearest_exact")):
+            return spatial
+        return unknown
+
+    def after_sum(self, node: Node, states: Sequence[State]) -> State:
+        lost = any(s.lost for s in states)
+        if any(s.coupling is not Coupling.SUMMED for s in states):
+            return replace(GONE, lost=lost)
+        linear = is_linear(node) or self.scales(node)
+        return State(Coupling.SUMMED) if linear else GONE
+
+    def scales(self, node: Node) -> bool:
+        """Whether a product or quotient is one of a tensor that depends on samples by one that does not."""
+        if node.op not in ("aten.mul.Tensor", "aten.div.Tensor"):
+            return False
+        first, others = self.states[node.inputs[0]], [self.states[k] for k in node.inputs[1:]]
+        alone = all(s.coupling is Coupling.NONE for s in others)
+        return alone or (node.op == "aten.mul.Tensor" and first.coupling is Coupling.NONE)
+
+    def line(self, k: int, axis: int) -> torch.Tensor:
+        """Sample numbers along an axis of a tensor whose samples lie along it, if they lie anywhere."""
+        state, size = self.states[k], self.shape(k)[axis]
+        if state.one >= 0 and self.size > 1:
+            return torch.full((size,), state.one)
+        return state.place.line() if state.place else torch.full((size,), FREE)
 
 
-def _moved(layout: BatchLayout, axis: int) -> BatchLayout:
-    return BatchLayout(axis, layout.outer, layout.batch, layout.inner)
+Rule = Callable[[Walker, Node], State]
 
 
-def _find_layout(labels: Tensor, batch: int) -> BatchLayout | None:
-    """The axis along which labels run as outer · batch · inner; None if there is no such axis."""
-    free = labels < 0
-    for axis, size in enumerate(labels.shape):
-        if size % batch:
-            continue
-        for inner in (k for k in range(1, size // batch + 1) if (size // batch) % k == 0):
-            line = torch.arange(size) // inner % batch
-            expected = line.reshape([-1 if k == axis else 1 for k in range(labels.ndim)])
-            if bool(((labels == expected) | free).all()):
-                return BatchLayout(axis, size // (batch * inner), batch, inner)
-    return None
+def is_pointwise(node: Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def is_linear(node: Node) -> bool:
+    return node.kind is Kind.STRUCTURAL or node.op.rsplit(".", 1)[0] in LINEAR
+
+
+def elementwise(walk: Walker, node: Node) -> State:
+    """Aligned from the right; what depends on single samples may be added, and no more."""
+    places: list[Place] = []
+    for k in node.inputs:
+        if (place := walk.states[k].place) is not None:
+            places.append(place.at(place.axis + len(node.shape) - len(walk.shape(k))))
+    if any(walk.states[k].one >= 0 for k in node.inputs) and walk.size > 1:
+        return State(Coupling.SUMMED) if is_linear(node) and not places else mixed(places[0] if places else None)
+    fits = all(0 <= p.axis < len(node.shape) and node.shape[p.axis] == p.size for p in places)
+    if not fits or any(place != places[0] for place in places):
+        return mixed(places[0]) if fits else LOST
+    return separate(places[0])
+
+
+def only(walk: Walker, node: Node) -> Place | None:
+    """The place of the first input."""
+    return walk.states[node.inputs[0]].place
+
+
+def reshape(walk: Walker, node: Node) -> State:
+    place = only(walk, node)
+    return separate(place and reshaped(place, walk.shape(node.inputs[0]), node.shape))
+
+
+def permute(walk: Walker, node: Node) -> State:
+    place, ndim = only(walk, node), len(node.shape)
+    order = list(range(ndim))
+    if "permute" in node.op:
+        order = axes(option(node, "dims"), ndim)
+    elif ndim > 1:
+        one, other = (
+            (0, 1) if node.op.startswith("aten.t.") else axes([option(node, "dim0"), option(node, "dim1")], ndim)
+        )
+        order[one], order[other] = other, one
+    return separate(place and place.at(order.index(place.axis)))
+
+
+def expand(walk: Walker, node: Node) -> State:
+    place, more = only(walk, node), len(node.shape) - len(walk.shape(node.inputs[0]))
+    if place is not None and node.shape[place.axis + more] != place.size:
+        place = replace(place, outer=node.shape[place.axis + more])  # a batch of one
+    return separate(place and place.at(place.axis + more))
+
+
+def pick(walk: Walker, node: Node) -> State:
+    """Ops that pick along axes: run on the line of the batch axis."""
+    k = node.inputs[0]
+    place, ndim = walk.states[k].place, len(walk.shape(k))
+    if place is None:
+        return LOST
+    line, axis = place.line(), place.axis
+    name, dim = node.op.split(".")[1], axes(option(node, "dim", option(node, "dimension", 0)), ndim)[0]
+    if name == "slice":
+        line = (
+            line
+            if dim != axis
+            else line[labels.span(option(node, "start"), option(node, "end"), option(node, "step", 1))]
+        )
+    elif name == "select":
+        if dim == axis:
+            return State(Coupling.SEPARATE, one=int(line[option(node, "index")]))
+        axis -= dim < axis
+    elif name == "flip":
+        line = line.flip(0) if axis in axes(option(node, "dims"), ndim) else line
+    elif name == "roll":
+        dims, shifts = option(node, "dims", []), option(node, "shifts")
+        if not dims:
+            return LOST
+        line = line.roll(sum(s for s, d in zip(shifts, axes(dims, ndim), strict=True) if d == axis))
+    elif name == "constant_pad_nd":
+        pads, after = option(node, "pad"), 2 * (ndim - 1 - axis)
+        line = torch.constant_pad_nd(line, pads[after : after + 2], FREE) if after < len(pads) else line
+    elif name == "repeat":
+        repeats = option(node, "repeats")
+        axis += len(repeats) - ndim
+        line = line.repeat(repeats[axis])
+    elif name == "unfold" and dim == axis:
+        return LOST
+    return _of_line(line, axis)
+
+
+def _of_line(line: torch.Tensor, axis: int) -> State:
+    place = along(line, axis)
+    if place is not None and place.batch == 1:
+        return State(Coupling.SEPARATE, place if place.start == 0 else None, one=place.start)
+    return separate(place)
+
+
+def cat(walk: Walker, node: Node) -> State:
+    inputs = [node.inputs[ref.slot] for ref in node.args[0]]
+    stack = node.op.startswith("aten.stack")
+    inputs = [k for k in inputs if stack or len(walk.shape(k)) == len(node.shape)]  # an old cat() takes empty vectors
+    dim = axes(option(node, "dim", 0), len(node.shape))[0]
+    moved = [_unsqueezed(walk.states[k].place, dim) if stack else walk.states[k].place for k in inputs]
+    places = {p for p in moved if p is not None}
+    if places and all(p.axis != dim for p in places):
+        return separate(places.pop()) if len(places) == 1 else LOST
+    ones = [walk.states[k].one for k in inputs]
+    pieces = [torch.tensor([one]) for one in ones] if stack else [walk.line(k, dim) for k in inputs]
+    return _of_line(torch.cat(pieces), dim)
+
+
+def _unsqueezed(place: Place | None, dim: int) -> Place | None:
+    return place and place.at(place.axis + (place.axis >= dim))
+
+
+def write(walk: Walker, node: Node) -> State:
+    """slice_scatter and select_scatter."""
+    into, source = node.inputs[:2]
+    ndim = len(node.shape)
+    dim = axes(option(node, "dim", 0), ndim)[0]
+    a, b = walk.states[into].place, walk.states[source].place
+    if "select" in node.op:
+        b = _unsqueezed(b, dim)
+        window = labels.span(option(node, "index"), option(node, "index") % node.shape[dim] + 1, 1)
+    else:
+        window = labels.span(option(node, "start"), option(node, "end"), option(node, "step", 1))
+    if all(p is None or p.axis != dim for p in (a, b)) and walk.states[source].one < 0:
+        return separate(a or b) if a is None or b is None or a == b else mixed(a)
+    if any(p is not None and p.axis != dim for p in (a, b)):
+        return mixed(a)
+    line = walk.line(into, dim).clone()
+    line[window] = torch.tensor([walk.states[source].one]) if "select" in node.op else walk.line(source, dim)
+    return _of_line(line, dim)
+
+
+def reduction(walk: Walker, node: Node) -> State:
+    k = node.inputs[0]
+    state, ndim = walk.states[k], len(walk.shape(k))
+    if state.place is None:
+        return State(Coupling.SUMMED) if is_sum(node) else GONE
+    dims = axes(option(node, "dim"), ndim)
+    if state.place.axis in dims:
+        return State(Coupling.SUMMED) if is_sum(node) else GONE
+    shift = 0 if len(node.shape) == ndim else sum(d < state.place.axis for d in dims)
+    return separate(state.place.at(state.place.axis - shift))
+
+
+def is_sum(node: Node) -> bool:
+    return node.op.rsplit(".", 1)[0] in ("aten.sum", "aten.mean")
+
+
+def sequence(walk: Walker, node: Node) -> State:
+    """Ops that mix elements along some axes and keep the others."""
+    k = node.inputs[0]
+    place, ndim = walk.states[k].place, len(walk.shape(k))
+    if place is None:
+        return GONE
+    dims = axes(option(node, "dims", option(node, "dim", -1)), ndim)
+    same = len(node.shape) == ndim
+    if place.axis in dims:
+        return mixed(place) if same and node.shape[place.axis] == place.size else GONE
+    return separate(place.at(place.axis - (0 if same else sum(d < place.axis for d in dims))))
+
+
+def product(walk: Walker, node: Node) -> State:
+    """mm, bmm and their kin: a stack of products where all have it, rows, columns, and what is summed over."""
+    a, b = (walk.states[k].place for k in node.inputs[:2])
+    last = len(node.shape) - 1  # rows of a at last - 1, columns of b at last
+    summed = (a is None or a.axis == last) and (b is None or b.axis == last - 1)
+    if summed and (a is None or b is None or a.at(0) == b.at(0)):
+        return State(Coupling.SUMMED)  # Σ over samples of a term each
+    if a and b:
+        if last == 2 and a == b and a.axis == 0:
+            return separate(a)
+        return mixed(a if a.axis < last else b if b.axis != last - 1 else None)
+    place = a or b
+    return elementwise(walk, node) if place is None else separate(place)
+
+
+def convolution(walk: Walker, node: Node) -> State:
+    x, w = (walk.states[k] for k in node.inputs[:2])
+    if any(not walk.states[k].free for k in node.inputs[2:]) or x.place is None:
+        return LOST
+    if x.place.axis == 0:
+        return separate(x.place) if w.free else mixed(x.place)
+    return _grouped(walk, node, x.place, w.place) if x.place.axis == 1 else LOST
+
+
+def _grouped(walk: Walker, node: Node, x: Place, w: Place | None) -> State:
+    """A batch that is folded into the channels, every group of them being of one sample."""
+    groups, transposed = option(node, "groups"), option(node, "transposed")
+    into, out = walk.shape(node.inputs[0])[1] // groups, node.shape[1] // groups
+    if x.inner % into or transposed:
+        return mixed(x) if node.shape[1] == x.size else LOST
+    place = replace(x, inner=x.inner // into * out)
+    return separate(place) if w is None or w.at(1) == place else mixed(place)
+
+
+def leading(walk: Walker, node: Node) -> State:
+    """Ops that do the same to every slice of their first axis."""
+    states = [walk.states[k] for k in node.inputs]
+    places = {s.place for s in states if s.place is not None}
+    place = places.pop() if len(places) == 1 else None
+    return separate(place if place and place.axis == 0 and node.shape[0] == place.size else None)
+
+
+def spatial(walk: Walker, node: Node) -> State:
+    """Ops over trailing axes, whose number is in their name."""
+    digits = [int(c) for c in "123" if f"{c}d" in node.op]
+    place, ndim = only(walk, node), len(walk.shape(node.inputs[0]))
+    if place is None or place.axis >= ndim - (digits[0] if digits else 2) or len(node.shape) != ndim:
+        return LOST
+    return separate(place)
+
+
+def affine(walk: Walker, node: Node) -> State:
+    """BatchNorm with given statistics: they lie along axis 1."""
+    x = only(walk, node)
+    others = [p.at(1) for k in node.inputs[1:] if (p := walk.states[k].place) is not None]
+    if x is None:
+        return LOST
+    return separate(x) if all(p == x for p in others) else mixed(x)
+
+
+def rows(walk: Walker, node: Node) -> State:
+    table, index = (walk.states[k] for k in node.inputs[:2])
+    return separate(index.place) if table.free else LOST
+
+
+def bags(walk: Walker, node: Node) -> State:
+    """EmbeddingBag: a bag per offset. Offsets that count off the samples' rows put one bag after the other."""
+    table, index, offsets = (walk.states[k] for k in node.inputs[:3])
+    if not table.free or node.output not in (None, 0):
+        return LOST
+    if offsets.place is not None:
+        return separate(offsets.place)
+    starts, place = walk.constants.value(node.inputs[2]), index.place
+    if starts is None or place is None:
+        return LOST
+    ends = torch.cat([starts[1:], torch.tensor([place.size])])[: node.shape[0]]
+    line = place.line()
+    bag = [line[s:e] for s, e in zip(starts.tolist(), ends.tolist(), strict=False)]
+    whole = all(len(b) and bool((b == b[0]).all()) for b in bag)
+    return _of_line(torch.stack([b[0] for b in bag]), 0) if whole else LOST
+
+
+def move(walk: Walker, node: Node) -> State:
+    """Picks and writes by index: aligned along another axis, or by moving sample numbers."""
+    if (place := labels.aligned(walk, node)) is not None:
+        return separate(place)
+    moved = labels.moved(walk, node)
+    return LOST if moved is None else _single_or(moved)
+
+
+def _single_or(place: Place) -> State:
+    return State(Coupling.SEPARATE, one=place.start) if place.batch == 1 else separate(place)
+
+
+def unknown(walk: Walker, node: Node) -> State:
+    """An op without a rule is tried on random values: which slices change when a sample does?"""
+    return separate(labels.tried(walk, node))
+
+
+def _table(entries: Mapping[str, Rule]) -> dict[str, Rule]:
+    return {
+        f"{'' if '.' in name else 'aten.'}{name}": rule for names, rule in entries.items() for name in names.split()
+    }
+
+
+FAMILIES: Mapping[str, Rule] = _table(
+    {
+        "view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten unflatten": reshape,
+        "permute transpose t": permute,
+        "expand": expand,
+        "slice select flip roll constant_pad_nd repeat unfold": pick,
+        "cat stack": cat,
+        "slice_scatter select_scatter": write,
+        "sum mean amax amin logsumexp prod any all argmax argmin count_nonzero var std nansum": reduction,
+        "linalg_vector_norm norm": reduction,
+        "_softmax _safe_softmax _log_softmax cumsum cumprod logcumsumexp cummax cummin sort argsort topk": sequence,
+        "kthvalue mode glu renorm dag_hesse.standardize": sequence,
+        "mm bmm dag_hesse.mm_bias": product,
+        "convolution": convolution,
+        "im2col col2im grid_sampler_2d grid_sampler_3d affine_grid_generator _cdist_forward": leading,
+        "dag_hesse.batch_affine": affine,
+        "embedding": rows,
+        "_embedding_bag _embedding_bag_forward_only embedding_bag": bags,
+        "index _unsafe_index index_select gather scatter scatter_add scatter_reduce index_add index_put": move,
+        "_unsafe_index_put index_copy index_fill take take_along_dim diagonal as_strided": move,
+        "_to_copy tril triu clone alias lift_fresh_copy dag_hesse.tap native_dropout detach copy": elementwise,
+        "bernoulli masked_fill where": elementwise,
+    }
+)
+# With a dim these run along it, without they are reductions of everything.
+FAMILIES = {
+    **FAMILIES,
+    **{
+        f"aten.{name}": (lambda w, n: (sequence if len(n.args) > 1 else reduction)(w, n))
+        for name in ("max", "min", "median", "nanmedian")
+    },
+}
+ARITHMETIC = frozenset(
+    {
+        reshape,
+        permute,
+        expand,
+        pick,
+        elementwise,
+        reduction,
+        sequence,
+        product,
+        convolution,
+        leading,
+        spatial,
+        affine,
+        rows,
+    }
+)
+LINEAR = frozenset(f"aten.{name}" for name in ("add", "sub", "neg", "sum", "mean"))
+LINEAR_SCALARS = frozenset({"aten.mul.Scalar", "aten.div.Scalar"})
+_LIKE = ("zeros", "ones", "empty", "full", "rand", "randn")
+CREATED = frozenset(
+    [f"aten.{name}_like.default" for name in _LIKE]
+    + [f"aten.new_{name}.default" for name in ("zeros", "ones", "empty", "full")]
+)
 
 
 def annotate(graph: CurvatureGraph, batch: Batch) -> CurvatureGraph:
-    """Fill in ``graph.layouts``, ``graph.couplings`` and ``graph.mean_loss``."""
-    states = _Walker(graph, batch).run()
-    graph.layouts = [state.layout for state in states]
+    """Fill in ``graph.layouts``, ``graph.couplings``, ``graph.lost`` and what follows for the loss."""
+    walk = Walker(graph, batch)
+    states = walk.run()
+    graph.layouts = [None if s.place is None else s.place.layout(batch.size) for s in states]
     graph.couplings = [state.coupling for state in states]
-    loss_states = _Walker(graph, batch, frozenset(graph.out)).run()
-    graph.mean_loss = loss_states[graph.loss].mean
+    if hasattr(graph, "lost"):
+        graph.lost = tuple(dict.fromkeys(walk.lost))
+    loss_states = Walker(graph, batch, frozenset(graph.out)).run()
     graph.separable_loss = batch.size == 1 or (
         loss_states[graph.loss].coupling is Coupling.SUMMED and all(graph.layouts[k] is not None for k in graph.out)
     )

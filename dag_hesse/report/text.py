@@ -53,8 +53,11 @@ def facts(report: CurvatureReport) -> list[str]:
     ]
     if f["space"] == "parameter" and len(report.points) > 1:
         lines.append(f"Φ = {report.phi:.4f} of ‖H‖² lies outside the diagonal blocks")
+    if f.get("reduction", "one batch") != "one batch":
+        lines.append(f"loss: {f['reduction']}")
     if f["opaque"]:
         lines.append(f"opaque ops (differentiated by autograd, exact): {', '.join(f['opaque'])}")
+    lines += [f"batch axis lost at {where}" for where in f.get("lost", ())]
     return lines
 
 

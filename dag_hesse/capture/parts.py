@@ -1,0 +1,143 @@
+"""Parts of a batch: sliced outputs and targets put into the loss, or slices of its tensors put through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dag_hesse.capture.batch import Batch
+from dag_hesse.capture.layout import Place
+from dag_hesse.capture.losses import Loss, evaluate
+from dag_hesse.capture.tap import map_tensors
+from dag_hesse.ir import CurvatureGraph
+
+
+def _place(x: Tensor, batch: int) -> Place | None:
+    """The first axis of the batch's size; else a leading one that holds several rows a sample."""
+    axis = next((k for k, n in enumerate(x.shape) if n == batch), None)
+    if axis is not None:
+        return Place(axis, 1, batch, 1)
+    folded = x.ndim > 0 and x.shape[0] % batch == 0 and x.shape[0] > 0
+    return Place(0, 1, batch, x.shape[0] // batch) if folded else None
+
+
+def _take(x: Tensor, place: Place | None, samples: Tensor) -> Tensor:
+    if place is None:
+        return x
+    split = x.unflatten(place.axis, (place.outer, place.batch, place.inner))
+    picked = split.index_select(place.axis + 1, samples.to(x.device))
+    return picked.flatten(place.axis, place.axis + 2)
+
+
+def _join(parts: Sequence[Tensor], place: Place | None) -> Tensor:
+    if place is None or len(parts) == 1:
+        return parts[0]
+    split = [x.unflatten(place.axis, (place.outer, -1, place.inner)) for x in parts]
+    return torch.cat(split, place.axis + 1).flatten(place.axis, place.axis + 2)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some samples: tensors of the model's output, and of targets and keyword inputs."""
+
+    outputs: list[Tensor]
+    others: list[Tensor]
+
+
+class OnOutputs:
+    """A loss as a function of outputs and targets, for pieces of batches like one example."""
+
+    def __init__(self, model: nn.Module, graph: CurvatureGraph, batch: Batch, loss: Loss | None) -> None:
+        self.batch, self.loss = batch, loss
+        with torch.no_grad():
+            self.output = model(*batch.args, **batch.kwargs)
+        outputs: list[Tensor] = []
+        self.places: list[Place | None] = []
+
+        def keep(x: Tensor, path: str) -> Tensor:
+            outputs.append(x.detach())
+            self.places.append(_output_place(graph, path, x, batch.size))
+            return x
+
+        map_tensors(self.output, keep)
+        self.all = Piece(outputs, self.others(batch))
+        self.other_places = [_place(x, batch.size) for x in self.all.others]
+
+    def others(self, batch: Batch) -> list[Tensor]:
+        """Targets and keyword inputs of a batch like the example."""
+        return [x for x in pytree.tree_leaves((batch.kwargs, batch.targets)) if isinstance(x, Tensor)]
+
+    def like(self, batch: Batch) -> Piece:
+        """A batch like the example: with the outputs of that."""
+        return Piece(self.all.outputs, self.others(batch))
+
+    def piece(self, samples: Tensor, of: Piece) -> Piece:
+        """Some samples of a piece that holds as many as the example."""
+        return Piece(
+            [_take(x, p, samples) for x, p in zip(of.outputs, self.places, strict=True)],
+            [_take(x, p, samples) for x, p in zip(of.others, self.other_places, strict=True)],
+        )
+
+    def gradients(self, *pieces: Piece) -> tuple[float, list[Tensor]]:
+        """The loss of the pieces put together, and its gradient at the outputs of each."""
+        floating = [[x.detach().clone().requires_grad_(x.is_floating_point()) for x in p.outputs] for p in pieces]
+        outputs = [_join(parts, place) for parts, place in zip(zip(*floating, strict=True), self.places, strict=True)]
+        others = [
+            _join(parts, place)
+            for parts, place in zip(zip(*(p.others for p in pieces), strict=True), self.other_places, strict=True)
+        ]
+        with torch.enable_grad():
+            value = self._value(outputs, others)
+            starts = [x for part in floating for x in part if x.requires_grad]
+            found = iter(torch.autograd.grad(value, starts, allow_unused=True))
+        return float(value.detach()), [_flat(part, [next(found) for x in part if x.requires_grad]) for part in floating]
+
+    def _value(self, outputs: list[Tensor], others: list[Tensor]) -> Tensor:
+        mine = iter(outputs)
+        output = map_tensors(self.output, lambda x, path: next(mine))
+        leaves, spec = pytree.tree_flatten((self.batch.kwargs, self.batch.targets))
+        rest = iter(others)
+        kwargs, targets = pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
+        return evaluate(output, self.batch, targets, kwargs, self.loss)
+
+
+def _output_place(graph: CurvatureGraph, path: str, x: Tensor, batch: int) -> Place | None:
+    sites = graph.taps.get(f"output.{path}" if path else "output", ())
+    layout = graph.layouts[sites[0]] if sites and graph.nodes[sites[0]].shape == x.shape else None
+    if layout is None:
+        return _place(x, batch)
+    return Place(layout.axis, layout.outer, layout.batch, layout.inner)
+
+
+def _flat(part: list[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+    leaves = [x for x in part if x.requires_grad]
+    pairs = zip(leaves, gradients, strict=True)
+    return torch.cat([(torch.zeros_like(x) if g is None else g).reshape(-1).double() for x, g in pairs])
+
+
+def part_of(batch: Batch, samples: Tensor) -> Batch:
+    def take(x: Any) -> Any:
+        return _take(x, _place(x, batch.size), samples) if isinstance(x, Tensor) else x
+
+    args, kwargs, targets = pytree.tree_map(take, batch.tree)
+    return Batch(args, kwargs, targets, len(samples))
+
+
+def parameter_gradient(model: nn.Module, batch: Batch, loss: Loss | None) -> Tensor:
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    frozen = [p for p in parameters if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            value = evaluate(model(*batch.args, **batch.kwargs), batch, batch.targets, batch.kwargs, loss)
+            found = torch.autograd.grad(value, parameters, allow_unused=True)
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+    return torch.cat([g.reshape(-1).double() for g in found if g is not None])

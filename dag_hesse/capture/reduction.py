@@ -1,0 +1,351 @@
+"""How the losses of batches add up to the loss over all samples: as a sum, or as a mean with what weights.
+
+It is not read off the loss's code but tried. The loss is evaluated on parts of a batch and on the whole of them, by
+slicing the model's output and the targets. Where it is a sum over samples of terms ℓ_b over a weight w, its gradient at
+sample b's output is ∇ℓ_b / w: on the whole it is that of the part times w(part)/w(whole), whatever ℓ is. Factors of 1
+make a sum; factors that add up to 1 make a mean, of which they give the weights (of the samples that ``ignore_index``
+leaves, of class weights, of masks). Anything else (contrastive losses, roots of means) has no loss over batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import isfinite, prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dag_hesse.capture.batch import Batch
+from dag_hesse.capture.labels import Constants
+from dag_hesse.capture.layout import Place
+from dag_hesse.capture.losses import Loss
+from dag_hesse.capture.parts import OnOutputs, Piece, parameter_gradient, part_of
+from dag_hesse.capture.stream import Batches
+from dag_hesse.errors import DagHesseError, OptionError, ReductionError
+from dag_hesse.ir import CurvatureGraph, Kind
+from dag_hesse.randomness import preserved
+
+REDUCTIONS = ("mean", "sum")
+Option = str | Sequence[float] | Callable[[Any], float] | None
+_ADVICE = (
+    "say how the batches' losses add up with reduction='mean' (weighted by samples), 'sum', a weight per batch, or a "
+    "callable of a batch; or pass one batch."
+)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """``kind``: ``"one batch"``, ``"sum"``, ``"mean"`` (over samples) or ``"weights"`` (a mean with these weights)."""
+
+    kind: str
+    weights: tuple[float, ...] = ()
+
+    def shares(self, sizes: Sequence[int]) -> list[float]:
+        """The factor of every batch's loss in the whole."""
+        if self.kind in ("one batch", "sum"):
+            return [1.0] * len(sizes)
+        weights = self.weights or tuple(map(float, sizes))
+        return [weight / sum(weights) for weight in weights]
+
+    def per_sample(self, sizes: Sequence[int]) -> list[float]:
+        """The factor that makes of a sample's part in its batch's loss a loss of its own, with no 1/B."""
+        return [share if self.kind == "sum" else share * sum(sizes) for share in self.shares(sizes)]
+
+    def __str__(self) -> str:
+        return {"weights": "mean, weighted by batch", "mean": "mean over samples", "sum": "sum over samples"}.get(
+            self.kind, self.kind
+        )
+
+
+def given_reduction(option: Option, batches: Batches) -> Reduction:
+    """What the user said.
+
+    Raises:
+        OptionError: an unknown name, or weights that do not fit.
+    """
+    if isinstance(option, str):
+        if option not in REDUCTIONS:
+            raise OptionError(f"reduction={option!r}; expected 'mean', 'sum', a weight per batch, or a callable.")
+        return Reduction(option)
+    if not callable(option) and not isinstance(option, Sequence):
+        raise OptionError(f"reduction={option!r}; expected 'mean', 'sum', a weight per batch, or a callable.")
+    values: list[Any] = [option(as_given(batch)) for batch in batches] if callable(option) else list(option)
+    if len(values) != len(batches):
+        raise OptionError(f"reduction has {len(values)} weights for {len(batches)} batches; expected one a batch.")
+    weights = tuple(float(value) for value in values)
+    if not all(isfinite(w) and w >= 0 for w in weights) or not sum(weights):
+        raise OptionError(f"reduction gives the weights {weights[:4]}; expected finite numbers ≥ 0, not all 0.")
+    return Reduction("weights", weights)
+
+
+def as_given(batch: Batch) -> Any:
+    """The batch in the form that users write."""
+    if batch.targets is None and not batch.args:
+        return batch.kwargs
+    inputs = batch.kwargs or (batch.args[0] if len(batch.args) == 1 else batch.args)
+    return inputs, batch.targets
+
+
+def find_reduction(
+    model: nn.Module,
+    graphs: Sequence[CurvatureGraph],
+    batches: Batches,
+    loss: Loss | None,
+    option: Option = None,
+    *,
+    per_sample: bool = False,
+) -> Reduction:
+    """How the losses of all batches add up.
+
+    Args:
+        model, graphs, batches, loss: as captured, a graph per batch.
+        option: what the user said; None: it is tried on the loss itself.
+        per_sample: whether it matters for a single batch as well.
+
+    Raises:
+        ReductionError: the losses of parts do not make up that of the whole.
+        OptionError: ``option`` is not among its choices.
+    """
+    if option is not None:
+        return given_reduction(option, batches)
+    if len(batches) == 1 and not per_sample:
+        return Reduction("one batch")
+    try:
+        with _untouched(model):
+            own = loss is None and next(iter(batches.examples.values())).targets is None
+            return (_by_runs if own else _by_outputs)(model, graphs, batches, loss)
+    except DagHesseError:
+        raise
+    except Exception as error:
+        raise ReductionError(f"the loss cannot be evaluated on parts of a batch ({error}), so {_ADVICE}") from error
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Buffers, attributes, modes and random states come out as they went in."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    kept = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        with preserved():
+            yield
+    finally:
+        for module, attributes in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                if not torch.equal(buffer, saved):
+                    buffer.copy_(saved)
+
+
+def _tolerance(graph: CurvatureGraph) -> float:
+    return float(torch.finfo(graph.nodes[graph.loss].dtype).eps ** 0.5)
+
+
+def _factor(whole: Tensor, alone: Tensor, tolerance: float) -> float:
+    """The number that ``whole`` is of ``alone``.
+
+    Raises:
+        ReductionError: it is no multiple.
+    """
+    factor = float(whole @ alone / (alone @ alone))
+    if float((whole - factor * alone).norm()) > tolerance * max(float(whole.norm()), float(alone.norm())):
+        raise ReductionError(f"one sample's loss depends on the other samples' outputs, so {_ADVICE}")
+    return factor
+
+
+def _usable(gradient: Tensor) -> bool:
+    return bool(gradient.isfinite().all()) and bool(gradient.any())
+
+
+def _halves(size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ways to part a batch, and last the batch beside itself."""
+    every = torch.arange(size)
+    for cut in dict.fromkeys((-(-size // 3), size // 2)):
+        if 0 < cut < size:
+            yield every[:cut], every[cut:]
+            yield every[size - cut :], every[: size - cut]
+    if size > 2:
+        yield every[::2], every[1::2]
+    yield every, every
+
+
+def _pair(on: OnOutputs, first: Piece, second: Piece, tolerance: float) -> tuple[float, float] | None:
+    """w(first) and w(second) over w(both); None where one of them has no gradient to tell it by."""
+    (one, alone), (two, beside) = on.gradients(first), on.gradients(second)
+    if not (_usable(alone[0]) and _usable(beside[0])):
+        return None
+    both, parts = on.gradients(first, second)
+    factors = _factor(parts[0], alone[0], tolerance), _factor(parts[1], beside[0], tolerance)
+    if min(map(abs, factors)) <= tolerance:
+        raise ReductionError(f"samples that have a loss of their own count nothing beside others, so {_ADVICE}")
+    expected = factors[0] * one + factors[1] * two
+    if abs(both - expected) > tolerance * max(abs(both), abs(factors[0] * one), abs(factors[1] * two)):
+        raise ReductionError(
+            f"the losses of two parts make {expected:.6g} and their whole's is {both:.6g}, so {_ADVICE}"
+        )
+    return factors
+
+
+def _verdict(factors: tuple[float, float], tolerance: float) -> str:
+    if all(abs(f - 1) <= tolerance for f in factors):
+        return "sum"
+    if abs(sum(factors) - 1) <= tolerance and min(factors) >= -tolerance:
+        return "mean"
+    raise ReductionError(
+        f"the loss is neither a sum nor a mean over samples (parts of a batch count {factors[0]:.4g} and "
+        f"{factors[1]:.4g} times in the whole), so {_ADVICE}"
+    )
+
+
+def _by_outputs(model: nn.Module, graphs: Sequence[CurvatureGraph], batches: Batches, loss: Loss | None) -> Reduction:
+    tolerance = _tolerance(graphs[0])
+    ons = _examples(model, graphs, batches, loss)
+    on, first, second, factors = _telling(ons, batches, tolerance)
+    for one, other in ((_scaled(first), second), (first, _scaled(second))):
+        again = _pair(on, one, other, tolerance)
+        if again is not None and max(abs(a - b) for a, b in zip(factors, again, strict=True)) > tolerance:
+            raise ReductionError(f"how much a sample counts depends on the model's output, so {_ADVICE}")
+    if _verdict(factors, tolerance) == "sum":
+        return Reduction("sum")
+    if len(batches) == 1:
+        return Reduction("mean")
+    return _weighted(_links(graphs, ons, first, batches, tolerance), batches.sizes, tolerance)
+
+
+def _scaled(piece: Piece) -> Piece:
+    """Other outputs for the same targets: smaller ones, which stay probabilities where they are some."""
+    return replace(piece, outputs=[0.3 * x if x.is_floating_point() else x for x in piece.outputs])
+
+
+def _telling(
+    ons: dict[Any, OnOutputs], batches: Batches, tolerance: float
+) -> tuple[OnOutputs, Piece, Piece, tuple[float, float]]:
+    """The first batch, and two parts of it, that have gradients; and how much these count together."""
+    for signature, batch in zip(batches.signatures, batches, strict=True):
+        on = ons[signature]
+        every = on.like(batch)
+        for first, second in _halves(batch.size):
+            pieces = on.piece(first, every), on.piece(second, every)
+            if (factors := _pair(on, *pieces, tolerance)) is not None:
+                return on, *pieces, factors
+    raise ReductionError(f"the loss has no gradient at the model's output to tell it by, so {_ADVICE}")
+
+
+def _examples(
+    model: nn.Module, graphs: Sequence[CurvatureGraph], batches: Batches, loss: Loss | None
+) -> dict[Any, OnOutputs]:
+    by_signature = dict(zip(batches.signatures, graphs, strict=True))
+    return {s: OnOutputs(model, by_signature[s], batch, loss) for s, batch in batches.examples.items()}
+
+
+def _links(
+    graphs: Sequence[CurvatureGraph],
+    ons: dict[Any, OnOutputs],
+    reference: Piece,
+    batches: Batches,
+    tolerance: float,
+) -> list[float]:
+    """A weight per batch: each is put beside one reference, with the outputs of the example that it is like.
+
+    What does not fit beside it (of another length, say) has the weight that its own graph divides by.
+    """
+    weights: list[float] = []
+    unit = 0.0  # the reference's weight, in which those of others are found, where graphs are to be read
+    for signature, batch, graph in zip(batches.signatures, batches, graphs, strict=True):
+        on = ons[signature]
+        piece = on.like(batch)
+        if _fit(reference, piece, on):
+            weights.append(_beside(on, reference, piece, tolerance))
+            if weights[-1] and not unit and _ragged(reference, ons):
+                unit = _denominator(graph, batch) / weights[-1]
+        else:
+            weights.append(-_denominator(graph, batch))
+    return [-w if w < 0 else w * (unit or 1.0) for w in weights]
+
+
+def _ragged(reference: Piece, ons: dict[Any, OnOutputs]) -> bool:
+    return not all(_fit(reference, on.all, on) for on in ons.values())
+
+
+def _beside(on: OnOutputs, reference: Piece, piece: Piece, tolerance: float) -> float:
+    """The weight of a piece in units of the reference's: w / w₀ = 1 / (w₀ / (w₀ + w)) - 1."""
+    alone, both = on.gradients(reference)[1][0], on.gradients(reference, piece)[1][0]
+    factor = _factor(both, alone, tolerance)
+    found = _pair(on, reference, piece, tolerance)
+    if found is not None:
+        _verdict(found, tolerance)
+        return found[1] / found[0]
+    return max(1 / factor - 1, 0.0) if factor < 1 - tolerance else 0.0
+
+
+def _fit(one: Piece, other: Piece, on: OnOutputs) -> bool:
+    """Whether two pieces can be put together: all axes but the batch's agree."""
+
+    def rest(x: Tensor, place: Place | None) -> list[int]:
+        return [n for k, n in enumerate(x.shape) if place is None or k != place.axis]
+
+    places = [*on.places, *on.other_places]
+    pairs = zip([*one.outputs, *one.others], [*other.outputs, *other.others], places, strict=True)
+    return all(rest(x, place) == rest(y, place) for x, y, place in pairs)
+
+
+def _weighted(weights: list[float], sizes: Sequence[int], tolerance: float) -> Reduction:
+    """Plain means are called so."""
+    scale = sum(weights) / sum(sizes)
+    if all(abs(w - scale * n) <= tolerance * scale * n for w, n in zip(weights, sizes, strict=True)):
+        return Reduction("mean")
+    return Reduction("weights", tuple(weights))
+
+
+def _by_runs(model: nn.Module, graphs: Sequence[CurvatureGraph], batches: Batches, loss: Loss | None) -> Reduction:
+    """The model is run on parts of the first batch, in evaluation mode: gradients of parameters tell what counts."""
+    tolerance, batch = _tolerance(graphs[0]), next(iter(batches.examples.values()))
+    model.eval()
+    for first, second in _halves(batch.size):
+        samples = first, second, torch.cat([first, second])
+        one, two, both = (parameter_gradient(model, part_of(batch, picked), loss) for picked in samples)
+        if _usable(one) and _usable(two) and _usable(both):
+            break
+    else:
+        raise ReductionError(f"the loss has no gradient on parts of the first batch to tell it by, so {_ADVICE}")
+    if torch.equal(first, second):
+        factors = (_factor(both, one, tolerance) / 2,) * 2
+    else:
+        solved = torch.linalg.lstsq(torch.stack([one, two], 1), both.unsqueeze(1)).solution[:, 0]
+        factors = float(solved[0]), float(solved[1])
+        _factor(both, factors[0] * one + factors[1] * two, 10 * tolerance)
+    if _verdict(factors, 10 * tolerance) == "sum":
+        return Reduction("sum")
+    if len(batches) == 1:
+        return Reduction("mean")
+    weights = [_denominator(g, b) for g, b in zip(graphs, batches, strict=True)]
+    return _weighted(weights, batches.sizes, tolerance)
+
+
+def _denominator(graph: CurvatureGraph, batch: Batch) -> float:
+    """What the loss divides its sum by, read off the graph and evaluated on the batch.
+
+    Raises:
+        ReductionError: it cannot be read.
+    """
+    constants, found = Constants(graph, batch.tensors), 1.0
+    node = graph.nodes[graph.loss]
+    while True:
+        source = graph.nodes[node.inputs[0]] if node.inputs else node
+        if node.op in ("aten.div.Tensor", "aten.div.Scalar") and source.kind is not Kind.CONST:
+            divisor = node.args[1]
+            value = constants.value(node.inputs[1]) if len(node.inputs) > 1 else torch.as_tensor(divisor)
+            if value is None or value.numel() != 1:
+                break
+            return found * float(value)
+        if node.op.startswith("aten.mean."):
+            return found * prod(source.shape) / max(prod(node.shape), 1)
+        passed = node.kind is Kind.STRUCTURAL or node.op in ("aten.neg.default", "aten.mul.Scalar")
+        if not passed or len(node.inputs) != 1:
+            break
+        node = source
+    raise ReductionError(f"the weights of the batches cannot be read off a loss that ends in {node.where}: {_ADVICE}")
