@@ -36,7 +36,7 @@ def _hardsigmoid(g: Tensor, x: Tensor) -> Tensor:
 
 
 def _huber(g: Tensor, x: Tensor, target: Tensor, reduction: int, delta: float) -> Tensor:
-    near = (x - target).clamp(-delta, delta)
+    near = torch.nn.functional.hardtanh(x - target, -delta, delta)
     return g * near / (x.numel() if reduction == 1 else 1)
 
 

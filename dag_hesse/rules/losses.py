@@ -19,8 +19,8 @@ def reduced(x: Tensor, reduction: int) -> Tensor:
 
 
 def _huber_of(off: Tensor, delta: float) -> Tensor:
-    """½ d² within δ, linear outside, with c = d clamped to ±δ: curvature 1 within, at 0 too."""
-    near = off.clamp(-delta, delta)
+    """½ d² within δ, linear outside, by d clamped to ±δ: curvature 1 within, at 0 too, and 0 at ±δ as in autograd."""
+    near = torch.nn.functional.hardtanh(off, -delta, delta)
     return near * (off - near * 0.5)
 
 

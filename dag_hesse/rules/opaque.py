@@ -197,19 +197,33 @@ def second_order_fault(call: Call) -> str | None:
         call = _widened(call)
         lin = _Opaque(call)
         (lam,), rest = _random([lin.tape.out], 4), _random(lin.tape.leaves, 5)
-        xdot = [x * _size(leaf) for x, leaf in zip(rest, lin.tape.leaves, strict=True)]
         lin.curve(lam, {})
-        found = lin._bends({slot: x.unsqueeze(0) for slot, x in zip(lin.slots, xdot, strict=True)})
-        exact = torch.cat([_real(found[slot][0]) for slot in lin.slots])
-        eps = torch.finfo(lin.tape.out.dtype).eps
-        steps = [step * (1 if eps < 1e-10 else 100) for step in _STEPS]
-        coarse, fine = (_differences(call, lin, lam, xdot, step) for step in steps)
-        noise = 30 * eps / steps[1] * float(torch.cat([_real(g) for g in lin.tape.pull(lam)]).abs().max())
+        xdot = [x * _size(leaf) for x, leaf in zip(rest, lin.tape.leaves, strict=True)]
+        found = _fault_along(call, lin, lam, xdot)
+        if found is not None and any(_is_symmetric(leaf) for leaf in lin.tape.leaves):
+            # Ops on symmetric matrices read one triangle of them, and only mean symmetric directions.
+            turned = [x + x.mH if _is_symmetric(leaf) else x for x, leaf in zip(xdot, lin.tape.leaves, strict=True)]
+            found = _fault_along(call, lin, lam, turned)
+        return found
     except (RuntimeError, NotImplementedError, NonDifferentiableError) as error:
         if out_of_memory(error):
             raise
         return str(error).split("\n")[0]
+
+
+def _fault_along(call: Call, lin: _Opaque, lam: Tensor, xdot: _Tensors) -> str | None:
+    found = lin._bends({slot: x.unsqueeze(0) for slot, x in zip(lin.slots, xdot, strict=True)})
+    exact = torch.cat([_real(found[slot][0]) for slot in lin.slots])
+    eps = torch.finfo(lin.tape.out.dtype).eps
+    steps = [step * (1 if eps < 1e-10 else 100) for step in _STEPS]
+    coarse, fine = (_differences(call, lin, lam, xdot, step) for step in steps)
+    noise = 30 * eps / steps[1] * float(torch.cat([_real(g) for g in lin.tape.pull(lam)]).abs().max())
     return _disagreement(exact, coarse, fine, noise, 1e-4 if eps < 1e-10 else 1e-2)
+
+
+def _is_symmetric(x: Tensor) -> bool:
+    square = x.ndim > 1 and x.shape[-1] == x.shape[-2]
+    return square and torch.allclose(x.detach(), x.detach().mH)
 
 
 def _size(x: Tensor) -> float:

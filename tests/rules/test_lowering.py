@@ -51,12 +51,15 @@ def gru(x: Sequence[Tensor]) -> Tensor:
     return (1 - z) * n + z * x[2]
 
 
+_ENDS = torch.tensor([1.0, -1.0, 0.0, -2.0]).double()
 _TARGETS = torch.tensor([0, 2, 1])
 _BAG = torch.tensor([0, 2, 2, 4, 1, 3])
 
 ROWS = [
     Row(aten.huber_loss.default, lambda: (normal(3, 4), normal(3, 4), 1, 0.7)),
     Row(aten.huber_loss.default, lambda: (normal(3, 4), normal(4), 0)),
+    Row(aten.huber_loss.default, lambda: (_ENDS, torch.zeros(4).double(), 1, 1.0), truth="double", active=(0,)),
+    Row(aten.smooth_l1_loss.default, lambda: (_ENDS, torch.zeros(4).double(), 0, 2.0), truth="double", active=(0,)),
     Row(aten.smooth_l1_loss.default, lambda: (normal(3, 4), normal(3, 4), 2, 0.5)),
     Row(aten.smooth_l1_loss.default, lambda: (apart(3, 4), torch.zeros(3, 4), 1, 0.0), active=(0,)),
     Row(aten.binary_cross_entropy.default, lambda: (probability(3, 4), probability(3, 4)), truth="double"),

@@ -217,6 +217,8 @@ def test_faults_are_found() -> None:
     assert "linear" in str(second_order_fault(call_of(Clipped.apply, x)))
     assert "not the derivative" in str(second_order_fault(call_of(Lopsided.apply, x, normal(4, 3))))
     assert "not implemented" in str(second_order_fault(call_of(aten._pdist_forward.default, x)))
+    norm = call_of(aten._weight_norm_interface.default, x, torch.ones(4, 1, dtype=F64), 0, output=0)
+    assert "not the derivative" in str(second_order_fault(norm))  # it takes the norms for constants
     assert "random" in str(second_order_fault(call_of(aten.bernoulli.default, torch.rand(3))))
 
 
@@ -227,6 +229,12 @@ def test_kinks_and_low_precision_are_no_faults() -> None:
         assert second_order_fault(call_of(lambda x: x.exp() * x, x.to(dtype))) is None
     only_single = call_of(lambda x: (x.exp() if x.dtype is torch.float32 else 1 / 0) * x, x.float())
     assert second_order_fault(only_single) is None
+
+
+@pytest.mark.parametrize("op", [aten.linalg_cholesky_ex.default, aten._linalg_eigh.default])
+def test_ops_that_read_one_triangle_are_no_faults(op: Any) -> None:
+    x = normal(3, 3)
+    assert second_order_fault(call_of(op, x @ x.mT + torch.eye(3), output=0)) is None
 
 
 def test_what_cannot_be_linearized_is_refused() -> None:
