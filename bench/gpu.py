@@ -1,6 +1,6 @@
 """``python -m bench gpu``: products on a GPU, first held against double-backward, then timed beside functorch.
 
-Every figure is of the card that the file is named after. Without a GPU it runs on the CPU, which only shows that it runs.
+Every figure is of the card that the file is named after. Without a GPU it runs on the CPU, which shows that it runs.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def _row(name: str, device: str, dtype: torch.dtype, timed: bool) -> dict[str, A
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), measured(torch.device(device)) as memory:
         runs = _ours(work, v) | theirs(_peers(work, v), "H")
         errors, unable = agreed(runs, truth(work, v, {}))
-        row = {"workload": name, "dtype": str(dtype).removeprefix("torch."), "errors": errors, "unable": unable}
+        row: dict[str, Any] = {"workload": name, "dtype": str(dtype).removeprefix("torch.")}
+        row |= {"errors": errors, "unable": unable}
         if timed and not any(key.startswith("ours") for key in unable):
             calls = {"gradient": work.gradient, **{k: run.call for k, run in runs.items() if k not in unable}}
             seconds = {key: median(found) for key, found in interleaved(calls, ROUNDS).items()}

@@ -6,12 +6,14 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from dag_hesse.capture import Batches, capture_all, unwrapped
+from dag_hesse.capture import Batches, capture, capture_all, needs_split, unwrapped
 from dag_hesse.capture.losses import Loss
+from dag_hesse.capture.reduction import Option, find_reduction
 from dag_hesse.errors import BatchError, OptionError, choose
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.estimate.run import Progress
@@ -20,7 +22,7 @@ from dag_hesse.plan.planner import BATCH_MODES, MODES
 from dag_hesse.report import CurvatureReport
 from dag_hesse.report.blocks import BlockReader
 from dag_hesse.structure import analyze_structure
-from dag_hesse.sweep import Problem
+from dag_hesse.sweep import VERIFY, Problem, prove_all
 
 
 def analyze(
@@ -35,9 +37,11 @@ def analyze(
     mode: str = "auto",
     probes: int = 32,
     rtol: float | None = None,
+    reduction: Option = None,
     memory: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    verify: str = "gradient",
 ) -> CurvatureReport:
     """Map the inter-layer Hessian blocks of a model on a batch (paper, Definitions 23 and 24; design §2).
 
@@ -52,10 +56,15 @@ def analyze(
         mode: ``"auto"``, ``"exact"``, ``"gram"`` or ``"probes"``.
         probes: Rademacher probes per source point, where probes are used.
         rtol: keep probing until every relative standard error is below this.
+        reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
+            a callable that gives a batch's weight; None: found by evaluating the loss on parts of a batch.
         memory: bytes that results and sweeps may take; None: half of what is free. A loader whose batches take more
             (None: a quarter) is not held but read again in every pass.
         seed: of the probes. The global RNG is neither read for them nor changed.
         progress: called with (stage, sweeps done, sweeps foreseen).
+        verify: what the captured graph is held against before any product is given out: ``"gradient"`` (the model's own
+            loss and gradient, at the cost of one gradient), ``"product"`` (one H·v by double-backward as well), or
+            ``"none"``.
 
     Returns:
         A :class:`~dag_hesse.CurvatureReport` of n points: n×n maps with methods and standard errors.
@@ -74,26 +83,34 @@ def analyze(
         (('1', '3'), (2, 2), True)
     """
     _check_options(mode, batch_mode, probes, rtol)
+    choose("verify", verify, VERIFY)
     clock = {"start": time.perf_counter()}
     batches = Batches(batch, memory)
     if batch_mode == "joint" and len(batches) > 1:
         raise BatchError("batch_mode='joint' holds one batch; concatenate the stream, or use 'shared' or 'per_sample'.")
     model = unwrapped(model)
     graphs = capture_all(model, batches, loss=loss, output=output, points=points, space=space)
+    needs_split(graphs)
     clock["capture"] = time.perf_counter()
     swept = fuse_all(graphs)
     distinct = {id(graph): (graph, fused) for graph, fused in zip(graphs, swept, strict=True)}
     structures = [replace(analyze_structure(graph), graph=fused) for graph, fused in distinct.values()]
     schedule = plan(structures, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory)
     clock["plan"] = time.perf_counter()
+    prove_all(graphs, batches, model, loss, output, verify)
+    clock["proof"] = time.perf_counter()
+    names = [point.name for point in graphs[0].points]
+    added = find_reduction(model, graphs, batches, loss, reduction, per_sample=batch_mode == "per_sample")
     problem = Problem(
         model,
         swept,
         batches,
         batch_mode,
+        reduction=added,
         tensor_part=bool(structures[0].tensor_alive.any()),
         with_out=schedule.gram_columns > 0,
         chunk=schedule.chunk,
+        again=partial(capture, model, loss=loss, output=output, points=names, space=space),
     )
     metrics = assemble(estimate(problem, schedule, rtol=rtol, seed=seed, progress=progress), schedule)
     clock["estimate"] = time.perf_counter()
@@ -135,12 +152,14 @@ def _facts(
         "loss": problem.loss,
         "batch_size": problem.batches.total,
         "batch_mode": problem.mode,
+        "reduction": str(problem.reduction),
         "space": space,
         "mode": mode,
         "seed": seed,
         "dtype": str(problem.dtype).removeprefix("torch."),
         "device": str(problem.device),
         "opaque": sorted({node.op for node in problem.entries[0].graph.opaque}),
+        "lost": list(problem.entries[0].graph.lost),
         "sweeps": problem.sweeps + schedule.gram_columns,
         "predicted_flops": schedule.flops,
         "seconds": {**seconds, "total": stamps[-1][1] - stamps[0][1]},

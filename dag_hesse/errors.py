@@ -16,6 +16,10 @@ class CaptureError(DagHesseError):
     """The model and loss could not be turned into one graph."""
 
 
+class UnfaithfulCaptureError(CaptureError):
+    """The captured graph's loss or gradient is not the model's own."""
+
+
 class NonDeterministicError(DagHesseError, RuntimeError):
     """The model gives other values when it is run again from the same state."""
 
@@ -30,6 +34,10 @@ class BatchError(DagHesseError, ValueError):
 
 class UnstableLoaderError(BatchError):
     """A loader that is read in every pass gives other batches than it gave in the first."""
+
+
+class ReductionError(BatchError):
+    """How the losses of several batches add up to one loss cannot be told from the loss."""
 
 
 class NonFiniteError(DagHesseError, ValueError):

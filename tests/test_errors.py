@@ -115,8 +115,6 @@ CASES: dict[str, Case] = {
         lambda: dh.analyze(mlp([3, 400, 400, 3], nn.SiLU), _batch(), mode="exact", memory=100_000), errors.MemoryBudgetError, "GiB.*blocks.*about",
     ),
     "joint stream": (lambda: dh.analyze(_net(), [_batch(), _batch()], batch_mode="joint"), errors.BatchError, "concatenate"),
-    "branch on data": (lambda: dh.analyze(Branch(), _batch()), errors.CaptureError, "branches on tensor values"),
-    "custom function": (lambda: dh.analyze(Cut(_Straight.apply), _batch()), errors.CaptureError, "autograd.Function"),
     "output": (lambda: dh.analyze(_net(), _batch(), output="nowhere"), errors.DagHesseError, "nowhere"),
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Model + loss + batch -> one traced, typed graph (design §3, capture)."""
 
 from dag_hesse.capture.batch import Batch, first_batch
-from dag_hesse.capture.capture import capture, capture_all, trace, unwrapped
+from dag_hesse.capture.capture import capture, capture_all, needs_split, trace, unwrapped
 from dag_hesse.capture.points import default_points, resolve_points
 from dag_hesse.capture.stream import Batches
 from dag_hesse.capture.tap import tap
@@ -13,6 +13,7 @@ __all__ = [
     "capture_all",
     "default_points",
     "first_batch",
+    "needs_split",
     "resolve_points",
     "tap",
     "trace",

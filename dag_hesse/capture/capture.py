@@ -13,9 +13,9 @@ from dag_hesse.capture.convert import convert
 from dag_hesse.capture.coupling import annotate
 from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.points import default_points, resolve_points
+from dag_hesse.capture.record import record
 from dag_hesse.capture.stream import Batches
-from dag_hesse.capture.tracer import check_repeatable, trace_forward
-from dag_hesse.errors import BatchError, NonDifferentiableError
+from dag_hesse.errors import BatchError, CaptureError, NonDifferentiableError
 from dag_hesse.ir import CurvatureGraph, verify
 
 Points = Sequence[str] | str | Callable[[CurvatureGraph], Sequence[str]] | None
@@ -40,7 +40,9 @@ def _check_rules(graph: CurvatureGraph) -> None:
     """Every node between a parameter or input and the loss has a rule, or at least an autograd kernel."""
     on_path = graph.ancestors([graph.loss])
     for node in graph.opaque:
-        name = getattr(node.target, "name", lambda: "")()
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        name = node.target.name()
         known = any(
             torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
             for key in ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd")
@@ -53,10 +55,8 @@ def trace(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: str
     """Trace, type, verify and annotate; the graph has no points yet."""
     batch, model = one_batch(batch), unwrapped(model)
     _check(model, batch)
-    gm, called = trace_forward(model, batch, loss)
-    graph = verify(convert(gm, model, called, batch.size, output))
+    graph = verify(convert(record(model, batch, loss), batch.size, output))
     _check_rules(graph)
-    check_repeatable(model, batch, loss)
     return annotate(graph, batch)
 
 
@@ -113,21 +113,38 @@ def capture_all(
     points: Points = None,
     space: str = "activation",
 ) -> list[CurvatureGraph]:
-    """One graph per batch; batches of equal shapes share theirs, and all have the first one's points.
+    """One graph per batch; batches of equal shapes share theirs where they can, and all have the first one's points.
 
     Raises:
         BatchError: the batches give points of different shapes.
     """
+
+    def take(batch: Batch, names: Points) -> CurvatureGraph:
+        return capture(model, batch, loss=loss, output=output, points=names, space=space)
+
     by_signature: dict[Any, CurvatureGraph] = {}
-    names = points
+    names, first = points, None
     for signature, example in batches.examples.items():
-        graph = capture(model, example, loss=loss, output=output, points=names, space=space)
-        by_signature[signature] = graph
+        graph = by_signature[signature] = take(example, names)
+        first = first or graph
         names = [point.name for point in graph.points]
-        first = next(iter(by_signature.values()))
+    assert first is not None
+    graphs = [by_signature[signature] for signature in batches.signatures]
+    if any(graph.fresh for graph in by_signature.values()) and len(graphs) > len(by_signature):
+        graphs = [take(batch, names) for batch in batches]  # what one batch put in is not another's
+    for graph in graphs:
         if [p.shape for p in graph.points] != [p.shape for p in first.points]:
             raise BatchError(
                 "the batches give points of different shapes, so their blocks cannot be added: "
                 f"{[p.shape for p in first.points]} and {[p.shape for p in graph.points]}."
             )
-    return [by_signature[signature] for signature in batches.signatures]
+    return graphs
+
+
+def needs_split(graphs: Sequence[CurvatureGraph]) -> None:
+    """Raise :class:`CaptureError` where a Gauss–Newton part is wanted, and what the loss consumes is not known."""
+    if not all(graph.split for graph in graphs):
+        raise CaptureError(
+            "the model returns its own loss but no logits, and no known loss function was seen, so there is no telling "
+            "the Gauss–Newton part from the rest: name the module or tap that the loss consumes with output=."
+        )

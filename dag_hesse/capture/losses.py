@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -113,22 +114,40 @@ def evaluate(output: Any, batch: Batch, targets: Any, kwargs: dict[str, Any], lo
     return value.reshape(())
 
 
-class LossInputs(torch.overrides.TorchFunctionMode):
-    """Marks what recognised loss functions are given, and cuts the tape inside ``torch.no_grad()`` regions."""
+_WAYS_OUT = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})  # of values, unseen
+_RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
+
+
+class Calls(torch.overrides.TorchFunctionMode):
+    """Marks what recognised loss functions are given, and keeps recurrent layers from kernels that hide their ops."""
 
     def __init__(self, mark: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.mark = mark
+        self.left_torch = False  # whether the model took values out of PyTorch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if func in RECOGNIZED:
             if args:
                 args = (self.mark(args[0]), *args[1:])
             elif isinstance(kwargs.get("input"), Tensor):
-                kwargs["input"] = self.mark(kwargs["input"])
-        result = func(*args, **kwargs)
-        if torch.is_grad_enabled() or func is torch._C._set_grad_enabled:
-            return result
-        # A traced graph does not record that a region was not differentiated: say it with a detach.
-        return result.detach() if isinstance(result, Tensor) and result.is_floating_point() else result
+                kwargs = {**kwargs, "input": self.mark(kwargs["input"])}
+        elif func in _WAYS_OUT:
+            self.left_torch = True
+        elif func in _RECURRENT:
+            with _plain_recurrences():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _plain_recurrences() -> Iterator[None]:
+    """Without oneDNN's and cuDNN's recurrent layers: those are one op each, and cannot be differentiated twice."""
+    onednn = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # mkldnn.flags() would also set TF32, which warns on CPU builds
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(onednn)

@@ -45,8 +45,7 @@ def _alive(graph: CurvatureGraph) -> list[bool]:
     return graph.ancestors([graph.loss])
 
 
-def _require_path(graph: CurvatureGraph, point: Point) -> None:
-    alive = _alive(graph)
+def _require_path(graph: CurvatureGraph, point: Point, alive: list[bool]) -> None:
     if any(alive[site] for site in point.sites):
         return
     reached = graph.descendants(point.sites)
@@ -59,17 +58,17 @@ def _require_path(graph: CurvatureGraph, point: Point) -> None:
 
 
 def _in_order(graph: CurvatureGraph, points: list[Point]) -> tuple[Point, ...]:
+    alive = _alive(graph)
     for point in points:
-        _require_path(graph, point)
+        _require_path(graph, point, alive)
     unique = {point.name: point for point in points}
-    return tuple(sorted(unique.values(), key=lambda point: (min(_depth(graph, point)), point.name)))
+    return tuple(sorted(unique.values(), key=lambda point: (min(_depth(graph, point, alive)), point.name)))
 
 
-def _depth(graph: CurvatureGraph, point: Point) -> list[int]:
+def _depth(graph: CurvatureGraph, point: Point, alive: list[bool]) -> list[int]:
     """Activations come where they are computed, parameters where they are first used."""
     if point.kind == "activation":
         return list(point.sites)
-    alive = _alive(graph)
     return [min((c for c in graph.children[s] if alive[c]), default=s) for s in point.sites]
 
 

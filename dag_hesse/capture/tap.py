@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from dag_hesse.ir import ops
-
-_capturing: ContextVar[bool] = ContextVar("capturing", default=False)
 T = TypeVar("T")
+
+
+class Marker(Protocol):
+    """What takes marks while a model runs."""
+
+    def tap(self, x: Tensor, name: str) -> Tensor:
+        """Note ``x`` under a name; use the result in its place."""
+
+
+_marker: ContextVar[Marker | None] = ContextVar("marker", default=None)
 
 
 def tap(x: Tensor, name: str) -> Tensor:
@@ -31,17 +39,18 @@ def tap(x: Tensor, name: str) -> Tensor:
         >>> dag_hesse.tap(x, "gate") is x
         True
     """
-    return ops.tap(x, name) if _capturing.get() and x.is_floating_point() else x
+    marker = _marker.get()
+    return x if marker is None else marker.tap(x, name)
 
 
-class capturing:
-    """Context in which :func:`tap` leaves its mark."""
-
-    def __enter__(self) -> None:
-        self._token = _capturing.set(True)
-
-    def __exit__(self, *exc: object) -> None:
-        _capturing.reset(self._token)
+@contextmanager
+def marking(marker: Marker) -> Iterator[None]:
+    """Context in which :func:`tap` leaves its mark with ``marker``."""
+    token = _marker.set(marker)
+    try:
+        yield
+    finally:
+        _marker.reset(token)
 
 
 def map_tensors(tree: T, fn: Callable[[Tensor, str], Tensor], path: str = "") -> T:

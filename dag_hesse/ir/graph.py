@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from dag_hesse.ir.node import Kind, Node
+from dag_hesse.ir.node import Guard, Kind, Node
 
 
 class Coupling(str, Enum):
@@ -77,7 +77,13 @@ class CurvatureGraph:
     mean_loss: bool = False  # whether the loss divides by the number of samples
     separable_loss: bool = False  # whether the loss is a sum over samples of functions of their own slice of out
     separable: bool = False  # whether, moreover, out's slices depend on their own sample alone
+    split: bool = True  # whether ``out`` is known; where not, it is the loss, and there is no Gauss–Newton part
+    guards: tuple[Guard, ...] = ()  # values that Python looked at
+    fresh: bool = False  # whether the forward made constants out of sight: the graph is of its own batch only
+    value: float = float("nan")  # of the loss, as it was recorded
+    written: tuple[torch.Tensor, ...] = ()  # tensors of the model's that its forward writes to
     unread: frozenset[str] = frozenset()  # taps that the loss does not read
+    lost: tuple[str, ...] = ()  # where the batch axis could not be followed: op, module and source line
 
     def __post_init__(self) -> None:
         if not self.children:

@@ -57,6 +57,7 @@ class Node:
     owner: str = ""  # module that ran the op
     source: str = ""  # file:line in the user's code
     taps: list[str] = field(default_factory=list)
+    draws: bool = False  # whether it draws random numbers: it runs once, in its turn, whoever reads it
 
     @property
     def numel(self) -> int:
@@ -79,13 +80,27 @@ class Node:
     @property
     def is_float(self) -> bool:
         """Whether a derivative can pass through this node's tensor."""
-        return self.dtype.is_floating_point
+        return self.dtype.is_floating_point or self.dtype.is_complex
 
     @property
     def where(self) -> str:
         """Op, module and source line, for messages."""
         parts = [self.op, f"in module '{self.owner}'" if self.owner else "", f"at {self.source}" if self.source else ""]
         return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Python looked at a node's value: the graph holds for a batch as long as the value is this one."""
+
+    node: int
+    value: bool | int | float | complex
+
+    def holds(self, value: Any) -> bool:
+        """Whether the value is the one seen; numbers may be rounded otherwise."""
+        if isinstance(self.value, (bool, int)):
+            return bool(value == self.value)
+        return value == self.value or abs(value - self.value) <= 1e-5 * abs(self.value) or value != value
 
 
 def rebind(tree: Any, fn: Callable[[Ref], Any]) -> Any:

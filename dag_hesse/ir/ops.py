@@ -1,5 +1,6 @@
-"""Custom ops that exist only in captured graphs: the tap marker, row standardization, BatchNorm in eval mode, and a
-matrix product with a bias in the order of operands that contractions share.
+"""Custom ops that exist only in captured graphs: the tap marker, a value given to a tensor behind autograd's back, row
+standardization, BatchNorm in eval mode, and a matrix product with a bias in the order of operands that contractions
+share.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 
 _LIBRARY = torch.library.Library("dag_hesse", "DEF")
 _LIBRARY.define("tap(Tensor x, str name) -> Tensor")
+_LIBRARY.define("assigned(Tensor past, Tensor value) -> Tensor")
 _LIBRARY.define("standardize(Tensor x, int[] dims, float eps, bool center) -> Tensor")
 _LIBRARY.define("mm_bias(Tensor a, Tensor b, Tensor bias) -> Tensor")
 _LIBRARY.define("batch_affine(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps) -> Tensor")
@@ -18,6 +20,10 @@ _LIBRARY.define("batch_affine(Tensor x, Tensor? weight, Tensor? bias, Tensor mea
 
 def _tap(x: Tensor, name: str) -> Tensor:
     return x.clone()
+
+
+def _assigned(past: Tensor, value: Tensor) -> Tensor:
+    return value.to(past.dtype).reshape(past.shape).clone()
 
 
 def normalized_shape(shape: Sequence[int], dims: Sequence[int], center: bool) -> list[int] | None:
@@ -50,12 +56,14 @@ def _mm_bias(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
 
 
 _LIBRARY.impl("tap", _tap, "CompositeExplicitAutograd")
+_LIBRARY.impl("assigned", _assigned, "CompositeExplicitAutograd")
 _LIBRARY.impl("standardize", _standardize, "CompositeExplicitAutograd")
 _LIBRARY.impl("mm_bias", _mm_bias, "CompositeExplicitAutograd")
 _LIBRARY.impl("batch_affine", _batch_affine, "CompositeExplicitAutograd")
 
 TAP = "dag_hesse.tap.default"
 tap = torch.ops.dag_hesse.tap.default
+assigned = torch.ops.dag_hesse.assigned.default
 standardize = torch.ops.dag_hesse.standardize.default
 mm_bias = torch.ops.dag_hesse.mm_bias.default
 batch_affine = torch.ops.dag_hesse.batch_affine.default

@@ -12,8 +12,9 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
-from dag_hesse.capture import Batches, capture_all
+from dag_hesse.capture import Batches, capture, capture_all, needs_split
 from dag_hesse.capture.losses import Loss
+from dag_hesse.capture.reduction import Option, find_reduction
 from dag_hesse.errors import MemoryBudgetError, StaleError, choose
 from dag_hesse.measure import available_memory
 from dag_hesse.operators.functional import FunctionModule, as_module, chosen_parameters
@@ -21,7 +22,7 @@ from dag_hesse.operators.interop import estimate, to_curvlinops
 from dag_hesse.operators.vectors import Layout
 from dag_hesse.plan import fuse_all
 from dag_hesse.plan.memory import probe_chunk, shared_chunk, sweep_bytes
-from dag_hesse.sweep import Blocks, Problem, Request
+from dag_hesse.sweep import VERIFY, Blocks, Problem, Request, prove_all
 
 
 class CurvatureOperator(ABC):
@@ -37,8 +38,11 @@ class CurvatureOperator(ABC):
         param_filter: glob, globs, or ``callable(name, parameter) -> bool`` that picks among the parameters.
         output: name of what the loss consumes, where it cannot be inferred.
         batch_mode: meaning of the batch axis of activations, ``"shared"`` or ``"joint"``.
+        reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
+            a callable that gives a batch's weight; None: found by evaluating the loss on parts of a batch.
         memory: bytes that a loader's batches may take (None: a quarter of what is free). Beyond, the loader is read
             again in every product.
+        verify: as for :func:`~dag_hesse.analyze`: what the captured graph is held against, once.
 
     Raises:
         DagHesseError: as :func:`~dag_hesse.analyze`; :class:`~dag_hesse.errors.VectorError` for a bad vector;
@@ -59,8 +63,11 @@ class CurvatureOperator(ABC):
         param_filter: Any = None,
         output: str | None = None,
         batch_mode: str = "shared",
+        reduction: Option = None,
         memory: int | None = None,
+        verify: str = "gradient",
     ) -> None:
+        choose("verify", verify, VERIFY)
         choose("space", space, ("parameter", "activation"))
         choose("batch_mode", batch_mode, ("shared", "joint"))
         module, params = as_module(model, params)
@@ -69,9 +76,17 @@ class CurvatureOperator(ABC):
         if points is None and space == "parameter":
             wanted = partial(chosen_parameters, module, params, param_filter)
         graphs = capture_all(module, batches, loss=loss, output=output, points=wanted, space=space)
+        if self.channels != "sum":
+            needs_split(graphs)
+        names = [point.name for point in graphs[0].points]
+        prove_all(graphs, batches, module, loss, output, verify)
+        self.reduction = find_reduction(module, graphs, batches, loss, reduction)
         graphs = fuse_all(graphs)
         self.model = module
-        self._problem = Problem(module, graphs, batches, batch_mode, with_out=False)
+        again = partial(capture, module, loss=loss, output=output, points=names, space=space)
+        self._problem = Problem(
+            module, graphs, batches, batch_mode, reduction=self.reduction, with_out=False, again=again
+        )
         sites = [k for point in graphs[0].points for k in point.sites]
         cap, per_probe = available_memory() // 4, sweep_bytes(graphs[0], sites, sites, batch_mode=batch_mode)
         self._problem.chunk = probe_chunk(per_probe, cap)
@@ -225,6 +240,7 @@ class HessianOperator(CurvatureOperator):
 
     def parts(self, v: Any) -> tuple[Any, Any]:
         """(GGN · v, tensor part · v) from one sweep, in the form of ``v``."""
+        needs_split(self._problem.graphs)
         blocks, unpack = self.layout.pack(v)
         with self._problem.pool.use():
             gn, tensor = self._apply(blocks, ("gn", "tensor"), "both")

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tag
-
 from dag_hesse.ir import CurvatureGraph, Kind, Node, Ref, verify
 from dag_hesse.plan.biases import absorb_biases
 from dag_hesse.plan.simplify import seeded_or_read, simplify, without
@@ -51,7 +49,7 @@ class _Grower:
         return len(node.inputs) == 1 and bool(pairs_of(node))
 
     def constant(self, k: int) -> bool:
-        """Whether a node may be evaluated inside: no point reaches it, it draws nothing and writes to nothing.
+        """Whether a node may be evaluated inside: no point reaches it, and it draws nothing.
 
         A cut (a detach, a mask) of what a point reaches stays outside, though no derivative passes it: inside, it would
         make that an input of the region, through which the graph lets derivatives pass.
@@ -60,8 +58,7 @@ class _Grower:
         reached = self.reached[k] or any(self.reached[i] for i in node.inputs)
         if reached or node.target is None or k in self.kept or k in self.taken:
             return False
-        writes = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
-        return not writes and Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+        return not node.draws
 
     def region(self, root: int) -> set[int]:
         """The members of the region that ends in ``root``."""

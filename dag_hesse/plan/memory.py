@@ -67,29 +67,34 @@ def held(graph: CurvatureGraph, node: Node, active: list[bool]) -> Held:
 
 
 class _Live:
-    """Nodes whose tangents, or adjoints, are in memory; a view keeps its base."""
+    """Nodes whose tangents, or adjoints, are in memory; a view keeps its base.
+
+    ``bytes`` is of all; what belongs to a leaf is the caller's, or counted apart.
+    """
 
     def __init__(self, graph: CurvatureGraph, copies: list[int] | None = None) -> None:
         self.graph, self.bases, self.counts = graph, list(range(len(graph.nodes))), Counter[int]()
-        self.copies = copies or [1] * len(graph.nodes)
+        self.copies, self.bytes = copies or [1] * len(graph.nodes), 0
         for node in graph.nodes:
             if node.op.startswith("aten.") and node.op.split(".")[1] in _VIEWS:
                 self.bases[node.index] = self.bases[node.inputs[0]]
 
     def add(self, k: int) -> None:
-        self.counts[self.bases[k]] += 1
+        base = self.bases[k]
+        if not self.counts[base]:
+            self.bytes += self._size(base)
+        self.counts[base] += 1
 
     def drop(self, k: int) -> None:
         base = self.bases[k]
         self.counts[base] -= 1
         if not self.counts[base]:
+            self.bytes -= self._size(base)
             del self.counts[base]
 
-    @property
-    def bytes(self) -> int:
-        """Of all; what belongs to a leaf is the caller's, or counted apart."""
-        nodes = (self.graph.nodes[k] for k in self.counts)
-        return sum(node.bytes * self.copies[node.index] for node in nodes if node.is_differentiable)
+    def _size(self, base: int) -> int:
+        node = self.graph.nodes[base]
+        return node.bytes * self.copies[base] if node.is_differentiable else 0
 
 
 def linearization_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
@@ -206,7 +211,8 @@ def _ahead(tangents: _Live, inner: list[Node], kept: dict[int, Held]) -> int:
 def _back(tangents: _Live, inner: list[Node], kept: dict[int, Held], reads: set[int], channels: int, share: int) -> int:
     """Peak of the adjoint pass, which uses up what the tangent pass left; of what is read, one ``share``-th is kept."""
     graph = tangents.graph
-    bent = [n for n in inner if kept[n.index] != Held() and not graph.loss_subgraph[n.index]]
+    in_loss = graph.loss_subgraph
+    bent = [n for n in inner if kept[n.index] != Held() and not in_loss[n.index]]
     both = graph.ancestors(k for n in bent for k in n.inputs)  # where the T channel comes by as well
     copies = [channels if on else 1 for on in both]
     adjoints = _Live(graph, copies)

@@ -37,8 +37,9 @@ def simplify(graph: CurvatureGraph) -> CurvatureGraph:
 
 
 def seeded_or_read(graph: CurvatureGraph) -> set[int]:
-    """Nodes that must stay nodes of their own: points, ``out`` and the loss."""
-    return {graph.loss, *graph.out, *(k for point in graph.points for k in point.sites)}
+    """Nodes that must stay nodes of their own: points, ``out``, the loss, and values that Python looked at."""
+    looked_at = (guard.node for guard in graph.guards)
+    return {graph.loss, *graph.out, *looked_at, *(k for point in graph.points for k in point.sites)}
 
 
 def _rebuilt(
@@ -59,6 +60,7 @@ def _rebuilt(
         constants={places[k]: tensor for k, tensor in graph.constants.items()},
         taps={name: at(sites) for name, sites in graph.taps.items() if all(k in places for k in sites)},
         points=tuple(replace(point, sites=at(point.sites)) for point in graph.points),
+        guards=tuple(replace(guard, node=places[guard.node]) for guard in graph.guards),
         children=[],
         layouts=[graph.layouts[k] for k in origins],
         couplings=[graph.couplings[k] for k in origins],

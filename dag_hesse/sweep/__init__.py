@@ -3,5 +3,6 @@
 from dag_hesse.sweep.engine import Adjoint, pullback, sweep
 from dag_hesse.sweep.linearize import Linearization
 from dag_hesse.sweep.problem import Blocks, Problem, Request
+from dag_hesse.sweep.proof import VERIFY, prove_all
 
-__all__ = ["Adjoint", "Blocks", "Linearization", "Problem", "Request", "pullback", "sweep"]
+__all__ = ["VERIFY", "Adjoint", "Blocks", "Linearization", "Problem", "Request", "prove_all", "pullback", "sweep"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tag, Tensor, nn
 
 from dag_hesse.errors import CaptureError, LossError, NonDifferentiableError, out_of_memory
 from dag_hesse.ir import CurvatureGraph, Kind, Node
@@ -15,6 +15,12 @@ from dag_hesse.rules.table import evaluate, pairs_of
 
 # What a sweep is to return: GN and T apart, their sum, or one alone.
 CHANNELS = ("both", "sum", "gn", "tensor")
+# Ops whose result has a shape that its values decide.
+_SHAPED_BY_VALUES = {"aten.index.Tensor", "aten.nonzero.default", "aten.masked_select.default"}
+
+
+class OtherGraphError(CaptureError):
+    """With these values the forward takes another way than the one that was captured."""
 
 
 class Linearization:
@@ -27,6 +33,10 @@ class Linearization:
         sites: nodes that will be seeded or read; only nodes between them and the loss are linearized.
         tensor_part: whether second-order terms of model ops will be wanted.
         sample: restrict the loss to this sample (design §2.3); None: the whole batch.
+        checked: whether values that Python looked at must be those of the capture.
+
+    Raises:
+        OtherGraphError: they are not.
 
     Attributes:
         loss: value of the loss.
@@ -43,8 +53,10 @@ class Linearization:
         *,
         tensor_part: bool = True,
         sample: int | None = None,
+        checked: bool = True,
     ) -> None:
         self.graph, self.sample, self.tensor_part = graph, sample, tensor_part
+        self.guards = {guard.node: guard for guard in graph.guards} if checked else {}
         self.active = graph.active(sites)
         self.in_loss = graph.loss_subgraph
         self.calls: dict[int, Linearized] = {}
@@ -93,15 +105,29 @@ class Linearization:
             inputs = tuple(values[k] for k in node.inputs)
             known, out = self._evaluate(node, inputs)
             values[node.index] = out
+            self._check(node, out)
             if self.active[node.index] and node.is_differentiable:
                 on = tuple(self.active[k] for k in node.inputs)
                 if any(on):
                     self.calls[node.index] = self._linearize(Call(node, known, out, on))
             for k in set(node.inputs):
                 readers[k] -= 1
-                if readers[k] == 0:
+                if readers[k] == 0 and k != self.graph.loss:
                     del values[k]
+            if readers[node.index] == 0 and node.index != self.graph.loss:  # it was looked at, or drawn
+                del values[node.index]
         return values[self.graph.loss].reshape(())
+
+    def _check(self, node: Node, out: Tensor) -> None:
+        guard = self.guards.get(node.index)
+        if guard is not None and not guard.holds(out.item()):
+            raise OtherGraphError(
+                f"{node.where} is {out.item()} now; it was {guard.value} when the graph was captured."
+            )
+        if (node.op in _SHAPED_BY_VALUES or Tag.dynamic_output_shape in getattr(node.target, "tags", ())) and (
+            tuple(out.shape) != node.shape
+        ):
+            raise OtherGraphError(f"{node.where} gives {tuple(out.shape)} now; it gave {node.shape} at capture.")
 
     @staticmethod
     def _evaluate(node: Node, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:

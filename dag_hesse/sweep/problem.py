@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dag_hesse.capture import Batches
-from dag_hesse.errors import out_of_memory
+from dag_hesse.capture import Batch, Batches
+from dag_hesse.capture.reduction import Reduction
+from dag_hesse.errors import CaptureError, out_of_memory
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.kernels.pool import Pool, empty
 from dag_hesse.measure import available_memory
+from dag_hesse.plan.fuse import fuse
 from dag_hesse.plan.memory import linearization_bytes
 from dag_hesse.randomness import RandomState, preserved
 from dag_hesse.sweep.embed import read_parts, reader, seed
@@ -62,9 +65,11 @@ class Problem:
         model: the module whose parameters are read.
         graphs, batches: one captured graph per batch (the same object for batches of equal shapes).
         batch_mode: ``"shared"``, ``"per_sample"`` or ``"joint"`` (design §2.3).
+        reduction: how the batches' losses add up.
         tensor_part: whether the T channel is wanted.
         with_out: linearize from ``out`` on as well (the Gram route seeds there).
         chunk: most probes in one sweep; halved when memory runs out.
+        again: captures a batch whose values lead the forward another way than its graph goes (it is told once).
     """
 
     def __init__(
@@ -74,11 +79,13 @@ class Problem:
         batches: Batches,
         batch_mode: str,
         *,
+        reduction: Reduction = Reduction("mean"),  # noqa: B008  (frozen)
         tensor_part: bool = True,
         with_out: bool = True,
         chunk: int = 8,
+        again: Callable[[Batch], CurvatureGraph] | None = None,
     ) -> None:
-        self.model, self.batches, self.mode, self.chunk = model, batches, batch_mode, chunk
+        self.model, self.batches, self.mode, self.chunk, self.again = model, batches, batch_mode, chunk, again
         self.tensor_part, self.with_out = tensor_part, with_out
         first = graphs[0]
         self.points = first.points
@@ -86,19 +93,21 @@ class Problem:
         self.masked = batch_mode == "per_sample" and unbatched
         self.how = self._reading(first, unbatched)
         self.entries: list[Entry] = []
-        total = batches.total
-        for number, (graph, size) in enumerate(zip(graphs, batches.sizes, strict=True)):
+        sizes, self.reduction = batches.sizes, reduction
+        self.shares = reduction.shares(sizes)
+        scales = reduction.per_sample(sizes) if batch_mode == "per_sample" else self.shares
+        for number, (graph, size, scale) in enumerate(zip(graphs, sizes, scales, strict=True)):
             if batch_mode == "per_sample":
-                scale = float(size) if graph.mean_loss else 1.0
                 samples: Iterable[int | None] = range(size) if self.masked else [None]
                 self.entries += [Entry(graph, number, scale, b, 1 if self.masked else size) for b in samples]
-            else:
-                scale = size / total if graph.mean_loss and batch_mode == "shared" else 1.0
+            elif scale:  # a batch that counts nothing (all of it ignored) has no loss to speak of
                 self.entries.append(Entry(graph, number, scale, None, size if self.how == "each" else 1))
         self.groups = sum(entry.groups for entry in self.entries) if self.separate_groups else 1
         self.pool = Pool()
         self._kept: dict[int, Linearization] = {}
-        self._rng = RandomState.now()  # dropout masks are drawn anew in every linearization, and must agree
+        # Random draws are made anew in every linearization, and must agree. Batches draw one after the other.
+        self._rng = {0: RandomState.now()}
+        self._told = False
         self.sweeps = 0  # probes swept so far, for reports
         self._losses: dict[int, float] = {}
 
@@ -115,6 +124,11 @@ class Problem:
         return self.mode == "per_sample" or self.how == "each"
 
     @property
+    def graphs(self) -> list[CurvatureGraph]:
+        """The graph of every entry."""
+        return [entry.graph for entry in self.entries]
+
+    @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the points."""
         return self.entries[0].graph.nodes[self.points[0].sites[0]].dtype
@@ -126,12 +140,10 @@ class Problem:
 
     @property
     def loss(self) -> float:
-        """The loss over all batches: a mean over samples, or a sum where the loss is one. NaN before any sweep."""
+        """The loss over all batches. NaN before any sweep."""
         if not self._losses:
             return float("nan")
-        sizes, mean = self.batches.sizes, self.entries[0].graph.mean_loss
-        total = sum(sizes[number] for number in self._losses)
-        return sum(value * (sizes[number] / total if mean else 1.0) for number, value in self._losses.items())
+        return sum(value * self.shares[number] for number, value in self._losses.items())
 
     @property
     def versions(self) -> tuple[tuple[int, int], ...]:
@@ -163,20 +175,47 @@ class Problem:
         for number, batch in enumerate(self.batches):
             while waiting and waiting[0][1].batch == number:
                 place, entry = waiting.popleft()
-                yield entry, self._kept.get(place) or self._linearize(place, entry, batch.tensors)
+                yield entry, self._kept.get(place) or self._linearize(place, entry, batch)
 
-    def _linearize(self, place: int, entry: Entry, tensors: list[Tensor]) -> Linearization:
-        sites = {k for point in self.points_of(entry) for k in point.sites}
-        sites |= set(entry.graph.out) if self.with_out else set()
+    def _linearize(self, place: int, entry: Entry, batch: Batch) -> Linearization:
         with preserved(), self.pool.use():
-            self._rng.restore()
-            lin = Linearization(
-                entry.graph, self.model, tensors, sites, tensor_part=self.tensor_part, sample=entry.sample
-            )
+            start = self._rng[max(k for k in self._rng if k <= entry.batch)]  # a batch that counts nothing is left out
+            start.restore()
+            try:
+                lin = self._linearized(entry, batch)
+            except CaptureError as error:
+                if self.again is None:
+                    raise
+                self._tell(error)
+                start.restore()
+                entry.graph = fuse(self.again(batch))
+                start.restore()
+                lin = self._linearized(entry, batch, checked=False)
+            self._rng.setdefault(entry.batch + 1, RandomState.now())
         self._losses[entry.batch] = float(lin.loss)
-        if len(self.entries) == 1 or linearization_bytes(entry.graph, sites) < available_memory() // 4:
+        if len(self.entries) == 1 or linearization_bytes(entry.graph, self._sites(entry)) < available_memory() // 4:
             self._kept[place] = lin
         return lin
+
+    def _linearized(self, entry: Entry, batch: Batch, *, checked: bool = True) -> Linearization:
+        return Linearization(
+            entry.graph,
+            self.model,
+            batch.tensors,
+            self._sites(entry),
+            tensor_part=self.tensor_part,
+            sample=entry.sample,
+            checked=checked,
+        )
+
+    def _sites(self, entry: Entry) -> set[int]:
+        sites = {k for point in self.points_of(entry) for k in point.sites}
+        return sites | set(entry.graph.out) if self.with_out else sites
+
+    def _tell(self, error: CaptureError) -> None:
+        if not self._told:
+            warnings.warn(f"captured anew, as the forward takes another way now: {error}", stacklevel=2)
+        self._told = True
 
     def points_of(self, entry: Entry) -> tuple[Point, ...]:
         """The points as nodes of this entry's graph."""

@@ -1,0 +1,285 @@
+"""Running the user's model: once to be recorded, once as it is, for comparison; the model comes out as it went in."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from dag_hesse.capture.batch import Batch
+from dag_hesse.capture.functions import custom_functions
+from dag_hesse.capture.losses import Calls, Loss, evaluate
+from dag_hesse.capture.recorder import Recorder, Trail, is_internal
+from dag_hesse.capture.state import restored
+from dag_hesse.capture.tap import Marker, map_tensors, marking
+from dag_hesse.capture.writes import Written
+from dag_hesse.errors import CaptureError, DagHesseError
+
+OUTPUT = "<output>"  # tap on the model's output; "<output>.logits" on a part of it
+LOSS_INPUT = "<loss input>"
+_ONE_AT_A_TIME = threading.RLock()  # runs set hooks and flags that all threads see
+
+
+@dataclass
+class Recording:
+    """A model's forward as it ran: nodes, the node of the loss, its value, and what was written to on the way."""
+
+    trail: Trail
+    loss: int
+    value: float
+    written: list[Tensor]
+
+
+@dataclass
+class Evidence:
+    """What PyTorch says of a model: its loss, and the loss's gradient by parameter and by marked tensor (per call)."""
+
+    loss: float
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    taps: dict[str, list[Tensor | None]] = field(default_factory=dict)
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Compiled and scripted code runs op by op."""
+    with ExitStack() as stack:
+        stack.enter_context(_scripts_by_op())
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def _scripts_by_op() -> Iterator[None]:
+    """A scripted function that has run twice is one compiled op to autograd; a new one of the same code is not."""
+    script = torch._C.ScriptFunction
+    call = script.__call__
+
+    def anew(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(torch._C._create_function_from_graph(self.name, self.inlined_graph.copy()), *args, **kwargs)
+
+    script.__call__ = anew  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        script.__call__ = call  # type: ignore[method-assign]
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention as products and softmax: fused kernels cannot be differentiated twice."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextmanager
+def _hooked(
+    model: nn.Module, marker: Marker, enter: Callable[[str], None], leave: Callable[..., None]
+) -> Iterator[None]:
+    """Mark every module's output, and tell which module begins and ends."""
+
+    def before(name: str) -> Callable[..., None]:
+        return lambda module, args: enter(name)
+
+    def after(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            leave(name, module)
+            return _mark_outputs(output, name, marker) if name else None
+
+        return hook
+
+    with ExitStack() as handles:
+        for name, module in model.named_modules():
+            handles.callback(module.register_forward_pre_hook(before(name)).remove)
+            handles.callback(module.register_forward_hook(after(name)).remove)
+        yield
+
+
+def _mark_outputs(output: Any, name: str, marker: Marker) -> Any:
+    """The first floating-point tensor takes the module's name, further ones ``name:path``."""
+    seen = 0
+
+    def mark(x: Tensor, path: str) -> Tensor:
+        nonlocal seen
+        if not x.is_floating_point():
+            return x
+        seen += 1
+        return marker.tap(x, name if seen == 1 else f"{name}:{path}")
+
+    return map_tensors(output, mark)
+
+
+def _forward(
+    model: nn.Module, batch: Batch, loss: Loss | None, marker: Marker
+) -> tuple[list[Tensor], Callable[[], Tensor]]:
+    """Copies of the batch's tensors (one for one), and what runs model and loss on them."""
+    leaves, spec = pytree.tree_flatten(batch.tree)
+    copies = {id(x): x.detach().clone().requires_grad_(x.requires_grad) for x in leaves if isinstance(x, Tensor)}
+    filled = [copies[id(x)] if isinstance(x, Tensor) else x for x in leaves]
+    args, kwargs, targets = pytree.tree_unflatten(filled, spec)
+
+    def run() -> Tensor:
+        output = map_tensors(
+            model(*args, **kwargs), lambda x, path: marker.tap(x, f"{OUTPUT}.{path}" if path else OUTPUT)
+        )
+        return evaluate(output, batch, targets, kwargs, loss)
+
+    return [x for x in filled if isinstance(x, Tensor)], run
+
+
+def _with_gradients(model: nn.Module) -> None:
+    """Frozen parameters may be points too; the snapshot gives their flags back."""
+    for p in model.parameters():
+        if not p.requires_grad and p.is_leaf and (p.is_floating_point() or p.is_complex()):
+            p.requires_grad_(True)
+
+
+def record(model: nn.Module, batch: Batch, loss: Loss | None) -> Recording:
+    """Run model and loss on the batch, and record what happens.
+
+    Raises:
+        CaptureError: the forward fails, or does what cannot be recorded; the message says what and where.
+        LossError: the loss is missing or not a scalar.
+    """
+    # Where derivatives start at marked constants and at frozen parameters too, a model may stumble over them.
+    try:
+        return _record(model, batch, loss, everything=True)
+    except DagHesseError:
+        raise
+    except Exception:
+        return _record(model, batch, loss, everything=False)
+
+
+def _where(error: Exception) -> str:
+    """The innermost line of the user's own code that an error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f"{f.filename}:{f.lineno}" for f in frames if not is_internal(f.filename)]
+    return f" at {own[-1]}" if own else ""
+
+
+def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bool) -> Recording:
+    with _ONE_AT_A_TIME, ExitStack() as stack:
+        before = stack.enter_context(restored(model, loss))
+        recorder = Recorder(dict(model.named_parameters()), dict(model.named_buffers()), before)
+        recorder.anchors = everything
+        if everything:
+            _with_gradients(model)
+        tensors, run = _forward(model, batch, loss, recorder)
+        for position, x in enumerate(tensors):
+            recorder.input(x, position)
+        owners: list[str] = []
+
+        def enter(name: str) -> None:
+            owners.append(name)
+            recorder.owner = name
+
+        def leave(name: str, module: nn.Module) -> None:
+            owners.pop()
+            recorder.owner = owners[-1] if owners else ""
+            recorder.trail.modules.setdefault(name, type(module).__name__)
+
+        def mark(x: Tensor) -> Tensor:
+            return recorder.tap(x, LOSS_INPUT) if isinstance(x, Tensor) else x
+
+        for context in (
+            _hooked(model, recorder, enter, leave),
+            marking(recorder),
+            torch.enable_grad(),
+            _plain_attention(),
+            _eager(),
+            custom_functions(recorder),
+            calls := Calls(mark),
+            recorder,
+        ):
+            stack.enter_context(context)  # type: ignore[arg-type]
+        try:
+            value = run()
+        except DagHesseError:
+            raise
+        except Exception as error:
+            if everything:
+                raise
+            text, op = str(error).strip().split("\n")[0], f" ({recorder.running})" if recorder.running else ""
+            raise CaptureError(
+                f"{type(model).__name__} fails{_where(error)}{op}: {type(error).__name__}: {text}"
+            ) from error
+        recorder.trail.fresh |= recorder.numbers and calls.left_torch
+        node = recorder.read(value)
+        with recorder.pause():
+            number = float(value.detach())
+        return Recording(recorder.trail, node, number, [w.tensor for w in before.written])
+
+
+class _Edges:
+    """Notes where in autograd's graph marked tensors are."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[GradientEdge | None]] = {}
+
+    def tap(self, x: Tensor, name: str) -> Tensor:
+        """Note ``x``, and return it."""
+        plain = not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        if torch.is_grad_enabled() and (x.is_floating_point() or x.is_complex()):
+            edge = get_gradient_edge(x) if plain and x.requires_grad and x.grad_fn is not None else None
+            self.found.setdefault(name, []).append(edge)
+        return x
+
+
+def gradients(model: nn.Module, batch: Batch, loss: Loss | None, names: list[str], written: list[Tensor]) -> Evidence:
+    """The model's own loss on the batch, and its gradient by all parameters and by the marked tensors ``names``.
+
+    ``written`` are the tensors that a recording saw the forward write to.
+
+    Raises:
+        CaptureError: autograd cannot differentiate the loss.
+    """
+    edges = _Edges()
+    with _ONE_AT_A_TIME, ExitStack() as stack:
+        before = stack.enter_context(restored(model, loss))
+        before.written += [Written.of(x) for x in written]
+        _with_gradients(model)
+        _, run = _forward(model, batch, loss, edges)
+        for context in (
+            _hooked(model, edges, lambda name: None, lambda name, module: None),
+            marking(edges),
+            torch.enable_grad(),
+            _plain_attention(),  # fused kernels draw other dropout masks
+            _eager(),
+            Calls(lambda x: x),
+        ):
+            stack.enter_context(context)  # type: ignore[arg-type]
+        value = run()
+        evidence = Evidence(float(value.detach()))
+        own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        places = [(name, k, e) for name in names for k, e in enumerate(edges.found.get(name, ())) if e is not None]
+        if not value.requires_grad or not (own or places):
+            return evidence
+        try:
+            wanted: Any = [*own.values(), *(e for *_, e in places)]
+            found = torch.autograd.grad(value, wanted, allow_unused=True)
+        except RuntimeError as error:
+            raise CaptureError(
+                f"autograd cannot differentiate the loss, so nothing can be held against it: {error}. "
+                "Pass verify='none' to go on without."
+            ) from error
+    for (name, p), g in zip(own.items(), found, strict=False):
+        evidence.parameters[name] = torch.zeros_like(p) if g is None else g
+    for (name, k, _), g in zip(places, found[len(own) :], strict=True):
+        calls = evidence.taps.setdefault(name, [None] * len(edges.found[name]))
+        calls[k] = g
+    return evidence

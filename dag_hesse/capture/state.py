@@ -1,0 +1,212 @@
+"""What a forward may change besides its result, noted before a run and given back after it."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dag_hesse.capture.writes import Written
+from dag_hesse.randomness import preserved
+
+_MOST = 200_000  # objects looked at
+_FOREIGN = ("torch", "numpy", "scipy", "builtins", "_thread", "threading", "logging", "weakref", "dag_hesse", "typing")
+_PLAIN = (str, bytes, int, float, bool, complex, type(None), type, types.ModuleType)
+Undo = Callable[[], None]
+
+
+def _content(x: dict[Any, Any]) -> dict[Any, Any]:
+    """What a mapping holds, whatever its class makes of look-ups."""
+    return {key: dict.__getitem__(x, key) for key in _plain(x).keys(x)}
+
+
+def _plain(x: dict[Any, Any]) -> type[dict[Any, Any]]:
+    return OrderedDict if isinstance(x, OrderedDict) else dict
+
+
+def _restore_mapping(into: dict[Any, Any], saved: dict[Any, Any]) -> None:
+    now = _content(into)
+    same = len(now) == len(saved) and all(a is b and now[a] is saved[b] for a, b in zip(now, saved, strict=True))
+    if not same:
+        _plain(into).clear(into)
+        for key, value in saved.items():
+            _plain(into).__setitem__(into, key, value)
+
+
+def _restore_list(into: list[Any], saved: list[Any]) -> None:
+    if list.__len__(into) != len(saved) or any(a is not b for a, b in zip(list.__iter__(into), saved, strict=True)):
+        list.__setitem__(into, slice(None), saved)
+
+
+def _restore_others(into: Any, saved: list[Any]) -> None:
+    """Sets and deques."""
+    if list(into) != saved:
+        into.clear()
+        for item in saved:
+            (into.append if isinstance(into, deque) else into.add)(item)
+
+
+def _restore_tensor(x: Tensor, data: Tensor, grad: Tensor | None, requires_grad: bool) -> None:
+    moved = (x.shape, x.dtype, x.device) != (data.shape, data.dtype, data.device) or x.data_ptr() != data.data_ptr()
+    if moved or x.stride() != data.stride():
+        version = x._version
+        x.data = data
+        torch._C._autograd._unsafe_set_version_counter((x,), (version,))
+    if x.is_leaf and x.requires_grad != requires_grad:
+        x.requires_grad_(requires_grad)
+    if x.is_leaf and x.grad is not grad:
+        x.grad = grad
+
+
+class Snapshot:
+    """Contents of all containers, attributes, closures and referenced globals that a model's forward can reach.
+
+    Tensors are noted by the memory they lie in; what is written into that memory is noted when it is written
+    (:class:`~dag_hesse.capture.writes.Written`).
+    """
+
+    def __init__(self, roots: Iterable[Any]) -> None:
+        self.undo: list[Undo] = []
+        self.written: list[Written] = []
+        self._seen: dict[int, Any] = {}
+        self._queue: deque[Any] = deque(roots)
+        while self._queue and len(self._seen) < _MOST:
+            item = self._queue.popleft()
+            if id(item) not in self._seen:
+                self._seen[id(item)] = item  # kept, so that no other takes its id
+                self._note(item)
+
+    def knows(self, x: Any) -> bool:
+        """Whether an object was there before the run."""
+        return id(x) in self._seen
+
+    def restore(self) -> None:
+        """Give everything back."""
+        for undo in self.undo:
+            undo()
+        for item in reversed(self.written):
+            item.restore()
+
+    def _more(self, items: Iterable[Any]) -> None:
+        self._queue.extend(x for x in items if not isinstance(x, _PLAIN))
+
+    def _note(self, x: Any) -> None:
+        if isinstance(x, Tensor):
+            if type(x) in (Tensor, nn.Parameter) and x.layout is torch.strided and x.is_leaf:
+                self.undo.append(functools.partial(_restore_tensor, x, x.detach(), x.grad, x.requires_grad))
+        elif isinstance(x, _PLAIN):
+            return
+        elif isinstance(x, dict):
+            saved = _content(x)
+            self.undo.append(functools.partial(_restore_mapping, x, saved))
+            self._more(saved.values())
+        elif isinstance(x, list):
+            self.undo.append(functools.partial(_restore_list, x, list(list.__iter__(x))))
+            self._more(list.__iter__(x))
+        elif isinstance(x, tuple):
+            self._more(x)
+        elif isinstance(x, (set, deque)):
+            self.undo.append(functools.partial(_restore_others, x, list(x)))
+            self._more(x)
+        elif isinstance(x, functools._lru_cache_wrapper):
+            if x.cache_info().currsize == 0:
+                self.undo.append(x.cache_clear)
+            self._queue.append(x.__wrapped__)
+        elif isinstance(x, types.FunctionType):
+            self._function(x)
+        elif isinstance(x, types.MethodType):
+            self._queue.extend((x.__self__, x.__func__))
+        elif isinstance(x, functools.partial):
+            self._queue.extend((x.func, x.args, x.keywords))
+        else:
+            self._object(x)
+
+    def _object(self, x: Any) -> None:
+        kind = type(x)
+        is_module = isinstance(x, nn.Module)
+        if (not is_module and kind.__module__.split(".")[0] in _FOREIGN) or not isinstance(
+            getattr(x, "__dict__", None), dict
+        ):
+            return
+        self._queue.append(vars(x))
+        for base in kind.__mro__:
+            if base.__module__.split(".")[0] not in _FOREIGN and id(base) not in self._seen:
+                self._seen[id(base)] = base
+                self._queue.extend(f for f in vars(base).values() if _runs(f))
+                self._class_values(base)
+
+    def _class_values(self, base: type) -> None:
+        """Counters and caches that a class holds for all of its objects."""
+        for name, value in list(vars(base).items()):
+            if name.startswith("__") or _runs(value) or isinstance(value, (property, staticmethod, classmethod)):
+                continue
+            if isinstance(value, (int, float, Tensor, type(None))):
+                self.undo.append(functools.partial(_restore_attribute, base, name, value))
+            elif isinstance(value, (dict, list, set, deque)):
+                self._queue.append(value)
+
+    def _function(self, f: types.FunctionType) -> None:
+        if (f.__module__ or "").split(".")[0] in _FOREIGN:
+            return
+        if f.__dict__:
+            self._queue.append(f.__dict__)
+        for cell in f.__closure__ or ():
+            try:
+                value = cell.cell_contents
+            except ValueError:  # not filled yet
+                continue
+            self.undo.append(functools.partial(_restore_cell, cell, value))
+            self._queue.append(value)
+        for name in _names(f.__code__):
+            if name in f.__globals__:
+                value = f.__globals__[name]
+                if isinstance(value, (int, float, str, bool, type(None))):
+                    self.undo.append(functools.partial(_restore_global, f.__globals__, name, value))
+                elif _runs(value) or isinstance(value, (dict, list, set, deque, Tensor)):
+                    self.undo.append(functools.partial(_restore_global, f.__globals__, name, value))
+                    self._queue.append(value)
+
+
+def _runs(x: Any) -> bool:
+    return isinstance(x, (types.FunctionType, functools._lru_cache_wrapper))
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Global names of a function and of those defined in it."""
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return set(code.co_names).union(*(_names(c) for c in inner))
+
+
+def _restore_cell(cell: types.CellType, value: Any) -> None:
+    cell.cell_contents = value
+
+
+def _restore_global(names: dict[str, Any], name: str, value: Any) -> None:
+    if names.get(name) is not value:
+        names[name] = value
+
+
+def _restore_attribute(owner: type, name: str, value: Any) -> None:
+    if vars(owner).get(name) is not value:
+        setattr(owner, name, value)
+
+
+@contextmanager
+def restored(*roots: Any) -> Iterator[Snapshot]:
+    """Give back what is reachable from ``roots``, the random states, and the memory of tensors that are listed.
+
+    Yields the snapshot; what is put into its ``written`` while the context is open is written back at its end.
+    """
+    snapshot = Snapshot(roots)
+    with preserved():
+        try:
+            yield snapshot
+        finally:
+            with torch.no_grad():
+                snapshot.restore()

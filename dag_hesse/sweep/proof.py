@@ -1,0 +1,164 @@
+"""A captured graph is held against the model itself before any product is given out: its loss and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from math import isfinite, sqrt
+
+import torch
+from torch import Tensor, nn
+
+from dag_hesse.capture.batch import Batch
+from dag_hesse.capture.capture import trace
+from dag_hesse.capture.losses import Loss
+from dag_hesse.capture.record import Evidence, gradients
+from dag_hesse.capture.stream import Batches
+from dag_hesse.errors import NonDeterministicError, UnfaithfulCaptureError
+from dag_hesse.ir import CurvatureGraph, Point
+from dag_hesse.plan.fuse import fuse
+from dag_hesse.randomness import preserved
+from dag_hesse.sweep.engine import pullback
+from dag_hesse.sweep.linearize import Linearization
+
+VERIFY = ("gradient", "product", "none")
+_FLOOR = 1e-2  # of the whole gradient: what cancels within one parameter leaves rounding of this size at most
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Relative rounding of a gradient; a path that is missing or counted twice shows far above it."""
+    return min(10 * sqrt(torch.finfo(dtype).eps), 0.1)
+
+
+def _off(found: Tensor | None, expected: Tensor, floor: float) -> float:
+    """Relative error of an adjoint."""
+    size = float(expected.norm())
+    difference = size if found is None else float((found.to(expected.dtype) - expected).norm())
+    scale = max(size, floor)
+    return difference / scale if scale else difference
+
+
+def _sites(graph: CurvatureGraph, evidence: Evidence) -> list[tuple[str, int, Tensor]]:
+    """(name, node, what autograd says) of all parameters and marked tensors that both sides know."""
+    found = [(name, graph.parameters[name], g) for name, g in evidence.parameters.items() if name in graph.parameters]
+    for name, calls in evidence.taps.items():
+        found += [
+            (name, site, g)
+            for site, g in zip(graph.taps.get(name, ()), calls, strict=False)
+            if g is not None and g.shape == torch.Size(graph.nodes[site].shape)
+        ]
+    return found
+
+
+def _names(graph: CurvatureGraph) -> list[str]:
+    """Marks that are points."""
+    sites = {k for point in graph.points for k in point.sites}
+    return [_marked(name) for name, own in graph.taps.items() if sites.intersection(own)]
+
+
+def _marked(name: str) -> str:
+    """The mark of a name: the model's output has none of its own."""
+    return f"<output>{name.removeprefix('output')}" if name.split(".")[0] == "output" else name
+
+
+def _differentiated(graph: CurvatureGraph, evidence: Evidence) -> CurvatureGraph:
+    """The graph as it is swept, with all parameters among its points."""
+    known = {k for point in graph.points for k in point.sites}
+    own = [(n, graph.parameters[n]) for n in evidence.parameters if n in graph.parameters]
+    more = tuple(
+        Point(n, graph.nodes[k].shape, graph.nodes[k].numel, "parameter", (k,)) for n, k in own if k not in known
+    )
+    return fuse(replace(graph, points=graph.points + more))
+
+
+def _adjoints(
+    graph: CurvatureGraph, model: nn.Module, tensors: list[Tensor], sites: Iterable[int]
+) -> tuple[float, dict[int, Tensor]]:
+    """The graph's own loss and its adjoints at nodes."""
+    wanted = set(sites)
+    with preserved():
+        lin = Linearization(graph, model, tensors, wanted, tensor_part=False)
+    seed = torch.ones(1, *graph.nodes[graph.loss].shape, dtype=lin.loss.dtype, device=lin.loss.device)
+    found = pullback(lin, {graph.loss: seed}, wanted)
+    return float(lin.loss), {k: x[0] for k, x in found.items()}
+
+
+def prove(graph: CurvatureGraph, model: nn.Module, batch: Batch, loss: Loss | None, output: str | None) -> None:
+    """Compare the graph's loss and gradient (by all parameters, and at the points) with the model's own.
+
+    It costs one gradient of the model and one of the graph.
+
+    Raises:
+        NonDeterministicError: the model gives another loss when it is run again from the same state.
+        UnfaithfulCaptureError: naming the module from which on adjoints differ.
+    """
+    evidence = gradients(model, batch, loss, _names(graph), list(graph.written))
+    dtype = graph.nodes[graph.loss].dtype
+    scale, tolerance = max(abs(evidence.loss), 1e-30), _tolerance(dtype)
+    if isfinite(evidence.loss) and isfinite(graph.value) and not abs(graph.value - evidence.loss) <= tolerance * scale:
+        raise NonDeterministicError(
+            f"{type(model).__name__} gives other losses when it is run again from the same state ({graph.value:.8g}, "
+            f"then {evidence.loss:.8g}), so there is no one Hessian: let its forward draw from the generators of "
+            "PyTorch, Python or NumPy alone, and read no clock."
+        )
+    evidence.taps = {name.replace("<output>", "output"): calls for name, calls in evidence.taps.items()}
+    graph = _differentiated(graph, evidence)
+    sites = _sites(graph, evidence)
+    value, found = _adjoints(graph, model, batch.tensors, [k for _, k, _ in sites])
+    wrong_loss = not abs(value - evidence.loss) <= tolerance * scale
+    floor = _FLOOR * sqrt(sum(float(g.norm()) ** 2 for g in evidence.parameters.values()))
+    # Parameters that the graph does not know must not matter to autograd either.
+    unknown = [n for n, g in evidence.parameters.items() if n not in graph.parameters and float(g.norm()) > floor]
+    wrong = [name for name, k, g in sites if not _off(found.get(k), g, floor) <= tolerance]
+    if wrong_loss or wrong or unknown:
+        said = f"its loss is {value:.8g} and the model's {evidence.loss:.8g}; " if wrong_loss else ""
+        bad = [*wrong, *unknown]
+        said += f"its gradient differs from autograd's at {', '.join(repr(n) for n in bad[:4])}" if bad else ""
+        raise UnfaithfulCaptureError(
+            f"the captured graph of {type(model).__name__} is not the model: {said.removesuffix('; ')}. "
+            f"{_first_difference(model, batch, loss, output, list(graph.written))} A tensor hook, a gradient that is "
+            "changed on its way, a custom C++ function, or values that leave PyTorch in the forward may be why; please "
+            "report it otherwise. verify='none' goes on without this check."
+        )
+
+
+def _first_difference(
+    model: nn.Module, batch: Batch, loss: Loss | None, output: str | None, written: list[Tensor]
+) -> str:
+    """Where, coming from the loss, adjoints begin to differ."""
+    graph = trace(model, batch, loss=loss, output=output)
+    evidence = gradients(model, batch, loss, [_marked(name) for name in graph.taps], written)
+    evidence.taps = {name.replace("<output>", "output"): calls for name, calls in evidence.taps.items()}
+    evidence.parameters = {}
+    sites = sorted(_sites(graph, evidence), key=lambda site: -site[1])
+    _, found = _adjoints(graph, model, batch.tensors, [k for _, k, _ in sites])
+    tolerance, agreed = _tolerance(graph.nodes[graph.loss].dtype), ""
+    for name, k, g in sites:
+        if not _off(found.get(k), g, 0.0) <= tolerance:
+            node = graph.nodes[k]
+            behind = f", but agree at '{agreed}'" if agreed else ""
+            return f"Adjoints differ from the output of '{name}' ({node.where}) on{behind}: the fault is between."
+        agreed = name
+    return "Adjoints agree at all module outputs: the fault is in what parameters go through inside a module."
+
+
+def prove_all(
+    graphs: Sequence[CurvatureGraph],
+    batches: Batches,
+    model: nn.Module,
+    loss: Loss | None,
+    output: str | None,
+    verify: str,
+) -> None:
+    """:func:`prove` for every graph, on the first batch that it is of."""
+    if verify == "none":
+        return
+    if any(graph.fresh for graph in graphs):
+        own: Iterable[Batch] = batches
+    else:
+        own = [batches.examples[signature] for signature in batches.signatures]
+    seen: set[int] = set()
+    for graph, batch in zip(graphs, own, strict=True):
+        if id(graph) not in seen:
+            seen.add(id(graph))
+            prove(graph, model, batch, loss, output)
