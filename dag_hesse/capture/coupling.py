@@ -506,7 +506,8 @@ def annotate(graph: CurvatureGraph, batch: Batch) -> CurvatureGraph:
     graph.couplings = [state.coupling for state in states]
     if hasattr(graph, "lost"):
         graph.lost = tuple(dict.fromkeys(walk.lost))
-    loss_states = Walker(graph, batch, frozenset(graph.out)).run()
+    apart = frozenset(k for k in graph.out if states[k].coupling is not Coupling.SEPARATE)
+    loss_states = Walker(graph, batch, apart).run() if apart else states
     graph.separable_loss = batch.size == 1 or (
         loss_states[graph.loss].coupling is Coupling.SUMMED and all(graph.layouts[k] is not None for k in graph.out)
     )
