@@ -504,8 +504,7 @@ def annotate(graph: CurvatureGraph, batch: Batch) -> CurvatureGraph:
     states = walk.run()
     graph.layouts = [None if s.place is None else s.place.layout(batch.size) for s in states]
     graph.couplings = [state.coupling for state in states]
-    if hasattr(graph, "lost"):
-        graph.lost = tuple(dict.fromkeys(walk.lost))
+    graph.lost = tuple(dict.fromkeys(walk.lost))
     apart = frozenset(k for k in graph.out if states[k].coupling is not Coupling.SEPARATE)
     loss_states = Walker(graph, batch, apart).run() if apart else states
     graph.separable_loss = batch.size == 1 or (

@@ -23,10 +23,10 @@ from dag_hesse.capture.labels import Constants
 from dag_hesse.capture.layout import Place
 from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.parts import OnOutputs, Piece, parameter_gradient, part_of
+from dag_hesse.capture.state import restored
 from dag_hesse.capture.stream import Batches
 from dag_hesse.errors import DagHesseError, OptionError, ReductionError
 from dag_hesse.ir import CurvatureGraph, Kind
-from dag_hesse.randomness import preserved
 
 REDUCTIONS = ("mean", "sum")
 Option = str | Sequence[float] | Callable[[Any], float] | None
@@ -114,7 +114,7 @@ def find_reduction(
     if len(batches) == 1 and not per_sample:
         return Reduction("one batch")
     try:
-        with _untouched(model):
+        with _untouched(model, loss):
             own = loss is None and next(iter(batches.examples.values())).targets is None
             return (_by_runs if own else _by_outputs)(model, graphs, batches, loss)
     except DagHesseError:
@@ -124,17 +124,13 @@ def find_reduction(
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Buffers, attributes, modes and random states come out as they went in."""
+def _untouched(model: nn.Module, loss: Loss | None) -> Iterator[None]:
+    """Model, loss and random states come out as they went in."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    kept = [(module, dict(vars(module))) for module in model.modules()]
     try:
-        with preserved():
+        with restored(model, loss):
             yield
     finally:
-        for module, attributes in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
         with torch.no_grad():
             for buffer, saved in buffers:
                 if not torch.equal(buffer, saved):

@@ -74,7 +74,6 @@ class CurvatureGraph:
     children: list[list[int]] = field(default_factory=list, repr=False)
     layouts: list[BatchLayout | None] = field(default_factory=list, repr=False)
     couplings: list[Coupling] = field(default_factory=list, repr=False)
-    mean_loss: bool = False  # whether the loss divides by the number of samples
     separable_loss: bool = False  # whether the loss is a sum over samples of functions of their own slice of out
     separable: bool = False  # whether, moreover, out's slices depend on their own sample alone
     split: bool = True  # whether ``out`` is known; where not, it is the loss, and there is no Gauss–Newton part
@@ -84,6 +83,9 @@ class CurvatureGraph:
     written: tuple[torch.Tensor, ...] = ()  # tensors of the model's that its forward writes to
     unread: frozenset[str] = frozenset()  # taps that the loss does not read
     lost: tuple[str, ...] = ()  # where the batch axis could not be followed: op, module and source line
+    _in_loss: tuple[tuple[int, ...], int, list[bool]] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not self.children:
@@ -130,6 +132,11 @@ class CurvatureGraph:
     @property
     def loss_subgraph(self) -> list[bool]:
         """Mark the ops downstream of ``out``: their second-order terms make the GN channel (design §2.2)."""
+        if self._in_loss is None or self._in_loss[:2] != (self.out, len(self.nodes)):
+            self._in_loss = self.out, len(self.nodes), self._behind_out()
+        return self._in_loss[2]
+
+    def _behind_out(self) -> list[bool]:
         marked = self.descendants(self.out)
         for index in self.out:
             marked[index] = any(marked[parent] for parent in self.nodes[index].inputs)

@@ -15,7 +15,7 @@ def render(structure: Structure) -> str:
         f"{len(names)} points, {len(graph.nodes)} nodes, batch {graph.batch_size}",
         f"provably zero: {dead_h} of {len(names) ** 2} blocks, {dead_t} tensor parts",
         "samples: " + (f"interact, first at {coupling}" if coupling else "independent up to the loss"),
-        *(f"batch axis lost at {where}" for where in getattr(graph, "lost", ())),
+        *(f"batch axis lost at {where}" for where in graph.lost),
         "opaque ops: " + (", ".join(sorted({node.op for node in graph.opaque})) or "none"),
         "",
         f"{'v':<{width}}  {'w':<{width}}  {'H':>5} {'H_T':>5}  {'rank GN ≤':>10}  {'batch ≤':>8}  distance",
