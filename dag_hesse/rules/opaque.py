@@ -7,7 +7,8 @@ tangents and cotangents are complex, and adjoint means adjoint in the real inner
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import final
 
 import torch
@@ -76,7 +77,19 @@ def _random(like: Iterable[Tensor], seed: int) -> list[Tensor]:
 
 
 def _is_random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return node.draws or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+@contextmanager
+def _named(node: Node) -> Iterator[None]:
+    """What autograd cannot do is an error that names the op."""
+    try:
+        yield
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        text = str(error).split("\n")[0]
+        raise NonDifferentiableError(f"{node.where} cannot be differentiated twice: {text}") from error
 
 
 @final
@@ -104,7 +117,7 @@ class _Opaque(Linearized):
             try:
                 push = way()
                 moved = push(tangents)
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 if out_of_memory(error):
                     raise
                 reasons.append(str(error).split("\n")[0])
@@ -155,7 +168,8 @@ class _Opaque(Linearized):
         return found
 
     def curve(self, lam: Tensor, pulled: Tangents) -> None:
-        self.bent = self.tape.pullback(lam.detach())
+        with _named(self.call.node):
+            self.bent = self.tape.pullback(lam.detach())
 
     def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
         if self.bent is None or not tangents:
@@ -165,7 +179,8 @@ class _Opaque(Linearized):
     def _bends(self, tangents: Tangents) -> dict[int, Tensor]:
         """Per slot Σ_j (T·λ) ẋ_j: T·λ is symmetric, so that is the gradient of ⟨Dᵀλ, ẋ⟩."""
         assert self.bent is not None
-        rows = [_gradient(self.bent, self.tape.leaves, row) for row in zip(*self._full(tangents), strict=True)]
+        with _named(self.call.node):
+            rows = [_gradient(self.bent, self.tape.leaves, row) for row in zip(*self._full(tangents), strict=True)]
         return {slot: torch.stack(column) for slot, column in zip(self.slots, zip(*rows, strict=True), strict=True)}
 
     def _full(self, tangents: Tangents) -> list[Tensor]:
@@ -205,7 +220,7 @@ def second_order_fault(call: Call) -> str | None:
             turned = [x + x.mH if _is_symmetric(leaf) else x for x, leaf in zip(xdot, lin.tape.leaves, strict=True)]
             found = _fault_along(call, lin, lam, turned)
         return found
-    except (RuntimeError, NotImplementedError, NonDifferentiableError) as error:
+    except (RuntimeError, NonDifferentiableError) as error:
         if out_of_memory(error):
             raise
         return str(error).split("\n")[0]

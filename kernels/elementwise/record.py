@@ -149,6 +149,7 @@ _EMITTERS: Mapping[str, Callable[..., Scalar]] = {
     "where": _where,
     "clamp": _clamp,
     "relu": lambda b, x: _clamp(b, x, 0.0),
+    "hardtanh": lambda b, x, low=-1.0, high=1.0: _clamp(b, x, low, high),
     "gt": _compare("gt_i"),
     "ge": _compare("ge_i"),
     "lt": _compare("lt_i"),

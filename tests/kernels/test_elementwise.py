@@ -130,6 +130,12 @@ def test_registers_are_reused() -> None:
     assert b.program([y]).rows == (("exp", (1, 0), 0.0),)  # what no result comes of is left out
 
 
+def test_a_clamp_to_both_sides_is_recorded() -> None:
+    x = torch.randn(4, 3)
+    recording = record(lambda x: {"y": torch.nn.functional.hardtanh(x, -0.5, 0.7) * x}, [x], x)
+    torch.testing.assert_close(run(recording.program, [x], x)[0], x.clamp(-0.5, 0.7) * x)
+
+
 def test_what_is_no_elementwise_program_is_refused() -> None:
     x, other = torch.randn(4, 3), torch.randn(4, 3)
     with pytest.raises(Refused, match="cumsum"):

@@ -241,6 +241,11 @@ def test_what_cannot_be_linearized_is_refused() -> None:
     for call in (call_of(Clipped.apply, normal(3)), call_of(aten.bernoulli.default, torch.rand(3, dtype=F64))):
         with pytest.raises(NonDifferentiableError):
             OPAQUE.linearize(call)
+    lin, _ = linearized(call_of(aten.hardsigmoid.default, normal(3)))
+    assert lin.jvp({0: normal(1, 3)}).shape == (1, 3)
+    with pytest.raises(NonDifferentiableError, match="twice"):
+        lin.curve(normal(3), {})
+        lin.second({0: normal(1, 3)}, None, 0)
 
 
 def test_nothing_runs_twice_and_no_random_number_is_drawn() -> None:
