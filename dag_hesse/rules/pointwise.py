@@ -59,7 +59,7 @@ def _softplus_d1(c: Call) -> Tensor:
 def _softplus_d2(c: Call) -> Tensor:
     x, beta, threshold = _x(c), c.argument(1, "beta", 1), c.argument(2, "threshold", 20)
     s = torch.sigmoid(beta * x)
-    return torch.where(x * beta > threshold, torch.zeros_like(x), beta * s * (1 - s))
+    return torch.where(x * beta >= threshold, torch.zeros_like(x), beta * s * (1 - s))  # as autograd at the seam
 
 
 def _elu_scales(c: Call) -> tuple[float, float, float]:

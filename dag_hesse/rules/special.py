@@ -74,8 +74,8 @@ def _i0(c: Call) -> tuple[Tensor, Tensor]:
 
 
 def _i0e(c: Call) -> tuple[Tensor, Tensor]:
-    x, i1e = _x(c), torch.special.i1e(_x(c))
-    return i1e - torch.sign(x) * c.out, 2 * (c.out - torch.sign(x) * i1e) - _bessel_over_x(x, i1e)
+    x, sign, i1e = _x(c), torch.sign(_x(c)), torch.special.i1e(_x(c))
+    return i1e - sign * c.out, (1 + sign * sign) * c.out - 2 * sign * i1e - _bessel_over_x(x, i1e)
 
 
 def _sinc(c: Call) -> tuple[Tensor, Tensor]:
