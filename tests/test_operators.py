@@ -236,7 +236,7 @@ def test_a_missing_curvlinops_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     c, _, _ = _problem()
     monkeypatch.setitem(__import__("sys").modules, "curvlinops", None)
     with pytest.raises(errors.DependencyError, match="pip install"):
-        dh.HessianOperator(c.model, c.batch, loss=c.loss).trace()
+        dh.HessianOperator(c.model, c.batch, loss=c.loss).spectral_density(20)
 
 
 def test_vectors_in_chunks_are_as_vectors_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,3 +246,121 @@ def test_vectors_in_chunks_are_as_vectors_at_once(monkeypatch: pytest.MonkeyPatc
     H = dh.HessianOperator(c.model, c.batch)
     assert H._problem.chunk == 1
     assert error(H.dense(), _assembled(truth, names, "full")) < 1e-10
+
+
+class Mixed(nn.Module):
+    """Parameters of two types, one of them without effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.unused = nn.Linear(5, 3).double(), nn.Linear(2, 2).double()
+        self.a = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)).double())
+
+
+def _dense_hessian(model: nn.Module, value: Tensor) -> Tensor:
+    parameters = list(model.parameters())
+    gradient = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
+    rows = []
+    for p, g in zip(parameters, gradient, strict=True):
+        for element in [None] * p.numel() if g is None else g.reshape(-1):
+            found = [None] * len(parameters)
+            if element is not None:
+                found = list(torch.autograd.grad(element, parameters, retain_graph=True, allow_unused=True))
+            pairs = zip(found, parameters, strict=True)
+            rows.append(torch.cat([(torch.zeros_like(q) if r is None else r).reshape(-1).double() for r, q in pairs]))
+    return torch.stack(rows)
+
+
+def test_vectors_go_as_parameters_do_whether_read_or_not() -> None:
+    torch.manual_seed(0)
+    model = Mixed().double()
+    x, y = torch.randn(6, 4).double(), torch.randint(0, 3, (6,))
+    dense = _dense_hessian(model, F.cross_entropy(model(x), y))
+    v = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    for options in ({}, {"params": list(model.parameters())}):
+        H = dh.HessianOperator(model, (x, y), **options)
+        assert H.names == tuple(name for name, _ in model.named_parameters())
+        assert error(H @ v, dense @ v) < 1e-10
+        assert error(H.dense(), dense) < 1e-10
+    only = dh.HessianOperator(model, (x, y), params=[model.unused.weight, model.a.bias])
+    assert only.names == ("unused.weight", "a.bias")
+    assert float(only.block("unused.weight", "a.bias").dense().norm()) == 0.0
+    assert float(only.block("a.bias", "unused.weight").dense().norm()) == 0.0
+    with pytest.raises(errors.OptionError, match="reads none"):
+        dh.HessianOperator(model, (x, y), params=[model.unused.weight])
+
+
+def test_parameters_of_two_types() -> None:
+    torch.manual_seed(0)
+    model = Mixed()
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    H, dense = dh.HessianOperator(model, (x, y)), _dense_hessian(model, F.cross_entropy(model(x), y))
+    assert H.dtype is torch.float64
+    assert error(H.dense(), dense) < 1e-5  # as exact as float32
+    v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    found = H @ v
+    assert all(found[name].dtype is p.dtype for name, p in model.named_parameters())
+    flat = torch.cat([x.reshape(-1).double() for x in v.values()])
+    assert error(torch.cat([x.reshape(-1).double() for x in found.values()]), dense @ flat) < 1e-5
+    report = dh.analyze(model, (x, y), space="parameter", points=["a", "b"])
+    assert report.resonance[1, 1] == pytest.approx(float(dense[:18, :18].norm()), rel=1e-5)
+
+
+def test_arrays_numbers_and_the_other_side() -> None:
+    c, names, truth = _problem()
+    H, dense = dh.HessianOperator(c.model, c.batch), _assembled(truth, names, "full")
+    V = torch.randn(len(dense), 3).double()
+    for found in (H @ V.numpy(), (V.T.numpy() @ H).T):
+        assert isinstance(found, np.ndarray)
+        assert error(torch.from_numpy(found), dense @ V) < 1e-10
+    assert error(V[:, 0] @ H, dense @ V[:, 0]) < 1e-10
+    assert error(V.T @ H, V.T @ dense) < 1e-10
+    for scaled in (2 * H, H * np.float64(2.0), H / 0.5, -(H * -2), torch.tensor(2.0) * H):
+        assert scaled.shape == H.shape
+        assert error(scaled @ V, 2 * dense @ V) < 1e-10
+    assert error((2 * H).dense(), 2 * dense) < 1e-10
+    assert np.allclose((2 * H).eigsh(1)[0], 2 * H.eigsh(1)[0])
+    assert error((2 * H).diagonal(20), 2 * H.diagonal(20)) < 1e-12
+    for wrong in ("2", 1j, True, V):
+        with pytest.raises(errors.OptionError, match="real number"):
+            H * wrong
+    with pytest.raises(errors.OptionError, match="other than 0"):
+        H / 0
+    with pytest.raises(errors.VectorError, match="real numbers"):
+        H @ np.array(["a"])
+    with pytest.warns(UserWarning, match="detached"):
+        assert not (H @ V.clone().requires_grad_()).requires_grad
+
+
+def test_a_hessian_that_is_zero() -> None:
+    x, y = torch.randn(6, 4), torch.randn(6, 2)
+    H = dh.HessianOperator(nn.Linear(4, 2), (x, y), loss=nn.L1Loss())
+    assert float(H.dense().norm()) == 0.0
+    assert float(H.trace()) == 0.0
+    assert float((H @ torch.ones(10)).norm()) == 0.0
+
+
+def test_trace_and_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
+    c, names, truth = _problem()
+    dense = _assembled(truth, names, "full")
+    small = dh.HessianOperator(c.model, c.batch, param_filter=names[-2])
+    own = truth.block(names[-2], names[-2], "full", "shared")
+    assert error(small.trace(), own.trace()) < 1e-10
+    assert error(small.diagonal(), own.diagonal()) < 1e-10
+    H = dh.HessianOperator(c.model, c.batch)
+    at_once = H.trace(20, seed=3), H.diagonal(20, seed=3)
+    H._problem.chunk = 3
+    assert error(H.trace(20, seed=3), at_once[0]) < 1e-10
+    assert error(H.diagonal(20, seed=3), at_once[1]) < 1e-10
+    assert error(at_once[1].sum(), at_once[0]) < 1e-10  # of the same vectors
+    many = torch.stack([H.trace(20, seed=seed) for seed in range(100)])
+    assert abs(many.mean() - dense.trace()) < 3 * many.std() / 10
+    exact_spread = (2 * (dense.square().sum() - dense.diagonal().square().sum()) / 20).sqrt()
+    assert float(many.std()) == pytest.approx(float(exact_spread), rel=0.25)
+    for count, message in ((len(dense), "fewer than"), (1, "at least 2"), (2.5, "float"), (True, "bool")):
+        for estimate in (H.trace, H.diagonal, H.spectral_density):
+            with pytest.raises(errors.OptionError, match=message):
+                estimate(count)

@@ -53,8 +53,8 @@ def as_module(model: Any, params: Any) -> tuple[nn.Module, Any]:
     return FunctionModule(model, params), None
 
 
-def chosen_parameters(model: nn.Module, params: Any, param_filter: Any, graph: CurvatureGraph) -> list[str]:
-    """Names of ``params``, or of all that require gradients and that the loss reads; thinned by ``param_filter``.
+def chosen_parameters(model: nn.Module, params: Any, param_filter: Any) -> list[str]:
+    """Names of ``params``, or of all that require gradients; thinned by ``param_filter``.
 
     Raises:
         OptionError: ``params`` names or holds a stranger, or nothing is left.
@@ -63,14 +63,25 @@ def chosen_parameters(model: nn.Module, params: Any, param_filter: Any, graph: C
     if params is not None:
         chosen = _own(named, params)
     else:
-        alive = graph.ancestors([graph.loss])
-        read = [name for name, k in graph.parameters.items() if alive[k]]
-        chosen = [name for name in named if name in read and named[name].requires_grad]
+        chosen = [name for name in named if named[name].requires_grad and named[name].is_floating_point()]
     if param_filter is not None:
         chosen = [name for name in chosen if _passes(param_filter, name, named[name])]
     if not chosen:
         raise OptionError(f"no parameter is left to differentiate by. {suggest(str(param_filter or ''), named)}")
     return chosen
+
+
+def read_parameters(chosen: Sequence[str], graph: CurvatureGraph) -> list[str]:
+    """Those of the chosen that the loss reads: the others' blocks are zero.
+
+    Raises:
+        OptionError: it reads none.
+    """
+    alive = graph.ancestors([graph.loss])
+    read = [name for name in chosen if name in graph.parameters and alive[graph.parameters[name]]]
+    if not read:
+        raise OptionError(f"no parameter is left to differentiate by: the loss reads none of {list(chosen)[:4]}.")
+    return read
 
 
 def _own(named: Mapping[str, nn.Parameter], params: Any) -> list[str]:

@@ -11,7 +11,7 @@ from dag_hesse.errors import DependencyError
 from dag_hesse.randomness import preserved
 
 if TYPE_CHECKING:
-    from dag_hesse.operators.operator import CurvatureOperator
+    from dag_hesse.operators.base import SymmetricOperator
 
 
 def _curvlinops() -> Any:
@@ -24,7 +24,7 @@ def _curvlinops() -> Any:
     return curvlinops
 
 
-def to_curvlinops(operator: CurvatureOperator) -> Any:
+def to_curvlinops(operator: SymmetricOperator) -> Any:
     """A ``curvlinops`` linear operator with the same blocks, dtype and device."""
     _curvlinops()
     from curvlinops._torch_base import PyTorchLinearOperator
@@ -40,7 +40,7 @@ def to_curvlinops(operator: CurvatureOperator) -> Any:
     return Wrapped(shapes, shapes)
 
 
-def estimate(operator: CurvatureOperator, name: str, matvecs: int, seed: int, **options: Any) -> Any:
+def estimate(operator: SymmetricOperator, name: str, matvecs: int, seed: int, **options: Any) -> Any:
     """Run the estimator ``curvlinops.<name>`` with ``matvecs`` products; the global RNG stays as it was."""
     estimator, wrapped = getattr(_curvlinops(), name), to_curvlinops(operator)
     with preserved():

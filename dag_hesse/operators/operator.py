@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar, final
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from dag_hesse.capture import Batches, capture, capture_all, needs_split
 from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.reduction import Option, find_reduction
-from dag_hesse.errors import MemoryBudgetError, StaleError, choose
+from dag_hesse.errors import StaleError, choose
 from dag_hesse.measure import available_memory
-from dag_hesse.operators.functional import FunctionModule, as_module, chosen_parameters
-from dag_hesse.operators.interop import estimate, to_curvlinops
+from dag_hesse.operators.base import SymmetricOperator, dense, to_scipy
+from dag_hesse.operators.functional import FunctionModule, as_module, chosen_parameters, read_parameters
 from dag_hesse.operators.vectors import Layout
 from dag_hesse.plan import fuse_all
 from dag_hesse.plan.memory import probe_chunk, shared_chunk, sweep_bytes
 from dag_hesse.sweep import VERIFY, Blocks, Problem, Request, prove_all
 
 
-class CurvatureOperator(ABC):
+class CurvatureOperator(SymmetricOperator):
     """A symmetric operator over the concatenation of its points; use one of the three subclasses.
 
     Args:
@@ -73,8 +72,9 @@ class CurvatureOperator(ABC):
         module, params = as_module(model, params)
         batches = Batches(batch, memory)
         wanted: Any = points
-        if points is None and space == "parameter":
-            wanted = partial(chosen_parameters, module, params, param_filter)
+        own = chosen_parameters(module, params, param_filter) if points is None and space == "parameter" else []
+        if own:
+            wanted = partial(read_parameters, own)
         graphs = capture_all(module, batches, loss=loss, output=output, points=wanted, space=space)
         if self.channels != "sum":
             needs_split(graphs)
@@ -88,79 +88,63 @@ class CurvatureOperator(ABC):
             module, graphs, batches, batch_mode, reduction=self.reduction, with_out=False, again=again
         )
         sites = [k for point in graphs[0].points for k in point.sites]
-        cap, per_probe = available_memory() // 4, sweep_bytes(graphs[0], sites, sites, batch_mode=batch_mode)
+        cap = available_memory() // 4
+        per_probe = max(1, sweep_bytes(graphs[0], sites, sites, batch_mode=batch_mode))
         self._problem.chunk = probe_chunk(per_probe, cap)
         if space == "parameter":  # vectors are large themselves, and chunks of them are copied together again
             self._problem.chunk = max(1, min(cap // per_probe, shared_chunk(graphs[0], sites)))
         self._versions = self._problem.versions
-        found = [point.name for point in self._problem.points]
+        found = {point.name: k for k, point in enumerate(self._problem.points)}
         # Points come in topological order; vectors keep the order of the model's (or the user's) parameters.
-        order = list(module.state_dict(keep_vars=True)) if space == "parameter" else []
-        if params is not None:
-            order = chosen_parameters(module, params, None, graphs[0])
-        self._order = sorted(range(len(found)), key=lambda k: order.index(found[k]) if found[k] in order else k)
-        self.layout = self._make_layout(module.keys if isinstance(module, FunctionModule) else {})
+        every = [name for name, _ in module.named_parameters()]
+        rest = sorted(found, key=lambda name: every.index(name) if name in every else found[name])
+        self._order = [found.get(name) for name in own or rest]
+        self.layout = self._make_layout(own or rest, module.keys if isinstance(module, FunctionModule) else {})
 
-    def _make_layout(self, keys: Mapping[str, str]) -> Layout:
-        problem = self._problem
-        names, shapes = [], []
-        for k in self._order:
+    def _make_layout(self, names: Sequence[str], keys: Mapping[str, str]) -> Layout:
+        problem, parameters = self._problem, dict(self.model.named_parameters())
+        shapes, dtypes = [], []
+        for name, k in zip(names, self._order, strict=True):
+            if k is None:  # the loss does not read it
+                shapes.append(tuple(parameters[name].shape))
+                dtypes.append(parameters[name].dtype)
+                continue
             point = problem.points[k]
             whole = problem.mode == "joint" and problem.groups == 1 and point.kind == "activation"
             shape = (problem.dim(k),) if whole else point.shape
-            names.append(keys.get(point.name, point.name))
             shapes.append(shape if problem.groups == 1 else (problem.groups, *shape))
-        return Layout(tuple(names), tuple(shapes), problem.dtype, problem.device)
+            dtypes.append(problem.dtype_of(k))
+        named = tuple(keys.get(name, name) for name in names)
+        return Layout(named, tuple(shapes), problem.dtype, problem.device, tuple(dtypes))
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the blocks, in the order of the flat vector."""
-        return self.layout.names
+    def chunk(self) -> int:
+        """How many vectors are swept together."""
+        return self._problem.chunk
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n, n)."""
-        return self.layout.size, self.layout.size
+    def _working(self) -> AbstractContextManager[None]:
+        return self._problem.pool.use()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of vectors."""
-        return self.layout.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where vectors lie."""
-        return self.layout.device
-
-    @property
-    def T(self) -> CurvatureOperator:
-        """The transpose: the operator itself, for it is symmetric."""
-        return self
-
-    def __repr__(self) -> str:
-        blocks = len(self.layout.names)
-        return f"{type(self).__name__}({self.shape[0]} × {self.shape[1]}, {blocks} blocks, {self.dtype})"
-
-    def __matmul__(self, v: Any) -> Any:
-        """The product with a vector (n,), columns (n, k), or a list or dict like the blocks; same form back."""
-        blocks, unpack = self.layout.pack(v)
-        with self._problem.pool.use():
-            return unpack(self._apply(blocks)[0])
+    def _products(self, blocks: list[Tensor]) -> list[Tensor]:
+        return self._apply(blocks)[0]
 
     def _run(
         self, blocks: Sequence[Tensor], channels: str, sources: Sequence[int], reads: Sequence[int]
     ) -> dict[int, Blocks]:
         self._check_fresh()
         groups = self._problem.groups
-        z = {self._order[k]: x.detach().reshape(len(x), groups, -1) for k, x in zip(sources, blocks, strict=True)}
-        return self._problem.run([Request(z, tuple(self._order[k] for k in reads))], channels=channels)[0]
+        pairs = [(self._order[k], x) for k, x in zip(sources, blocks, strict=True)]
+        z = {k: x.detach().reshape(len(x), groups, -1) for k, x in pairs if k is not None}
+        read = tuple(k for r in reads if (k := self._order[r]) is not None)
+        return self._problem.run([Request(z, read)], channels=channels)[0] if z and read else {}
 
     def _collect(self, found: dict[int, Blocks], part: str, count: int, reads: Sequence[int]) -> list[Tensor]:
         blocks = []
         for k in reads:
-            value, shape = getattr(found[self._order[k]], part), (count, self.layout.sizes[k])
-            zero = value is None
-            blocks.append(torch.zeros(shape, dtype=self.dtype, device=self.device) if zero else value.reshape(shape))
+            place, shape = self._order[k], (count, self.layout.sizes[k])
+            value: Tensor | None = None if place not in found else getattr(found[place], part)
+            blank = torch.zeros(shape, dtype=self.dtype, device=self.device) if value is None else value
+            blocks.append(blank.reshape(shape))
         return blocks
 
     def _apply(
@@ -186,42 +170,6 @@ class CurvatureOperator(ABC):
     def _index(self, name: str) -> int:
         choose("block", name, self.layout.names)
         return self.layout.names.index(name)
-
-    def dense(self) -> Tensor:
-        """The matrix (n, n), by identity probes.
-
-        Raises:
-            MemoryBudgetError: it would not fit.
-        """
-        return _dense(self)
-
-    def to_scipy(self) -> LinearOperator:
-        """A ``scipy.sparse.linalg.LinearOperator`` over NumPy arrays."""
-        return _to_scipy(self)
-
-    def eigsh(self, k: int = 6, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-        """k extreme eigenvalues and eigenvectors (n, k), by :func:`scipy.sparse.linalg.eigsh`."""
-        return eigsh(self.to_scipy(), k=k, **options)
-
-    def to_curvlinops(self) -> Any:
-        """A ``curvlinops`` operator, for everything in that library that takes one (its inverses, for example).
-
-        Raises:
-            DependencyError: curvlinops is not installed.
-        """
-        return to_curvlinops(self)
-
-    def trace(self, matvecs: int = 64, seed: int = 0) -> Tensor:
-        """The trace (), estimated by ``curvlinops.hutchinson_trace`` from ``matvecs`` < n products."""
-        return estimate(self, "hutchinson_trace", matvecs, seed)
-
-    def diagonal(self, matvecs: int = 64, seed: int = 0) -> Tensor:
-        """The diagonal (n,), estimated by ``curvlinops.hutchinson_diag`` from ``matvecs`` < n products."""
-        return estimate(self, "hutchinson_diag", matvecs, seed)
-
-    def spectral_density(self, ncv: int = 64, seed: int = 0, **options: Any) -> tuple[Tensor, Tensor]:
-        """(grid, density) by ``curvlinops.lanczos_approximate_spectrum`` with ``ncv`` Lanczos vectors."""
-        return estimate(self, "lanczos_approximate_spectrum", ncv, seed, **options)
 
 
 @final
@@ -301,37 +249,11 @@ class Block:
 
     def dense(self) -> Tensor:
         """The matrix (d_v, d_w), by identity probes."""
-        return _dense(self)
+        return dense(self)
 
     def to_scipy(self) -> LinearOperator:
         """A ``scipy.sparse.linalg.LinearOperator`` over NumPy arrays."""
-        return _to_scipy(self)
-
-
-def _dense(operator: CurvatureOperator | Block) -> Tensor:
-    n, m = operator.shape
-    need, budget = 3 * n * m * operator.dtype.itemsize, available_memory() // 2
-    if need > budget:
-        raise MemoryBudgetError(
-            f"dense() of a {n} × {m} operator needs {need / 2**30:.1f} GiB and {budget / 2**30:.1f} GiB may be used: "
-            "multiply with vectors instead, or take a block()."
-        )
-    return operator @ torch.eye(m, dtype=operator.dtype, device=operator.device)
-
-
-def _to_scipy(operator: CurvatureOperator | Block) -> LinearOperator:
-    def product(of: CurvatureOperator | Block) -> Callable[[np.ndarray], np.ndarray]:
-        def run(x: np.ndarray) -> np.ndarray:
-            flat = torch.from_numpy(np.ascontiguousarray(x)).to(dtype=of.dtype, device=of.device)
-            return (of @ (flat.reshape(-1) if flat.ndim == 1 else flat)).cpu().numpy()
-
-        return run
-
-    forward, backward = product(operator), product(operator.T)
-    dtype = torch.empty(0, dtype=operator.dtype).numpy().dtype
-    return LinearOperator(
-        operator.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward, dtype=dtype
-    )
+        return to_scipy(self)
 
 
 def hvp(model: Any, batch: Any, v: Any, **options: Any) -> Any:

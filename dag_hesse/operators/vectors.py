@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,10 @@ from dag_hesse.errors import VectorError
 from dag_hesse.kernels.pool import empty
 
 _BLOCK = 1 << 16  # elements
+_DETACHED = (
+    "the vector requires gradients, but products are detached from autograd: no gradient goes back to it. Pass "
+    "v.detach() where that is meant; differentiate the loss by torch.autograd where it is not."
+)
 Unpack = Callable[[list[Tensor]], Any]
 
 
@@ -23,8 +29,9 @@ class Layout:
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    dtype: torch.dtype
+    dtype: torch.dtype  # of flat vectors
     device: torch.device
+    dtypes: tuple[torch.dtype, ...] = ()  # of the blocks, where they are not all that
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -44,12 +51,16 @@ class Layout:
         Raises:
             VectorError: wrong size, dtype, device or keys.
         """
+        if isinstance(v, np.ndarray):
+            blocks, unpack = self.pack(self._from_numpy(v))
+            return blocks, lambda out: _to_numpy(unpack(out))
         if isinstance(v, Tensor):
-            self._check("the vector", v)
+            self._check("the vector", v, self.dtype)
             if v.ndim not in (1, 2) or v.shape[0] != self.size:
                 raise VectorError(
                     f"the vector has shape {tuple(v.shape)}; expected ({self.size},) or ({self.size}, k)."
                 )
+            v = v.detach()
             rows = v.unsqueeze(0) if v.ndim == 1 else _rows(v)
             return list(rows.split(self.sizes, dim=1)), lambda out: _flat(out, v.ndim == 1)
         if isinstance(v, Mapping):
@@ -63,28 +74,44 @@ class Layout:
                 raise VectorError(f"the vector has {len(v)} tensors; expected {len(self.names)}, one per block.")
             blocks, unpack = self._shaped(list(v))
             return blocks, lambda out: type(v)(unpack(out))
-        raise VectorError(f"a {type(v).__name__} is no vector; expected a tensor, a list of tensors or a dict of them.")
+        raise VectorError(
+            f"a {type(v).__name__} is no vector; expected a tensor, an array, a list of tensors or a dict of them."
+        )
+
+    def _from_numpy(self, v: np.ndarray) -> Tensor:
+        if v.dtype.kind not in "fiu":
+            raise VectorError(f"the vector is an array of {v.dtype}; expected real numbers.")
+        return torch.from_numpy(np.ascontiguousarray(v)).to(dtype=self.dtype, device=self.device)
 
     def _shaped(self, parts: list[Tensor]) -> tuple[list[Tensor], Callable[[list[Tensor]], list[Tensor]]]:
         """Blocks of their own shapes, all with one more axis of k columns or none with."""
         several = len(parts) > 0 and parts[0].ndim == len(self.shapes[0]) + 1
         columns = parts[0].shape[-1:] if several else torch.Size()
-        for name, shape, part in zip(self.names, self.shapes, parts, strict=True):
-            self._check(f"'{name}'", part)
+        dtypes = self.dtypes or (self.dtype,) * len(self.names)
+        for name, shape, part, dtype in zip(self.names, self.shapes, parts, dtypes, strict=True):
+            self._check(f"'{name}'", part, dtype)
             if part.shape != torch.Size(shape) + columns:
                 raise VectorError(f"'{name}' has shape {tuple(part.shape)}; expected {(*shape, *columns)}.")
-        sizes = self.sizes
-        rows = [_rows(p) if several else p.reshape(1, n) for p, n in zip(parts, sizes, strict=True)]
+        sizes, parts = self.sizes, [part.detach() for part in parts]
+        rows = [(_rows(p) if several else p.reshape(1, n)).to(self.dtype) for p, n in zip(parts, sizes, strict=True)]
 
         def unpack(out: list[Tensor]) -> list[Tensor]:
-            pairs = zip(out, self.shapes, strict=True)
+            own = [p.to(dtype) for p, dtype in zip(out, dtypes, strict=True)]
+            pairs = zip(own, self.shapes, strict=True)
             return [p.reshape(*columns, *s).movedim(0, -1) if several else p.reshape(s) for p, s in pairs]
 
         return rows, unpack
 
-    def _check(self, what: str, x: Tensor) -> None:
-        if x.dtype != self.dtype or x.device != self.device:
-            raise VectorError(f"{what} is {x.dtype} on {x.device}; expected {self.dtype} on {self.device}: use .to().")
+    def _check(self, what: str, x: Tensor, dtype: torch.dtype) -> None:
+        if x.dtype != dtype or x.device != self.device:
+            raise VectorError(f"{what} is {x.dtype} on {x.device}; expected {dtype} on {self.device}: use .to().")
+        if x.requires_grad:
+            warnings.warn(_DETACHED, stacklevel=2)
+
+
+def _to_numpy(x: Tensor) -> np.ndarray:
+    found: np.ndarray = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).cpu().numpy()
+    return found
 
 
 def _rows(columns: Tensor) -> Tensor:

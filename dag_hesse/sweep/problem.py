@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -130,8 +131,13 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point type of the points."""
-        return self.entries[0].graph.nodes[self.points[0].sites[0]].dtype
+        """Floating-point type of vectors: the widest of the points'."""
+        return reduce(torch.promote_types, map(self.dtype_of, range(len(self.points))))
+
+    def dtype_of(self, index: int) -> torch.dtype:
+        """Floating-point type of a point: the widest of its nodes'."""
+        nodes = self.entries[0].graph.nodes
+        return reduce(torch.promote_types, (nodes[k].dtype for k in self.points[index].sites))
 
     @property
     def device(self) -> torch.device:
@@ -258,6 +264,7 @@ class Problem:
         seeds: dict[int, Tensor] = {}
         for k, vectors in z.items():
             for node, x in seed(entry.graph, self.points_of(entry)[k], vectors, self.how).items():
+                x = x.to(entry.graph.nodes[node].dtype)
                 seeds[node] = seeds[node] + x if node in seeds else x
         return seeds
 
@@ -289,9 +296,9 @@ class Problem:
                     raise
                 self.chunk = max(1, self.chunk // 2)  # halve and go on
                 continue
-            for v, (gn, tensor) in read_now.items():
-                parts[v][0].append(gn)
-                parts[v][1].append(tensor)
+            for v, pair in read_now.items():
+                for part, x in zip(parts[v], pair, strict=True):
+                    part.append(x if x is None else x.to(like.dtype))
             self.sweeps += stop - done
             if progress is not None:
                 progress(stop - done)

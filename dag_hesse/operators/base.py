@@ -1,0 +1,233 @@
+"""What all symmetric operators have in common: products in every form of vector, exports, trace and diagonal."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, final
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor
+
+from dag_hesse.errors import MemoryBudgetError, OptionError
+from dag_hesse.measure import available_memory
+from dag_hesse.operators import estimates
+from dag_hesse.operators.interop import estimate, to_curvlinops
+from dag_hesse.operators.vectors import Layout
+
+
+class SymmetricOperator(ABC):
+    """A symmetric operator over named blocks. It can be scaled: ``2 * H``, ``-H``, ``H / n``."""
+
+    layout: Layout
+
+    @abstractmethod
+    def _products(self, blocks: list[Tensor]) -> list[Tensor]:
+        """Per block, products (k, size) of k vectors given by their blocks (k, size)."""
+
+    @property
+    @abstractmethod
+    def chunk(self) -> int:
+        """How many vectors profit from being multiplied together."""
+
+    def _working(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the blocks, in the order of the flat vector."""
+        return self.layout.names
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, n)."""
+        return self.layout.size, self.layout.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of flat vectors: the widest of the blocks'."""
+        return self.layout.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where vectors lie."""
+        return self.layout.device
+
+    @property
+    def T(self) -> SymmetricOperator:
+        """The transpose: the operator itself, for it is symmetric."""
+        return self
+
+    # NumPy leaves ``v @ H`` and ``2 * H`` to us.
+    __array_ufunc__ = None
+
+    def __repr__(self) -> str:
+        blocks = len(self.layout.names)
+        return f"{type(self).__name__}({self.shape[0]} × {self.shape[1]}, {blocks} blocks, {self.dtype})"
+
+    def __matmul__(self, v: Any) -> Any:
+        """The product with a vector; same form back, detached from autograd.
+
+        Args:
+            v: (n,), columns (n, k), a list or dict like the blocks; tensors, or NumPy arrays for the flat forms. A flat
+                vector goes through the parameters as ``torch.nn.utils.parameters_to_vector(model.parameters())`` does.
+
+        Raises:
+            VectorError: it does not fit.
+        """
+        blocks, unpack = self.layout.pack(v)
+        with self._working():
+            return unpack(self._products(blocks))
+
+    def __rmatmul__(self, v: Any) -> Any:
+        """``v @ H`` for (n,) or rows (k, n): the operator is symmetric."""
+        return self @ v if getattr(v, "ndim", 1) == 1 else (self @ v.T).T
+
+    def __mul__(self, factor: Any) -> Scaled:
+        """The operator times a number.
+
+        Raises:
+            OptionError: it is no real number.
+        """
+        if isinstance(factor, (Tensor, np.ndarray, np.generic)) and factor.ndim == 0:
+            factor = factor.item()
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            raise OptionError(
+                f"an operator is multiplied by a {type(factor).__name__}; expected a real number (use @ for vectors)."
+            )
+        return Scaled(self, float(factor))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Scaled:
+        """The operator divided by a number."""
+        if not isinstance(divisor, (int, float)) or divisor == 0:
+            raise OptionError(f"an operator is divided by {divisor!r}; expected a number other than 0.")
+        return self * (1.0 / divisor)
+
+    def __neg__(self) -> Scaled:
+        return self * -1.0
+
+    def dense(self) -> Tensor:
+        """The matrix (n, n), by identity probes.
+
+        Raises:
+            MemoryBudgetError: it would not fit.
+        """
+        return dense(self)
+
+    def to_scipy(self) -> LinearOperator:
+        """A ``scipy.sparse.linalg.LinearOperator`` over NumPy arrays."""
+        return to_scipy(self)
+
+    def eigsh(self, k: int = 6, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        """k extreme eigenvalues and eigenvectors (n, k), by :func:`scipy.sparse.linalg.eigsh`."""
+        return eigsh(self.to_scipy(), k=k, **options)
+
+    def to_curvlinops(self) -> Any:
+        """A ``curvlinops`` operator, for everything in that library that takes one (its inverses, for example).
+
+        Raises:
+            DependencyError: curvlinops is not installed.
+        """
+        return to_curvlinops(self)
+
+    def trace(self, matvecs: int | None = None, seed: int = 0) -> Tensor:
+        """The trace (): exact by n products where n ≤ 64, else estimated by Hutchinson's method.
+
+        Args:
+            matvecs: random vectors of the estimate; None: 64.
+            seed: of the vectors. The global RNG is neither read nor changed.
+
+        Raises:
+            OptionError: ``matvecs`` is no integer from 2 to n - 1.
+        """
+        return estimates.trace(self, matvecs, seed)
+
+    def diagonal(self, matvecs: int | None = None, seed: int = 0) -> Tensor:
+        """The diagonal (n,); arguments and errors as for :meth:`trace`."""
+        return estimates.diagonal(self, matvecs, seed)
+
+    def spectral_density(self, ncv: int = 64, seed: int = 0, **options: Any) -> tuple[Tensor, Tensor]:
+        """(grid, density) by ``curvlinops.lanczos_approximate_spectrum`` with ``ncv`` Lanczos vectors.
+
+        Raises:
+            OptionError: ``ncv`` is no integer from 2 to n - 1.
+            DependencyError: curvlinops is not installed.
+        """
+        estimates.check_count("ncv", ncv, self.shape[0])
+        return estimate(self, "lanczos_approximate_spectrum", ncv, seed, **options)
+
+
+@final
+class Scaled(SymmetricOperator):
+    """A number times an operator."""
+
+    def __init__(self, of: SymmetricOperator, factor: float) -> None:
+        self.of, self.factor, self.layout = of, factor, of.layout
+
+    @property
+    def chunk(self) -> int:
+        """As that of the operator."""
+        return self.of.chunk
+
+    def _working(self) -> AbstractContextManager[None]:
+        return self.of._working()
+
+    def _products(self, blocks: list[Tensor]) -> list[Tensor]:
+        return [self.factor * block for block in self.of._products(blocks)]
+
+    def __repr__(self) -> str:
+        return f"{self.factor:g} · {self.of!r}"
+
+
+class Product(Protocol):
+    """What can be multiplied and exported: an operator or one of its blocks."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def T(self) -> Product: ...
+
+    def __matmul__(self, v: Any) -> Any: ...
+
+
+def dense(operator: Product) -> Tensor:
+    """The matrix of an operator or block, by identity probes."""
+    n, m = operator.shape
+    need, budget = 3 * n * m * operator.dtype.itemsize, available_memory() // 2
+    if need > budget:
+        raise MemoryBudgetError(
+            f"dense() of a {n} × {m} operator needs {need / 2**30:.1f} GiB and {budget / 2**30:.1f} GiB may be used: "
+            "multiply with vectors instead, or take a block()."
+        )
+    found: Tensor = operator @ torch.eye(m, dtype=operator.dtype, device=operator.device)
+    return found
+
+
+def to_scipy(operator: Product) -> LinearOperator:
+    """An operator or block over NumPy arrays."""
+
+    def product(of: Product) -> Callable[[np.ndarray], np.ndarray]:
+        def run(x: np.ndarray) -> np.ndarray:
+            flat = torch.from_numpy(np.ascontiguousarray(x)).to(dtype=of.dtype, device=of.device)
+            found: np.ndarray = (of @ (flat.reshape(-1) if flat.ndim == 1 else flat)).cpu().numpy()
+            return found
+
+        return run
+
+    forward, backward = product(operator), product(operator.T)
+    dtype = torch.empty(0, dtype=operator.dtype).numpy().dtype
+    return LinearOperator(
+        operator.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward, dtype=dtype
+    )

@@ -1,0 +1,79 @@
+"""Trace and diagonal of an operator: exact where it is small, else by random signs, a chunk of vectors at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dag_hesse.errors import OptionError
+
+if TYPE_CHECKING:
+    from dag_hesse.operators.base import SymmetricOperator
+
+_USUAL = 64
+
+
+def check_count(name: str, count: object, size: int) -> None:
+    """Raise :class:`OptionError` unless ``count`` is an integer from 2 to ``size`` - 1."""
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise OptionError(f"{name}={count!r} is a {type(count).__name__}; expected an integer.")
+    if not 2 <= count < size:
+        more = " With as many products as rows dense() is exact." if count >= size else ""
+        raise OptionError(f"{name}={count}; expected at least 2 and fewer than the operator's {size} rows.{more}")
+
+
+def trace(operator: SymmetricOperator, matvecs: int | None, seed: int) -> Tensor:
+    """Σ_i H_ii, or the mean of zᵀ H z over random signs z (Hutchinson)."""
+    total = torch.zeros((), dtype=operator.dtype, device=operator.device)
+    exact = _is_exact(operator, matvecs)
+    count = operator.shape[0] if exact else matvecs or _USUAL
+    for z in _units(operator) if exact else _signs(operator, count, seed):
+        total += sum((a * b).sum() for a, b in zip(z, _product(operator, z), strict=True))
+    return total if exact else total / count
+
+
+def diagonal(operator: SymmetricOperator, matvecs: int | None, seed: int) -> Tensor:
+    """The H_ii, or the mean of z ∘ H z over random signs z."""
+    exact = _is_exact(operator, matvecs)
+    count = operator.shape[0] if exact else matvecs or _USUAL
+    total = torch.zeros(operator.shape[0], dtype=operator.dtype, device=operator.device)
+    for z in _units(operator) if exact else _signs(operator, count, seed):
+        parts = [(a * b).sum(0) for a, b in zip(z, _product(operator, z), strict=True)]
+        total += torch.cat(parts)
+    return total if exact else total / count
+
+
+def _is_exact(operator: SymmetricOperator, matvecs: int | None) -> bool:
+    if matvecs is not None:
+        check_count("matvecs", matvecs, operator.shape[0])
+    return matvecs is None and operator.shape[0] <= _USUAL
+
+
+def _product(operator: SymmetricOperator, z: list[Tensor]) -> list[Tensor]:
+    with operator._working():
+        return operator._products(z)
+
+
+def _units(operator: SymmetricOperator) -> Iterator[list[Tensor]]:
+    """Unit vectors by their blocks, a chunk at a time."""
+    size = operator.shape[0]
+    for start in range(0, size, operator.chunk):
+        rows = torch.zeros(min(operator.chunk, size - start), size, dtype=operator.dtype, device=operator.device)
+        rows.diagonal(start).fill_(1.0)
+        yield list(rows.split(operator.layout.sizes, dim=1))
+
+
+def _signs(operator: SymmetricOperator, count: int, seed: int) -> Iterator[list[Tensor]]:
+    """Random signs by their blocks, a chunk at a time. They do not hang on how large chunks are, nor on the device."""
+    generator, left = torch.Generator().manual_seed(seed), count
+    while left:
+        now = min(operator.chunk, left)
+        rows = torch.empty(now, operator.shape[0], dtype=torch.int8)
+        for row in rows:
+            row.random_(0, 2, generator=generator)
+        signs = (2 * rows - 1).to(dtype=operator.dtype, device=operator.device)
+        yield list(signs.split(operator.layout.sizes, dim=1))
+        left -= now
