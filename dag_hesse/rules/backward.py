@@ -138,6 +138,29 @@ def _batch_norm(
     return to_x, (g * y).sum(dims) if mask[1] else None, g.sum(dims) if mask[2] else None
 
 
+def _unified_batch_norm(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    save_mean: Tensor | None,
+    save_rstd: Tensor | None,
+    train: bool,
+    eps: float,
+    mask: list[bool],
+    reserve: Tensor,
+) -> tuple[Tensor | None, ...]:
+    return _batch_norm(g, x, weight, mean, var, save_mean, save_rstd, train, eps, mask)
+
+
+def _rrelu(g: Tensor, x: Tensor, noise: Tensor, lower: float, upper: float, training: bool, is_result: bool) -> Tensor:
+    """``noise`` holds the slopes that were drawn, 1 where x > 0."""
+    if training and upper - lower > 1e-6:
+        return g * noise
+    return torch.where(x > 0, g, g * ((lower + upper) / 2))
+
+
 LOWERINGS: Mapping[Any, Callable[..., Any]] = {
     aten.elu_backward.default: _elu,
     aten.softplus_backward.default: _softplus,
@@ -151,6 +174,8 @@ LOWERINGS: Mapping[Any, Callable[..., Any]] = {
     aten.native_layer_norm_backward.default: _layer_norm,
     aten.native_group_norm_backward.default: _group_norm,
     aten.native_batch_norm_backward.default: _batch_norm,
+    aten.batch_norm_backward.default: _unified_batch_norm,
+    aten.rrelu_with_noise_backward.default: _rrelu,
 }
 
 __all__ = ["LOWERINGS"]

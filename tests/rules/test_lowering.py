@@ -51,6 +51,14 @@ def gru(x: Sequence[Tensor]) -> Tensor:
     return (1 - z) * n + z * x[2]
 
 
+def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """By the chain rule through formulas, as autograd does not differentiate these backward passes."""
+    if function is F.silu:
+        return x.sigmoid() * (1 + x * (1 - x.sigmoid()))
+    t = F.softplus(x).tanh()
+    return t + x * (1 - t * t) * x.sigmoid()
+
+
 _ENDS = torch.tensor([1.0, -1.0, 0.0, -2.0]).double()
 _TARGETS = torch.tensor([0, 2, 1])
 _BAG = torch.tensor([0, 2, 2, 4, 1, 3])
@@ -173,6 +181,23 @@ ROWS = [
     Row(aten.hardtanh_backward.default, lambda: (normal(3), apart(3), -0.05, 0.05)),
     Row(aten.leaky_relu_backward.default, lambda: (normal(3), apart(3), 0.1, False)),
     Row(aten.hardswish_backward.default, lambda: (normal(3), normal(3))),
+    Row(
+        aten.rrelu_with_noise_backward.default,
+        lambda: (normal(3), apart(3), positive(3), 0.1, 0.3, True, False),
+        active=(0,),
+    ),
+    Row(
+        aten.rrelu_with_noise_backward.default,
+        lambda: (normal(3), apart(3), positive(3), 0.1, 0.3, False, False),
+        active=(0,),
+    ),
+    Row(
+        aten.hardsigmoid_backward.default,
+        lambda: (normal(4), torch.tensor([-4.0, -1.0, 2.0, 3.5]).double()),
+        formula=lambda x: x[0] * (x[1].abs() < 3) / 6,
+    ),
+    Row(aten.silu_backward.default, lambda: (normal(3), normal(3)), formula=lambda x: x[0] * _slope(F.silu, x[1])),
+    Row(aten.mish_backward.default, lambda: (normal(3), normal(3)), formula=lambda x: x[0] * _slope(F.mish, x[1])),
     Row(aten.softshrink_backward.default, lambda: (normal(3), apart(3), 0.1)),
     Row(aten.hardshrink_backward.default, lambda: (normal(3), apart(3), 0.1)),
     Row(aten.glu_backward.default, lambda: (normal(3, 2), normal(3, 4), 1)),
@@ -332,7 +357,7 @@ def test_every_lowering_that_is_new_has_a_row() -> None:
     from dag_hesse.rules import backward, distances, losses
 
     tested = {row.op for row in ROWS}
-    elsewhere = {aten.hardsigmoid_backward.default, aten._ctc_loss.Tensor}  # torch does not differentiate the first
+    elsewhere = {aten._ctc_loss.Tensor, aten.batch_norm_backward.default}  # as others are, under another name
     elsewhere |= {row[0] for row in NORMS}
     own = {*losses.LOWERINGS, *distances.LOWERINGS, *backward.LOWERINGS, *CONCRETE}
     assert own <= tested | elsewhere
