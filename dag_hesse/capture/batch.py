@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,20 +15,22 @@ from dag_hesse.errors import BatchError, NonFiniteError
 from dag_hesse.randomness import preserved
 
 NO_BATCHES = "the iterable of batches is empty or used up: give at least one batch."
-_FORMS = "(inputs, targets), a dict of keyword inputs, or an iterable of either"
+_FORMS = "(inputs, targets), (input, input, …, targets), a dict of keyword inputs, or an iterable of these"
 
 
 @dataclass(frozen=True)
 class Batch:
     """One batch: positional and keyword inputs of the model, targets (None if the model makes its own loss).
 
-    ``tensors`` are all tensors of the three, flattened; ``size`` is the number of samples.
+    ``tensors`` are all tensors of the three, flattened; ``size`` is the number of samples. ``flat``: given as
+    ``(input, input, …, targets)``.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: Any
     size: int
+    flat: bool = False
 
     @property
     def tree(self) -> tuple[Any, ...]:
@@ -75,15 +78,19 @@ def _size(inputs: list[Tensor], targets: list[Tensor]) -> int:
 
 
 def one_batch(batch: Any) -> Batch:
-    """Parse one batch.
+    """Parse one batch: ``(inputs, targets)``, or a longer tuple, whose last entry is the targets and whose others are
+    positional inputs (lengths, masks), or a dict of keyword inputs.
 
     Raises:
         BatchError: unknown form, no tensors, or no samples.
     """
     if isinstance(batch, Batch):
         return batch
+    flat = False
     if isinstance(batch, Mapping):
         args, kwargs, targets = (), dict(batch), None
+    elif isinstance(batch, (tuple, list)) and len(batch) > 2 and any(isinstance(x, Tensor) for x in batch[:-1]):
+        flat, args, kwargs, targets = True, tuple(batch[:-1]), {}, _plain(batch[-1])
     elif isinstance(batch, (tuple, list)) and len(batch) == 2:
         inputs, targets = _plain(batch[0]), _plain(batch[1])
         kwargs = inputs if isinstance(inputs, dict) else {}
@@ -98,7 +105,7 @@ def one_batch(batch: Any) -> Batch:
     size = _size(inputs_found, targets_found)
     if size == 0 or any(t.numel() == 0 for t in inputs_found):
         raise BatchError("the batch is empty: give at least one sample.")
-    return Batch(args, kwargs, targets, size)
+    return Batch(args, kwargs, targets, size, flat)
 
 
 def is_one(batch: Any) -> bool:
@@ -107,7 +114,7 @@ def is_one(batch: Any) -> bool:
         return True
     if isinstance(batch, tuple):
         return True
-    return isinstance(batch, list) and len(batch) == 2 and isinstance(batch[0], Tensor)
+    return isinstance(batch, list) and len(batch) > 1 and isinstance(batch[0], Tensor)
 
 
 def first_batch(source: Any) -> Batch:
@@ -125,15 +132,38 @@ def first_batch(source: Any) -> Batch:
 
 
 def check_finite(names: Iterable[str], tensors: Iterable[Tensor], what: str) -> None:
-    """Raise :class:`NonFiniteError` naming the first tensor that holds NaN or infinity."""
+    """Raise :class:`NonFiniteError` naming the first tensor that holds NaN, or infinity where it has no place.
+
+    Buffers and inputs may be infinite: additive attention masks are. Parameters and targets may not.
+    """
     for name, tensor in zip(names, tensors, strict=True):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise NonFiniteError(f"{what} '{name}' holds {bad} NaN or infinite values; curvature there is undefined.")
+        if not tensor.is_floating_point():
+            continue
+        free = what == "buffer" or name.startswith("inputs")
+        bad = int((torch.isnan(tensor) if free else ~torch.isfinite(tensor)).sum())
+        if bad:
+            kind = "NaN" if free else "NaN or infinite"
+            raise NonFiniteError(f"{what} '{name}' holds {bad} {kind} values; curvature there is undefined.")
+
+
+def _check_arguments(model: torch.nn.Module, batch: Batch) -> None:
+    """A tuple of three or more is spread over the forward's arguments: they must be as many."""
+    if not batch.flat:
+        return
+    try:
+        inspect.signature(model.forward).bind(*batch.args)
+    except TypeError as error:
+        raise BatchError(
+            f"a batch of {len(batch.args) + 1} entries is {len(batch.args)} inputs and targets, which the forward of "
+            f"{type(model).__name__} does not take ({error}); expected {_FORMS}."
+        ) from error
+    except ValueError:
+        return  # no signature to be had
 
 
 def check_devices(model: torch.nn.Module, batch: Batch) -> None:
-    """Raise :class:`BatchError` if model and batch lie on different devices."""
+    """Raise :class:`BatchError` if model and batch lie on different devices, or the batch has too many inputs."""
+    _check_arguments(model, batch)
     places = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
     for name, tensor in zip(batch.names, batch.tensors, strict=True):
         if places and tensor.device not in places and tensor.ndim:

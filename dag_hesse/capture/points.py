@@ -100,10 +100,19 @@ def _named(graph: CurvatureGraph, model: nn.Module, name: str, space: str) -> Po
         if name in all_parameters:
             raise PointError(f"the loss does not depend on parameter '{name}': leave it out.")
         return None
+    name = _first_name(model, name)
     if name in graph.taps:
         return _activation(graph, name, graph.taps[name])
     call = _call(graph, name)
     return _activation(graph, name, [graph.taps[call[0]][call[1]]]) if call else None
+
+
+def _first_name(model: nn.Module, name: str) -> str:
+    """A module of several names goes by its first; a call's number is kept."""
+    path, bracket, number = name.partition("[")
+    module = dict(model.named_modules(remove_duplicate=False)).get(path)
+    first = next((n for n, m in model.named_modules() if m is module), path)
+    return first + bracket + number
 
 
 def _missing(graph: CurvatureGraph, model: nn.Module, name: str, space: str) -> PointError:
@@ -156,6 +165,7 @@ class _Chooser:
 
     def __init__(self, graph: CurvatureGraph, model: nn.Module) -> None:
         self.graph, self.modules = graph, dict(model.named_modules())
+        self.own = {id(module): name for name, module in self.modules.items()}  # of several names, the first
         alive, after_out = _alive(graph), graph.descendants(graph.out)
         self.sites = {
             name: sites
@@ -165,14 +175,15 @@ class _Chooser:
 
     def children(self, name: str) -> list[tuple[str, bool]]:
         """Called children, containers that are never called being opened; the flag says: element of a list."""
-        found = []
-        for child, _module in self.modules[name].named_children():
-            path = f"{name}.{child}" if name else child
+        found: dict[str, bool] = {}
+        for _, module in self.modules[name].named_children():
+            path = self.own[id(module)]
             if path in self.sites:
-                found.append((path, isinstance(self.modules[name], (nn.ModuleList, nn.ModuleDict))))
+                listed = isinstance(self.modules[name], (nn.ModuleList, nn.ModuleDict))
+                found[path] = found.get(path, False) or listed
             elif path not in self.graph.modules:
-                found += [(p, True) for p, _ in self.children(path)]
-        return found
+                found.update((p, True) for p, _ in self.children(path))
+        return list(found.items())
 
     def composite(self, name: str) -> bool:
         return any(path in self.sites for path, _ in self.children(name))
@@ -199,7 +210,7 @@ class _Chooser:
     def behind(self, name: str, last: str) -> list[str]:
         """Children of ``name`` that run after its last stage."""
         order = list(self.graph.modules)  # in order of completion
-        paths = [f"{name}.{child}" if name else child for child, _ in self.modules[name].named_children()]
+        paths = [self.own[id(module)] for _, module in self.modules[name].named_children()]
         return [path for path in paths if path in order and order.index(path) > order.index(last)]
 
     def leaves(self, names: list[str]) -> list[str]:

@@ -85,6 +85,8 @@ def as_given(batch: Batch) -> Any:
     """The batch in the form that users write."""
     if batch.targets is None and not batch.args:
         return batch.kwargs
+    if batch.flat:
+        return (*batch.args, batch.targets)
     inputs = batch.kwargs or (batch.args[0] if len(batch.args) == 1 else batch.args)
     return inputs, batch.targets
 
