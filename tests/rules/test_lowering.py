@@ -106,15 +106,23 @@ ROWS = [
     *(
         Row(
             aten._ctc_loss.default,
-            lambda targets=targets, lengths=lengths, inputs=inputs: (normal(5, 2, 4), targets, inputs, lengths, 0),
+            lambda targets=targets, lengths=lengths, inputs=inputs: (
+                normal(5, 2, 4),
+                targets,
+                inputs,
+                lengths,
+                0,
+                True,
+            ),
             truth="differences",
             formula=lambda x, targets=targets, lengths=lengths, inputs=inputs: F.ctc_loss(
-                torch.log_softmax(x[0], -1), targets, inputs, lengths, reduction="none"
+                torch.log_softmax(x[0], -1), targets, inputs, lengths, reduction="none", zero_infinity=True
             ),
         )
         for targets, lengths, inputs in (
             (torch.tensor([[1, 1, 2], [3, 2, 0]]), [3, 2], [5, 4]),
             (torch.tensor([1, 2, 3]), [3, 0], [5, 5]),
+            (torch.tensor([[1, 1, 2], [3, 3, 0]]), [3, 2], [5, 2]),  # no alignment of the second
         )
     ),
     *(
