@@ -21,6 +21,7 @@ from dag_hesse.plan import Plan, fuse_all, plan
 from dag_hesse.plan.planner import BATCH_MODES, MODES
 from dag_hesse.report import CurvatureReport
 from dag_hesse.report.blocks import BlockReader
+from dag_hesse.report.progress import shown
 from dag_hesse.structure import analyze_structure
 from dag_hesse.sweep import VERIFY, Problem, prove_all
 
@@ -40,7 +41,7 @@ def analyze(
     reduction: Option = None,
     memory: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     verify: str = "gradient",
 ) -> CurvatureReport:
     """Map the inter-layer Hessian blocks of a model on a batch (paper, Definitions 23 and 24; design §2).
@@ -61,7 +62,8 @@ def analyze(
         memory: bytes that results and sweeps may take; None: half of what is free. A loader whose batches take more
             (None: a quarter) is not held but read again in every pass.
         seed: of the probes. The global RNG is neither read for them nor changed.
-        progress: called with (stage, sweeps done, sweeps foreseen).
+        progress: True: a bar on stderr (lines where that is no terminal); a callable: called with (stage, sweeps done,
+            sweeps foreseen).
         verify: what the captured graph is held against before any product is given out: ``"gradient"`` (the model's own
             loss and gradient, at the cost of one gradient), ``"product"`` (one H·v by double-backward as well), or
             ``"none"``.
@@ -112,7 +114,8 @@ def analyze(
         chunk=schedule.chunk,
         again=partial(capture, model, loss=loss, output=output, points=names, space=space),
     )
-    metrics = assemble(estimate(problem, schedule, rtol=rtol, seed=seed, progress=progress), schedule)
+    with shown(progress) as told:
+        metrics = assemble(estimate(problem, schedule, rtol=rtol, seed=seed, progress=told), schedule)
     clock["estimate"] = time.perf_counter()
     structure = structures[0]
     return CurvatureReport(

@@ -6,8 +6,7 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch.utils import _pytree as pytree
 from dag_hesse import __version__
 from dag_hesse.analyze import analyze
 from dag_hesse.errors import DagHesseError, OptionError, suggest
-from dag_hesse.estimate.run import Progress
 from dag_hesse.experiments import models
 from dag_hesse.plan import render_edges
 from dag_hesse.plan.planner import BATCH_MODES, MODES
@@ -90,28 +88,6 @@ def load_spec(spec: str, batch: int | None, side: int | None, seed: int) -> tupl
             f"SPEC '{spec}' returned {type(made).__name__}; expected (model, batch) or (model, batch, loss)."
         )
     return made
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress | None]:
-    """A bar on stderr while sweeps run; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield update
 
 
 def parser() -> argparse.ArgumentParser:
@@ -193,21 +169,20 @@ def _profile(options: argparse.Namespace) -> None:
 
 def _analyze(options: argparse.Namespace) -> None:
     model, batch, loss = _built(options)
-    with progress_bar() as progress:
-        report = analyze(
-            model,
-            batch,
-            loss=loss,
-            points=options.points,
-            space=options.space,
-            batch_mode=options.batch_mode,
-            mode=options.mode,
-            probes=options.probes,
-            rtol=options.rtol,
-            memory=int(options.memory * 2**30) if options.memory else None,
-            seed=options.seed,
-            progress=progress,
-        )
+    report = analyze(
+        model,
+        batch,
+        loss=loss,
+        points=options.points,
+        space=options.space,
+        batch_mode=options.batch_mode,
+        mode=options.mode,
+        probes=options.probes,
+        rtol=options.rtol,
+        memory=int(options.memory * 2**30) if options.memory else None,
+        seed=options.seed,
+        progress=sys.stderr.isatty(),
+    )
     if not options.quiet:
         print(report)
     if options.json:

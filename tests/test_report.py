@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from torch import nn
 
 import dag_hesse as dh
 from dag_hesse.cli import BUILT_IN, main
-from dag_hesse.errors import DagHesseError, OptionError, PointError
+from dag_hesse.errors import DagHesseError, DependencyError, OptionError, PointError
 from dag_hesse.experiments.models import mlp
 from dag_hesse.report.files import write_whole
 
@@ -117,6 +120,54 @@ def test_unknown_point_of_a_report(report: dh.CurvatureReport) -> None:
         report.index("11")
     with pytest.raises(OptionError, match="tensor"):
         report.block("1", "1", part="tensors")
+
+
+def test_a_report_is_pickled_and_copied_without_its_model(report: dh.CurvatureReport) -> None:
+    assert report.block("1", "1").shape == (40, 40)
+    for other in (pickle.loads(pickle.dumps(report)), copy.deepcopy(report), copy.copy(report)):
+        assert other.points == report.points
+        assert np.array_equal(other.resonance, report.resonance)
+        assert str(other) == str(report)
+        assert other.facts == report.facts
+        with pytest.raises(PointError, match="analyze"):
+            other.block("1", "1")
+    assert report.block("1", "1").shape == (40, 40)
+
+
+def test_rows_and_data_frames(report: dh.CurvatureReport, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = report.rows()
+    assert [(row["v"], row["w"]) for row in rows[:2]] == [("1", "1"), ("1", "3")]
+    assert len(rows) == 6
+    assert rows[1]["coupling"] == report.coupling[0, 1]
+    assert rows[1]["coupling_stderr"] == report.stderr["coupling"][0, 1]
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(DependencyError, match="pip install pandas"):
+        report.to_dataframe()
+    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=list))
+    assert report.to_dataframe() == rows
+
+
+def test_a_notebook_shows_facts_and_maps(report: dh.CurvatureReport) -> None:
+    page = report._repr_html_()
+    assert page.count("<table>") == 3
+    assert "3 activation points" in page
+    assert "<html" not in page
+
+
+def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model, batch = mlp([3, 40, 40, 3], nn.SiLU), (torch.randn(6, 3), torch.arange(6) % 3)
+    seen: list[tuple[str, int, int]] = []
+    options = {"mode": "probes", "probes": 4}
+    dh.analyze(model, batch, progress=lambda *said: seen.append(said), **options)
+    assert seen[0] == ("probes", 0, 8)
+    for silent in (None, False):
+        dh.analyze(model, batch, progress=silent, **options)
+        assert capsys.readouterr().err == ""
+    dh.analyze(model, batch, progress=True, **options)
+    assert "dag-hesse: probes 8/8 sweeps" in capsys.readouterr().err
+    with pytest.raises(OptionError, match="progress='yes'"):
+        dh.analyze(model, batch, progress="yes", **options)  # type: ignore[arg-type]
 
 
 def test_analyze_from_the_command_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

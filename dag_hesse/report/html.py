@@ -44,6 +44,13 @@ def _table(report: CurvatureReport, metric: str) -> str:
     return f'<h2>{metric}</h2><div class="wide"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
 
 
+def fragment(report: CurvatureReport) -> str:
+    """Facts and tables, to stand in another page."""
+    lines = "".join(f"<div>{escape(line)}</div>" for line in facts(report))
+    tables = "".join(_table(report, metric) for metric in ("resonance", "coupling", "gn_gap"))
+    return f'<div class="dag-hesse">{lines}{tables}</div>'
+
+
 def write_html(report: CurvatureReport, path: str | Path) -> None:
     """Write the page."""
     title = escape(f"Curvature of {report.facts['model']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dag_hesse.errors import PointError, choose, suggest
+from dag_hesse.errors import DependencyError, PointError, choose, suggest
 from dag_hesse.estimate import METRICS
 from dag_hesse.ir import Point
 
@@ -107,13 +108,56 @@ class CurvatureReport:
             ``shared``: (d_v, d_w); ``per_sample``: (batch, d_v, d_w); ``joint``: (batch·d_v, batch·d_w).
 
         Raises:
-            PointError: the report was loaded from a file, the model changed since, or there is no such point.
+            PointError: the report was loaded, unpickled or copied, the model changed since, or there is no such point.
         """
         choose("part", part, ("full", "gn", "tensor"))
         i, j = self.index(v), self.index(w)
         if self._reader is None:
-            raise PointError("a loaded report holds maps, not blocks: run analyze() again for report.block().")
+            raise PointError(
+                "a loaded or copied report holds maps, not blocks: run analyze() again for report.block()."
+            )
         return self._reader(i, j, part)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied without what makes blocks, which is the model and its batches."""
+        maps = ({k: np.array(v) for k, v in each.items()} for each in (self.values, self.stderr, self.method))
+        rest = (np.array(self.distance), np.array(self.rank_bound), copy.deepcopy(dict(self.facts)))
+        return CurvatureReport, (self.points, *maps, *rest)
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with a row per pair of points (v before w), and per metric its value, error and method.
+
+        Raises:
+            DependencyError: pandas is not installed.
+
+        Example:
+            >>> frame = report.to_dataframe()  # doctest: +SKIP
+            >>> frame.sort_values("coupling")[["v", "w", "coupling", "coupling_stderr"]]  # doctest: +SKIP
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise DependencyError("to_dataframe() needs pandas: pip install pandas, or take to_dict().") from error
+        return pandas.DataFrame(self.rows())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What :meth:`to_dataframe` tabulates, as plain data."""
+        found = []
+        for i, j in zip(*np.triu_indices(len(self.points)), strict=True):
+            row: dict[str, Any] = {"v": self.names[i], "w": self.names[j]}
+            row |= {"distance": int(self.distance[i, j]), "rank_bound": int(self.rank_bound[i, j])}
+            for name in METRICS:
+                row[name] = float(self.values[name][i, j])
+                row[f"{name}_stderr"] = float(self.stderr[name][i, j])
+                row[f"{name}_method"] = str(self.method[name][i, j])
+            found.append(row)
+        return found
+
+    def _repr_html_(self) -> str:
+        """Facts and maps for notebooks."""
+        from dag_hesse.report.html import fragment
+
+        return fragment(self)
 
     def __str__(self) -> str:
         from dag_hesse.report.text import render
