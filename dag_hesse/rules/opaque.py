@@ -1,6 +1,7 @@
 """The fallback: autograd on one op alone, exact wherever the op can be differentiated twice in reverse mode.
 
-The op runs once, at linearization; products read the tape that it left. Complex tensors follow PyTorch's convention:
+Linearization runs the op once; cotangents read the tape that this left, tangents too where the op has no forward mode
+(or a wrong one). An op that draws random numbers is refused, as it would draw others. Complex tensors follow PyTorch's convention:
 tangents and cotangents are complex, and adjoint means adjoint in the real inner product Re⟨a, b⟩.
 """
 
