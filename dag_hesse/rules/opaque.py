@@ -1,8 +1,10 @@
 """The fallback: autograd on one op alone, exact wherever the op can be differentiated twice in reverse mode.
 
 Linearization runs the op once; cotangents read the tape that this left, tangents too where the op has no forward mode
-(or a wrong one). An op that draws random numbers is refused, as it would draw others. Complex tensors follow PyTorch's convention:
-tangents and cotangents are complex, and adjoint means adjoint in the real inner product Re⟨a, b⟩.
+(or a wrong one). An op that draws random numbers is refused, as it would draw others.
+
+Complex tensors follow PyTorch's convention: tangents and cotangents are complex, and adjoint means adjoint in the real
+inner product Re⟨a, b⟩.
 """
 
 from __future__ import annotations
