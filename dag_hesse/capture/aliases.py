@@ -27,7 +27,9 @@ Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
 class Emitter(Protocol):
     """What makes nodes."""
 
-    def emit(self, op: Callable[..., Any], args: Sequence[Any], like: Any) -> int:
+    def emit(
+        self, op: Callable[..., Any], args: Sequence[Any], like: Any, *, kwargs: dict[str, Any] | None = None
+    ) -> int:
         """A node that runs ``op`` on ``args``, in which nodes are :class:`At`; ``like`` has its shape and dtype."""
 
     def constant(self, value: Tensor, name: str) -> int:
@@ -38,6 +40,9 @@ class Emitter(Protocol):
 
     def has_past(self, node: int) -> bool:
         """Whether derivatives pass the node."""
+
+    def dtype(self, node: int) -> torch.dtype:
+        """Of a node's value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +209,7 @@ class _Alias:
     node: int
     seen: int
     geometry: Geometry
+    detached: bool = False  # whether it was made without a past; autograd may still give it one (a saved output)
 
 
 @dataclass(eq=False)
@@ -237,10 +243,10 @@ class Aliases:
         family = _Family(storage, node, shape, x.dtype, storage.version, kin or object())
         self.tensors[x] = _Alias(family, (), node, storage.version, shape)
 
-    def add_view(self, x: Tensor, source: Tensor, step: Step, *, apart: bool = False) -> int:
+    def add_view(self, x: Tensor, source: Tensor, step: Step, *, apart: bool = False, detached: bool = False) -> int:
         """``x`` is a step away from ``source``; ``apart``: with a past of its own from here on."""
         origin = self._find(source)
-        node = step.take(self.to, self.read(source))
+        node = step.take(self.to, self.value(source))
         if apart:
             self.add(x, node)
         elif step.op is ops.tap:
@@ -248,10 +254,19 @@ class Aliases:
         else:
             version = origin.family.storage.version
             self.tensors[x] = _Alias(origin.family, (*origin.steps, step), node, version, geometry(x))
+        self.tensors[x].detached = detached or origin.detached
         return node
 
     def read(self, x: Tensor) -> int:
-        """The node that holds the present value of a tensor that is known."""
+        """The node that holds the present value of a tensor that is known, as autograd sees it.
+
+        Only a tensor that was detached is cut off: what ops compute inside has no past in autograd's eyes either.
+        """
+        node = self.value(x)
+        return self.to.cut(node) if self.tensors[x].detached and not x.requires_grad else node
+
+    def value(self, x: Tensor) -> int:
+        """The node that holds the present value of a tensor that is known, past and all."""
         alias = self._find(x)
         if alias.seen != alias.family.storage.version:
             node = self._root(alias.family)
@@ -329,5 +344,8 @@ class Aliases:
 
     def _assigned(self, family: _Family, value: int) -> int:
         """The past of a family's root with another value."""
-        like = Like(family.geometry[0], family.dtype)
-        return self.to.emit(ops.assigned, (At(family.node), At(self.to.cut(value))), like)
+        like, past = Like(family.geometry[0], family.dtype), family.node
+        if self.to.dtype(past) != family.dtype:
+            cast = {"dtype": family.dtype}
+            past = self.to.emit(aten._to_copy.default, (At(past),), like, kwargs=cast)
+        return self.to.emit(ops.assigned, (At(past), At(self.to.cut(value))), like)

@@ -29,6 +29,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _check(model: nn.Module, batch: Batch) -> None:
     if not isinstance(model, nn.Module):
         raise BatchError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{f'submodule {name!r}' if name else 'the model'} is scripted (torch.jit): what runs inside cannot be "
+                "seen. Pass the module that it was scripted from."
+            )
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise CaptureError(
+                f"{f'submodule {name!r}' if name else 'the model'} is spread over {len(module.device_ids)} devices "
+                "(DataParallel): pass its .module."
+            )
     check_devices(model, batch)
     named = list(model.named_parameters())
     check_finite((n for n, _ in named), (p.detach() for _, p in named), "parameter")

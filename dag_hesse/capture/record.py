@@ -47,6 +47,7 @@ class Evidence:
     loss: float
     parameters: dict[str, Tensor] = field(default_factory=dict)
     taps: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    unable: str = ""  # why autograd cannot differentiate the loss
 
 
 @contextmanager
@@ -240,15 +241,11 @@ class _Edges:
         return x
 
 
-def gradients(model: nn.Module, batch: Batch, loss: Loss | None, names: list[str], written: list[Tensor]) -> Evidence:
-    """The model's own loss on the batch, and its gradient by all parameters and by the marked tensors ``names``.
-
-    ``written`` are the tensors that a recording saw the forward write to.
-
-    Raises:
-        CaptureError: autograd cannot differentiate the loss.
-    """
-    edges = _Edges()
+@contextmanager
+def _as_it_is(
+    model: nn.Module, batch: Batch, loss: Loss | None, written: list[Tensor], edges: _Edges
+) -> Iterator[Callable[[], Tensor]]:
+    """What runs model and loss without recording them."""
     with _ONE_AT_A_TIME, ExitStack() as stack:
         before = stack.enter_context(restored(model, loss))
         before.written += [Written.of(x) for x in written]
@@ -263,23 +260,78 @@ def gradients(model: nn.Module, batch: Batch, loss: Loss | None, names: list[str
             Calls(lambda x: x),
         ):
             stack.enter_context(context)  # type: ignore[arg-type]
+        yield run
+
+
+def slope(
+    model: nn.Module, batch: Batch, loss: Loss | None, along: dict[str, Tensor], step: float, written: list[Tensor]
+) -> float:
+    """The derivative of the model's own loss along a direction in its parameters, by central differences."""
+    own = dict(model.named_parameters())
+    values = []
+    for signed in (step, -step):
+        with _as_it_is(model, batch, loss, [*written, *own.values()], _Edges()) as run:
+            for name, v in along.items():
+                own[name].data.add_(v, alpha=signed)
+            values.append(float(run()))
+    return (values[0] - values[1]) / (2 * step)
+
+
+def product(
+    model: nn.Module, batch: Batch, loss: Loss | None, along: dict[str, Tensor], written: list[Tensor]
+) -> dict[str, Tensor]:
+    """The Hessian of the model's own loss by its parameters times a direction, by double-backward.
+
+    Raises:
+        CaptureError: autograd has no second derivative of the loss.
+    """
+    with _as_it_is(model, batch, loss, written, _Edges()) as run:
+        places = [dict(model.named_parameters())[name] for name in along]
+        try:
+            first = torch.autograd.grad(run(), places, create_graph=True, allow_unused=True)
+            live = [(g, v) for g, v in zip(first, along.values(), strict=True) if g is not None and g.requires_grad]
+            terms = [(g * v).sum() for g, v in live]
+            found = torch.autograd.grad(sum(terms), places, allow_unused=True) if terms else [None] * len(places)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise CaptureError(
+                f"verify='product' needs autograd's second derivatives, and it has none here: {error}"
+            ) from error
+    filled = (torch.zeros_like(p) if h is None else h for p, h in zip(places, found, strict=True))
+    return dict(zip(along, filled, strict=True))
+
+
+def gradients(
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss | None,
+    names: list[str],
+    written: list[Tensor],
+    *,
+    on_tape: bool = False,
+) -> Evidence:
+    """The model's own loss on the batch, and its gradient by all parameters and by the marked tensors ``names``.
+
+    ``written`` are the tensors that a recording saw the forward write to.
+
+    ``unable`` of the result says why autograd cannot differentiate the loss, where it cannot.
+    """
+    edges = _Edges()
+    with _as_it_is(model, batch, loss, written, edges) as run:
         value = run()
         evidence = Evidence(float(value.detach()))
         own = {name: p for name, p in model.named_parameters() if p.requires_grad}
         places = [(name, k, e) for name in names for k, e in enumerate(edges.found.get(name, ())) if e is not None]
         if not value.requires_grad or not (own or places):
             return evidence
+        wanted: Any = [*own.values(), *(e for *_, e in places)]
         try:
-            wanted: Any = [*own.values(), *(e for *_, e in places)]
-            found = torch.autograd.grad(value, wanted, allow_unused=True)
+            found = torch.autograd.grad(value, wanted, allow_unused=True, create_graph=on_tape)
         except RuntimeError as error:
-            raise CaptureError(
-                f"autograd cannot differentiate the loss, so nothing can be held against it: {error}. "
-                "Pass verify='none' to go on without."
-            ) from error
+            evidence.unable = str(error).split("\n")[0]
+            return evidence
     for (name, p), g in zip(own.items(), found, strict=False):
-        evidence.parameters[name] = torch.zeros_like(p) if g is None else g
+        evidence.parameters[name] = torch.zeros_like(p) if g is None else g.detach()
     for (name, k, _), g in zip(places, found[len(own) :], strict=True):
         calls = evidence.taps.setdefault(name, [None] * len(edges.found[name]))
-        calls[k] = g
+        calls[k] = None if g is None else g.detach()
     return evidence

@@ -1,7 +1,8 @@
 """A recording of what a forward dispatched, as nodes without side effects (design §3, capture).
 
-The real forward runs on the real batch, below autograd every op passes here with its tensors. Whether a derivative
-passes a tensor is what autograd says of it (``requires_grad``), so detached and undifferentiated regions need no guess.
+The real forward runs on the real batch; below autograd every op passes here with its tensors. Whether a derivative
+passes a tensor that was detached is what autograd says of it (``requires_grad``), so that its own detached copies, of
+which derivatives inside a forward are made, are told from the user's.
 """
 
 from __future__ import annotations
@@ -142,9 +143,11 @@ class Recorder(TorchDispatchMode):
                 return [place(item) for item in arg] if isinstance(arg, list) else tuple(place(item) for item in arg)
             return arg
 
+        name = _name(op)
+        if name in _PROMOTING and like.dtype.is_floating_point:
+            args = [self._cast(arg, like.dtype) for arg in args]
         placed = tuple(place(arg) for arg in args)
         options = {key: place(arg) for key, arg in (kwargs or {}).items()}
-        name = _name(op)
         kind = Kind.CONST if constant else self._kind(name, inputs, like.dtype)
         op = aten.reshape.default if name in _VIEWS else op
         node = Node(
@@ -155,13 +158,27 @@ class Recorder(TorchDispatchMode):
         self.trail.nodes.append(node)
         return node.index
 
+    def dtype(self, node: int) -> torch.dtype:
+        """Of a node's value."""
+        return self.trail.nodes[node].dtype
+
+    def _cast(self, arg: Any, dtype: torch.dtype) -> Any:
+        """A node of another floating-point type as one of ``dtype``: what an op that promotes types does inside."""
+        if isinstance(arg, list):
+            return [self._cast(item, dtype) for item in arg]
+        if not isinstance(arg, At) or self.dtype(arg.node) == dtype or not self.dtype(arg.node).is_floating_point:
+            return arg
+        like = Like(self.trail.nodes[arg.node].shape, dtype)
+        return At(self.emit(aten._to_copy.default, (arg,), like, kwargs={"dtype": dtype}))
+
     def _kind(self, name: str, inputs: list[int], dtype: torch.dtype) -> Kind:
         nodes = self.trail.nodes
         if not (dtype.is_floating_point or dtype.is_complex) or _CONSTANTS.match(name):
             return Kind.CONST
         if not any(nodes[k].kind is not Kind.CONST and nodes[k].is_float for k in inputs):
             return Kind.CONST
-        if (dtype.is_complex or any(nodes[k].dtype.is_complex for k in inputs)) and not _COMPLEX.match(name):
+        types = {dtype, *(nodes[k].dtype for k in inputs if nodes[k].is_float)}
+        if any(t.is_complex for t in types) and (len(types) > 1 or not _COMPLEX.match(name)):
             return Kind.OPAQUE
         return RULES[name].kind if name in RULES else Kind.OPAQUE
 
@@ -182,11 +199,10 @@ class Recorder(TorchDispatchMode):
     # --- tensors ----------------------------------------------------------------------------------------------------
 
     def read(self, x: Tensor) -> int:
-        """The node of an argument; without its past where autograd sees none."""
+        """The node of an argument."""
         if not self.aliases.knows(x):
             self.aliases.add(x, self.constant(x, ""), foreign=True)
-        node = self.aliases.read(x)
-        return node if x.requires_grad else self.cut(node)
+        return self.aliases.read(x)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -214,6 +230,7 @@ class Recorder(TorchDispatchMode):
 
     def _mark(self, op: Any, x: Tensor, result: Tensor) -> None:
         name, like = self._marking, Like(tuple(x.shape), x.dtype)
+        self._marking = ""  # a function transform does more of the same kind to other tensors
         if op is aten.alias.default:
             index = self.aliases.add_view(result, x, Step(ops.tap, (name,), like, like))
         elif op is aten.add.Tensor:
@@ -286,7 +303,9 @@ class Recorder(TorchDispatchMode):
                 continue
             elif x.numel() and (source := places.get(x.untyped_storage()._cdata)) is not None:
                 step = view_step(op, args, kwargs, source, x, number)
-                self.aliases.add_view(x, source, step, apart=op is aten.detach.default)
+                apart = op is aten.detach.default
+                off = apart or not torch.is_grad_enabled()
+                self.aliases.add_view(x, source, step, apart=apart, detached=off)
             else:
                 fresh.append((number, x))
         if fresh:
@@ -378,7 +397,9 @@ class Recorder(TorchDispatchMode):
             values = [self.constant(x.detach().clone(), "") for x in mutated]
         else:
             given, options = pure.arguments(args, kwargs)
-            values = self._values(pure.op, given, options, nodes, list(enumerate(mutated)), pure.single)
+            fresh = [(k, Like(tuple(x.shape), _promoted(x, args))) for k, x in enumerate(mutated)]
+            values = self._values(pure.op, given, options, nodes, fresh, pure.single)
+            values = [self._cast(At(k), x.dtype).node for k, x in zip(values, mutated, strict=True)]
         others = [
             (number, x)
             for number, x in enumerate(_flat(result))
@@ -462,6 +483,7 @@ def is_internal(path: str) -> bool:
     return path.startswith("<") or any(part in path for part in _INTERNAL)
 
 
+_PROMOTING = {name for name, rule in RULES.items() if rule.partials is not None} | {"aten.cat.default"}
 _NOISY = {aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default}
 _VIEWS = {"aten.view.default", "aten._unsafe_view.default", "aten._reshape_alias.default"}
 
@@ -483,6 +505,15 @@ def _flat(tree: Any) -> Iterator[Any]:
 
 def _place(x: Tensor, among: Sequence[Tensor]) -> int | None:
     return next((k for k, other in enumerate(among) if other is x), None)
+
+
+def _promoted(x: Tensor, args: Any) -> torch.dtype:
+    """The type that an op which writes to ``x`` computes in."""
+    dtype = x.dtype
+    for arg in args:
+        if isinstance(arg, Tensor) and arg.is_floating_point() and dtype.is_floating_point and arg.ndim:
+            dtype = torch.promote_types(dtype, arg.dtype)
+    return dtype
 
 
 def _placed(arg: Any, nodes: dict[int, int]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tag, Tensor, nn
@@ -34,6 +34,7 @@ class Linearization:
         tensor_part: whether second-order terms of model ops will be wanted.
         sample: restrict the loss to this sample (design §2.3); None: the whole batch.
         checked: whether values that Python looked at must be those of the capture.
+        inspect: is shown every call that autograd differentiates.
 
     Raises:
         OtherGraphError: they are not.
@@ -54,9 +55,10 @@ class Linearization:
         tensor_part: bool = True,
         sample: int | None = None,
         checked: bool = True,
+        inspect: Callable[[Call], None] = lambda call: None,
     ) -> None:
         self.graph, self.sample, self.tensor_part = graph, sample, tensor_part
-        self.guards = {guard.node: guard for guard in graph.guards} if checked else {}
+        self.inspect, self.guards = inspect, {guard.node: guard for guard in graph.guards} if checked else {}
         self.active = graph.active(sites)
         self.in_loss = graph.loss_subgraph
         self.calls: dict[int, Linearized] = {}
@@ -148,6 +150,8 @@ class Linearization:
 
     def _linearize(self, call: Call) -> Linearized:
         try:
+            if call.node.kind is Kind.OPAQUE:
+                self.inspect(call)
             return rule_for(call.node).linearize(call)
         except RuntimeError as error:
             if call.node.kind is Kind.OPAQUE:

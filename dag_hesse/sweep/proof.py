@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from dag_hesse.capture.batch import Batch
 from dag_hesse.capture.capture import trace
 from dag_hesse.capture.losses import Loss
-from dag_hesse.capture.record import Evidence, gradients
+from dag_hesse.capture.record import Evidence, gradients, product, slope
 from dag_hesse.capture.stream import Batches
-from dag_hesse.errors import NonDeterministicError, UnfaithfulCaptureError
+from dag_hesse.errors import NonDeterministicError, NonDifferentiableError, UnfaithfulCaptureError
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.plan.fuse import fuse
 from dag_hesse.randomness import preserved
-from dag_hesse.sweep.engine import pullback
+from dag_hesse.rules import Call
+from dag_hesse.rules.opaque import second_order_fault
+from dag_hesse.sweep.engine import pullback, sweep
 from dag_hesse.sweep.linearize import Linearization
 
 VERIFY = ("gradient", "product", "none")
@@ -71,28 +73,50 @@ def _differentiated(graph: CurvatureGraph, evidence: Evidence) -> CurvatureGraph
     return fuse(replace(graph, points=graph.points + more))
 
 
+def _inspect(call: Call) -> None:
+    """An op that autograd differentiates must be right at second order too."""
+    fault = second_order_fault(call)
+    if fault is not None:
+        raise NonDifferentiableError(f"{call.node.where}: {fault}")
+
+
 def _adjoints(
     graph: CurvatureGraph, model: nn.Module, tensors: list[Tensor], sites: Iterable[int]
 ) -> tuple[float, dict[int, Tensor]]:
     """The graph's own loss and its adjoints at nodes."""
     wanted = set(sites)
     with preserved():
-        lin = Linearization(graph, model, tensors, wanted, tensor_part=False)
+        lin = Linearization(graph, model, tensors, wanted, tensor_part=False, inspect=_inspect)
     seed = torch.ones(1, *graph.nodes[graph.loss].shape, dtype=lin.loss.dtype, device=lin.loss.device)
     found = pullback(lin, {graph.loss: seed}, wanted)
     return float(lin.loss), {k: x[0] for k, x in found.items()}
 
 
-def prove(graph: CurvatureGraph, model: nn.Module, batch: Batch, loss: Loss | None, output: str | None) -> None:
+def _floor(model: nn.Module, evidence: Evidence) -> float:
+    """What an adjoint is measured by at least: where a gradient vanishes, what is left is rounding of the loss."""
+    gradient = sqrt(sum(float(g.norm()) ** 2 for g in evidence.parameters.values()))
+    size = sqrt(sum(float(p.detach().norm()) ** 2 for p in model.parameters()))
+    return max(_FLOOR * gradient, _FLOOR**2 * abs(evidence.loss) / max(size, 1.0))
+
+
+def prove(
+    graph: CurvatureGraph,
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss | None,
+    output: str | None,
+    *,
+    on_tape: bool = False,
+) -> None:
     """Compare the graph's loss and gradient (by all parameters, and at the points) with the model's own.
 
-    It costs one gradient of the model and one of the graph.
+    It costs one gradient of the model and one of the graph; ``on_tape`` has autograd's be differentiable once more.
 
     Raises:
         NonDeterministicError: the model gives another loss when it is run again from the same state.
         UnfaithfulCaptureError: naming the module from which on adjoints differ.
     """
-    evidence = gradients(model, batch, loss, _names(graph), list(graph.written))
+    evidence = gradients(model, batch, loss, _names(graph), list(graph.written), on_tape=on_tape)
     dtype = graph.nodes[graph.loss].dtype
     scale, tolerance = max(abs(evidence.loss), 1e-30), _tolerance(dtype)
     if isfinite(evidence.loss) and isfinite(graph.value) and not abs(graph.value - evidence.loss) <= tolerance * scale:
@@ -101,15 +125,21 @@ def prove(graph: CurvatureGraph, model: nn.Module, batch: Batch, loss: Loss | No
             f"then {evidence.loss:.8g}), so there is no one Hessian: let its forward draw from the generators of "
             "PyTorch, Python or NumPy alone, and read no clock."
         )
+    if evidence.unable:
+        _prove_slope(graph, model, batch, loss, evidence)
+        return
     evidence.taps = {name.replace("<output>", "output"): calls for name, calls in evidence.taps.items()}
     graph = _differentiated(graph, evidence)
     sites = _sites(graph, evidence)
     value, found = _adjoints(graph, model, batch.tensors, [k for _, k, _ in sites])
     wrong_loss = not abs(value - evidence.loss) <= tolerance * scale
-    floor = _FLOOR * sqrt(sum(float(g.norm()) ** 2 for g in evidence.parameters.values()))
+    floor = _floor(model, evidence)
     # Parameters that the graph does not know must not matter to autograd either.
     unknown = [n for n, g in evidence.parameters.items() if n not in graph.parameters and float(g.norm()) > floor]
     wrong = [name for name, k, g in sites if not _off(found.get(k), g, floor) <= tolerance]
+    if wrong and not wrong_loss and not on_tape:  # autograd's formulas for derivatives of derivatives may know better
+        prove(graph, model, batch, loss, output, on_tape=True)
+        return
     if wrong_loss or wrong or unknown:
         said = f"its loss is {value:.8g} and the model's {evidence.loss:.8g}; " if wrong_loss else ""
         bad = [*wrong, *unknown]
@@ -119,6 +149,58 @@ def prove(graph: CurvatureGraph, model: nn.Module, batch: Batch, loss: Loss | No
             f"{_first_difference(model, batch, loss, output, list(graph.written))} A tensor hook, a gradient that is "
             "changed on its way, a custom C++ function, or values that leave PyTorch in the forward may be why; please "
             "report it otherwise. verify='none' goes on without this check."
+        )
+
+
+def _direction(model: nn.Module, graph: CurvatureGraph) -> dict[str, Tensor]:
+    """A random direction of length one in the parameters that the graph knows."""
+    generator = torch.Generator().manual_seed(0)
+    own = {name: p for name, p in model.named_parameters() if name in graph.parameters}
+    along = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for n, p in own.items()}
+    size = sqrt(sum(float(v.norm()) ** 2 for v in along.values()))
+    return {name: v / size for name, v in along.items()}
+
+
+def _prove_product(graph: CurvatureGraph, model: nn.Module, batch: Batch, loss: Loss | None) -> None:
+    """One Hessian product against double-backward."""
+    along = _direction(model, graph)
+    expected = product(model, batch, loss, along, list(graph.written))
+    graph = _differentiated(graph, Evidence(0.0, parameters=along))
+    sites = {name: graph.parameters[name] for name in along}
+    with preserved():
+        lin = Linearization(graph, model, batch.tensors, sites.values())
+    found = sweep(lin, {sites[n]: v[None] for n, v in along.items()}, sites.values(), "sum")
+    size = sqrt(sum(float(h.norm()) ** 2 for h in expected.values()))
+    tolerance = _tolerance(graph.nodes[graph.loss].dtype)
+    wrong = [
+        name
+        for name, h in expected.items()
+        if not _off(found[sites[name]].data[0] if sites[name] in found else None, h, _FLOOR * size) <= tolerance
+    ]
+    if wrong:
+        raise UnfaithfulCaptureError(
+            f"a Hessian product of {type(model).__name__} differs from double-backward's at "
+            f"{', '.join(repr(n) for n in wrong[:4])}. Where PyTorch's own second derivative is at fault (differences "
+            "of gradients tell), verify='gradient' goes on."
+        )
+
+
+def _prove_slope(graph: CurvatureGraph, model: nn.Module, batch: Batch, loss: Loss | None, evidence: Evidence) -> None:
+    """Where autograd cannot differentiate the model, central differences along one direction decide."""
+    along = evidence.parameters = _direction(model, graph)
+    graph = _differentiated(graph, evidence)
+    found = _adjoints(graph, model, batch.tensors, [graph.parameters[name] for name in along])[1]
+    step = torch.finfo(graph.nodes[graph.loss].dtype).eps ** (1 / 3)
+    expected = slope(model, batch, loss, along, step, list(graph.written))
+    mine = sum(float((found[graph.parameters[n]] * v).sum()) for n, v in along.items() if graph.parameters[n] in found)
+    steepest = sqrt(sum(float(g.norm()) ** 2 for g in found.values()))
+    if abs(mine - expected) > 0.05 * max(
+        abs(expected), steepest / sqrt(max(sum(v.numel() for v in along.values()), 1))
+    ):
+        raise UnfaithfulCaptureError(
+            f"the captured graph of {type(model).__name__} is not the model: along a random direction its loss has the "
+            f"slope {mine:.6g}, and central differences of the model's own give {expected:.6g} (autograd cannot "
+            f"differentiate it: {evidence.unable}). verify='none' goes on without this check."
         )
 
 
@@ -162,3 +244,5 @@ def prove_all(
         if id(graph) not in seen:
             seen.add(id(graph))
             prove(graph, model, batch, loss, output)
+            if verify == "product":
+                _prove_product(graph, model, batch, loss)
