@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -97,7 +98,9 @@ def analyze(
     swept = fuse_all(graphs)
     distinct = {id(graph): (graph, fused) for graph, fused in zip(graphs, swept, strict=True)}
     structures = [replace(analyze_structure(graph), graph=fused) for graph, fused in distinct.values()]
-    schedule = plan(structures, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory)
+    times = Counter(map(id, graphs))
+    counts = [times[k] for k in distinct]
+    schedule = plan(structures, counts=counts, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory)
     clock["plan"] = time.perf_counter()
     prove_all(graphs, batches, model, loss, output, verify)
     clock["proof"] = time.perf_counter()

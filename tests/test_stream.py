@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dag_hesse as dh
 from dag_hesse import errors
 from dag_hesse.capture import Batches
+from dag_hesse.plan import plan
 
 SMALL = 100  # bytes: less than a batch takes
 
@@ -174,3 +176,48 @@ def test_a_profile_reads_the_first_batch_alone() -> None:
         raise AssertionError("a second batch was asked for")
 
     assert "sweep" in dh.profile(_net(), batches()).phases
+
+
+def _digits(activation: type[nn.Module]) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), activation(), nn.Linear(12, 9), activation(), nn.Linear(9, 4)).double()
+    x, y = torch.randn(100, 8).double(), torch.randint(0, 4, (100,))
+    return model, list(zip(x.split(16), y.split(16), strict=True))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
+@pytest.mark.parametrize(
+    "loss", [None, lambda o, t: (o.sin() * F.one_hot(t, 4)).sum(1).mean()], ids=["convex", "indefinite"]
+)
+def test_the_gram_route_over_many_batches_adds_blocks(activation: type[nn.Module], loss: Any) -> None:
+    model, batches = _digits(activation)
+    exact = dh.analyze(model, batches, loss=loss, mode="exact")
+    for height in (None, 0):  # blocks, and Gram matrices
+        with pytest.MonkeyPatch.context() as patch:
+            if height is not None:
+                patch.setattr("dag_hesse.estimate.gram.gram_in_blocks", lambda rows, dims: False)
+            found = dh.analyze(model, batches, loss=loss, mode="gram")
+        assert (found.method["gn_norm"] == "gram").all()
+        for name in ("gn_norm", "resonance", "stable_rank", "tensor_norm"):
+            assert np.allclose(found.values[name], exact.values[name], rtol=1e-9), name
+
+
+def test_probes_beside_blocks_of_many_batches() -> None:
+    """Where dims are too large for identity probes, GN parts of products come from the blocks."""
+    model, batches = _digits(nn.SiLU)
+    exact = dh.analyze(model, batches, mode="exact")
+    found = dh.analyze(model, batches, probes=4, mode="gram", rtol=0.1)
+    assert set(found.method["gn_norm"].ravel()) == {"gram"}
+    assert np.allclose(found.gn_norm, exact.gn_norm, rtol=1e-9)
+    assert np.allclose(found.resonance, exact.resonance, rtol=0.5)
+
+
+def test_a_stream_is_planned_over_all_its_batches() -> None:
+    model, batches = _digits(nn.SiLU)
+    graph = dh.capture(model, batches[0])
+    one, many = (plan([dh.structure(graph)], counts=[n]) for n in (1, 50))
+    assert many.flops == pytest.approx(50 * one.flops, rel=0.2)
+    x, y = torch.randn(3000, 8).double(), torch.randint(0, 4, (3000,))
+    report = dh.analyze(model, list(zip(x.split(100), y.split(100), strict=True)))
+    assert report.facts["seconds"]["estimate"] < 10  # a Gram matrix of 12,000 rows would take minutes
+    assert set(report.method["resonance"].ravel()) <= {"gram", "exact"}

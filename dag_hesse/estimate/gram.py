@@ -1,7 +1,8 @@
 """Exact Gauss–Newton norms without probes (design §3, Gram route).
 
 ∇²L = R Σ Rᵀ with Σ = diag(±1) (all + for a convex loss). Reverse sweeps seeded with R's columns give S_v, and
-H_GN[v, w] = S_vᵀ Σ S_w, whose norms need only Gram matrices of the size of the batch's outputs.
+H_GN[v, w] = S_vᵀ Σ S_w. Where S has more columns than rows its norms come from Gram matrices of the size of the
+batches' outputs; where it has more rows, as over many batches, the blocks themselves are added up, batch by batch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from dag_hesse.estimate.norms import Array, NormTable
 from dag_hesse.ir import CurvatureGraph
+from dag_hesse.plan.planner import gram_in_blocks
 from dag_hesse.sweep import Linearization, Problem, pullback, sweep
 from dag_hesse.sweep.embed import joined, reader, to_tensor, to_vector
 from dag_hesse.sweep.problem import Entry
@@ -121,7 +123,9 @@ def _rows(
 
 
 def _gram_roots(s: Tensor) -> Array:
-    """A matrix G (rows, rank) with G Gᵀ = S Sᵀ, from the eigenvectors of the Gram matrix."""
+    """A matrix G (rows, rank) with G Gᵀ = S Sᵀ: S itself, or from the eigenvectors of its Gram matrix."""
+    if s.shape[1] <= s.shape[0]:
+        return s.double().cpu().numpy()
     values, vectors = eigh((s @ s.T).double().cpu().numpy())
     keep = values > values.max(initial=0.0) * np.finfo(np.float64).eps * len(values)
     return vectors[:, keep] * np.sqrt(values[keep])
@@ -158,29 +162,74 @@ class GramFactors:
         Returns:
             ‖H_GN‖_F² per pair and group.
         """
-        count, groups = len(self.rows), len(self.signs)
-        squares = np.zeros((count, count, groups))
-        spectral = np.zeros_like(squares)
-        for g, sign in enumerate(self.signs):
-            roots = [_gram_roots(rows[g]) for rows in self.rows]
-            sigma = sign.double().cpu().numpy()[:, None]
-            for v in range(count):
-                for w in range(v, count):
-                    core = roots[v].T @ (sigma * roots[w])
-                    squares[v, w, g] = (core**2).sum()
-                    if (v, w) in full:
-                        spectral[v, w, g] = _top(core)
-        known = {(v, w): squares[v, w] for v in range(count) for w in range(v, count)}
-        for pair, value in known.items():
-            table.set_exact("gn", pair, value)
-            if pair in full:
-                table.set_exact("full", pair, value)
-                table.spectral[pair] = (spectral[pair], np.zeros(groups))
-        return known
+
+        def cores() -> Iterator[tuple[tuple[int, int], int, Array]]:
+            for g, sign in enumerate(self.signs):
+                roots = [_gram_roots(rows[g]) for rows in self.rows]
+                sigma = sign.double().cpu().numpy()[:, None]
+                for v, w in _pairs(len(roots)):
+                    yield (v, w), g, roots[v].T @ (sigma * roots[w])
+
+        return _entered(cores(), len(self.rows), len(self.signs), table, full)
 
 
-def gram_factors(problem: Problem, progress: Callable[[int], None] | None = None) -> GramFactors:
-    """Reverse sweeps from the factors of ∇²L through all batches."""
+@dataclass(frozen=True)
+class GramBlocks:
+    """H_GN[v, w] itself (d_v, d_w) for v ≤ w, added up over batches: one group."""
+
+    blocks: dict[tuple[int, int], Tensor]
+
+    def add(self, rows: list[Tensor], signs: Tensor) -> None:
+        """Add a batch's S (rows, dim) per point."""
+        wide = [s.double() for s in rows]
+        for v, w in _pairs(len(wide)):
+            term = (wide[v] * signs.double()[:, None]).T @ wide[w]
+            self.blocks[v, w] = self.blocks[v, w].add_(term) if (v, w) in self.blocks else term
+
+    def product(self, v: int, w: int, z: Tensor) -> Tensor:
+        """H_GN[v, w] z: (probes, 1, d_w) -> (probes, 1, d_v)."""
+        block = self.blocks[v, w].T if v <= w else self.blocks[w, v]
+        return z @ block.to(z.dtype)
+
+    def enter(self, table: NormTable, full: set[tuple[int, int]]) -> dict[tuple[int, int], Array]:
+        """As :meth:`GramFactors.enter`."""
+        count = max(w for _, w in self.blocks) + 1
+        cores = ((pair, 0, block.cpu().numpy()) for pair, block in self.blocks.items())
+        return _entered(cores, count, 1, table, full)
+
+
+def _pairs(count: int) -> list[tuple[int, int]]:
+    return [(v, w) for v in range(count) for w in range(v, count)]
+
+
+def _entered(
+    cores: Iterator[tuple[tuple[int, int], int, Array]],
+    count: int,
+    groups: int,
+    table: NormTable,
+    full: set[tuple[int, int]],
+) -> dict[tuple[int, int], Array]:
+    """Enter the norms of matrices that have the blocks' singular values, per pair and group."""
+    squares = {pair: np.zeros(groups) for pair in _pairs(count)}
+    spectral = {pair: np.zeros(groups) for pair in full}
+    for pair, g, core in cores:
+        squares[pair][g] = (core**2).sum()
+        if pair in full:
+            spectral[pair][g] = _top(core)
+    for pair, value in squares.items():
+        table.set_exact("gn", pair, value)
+        if pair in full:
+            table.set_exact("full", pair, value)
+            table.spectral[pair] = (spectral[pair], np.zeros(groups))
+    return squares
+
+
+def gram_factors(problem: Problem, progress: Callable[[int], None] | None = None) -> GramFactors | GramBlocks:
+    """Reverse sweeps from the factors of ∇²L through all batches: of S or of blocks, what takes less room is kept."""
+    dims = [problem.dim(k) for k in range(len(problem.points))]
+    height = sum(entry.graph.nodes[k].numel for entry in problem.entries for k in entry.graph.out)
+    if not problem.separate_groups and gram_in_blocks(height, dims):
+        return _gram_blocks(problem, progress)
     rows: list[list[Tensor]] = [[] for _ in problem.points]
     signs: list[Tensor] = []
     for entry, lin in problem.linearizations():
@@ -192,3 +241,11 @@ def gram_factors(problem: Problem, progress: Callable[[int], None] | None = None
         return GramFactors([[s for part in r for s in part] for r in rows], [s for part in signs for s in part])
     # one group holds the rows of all batches
     return GramFactors([[torch.cat([part[0] for part in r])] for r in rows], [torch.cat([part[0] for part in signs])])
+
+
+def _gram_blocks(problem: Problem, progress: Callable[[int], None] | None) -> GramBlocks:
+    found = GramBlocks({})
+    for entry, lin in problem.linearizations():
+        rows, signs = _rows(problem, entry, lin, progress)
+        found.add([entry.scale**0.5 * part[0] for part in rows], signs[0])
+    return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dag_hesse.estimate.gram import GramFactors
+from dag_hesse.estimate.gram import GramBlocks, GramFactors
 from dag_hesse.sweep import Blocks, Problem, Request
 
 
@@ -16,7 +16,7 @@ class Products:
     """What estimators draw on. With ``factors``, sweeps carry the T channel alone: a third less work a probe."""
 
     problem: Problem
-    factors: GramFactors | None = None
+    factors: GramFactors | GramBlocks | None = None
 
     def parts(
         self, requests: Sequence[Request], progress: Callable[[int], None] | None = None

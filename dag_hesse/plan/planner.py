@@ -130,28 +130,49 @@ def _nested_out(graph: CurvatureGraph) -> bool:
     return any(graph.descendants([a])[b] for a in graph.out for b in graph.out if a != b)
 
 
-def _want_gram(
-    graphs: Sequence[CurvatureGraph],
-    dims: list[int],
-    mode: str,
-    batch_mode: str,
-    probes: int,
-    budget: int,
-    itemsize: int,
-) -> bool:
-    if mode in ("exact", "probes") or any(_nested_out(graph) for graph in graphs):
-        return False
+def gram_in_blocks(rows: int, dims: Sequence[int]) -> bool:
+    """Whether blocks between points of these sizes take less room than S with so many rows (design §3, Gram route)."""
+    return sum(dims[v] * d for v in range(len(dims)) for d in dims[v:]) <= rows * sum(dims)
+
+
+@dataclass(frozen=True)
+class _Gram:
+    """What the Gram route takes over all batches: reverse sweeps, bytes held, and the cost of all of it."""
+
+    columns: int
+    held: int
+    cost: Cost
+    feasible: bool  # rows few enough for their Gram matrices, or none needed
+
+
+def _gram(structures: Sequence[Structure], counts: Sequence[int], dims: list[int], batch_mode: str) -> _Gram:
+    graphs = [s.graph for s in structures]
+    counted = [(n, *_gram_columns(graph, batch_mode)) for n, graph in zip(counts, graphs, strict=True)]
+    columns, rows = sum(n * c for n, c, _ in counted), sum(n * r for n, _, r in counted)
+    itemsize = graphs[0].nodes[graphs[0].points[0].sites[0]].dtype.itemsize
+    alone = batch_mode == "per_sample"  # every sample has a Gram matrix of its own
+    height = max(r // g.batch_size for (_, _, r), g in zip(counted, graphs, strict=True)) if alone else rows
+    groups, small = rows // max(height, 1), [min(d, height) for d in dims]
+    pairs = [(v, w) for v in range(len(dims)) for w in range(v, len(dims))]
+    blocks = not alone and gram_in_blocks(rows, dims)
+    if blocks:
+        held = 8 * sum(dims[v] * dims[w] for v, w in pairs)
+        flops = sum(2.0 * rows * dims[v] * dims[w] for v, w in pairs)
+    else:
+        held = rows * sum(dims) * itemsize + 8 * height * height * len(dims)
+        roots = sum(2.0 * height**2 * d + 9.0 * height**3 for d in dims if d > height)
+        flops = groups * (roots + sum(2.0 * height * small[v] * small[w] for v, w in pairs))
+    swept = Cost(flops, 0.0)
+    for (n, c, _), graph in zip(counted, graphs, strict=True):
+        swept = swept + path_cost(graph, [k for point in graph.points for k in point.sites]) * (n * c)
+    return _Gram(columns, held, swept, blocks or height <= _GRAM_ROWS)
+
+
+def _can_gram(graphs: Sequence[CurvatureGraph]) -> bool:
+    """Whether all points have a Jacobian from ``out``."""
     after_out = graphs[0].loss_subgraph
-    if any(after_out[k] or k in graphs[0].out for p in graphs[0].points for k in p.sites):
-        return False  # a point inside the loss has no Jacobian from out
-    counted = [_gram_columns(graph, batch_mode) for graph in graphs]
-    rows = sum(r for _, r in counted)
-    held = rows * sum(dims) * itemsize + 8 * rows * rows * len(dims)
-    if mode == "gram":
-        return True
-    # A reverse sweep costs half of a probe's; exactness is worth a few probes more.
-    affordable = sum(c for c, _ in counted) <= 8 * probes * len(graphs)
-    return affordable and rows <= _GRAM_ROWS and held <= budget
+    inside = any(after_out[k] or k in graphs[0].out for p in graphs[0].points for k in p.sites)
+    return not inside and not any(_nested_out(graph) for graph in graphs)
 
 
 def _check_exact(
@@ -177,9 +198,33 @@ def _check_exact(
         )
 
 
+def _sources(
+    structures: Sequence[Structure],
+    counts: Sequence[int],
+    pairs: Sequence[tuple[int, int]],
+    dims: list[int],
+    cheap: list[bool],
+    probes: int,
+) -> list[Source]:
+    """A sweep per pair, from the end where it is exact with the fewest probes, else from the first."""
+    reads: dict[tuple[int, str], list[int]] = {}
+    for v, w in pairs:
+        ends = [k for k in (v, w) if cheap[k]]
+        source = min(ends, key=lambda k: dims[k]) if ends else v
+        reads.setdefault((source, "exact" if ends else "probes"), []).append(w if source == v else v)
+    found = []
+    for (k, how), targets in sorted(reads.items()):
+        count, once = dims[k] if how == "exact" else probes, Cost()
+        for n, structure in zip(counts, structures, strict=True):
+            once = once + sweep_cost(structure, k, targets) * n
+        found.append(Source(k, how, count, tuple(sorted(targets)), once.flops * count, once.bytes * count))
+    return found
+
+
 def plan(
     structures: Sequence[Structure],
     *,
+    counts: Sequence[int] | None = None,
     mode: str = "auto",
     batch_mode: str = "shared",
     probes: int = 32,
@@ -189,9 +234,10 @@ def plan(
 
     Args:
         structures: one per distinct graph of the stream (usually one); all have the same points.
-        mode: ``"auto"`` takes, per pair, the first that applies: structural zero, Gram, exact where it needs no more
-            sweeps than probes would, probes. ``"exact"``: identity probes everywhere. ``"gram"``: Gram for the GN
-            parts whatever it costs. ``"probes"``: estimates everywhere.
+        counts: batches of every structure; None: one each.
+        mode: ``"auto"`` takes, per pair, the first that applies: structural zero, Gram (unless sweeps are exact too and
+            cost less), exact where it needs no more sweeps than probes would, probes. ``"exact"``: identity probes
+            everywhere. ``"gram"``: Gram for the GN parts whatever it costs. ``"probes"``: estimates everywhere.
         batch_mode: meaning of the batch axis.
         probes: Rademacher probes per source.
         memory: bytes that results and sweeps may take; None: half of what is free.
@@ -204,56 +250,68 @@ def plan(
     choose("mode", mode, MODES)
     choose("batch_mode", batch_mode, BATCH_MODES)
     first, graphs = structures[0], [s.graph for s in structures]
+    counts = [1] * len(structures) if counts is None else list(counts)
     graph, names, count = first.graph, first.names, len(first.names)
+    _check_separable(first, graphs, batch_mode)
+    dims, itemsize = _dims(graph, batch_mode), graph.nodes[graph.points[0].sites[0]].dtype.itemsize
+    budget = available_memory() // 2 if memory is None else int(memory)
+    alive, tensor = first.alive, first.tensor_alive
+    every_pair = [(v, w) for v in range(count) for w in range(v, count) if alive[v, w]]
+    bent = [pair for pair in every_pair if tensor[pair]]
+    cheap = [mode == "exact" or (mode != "probes" and dim <= 2 * probes) for dim in dims]
+    swept = _sources(structures, counts, every_pair, dims, cheap, probes)
+    route = None
+    if mode in ("auto", "gram") and first.gn_alive.any() and _can_gram(graphs):
+        route = _gram(structures, counts, dims, batch_mode)
+    if route is not None and mode == "auto":
+        # A reverse sweep costs half of a probe's; exactness is worth a few probes more.
+        affordable = route.columns <= 8 * probes * sum(counts) and route.feasible and route.held <= budget // 4
+        beside = sum(s.flops for s in _sources(structures, counts, bent, dims, cheap, probes))
+        dearer = all(s.method == "exact" for s in swept) and sum(s.flops for s in swept) < route.cost.flops + beside
+        route = route if affordable and not dearer else None
+    pairs = every_pair if route is None else bent
+    sources = _sources(structures, counts, pairs, dims, cheap, probes)
+    method = np.full((count, count), "zero", dtype="<U6")
+    method[alive] = "gram"
+    for source in sources:
+        for v in source.reads:
+            method[v, source.point] = method[source.point, v] = source.method
+    if mode == "exact":
+        groups = sum(n * g.batch_size for n, g in zip(counts, graphs, strict=True)) if batch_mode == "per_sample" else 1
+        _check_exact(names, dims, pairs, itemsize, groups, budget)
+    gn_method = np.where(first.gn_alive, method if route is None else "gram", "zero")
+    every = [site for point in graph.points for site in point.sites]
+    per_probe = sweep_bytes(graph, every, every, 2 if tensor.any() else 1, batch_mode)
+    chunk = min(probe_chunk(per_probe, budget), max(probes, 1))
+    return Plan(
+        first,
+        method,
+        gn_method,
+        np.where(tensor, method, "zero"),
+        tuple(sources),
+        0 if route is None else route.columns,
+        Cost() if route is None else route.cost,
+        _spectral_cost(structures, counts, sources),
+        chunk,
+        chunk * per_probe + (0 if route is None else route.held),
+    )
+
+
+def _check_separable(first: Structure, graphs: Sequence[CurvatureGraph], batch_mode: str) -> None:
     if batch_mode == "per_sample" and not all(g.separable for g in graphs):
         where = first.coupled or "the loss"
         raise BatchCouplingError(
             f"batch_mode='per_sample' needs independent samples, but they interact at {where}: put BatchNorm into eval "
             "mode, or use batch_mode='shared' or 'joint'."
         )
-    dims, itemsize = _dims(graph, batch_mode), graph.nodes[graph.points[0].sites[0]].dtype.itemsize
-    budget = available_memory() // 2 if memory is None else int(memory)
-    gram = bool(first.gn_alive.any()) and _want_gram(graphs, dims, mode, batch_mode, probes, budget // 4, itemsize)
-    alive, tensor = first.alive, first.tensor_alive
-    pairs = [(v, w) for v in range(count) for w in range(v, count) if alive[v, w] and (tensor[v, w] or not gram)]
-    cheap = [mode == "exact" or (mode != "probes" and dim <= 2 * probes) for dim in dims]
-    method = np.full((count, count), "zero", dtype="<U6")
-    method[alive] = "gram"
-    reads: dict[tuple[int, str], list[int]] = {}
-    for v, w in pairs:
-        ends = [k for k in (v, w) if cheap[k]]
-        how = "exact" if ends else "probes"
-        source = min(ends, key=lambda k: dims[k]) if ends else v
-        method[v, w] = method[w, v] = how
-        reads.setdefault((source, how), []).append(w if source == v else v)
-    if mode == "exact":
-        groups = sum(g.batch_size for g in graphs) if batch_mode == "per_sample" else 1
-        _check_exact(names, dims, pairs, itemsize, groups, budget)
-    sources, spectral = [], Cost()
-    single = [path_cost(graph, point.sites) for point in graph.points]
-    for (k, how), targets in sorted(reads.items()):
-        count_k = dims[k] if how == "exact" else probes
-        if how == "probes":
-            for v in targets:
-                spectral = spectral + (single[k] + single[v]) * (2 * SPECTRAL_STEPS)
-        once = sweep_cost(first, k, targets)
-        sources.append(Source(k, how, count_k, tuple(sorted(targets)), once.flops * count_k, once.bytes * count_k))
-    gn_method = np.where(first.gn_alive, np.where(gram, "gram", method), "zero")
-    tensor_method = np.where(tensor, method, "zero")
-    columns = sum(_gram_columns(g, batch_mode)[0] for g in graphs) if gram else 0
-    every = [site for point in graph.points for site in point.sites]
-    per_probe = sweep_bytes(graph, every, every, 2 if tensor.any() else 1, batch_mode)
-    chunk = min(probe_chunk(per_probe, budget), max(probes, 1))
-    held = sum(g.nodes[k].numel for g in graphs for k in g.out) * sum(dims) * itemsize if gram else 0
-    return Plan(
-        first,
-        method,
-        gn_method,
-        tensor_method,
-        tuple(sources),
-        columns,
-        path_cost(graph, every) * columns,
-        spectral,
-        chunk,
-        chunk * per_probe + held,
-    )
+
+
+def _spectral_cost(structures: Sequence[Structure], counts: Sequence[int], sources: Sequence[Source]) -> Cost:
+    """Of the spectral norms of sampled pairs, as a rule."""
+    total = Cost()
+    for n, structure in zip(counts, structures, strict=True):
+        single = [path_cost(structure.graph, point.sites) for point in structure.graph.points]
+        for source in sources:
+            for v in source.reads if source.method == "probes" else ():
+                total = total + (single[source.point] + single[v]) * (2 * SPECTRAL_STEPS * n)
+    return total
