@@ -302,3 +302,36 @@ def test_a_batch_of_one_moves_no_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
     assert graph.points[0].shape == (4,)
     assert all(c in (Coupling.NONE, Coupling.SEPARATE) for c in graph.couplings)
     assert graph.separable
+
+
+class Scores(nn.Module):
+    """Attention under a mask that is given, by sequences as long as the batch is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return (self.q(x) @ x.transpose(1, 2) + mask).softmax(-1) @ x
+
+
+def test_axes_of_one_length_are_told_apart_by_what_keeps_samples_apart() -> None:
+    x, mask, y = torch.randn(B, B, 4), torch.zeros(B, B), torch.randn(B, B, 4)
+    graph = dh.capture(Scores(), (x, mask, y), points=["q"])
+    assert graph.separable and not graph.lost
+    by_position = {position: graph.layouts[k] for k, position in graph.inputs.items()}
+    assert by_position == {0: BatchLayout(0, 1, B, 1), 1: None, 2: BatchLayout(0, 1, B, 1)}
+
+    class Last(nn.Module):
+        """Time first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.r, self.o = nn.GRU(4, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(self.r(x)[0][-1])
+
+    graph = dh.capture(Last(), (x, torch.tensor([0, 1, 1])), points=["r"])
+    assert graph.separable
+    assert graph.layouts[graph.points[0].sites[0]] == BatchLayout(1, 1, B, 1)

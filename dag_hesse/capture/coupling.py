@@ -8,6 +8,7 @@ that was known cannot be followed, the graph says so in ``lost``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +37,7 @@ class State:
         return self.coupling is Coupling.NONE and self.place is None and not self.lost
 
 
+_MOST_CHOICES = 16  # of the inputs' batch axes
 LITERAL = "dag_hesse.literal"
 NONE = State(Coupling.NONE)
 GONE = State(Coupling.MIXED)  # reduced over the batch: there is no batch axis any more
@@ -62,20 +64,35 @@ def option(node: Node, name: str, default: Any = None) -> Any:
 
 
 class Walker:
-    """Visits the nodes in order. ``apart``: nodes declared to be separate, whatever made them."""
+    """Visits the nodes in order.
 
-    def __init__(self, graph: CurvatureGraph, batch: Batch, apart: frozenset[int] = frozenset()) -> None:
-        self.graph, self.size, self.apart = graph, batch.size, apart
+    ``apart``: nodes declared to be separate, whatever made them. ``axes``: batch axes of inputs, where these are not
+    the first of their size.
+    """
+
+    def __init__(
+        self,
+        graph: CurvatureGraph,
+        batch: Batch,
+        apart: frozenset[int] = frozenset(),
+        axes: Mapping[int, int | None] | None = None,
+    ) -> None:
+        self.graph, self.size, self.apart, self.axes = graph, batch.size, apart, axes or {}
         self.constants = labels.Constants(graph, batch.tensors)
         self.states: list[State] = []
+        self.inert: list[bool] = []  # nothing that can be a point is behind it
         self.lost: list[str] = []
 
     def run(self) -> list[State]:
         for node in self.graph.nodes:
             state = self.leaf(node) if node.target is None else self.visit(node)
-            if node.kind is Kind.CONST and state.coupling in (Coupling.MIXED, Coupling.SUMMED):
-                state = State(Coupling.NONE, state.place, lost=state.lost)  # no derivative goes from sample to sample
-            elif state.lost and not any(self.states[k].lost and not self.constant(k) for k in node.inputs):
+            still = node.kind is not Kind.PARAM and not node.taps and all(self.inert[k] for k in node.inputs)
+            self.inert.append(still or node.kind is Kind.CONST)
+            # No derivative goes from sample to sample through a constant, or a number made of inputs (a mask's sum).
+            fixed = node.kind is Kind.CONST or (still and node.numel == 1)
+            if fixed and state.coupling in (Coupling.MIXED, Coupling.SUMMED):
+                state = State(Coupling.NONE, state.place, lost=state.lost)
+            elif state.lost and not any(self.states[k].lost and not self.inert[k] for k in node.inputs):
                 self.lost.append(node.where)
             if node.index in self.apart and state.place is not None:
                 state = replace(state, coupling=Coupling.SEPARATE, lost=False)
@@ -97,7 +114,8 @@ class Walker:
     def leaf(self, node: Node) -> State:
         if node.kind is not Kind.INPUT:
             return NONE
-        axis = next((k for k, n in enumerate(node.shape) if n == self.size), None)
+        first = next((k for k, n in enumerate(node.shape) if n == self.size), None)
+        axis = self.axes.get(node.index, first)
         if self.size == 1:
             return self.single(node, 0, None if axis is None else Place(axis, 1, 1, 1))
         return NONE if axis is None else separate(Place(axis, 1, self.size, 1))
@@ -498,15 +516,40 @@ CREATED = frozenset(
 )
 
 
+def _is_separate(graph: CurvatureGraph, states: Sequence[State]) -> bool:
+    """Whether the loss is a sum over samples of what depends on one sample each."""
+    outs = [states[k] for k in graph.out]
+    apart = all(s.coupling is Coupling.SEPARATE and s.place is not None for s in outs)
+    return apart and states[graph.loss].coupling is Coupling.SUMMED
+
+
+def _with_other_axes(graph: CurvatureGraph, batch: Batch) -> tuple[Walker, list[State]] | None:
+    """Another choice of the inputs' batch axes with which samples do not interact.
+
+    A sequence may be as long as the batch is large, and a mask that all samples share may be so too.
+    """
+    nodes = [node for node in graph.nodes if node.kind is Kind.INPUT and batch.size in node.shape]
+    options = [[*(k for k, n in enumerate(node.shape) if n == batch.size), None] for node in nodes]
+    for chosen in itertools.islice(itertools.product(*options), 1, _MOST_CHOICES):
+        walk = Walker(graph, batch, axes=dict(zip((node.index for node in nodes), chosen, strict=True)))
+        states = walk.run()
+        if _is_separate(graph, states):
+            return walk, states
+    return None
+
+
 def annotate(graph: CurvatureGraph, batch: Batch) -> CurvatureGraph:
     """Fill in ``graph.layouts``, ``graph.couplings``, ``graph.lost`` and what follows for the loss."""
     walk = Walker(graph, batch)
     states = walk.run()
+    if batch.size > 1 and not _is_separate(graph, states):
+        walk, states = _with_other_axes(graph, batch) or (walk, states)
+    axes = walk.axes
     graph.layouts = [None if s.place is None else s.place.layout(batch.size) for s in states]
     graph.couplings = [state.coupling for state in states]
     graph.lost = tuple(dict.fromkeys(walk.lost))
     apart = frozenset(k for k in graph.out if states[k].coupling is not Coupling.SEPARATE)
-    loss_states = Walker(graph, batch, apart).run() if apart else states
+    loss_states = Walker(graph, batch, apart, axes).run() if apart else states
     graph.separable_loss = batch.size == 1 or (
         loss_states[graph.loss].coupling is Coupling.SUMMED and all(graph.layouts[k] is not None for k in graph.out)
     )

@@ -66,7 +66,8 @@ class OnOutputs:
 
         map_tensors(self.output, keep)
         self.all = Piece(outputs, self.others(batch))
-        self.other_places = [_place(x, batch.size) for x in self.all.others]
+        places = input_places(graph, batch)
+        self.other_places = places[len(places) - len(self.all.others) :]  # positional inputs come first
 
     def others(self, batch: Batch) -> list[Tensor]:
         """Targets and keyword inputs of a batch like the example."""
@@ -120,15 +121,32 @@ def _flat(part: list[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
     return torch.cat([(torch.zeros_like(x) if g is None else g).reshape(-1).double() for x, g in pairs])
 
 
-def part_of(batch: Batch, samples: Tensor) -> Batch:
+def input_places(graph: CurvatureGraph, batch: Batch) -> list[Place | None]:
+    """Where the samples lie in each of the batch's tensors; what the graph does not read goes by its sizes."""
+    known = {position: graph.layouts[k] for k, position in graph.inputs.items()}
+    found: list[Place | None] = []
+    for position, x in enumerate(batch.tensors):
+        layout = known.get(position)
+        if layout is not None:
+            found.append(Place(layout.axis, layout.outer, layout.batch, layout.inner))
+        else:  # an axis of the batch's size that the graph reads is not the batch's
+            found.append(None if position in known and batch.size in x.shape else _place(x, batch.size))
+    return found
+
+
+def part_of(graph: CurvatureGraph, batch: Batch, samples: Tensor) -> Batch:
+    """Some samples of a batch."""
+    places = iter(input_places(graph, batch))
+
     def take(x: Any) -> Any:
-        return _take(x, _place(x, batch.size), samples) if isinstance(x, Tensor) else x
+        return _take(x, next(places), samples) if isinstance(x, Tensor) else x
 
     args, kwargs, targets = pytree.tree_map(take, batch.tree)
     return Batch(args, kwargs, targets, len(samples))
 
 
 def parameter_gradient(model: nn.Module, batch: Batch, loss: Loss | None) -> Tensor:
+    """The loss's gradient by all parameters, frozen ones too, in one vector."""
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     frozen = [p for p in parameters if not p.requires_grad]
     try:
@@ -140,4 +158,5 @@ def parameter_gradient(model: nn.Module, batch: Batch, loss: Loss | None) -> Ten
     finally:
         for p in frozen:
             p.requires_grad_(False)
-    return torch.cat([g.reshape(-1).double() for g in found if g is not None])
+    pairs = zip(parameters, found, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1).double() for p, g in pairs])

@@ -305,7 +305,7 @@ def _by_runs(model: nn.Module, graphs: Sequence[CurvatureGraph], batches: Batche
     model.eval()
     for first, second in _halves(batch.size):
         samples = first, second, torch.cat([first, second])
-        one, two, both = (parameter_gradient(model, part_of(batch, picked), loss) for picked in samples)
+        one, two, both = (parameter_gradient(model, part_of(graphs[0], batch, picked), loss) for picked in samples)
         if _usable(one) and _usable(two) and _usable(both):
             break
     else:
