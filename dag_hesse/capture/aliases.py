@@ -85,7 +85,7 @@ class Step:
         scatter = _SCATTERS.get(self.op)
         if self.index is None and scatter is not None:
             return to.emit(scatter, (At(node), At(value), *self.args), self.source)
-        if self.index is None and prod(self.source.shape) == prod(self.result.shape):
+        if self.index is None and (self.op in _PARTS or prod(self.source.shape) == prod(self.result.shape)):
             back = _inverse(self)
             if back is not None:
                 return to.emit(back[0], (At(value), *back[1]), self.source)
@@ -118,6 +118,9 @@ _RESHAPES = {
     aten.detach.default,
     ops.tap,
 }
+
+
+_PARTS = {aten.view_as_real.default, aten.view_as_complex.default}
 
 
 def _inverse(step: Step) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
@@ -241,6 +244,7 @@ class Aliases:
         """``x`` is new, and ``node`` holds its value."""
         storage, shape = self.storage(x, foreign), geometry(x)
         family = _Family(storage, node, shape, x.dtype, storage.version, kin or object())
+        storage.writer = storage.writer or family  # whoever is given this memory (``.data =``) finds its value there
         self.tensors[x] = _Alias(family, (), node, storage.version, shape)
 
     def add_view(self, x: Tensor, source: Tensor, step: Step, *, apart: bool = False, detached: bool = False) -> int:
@@ -263,7 +267,8 @@ class Aliases:
         Only a tensor that was detached is cut off: what ops compute inside has no past in autograd's eyes either.
         """
         node = self.value(x)
-        return self.to.cut(node) if self.tensors[x].detached and not x.requires_grad else node
+        own = x.requires_grad and not x.is_leaf  # x.detach().requires_grad_() is a start of its own
+        return self.to.cut(node) if self.tensors[x].detached and not own else node
 
     def value(self, x: Tensor) -> int:
         """The node that holds the present value of a tensor that is known, past and all."""

@@ -35,7 +35,7 @@ _CONSTANTS = re.compile(
 # Data movement and sums, whose rules hold for complex numbers as they stand.
 _COMPLEX = re.compile(
     r"aten\.(reshape|view|_unsafe_view|alias|clone|permute|transpose|t|expand|slice|select|cat|stack|unsqueeze|squeeze|"
-    r"add|sub|neg|sum|flip|roll|detach)\."
+    r"add|sub|neg|sum|flip|roll|detach|select_scatter|slice_scatter)\."
 )
 _INTERNAL = ("/torch/", "/dag_hesse/capture/", "/dag_hesse/rules/", "/dag_hesse/sweep/", "contextlib.py")
 

@@ -83,8 +83,9 @@ def functional(op: Any) -> Functional:
     arguments = op._schema.arguments
     written = [k for k, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
     outs = tuple(arguments[k].name for k in written if arguments[k].kwarg_only)
+    single = len(written) == 1 and str(arguments[written[0]].type) == "Tensor"
     if op in LOWERINGS:
-        return Functional(op, (), len(written) == 1)
+        return Functional(op, (), single)
     wanted = [(a.name, str(a.type)) for k, a in enumerate(arguments) if not (outs and k in written)]
     if not drawn(op):
         namespace, name = op._schema.name.split("::")
@@ -93,8 +94,8 @@ def functional(op: Any) -> Functional:
             other = getattr(packet, overload)
             same = [(a.name, str(a.type)) for a in other._schema.arguments] == wanted
             if same and not other._schema.is_mutable and len(other._schema.returns) == len(written):
-                return Functional(other, outs, len(written) == 1)
-    return Functional(Pure(op, tuple(written)), outs, len(written) == 1)
+                return Functional(other, outs, single)
+    return Functional(Pure(op, tuple(written)), outs, single)
 
 
 # --- running statistics ---------------------------------------------------------------------------------------------
