@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from dag_hesse.capture.batch import Batch
 from dag_hesse.capture.layout import Place
 from dag_hesse.capture.losses import Loss, evaluate
+from dag_hesse.capture.record import as_it_is
 from dag_hesse.capture.tap import map_tensors
 from dag_hesse.ir import CurvatureGraph
 
@@ -54,8 +55,8 @@ class OnOutputs:
 
     def __init__(self, model: nn.Module, graph: CurvatureGraph, batch: Batch, loss: Loss | None) -> None:
         self.batch, self.loss = batch, loss
-        with torch.no_grad():
-            self.output = model(*batch.args, **batch.kwargs)
+        with as_it_is(model, batch, loss, graph.written) as forward:
+            self.output = map_tensors(forward.output(), lambda x, path: x.detach())
         outputs: list[Tensor] = []
         self.places: list[Place | None] = []
 
@@ -145,18 +146,10 @@ def part_of(graph: CurvatureGraph, batch: Batch, samples: Tensor) -> Batch:
     return Batch(args, kwargs, targets, len(samples))
 
 
-def parameter_gradient(model: nn.Module, batch: Batch, loss: Loss | None) -> Tensor:
+def parameter_gradient(model: nn.Module, batch: Batch, loss: Loss | None, written: Sequence[Tensor]) -> Tensor:
     """The loss's gradient by all parameters, frozen ones too, in one vector."""
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
-    frozen = [p for p in parameters if not p.requires_grad]
-    try:
-        for p in frozen:
-            p.requires_grad_(True)
-        with torch.enable_grad():
-            value = evaluate(model(*batch.args, **batch.kwargs), batch, batch.targets, batch.kwargs, loss)
-            found = torch.autograd.grad(value, parameters, allow_unused=True)
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
+    with as_it_is(model, batch, loss, written) as forward:
+        parameters = [p for p in model.parameters() if p.is_floating_point()]
+        found = torch.autograd.grad(forward.loss(), parameters, allow_unused=True)
     pairs = zip(parameters, found, strict=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1).double() for p, g in pairs])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,22 +125,25 @@ def _mark_outputs(output: Any, name: str, marker: Marker) -> Any:
     return map_tensors(output, mark)
 
 
-def _forward(
-    model: nn.Module, batch: Batch, loss: Loss | None, marker: Marker
-) -> tuple[list[Tensor], Callable[[], Tensor]]:
-    """Copies of the batch's tensors (one for one), and what runs model and loss on them."""
-    leaves, spec = pytree.tree_flatten(batch.tree)
-    copies = {id(x): x.detach().clone().requires_grad_(x.requires_grad) for x in leaves if isinstance(x, Tensor)}
-    filled = [copies[id(x)] if isinstance(x, Tensor) else x for x in leaves]
-    args, kwargs, targets = pytree.tree_unflatten(filled, spec)
+class Forward:
+    """Model and loss on copies of the batch's tensors (one for one), in which the model may write as it likes."""
 
-    def run() -> Tensor:
-        output = map_tensors(
-            model(*args, **kwargs), lambda x, path: marker.tap(x, f"{OUTPUT}.{path}" if path else OUTPUT)
-        )
-        return evaluate(output, batch, targets, kwargs, loss)
+    def __init__(self, model: nn.Module, batch: Batch, loss: Loss | None, marker: Marker) -> None:
+        leaves, spec = pytree.tree_flatten(batch.tree)
+        copies = {id(x): x.detach().clone().requires_grad_(x.requires_grad) for x in leaves if isinstance(x, Tensor)}
+        filled = [copies[id(x)] if isinstance(x, Tensor) else x for x in leaves]
+        self.tensors = [x for x in filled if isinstance(x, Tensor)]
+        self.args, self.kwargs, self.targets = pytree.tree_unflatten(filled, spec)
+        self.model, self.batch, self.of, self.marker = model, batch, loss, marker
 
-    return [x for x in filled if isinstance(x, Tensor)], run
+    def output(self) -> Any:
+        """What the model returns."""
+        output = self.model(*self.args, **self.kwargs)
+        return map_tensors(output, lambda x, path: self.marker.tap(x, f"{OUTPUT}.{path}" if path else OUTPUT))
+
+    def loss(self) -> Tensor:
+        """The loss of that."""
+        return evaluate(self.output(), self.batch, self.targets, self.kwargs, self.of)
 
 
 def _with_gradients(model: nn.Module) -> None:
@@ -180,8 +183,8 @@ def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bo
         recorder.anchors = everything
         if everything:
             _with_gradients(model)
-        tensors, run = _forward(model, batch, loss, recorder)
-        for position, x in enumerate(tensors):
+        forward = Forward(model, batch, loss, recorder)
+        for position, x in enumerate(forward.tensors):
             recorder.input(x, position)
         owners: list[str] = []
 
@@ -209,7 +212,7 @@ def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bo
         ):
             stack.enter_context(context)  # type: ignore[arg-type]
         try:
-            value = run()
+            value = forward.loss()
         except DagHesseError:
             raise
         except Exception as error:
@@ -242,15 +245,22 @@ class _Edges:
 
 
 @contextmanager
-def _as_it_is(
-    model: nn.Module, batch: Batch, loss: Loss | None, written: list[Tensor], edges: _Edges
-) -> Iterator[Callable[[], Tensor]]:
-    """What runs model and loss without recording them."""
+def as_it_is(
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss | None,
+    written: Sequence[Tensor],
+    edges: _Edges | None = None,
+) -> Iterator[Forward]:
+    """Run model and loss without recording them; whatever they change is given back at the end.
+
+    ``written`` are the tensors that a recording saw the forward write to.
+    """
+    edges = edges or _Edges()
     with _ONE_AT_A_TIME, ExitStack() as stack:
         before = stack.enter_context(restored(model, loss))
         before.written += [Written.of(x) for x in written]
         _with_gradients(model)
-        _, run = _forward(model, batch, loss, edges)
         for context in (
             _hooked(model, edges, lambda name: None, lambda name, module: None),
             marking(edges),
@@ -260,7 +270,7 @@ def _as_it_is(
             Calls(lambda x: x),
         ):
             stack.enter_context(context)  # type: ignore[arg-type]
-        yield run
+        yield Forward(model, batch, loss, edges)
 
 
 def slope(
@@ -270,10 +280,10 @@ def slope(
     own = dict(model.named_parameters())
     values = []
     for signed in (step, -step):
-        with _as_it_is(model, batch, loss, [*written, *own.values()], _Edges()) as run:
+        with as_it_is(model, batch, loss, [*written, *own.values()]) as forward:
             for name, v in along.items():
                 own[name].data.add_(v, alpha=signed)
-            values.append(float(run()))
+            values.append(float(forward.loss()))
     return (values[0] - values[1]) / (2 * step)
 
 
@@ -285,10 +295,10 @@ def product(
     Raises:
         CaptureError: autograd has no second derivative of the loss.
     """
-    with _as_it_is(model, batch, loss, written, _Edges()) as run:
+    with as_it_is(model, batch, loss, written) as forward:
         places = [dict(model.named_parameters())[name] for name in along]
         try:
-            first = torch.autograd.grad(run(), places, create_graph=True, allow_unused=True)
+            first = torch.autograd.grad(forward.loss(), places, create_graph=True, allow_unused=True)
             live = [(g, v) for g, v in zip(first, along.values(), strict=True) if g is not None and g.requires_grad]
             terms = [(g * v).sum() for g, v in live]
             found = torch.autograd.grad(sum(terms), places, allow_unused=True) if terms else [None] * len(places)  # type: ignore[arg-type]
@@ -316,8 +326,8 @@ def gradients(
     ``unable`` of the result says why autograd cannot differentiate the loss, where it cannot.
     """
     edges = _Edges()
-    with _as_it_is(model, batch, loss, written, edges) as run:
-        value = run()
+    with as_it_is(model, batch, loss, written, edges) as forward:
+        value = forward.loss()
         evidence = Evidence(float(value.detach()))
         own = {name: p for name, p in model.named_parameters() if p.requires_grad}
         places = [(name, k, e) for name in names for k, e in enumerate(edges.found.get(name, ())) if e is not None]

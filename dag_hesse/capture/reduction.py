@@ -10,7 +10,6 @@ leaves, of class weights, of masks). Anything else (contrastive losses, roots of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite, prod
 from typing import Any
@@ -116,27 +115,13 @@ def find_reduction(
     if len(batches) == 1 and not per_sample:
         return Reduction("one batch")
     try:
-        with _untouched(model, loss):
+        with restored(model, loss):
             own = loss is None and next(iter(batches.examples.values())).targets is None
             return (_by_runs if own else _by_outputs)(model, graphs, batches, loss)
     except DagHesseError:
         raise
     except Exception as error:
         raise ReductionError(f"the loss cannot be evaluated on parts of a batch ({error}), so {_ADVICE}") from error
-
-
-@contextmanager
-def _untouched(model: nn.Module, loss: Loss | None) -> Iterator[None]:
-    """Model, loss and random states come out as they went in."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        with restored(model, loss):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                if not torch.equal(buffer, saved):
-                    buffer.copy_(saved)
 
 
 def _tolerance(graph: CurvatureGraph) -> float:
@@ -305,7 +290,9 @@ def _by_runs(model: nn.Module, graphs: Sequence[CurvatureGraph], batches: Batche
     model.eval()
     for first, second in _halves(batch.size):
         samples = first, second, torch.cat([first, second])
-        one, two, both = (parameter_gradient(model, part_of(graphs[0], batch, picked), loss) for picked in samples)
+        one, two, both = (
+            parameter_gradient(model, part_of(graphs[0], batch, picked), loss, graphs[0].written) for picked in samples
+        )
         if _usable(one) and _usable(two) and _usable(both):
             break
     else:
