@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dag_hesse.capture import Batches, capture, capture_all, needs_split
 from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.reduction import Option, find_reduction
-from dag_hesse.errors import StaleError, choose
+from dag_hesse.errors import choose
 from dag_hesse.measure import available_memory
 from dag_hesse.operators.base import SymmetricOperator, dense, to_scipy
 from dag_hesse.operators.functional import FunctionModule, as_module, chosen_parameters, read_parameters
@@ -32,20 +32,24 @@ class CurvatureOperator(SymmetricOperator):
         batch: as for :func:`~dag_hesse.analyze`; a loader's batches are one loss.
         loss: ``callable(output, targets) -> scalar``; None: the model's own, or inferred.
         params: parameters to differentiate by: a list of the model's own, or a dict or list for a callable model.
+            Vectors go through them in this order (by default as ``model.parameters()`` does); blocks of those that the
+            loss does not read are zero.
         space: ``"parameter"`` (default: all parameters that require gradients) or ``"activation"``.
         points: names or globs, instead of all parameters (or of the points chosen).
         param_filter: glob, globs, or ``callable(name, parameter) -> bool`` that picks among the parameters.
         output: name of what the loss consumes, where it cannot be inferred.
         batch_mode: meaning of the batch axis of activations, ``"shared"`` or ``"joint"``.
         reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
-            a callable that gives a batch's weight; None: found by evaluating the loss on parts of a batch.
+            a callable that gives a batch's weight; None: found by evaluating the loss on parts of a batch (for a mean,
+            a loader that is not held is read once more).
         memory: bytes that a loader's batches may take (None: a quarter of what is free). Beyond, the loader is read
             again in every product.
         verify: as for :func:`~dag_hesse.analyze`: what the captured graph is held against, once.
 
     Raises:
         DagHesseError: as :func:`~dag_hesse.analyze`; :class:`~dag_hesse.errors.VectorError` for a bad vector;
-            :class:`~dag_hesse.errors.UnstableLoaderError` where a loader that is read again changes.
+            :class:`~dag_hesse.errors.UnstableLoaderError` where a loader that is read again changes;
+            :class:`~dag_hesse.errors.ReductionError` where the losses of batches do not add up to one.
     """
 
     channels: ClassVar[str]
@@ -75,14 +79,31 @@ class CurvatureOperator(SymmetricOperator):
         own = chosen_parameters(module, params, param_filter) if points is None and space == "parameter" else []
         if own:
             wanted = partial(read_parameters, own)
-        graphs = capture_all(module, batches, loss=loss, output=output, points=wanted, space=space)
+        self.model = module
+        self._set_up = partial(self._captured, batches, own, wanted, loss, space, output, batch_mode, reduction, verify)
+        self._set_up()
+
+    def _captured(
+        self,
+        batches: Batches,
+        own: Sequence[str],
+        points: Any,
+        loss: Loss | None,
+        space: str,
+        output: str | None,
+        batch_mode: str,
+        reduction: Option,
+        verify: str,
+    ) -> None:
+        """Capture, prove and pose the problem."""
+        module = self.model
+        graphs = capture_all(module, batches, loss=loss, output=output, points=points, space=space)
         if self.channels != "sum":
             needs_split(graphs)
         names = [point.name for point in graphs[0].points]
         prove_all(graphs, batches, module, loss, output, verify)
         self.reduction = find_reduction(module, graphs, batches, loss, reduction)
         graphs = fuse_all(graphs)
-        self.model = module
         again = partial(capture, module, loss=loss, output=output, points=names, space=space)
         self._problem = Problem(
             module, graphs, batches, batch_mode, reduction=self.reduction, with_out=False, again=again
@@ -93,7 +114,6 @@ class CurvatureOperator(SymmetricOperator):
         self._problem.chunk = probe_chunk(per_probe, cap)
         if space == "parameter":  # vectors are large themselves, and chunks of them are copied together again
             self._problem.chunk = max(1, min(cap // per_probe, shared_chunk(graphs[0], sites)))
-        self._versions = self._problem.versions
         found = {point.name: k for k, point in enumerate(self._problem.points)}
         # Points come in topological order; vectors keep the order of the model's (or the user's) parameters.
         every = [name for name, _ in module.named_parameters()]
@@ -131,7 +151,7 @@ class CurvatureOperator(SymmetricOperator):
     def _run(
         self, blocks: Sequence[Tensor], channels: str, sources: Sequence[int], reads: Sequence[int]
     ) -> dict[int, Blocks]:
-        self._check_fresh()
+        self._problem.check("the operator was made", "call refresh() first.")
         groups = self._problem.groups
         pairs = [(self._order[k], x) for k, x in zip(sources, blocks, strict=True)]
         z = {k: x.detach().reshape(len(x), groups, -1) for k, x in pairs if k is not None}
@@ -154,14 +174,15 @@ class CurvatureOperator(SymmetricOperator):
         found = self._run(blocks, channels or self.channels, every, every)
         return [self._collect(found, part, len(blocks[0]), every) for part in parts]
 
-    def _check_fresh(self) -> None:
-        if self._problem.versions != self._versions:
-            raise StaleError("the parameters or the batch changed since the operator was made: call refresh() first.")
-
     def refresh(self) -> None:
-        """Linearize anew at the parameters' present values; nothing is captured again."""
+        """Linearize anew at the parameters' present values.
+
+        Nothing is captured again, unless a module went to another mode (``train()``, ``eval()``).
+        """
+        if self._problem.watch.changed_modes():
+            self._set_up()
         self._problem.release()
-        self._versions = self._problem.versions
+        self._problem.watch.note()
 
     def block(self, v: str, w: str) -> Block:
         """The rectangular block [v, w] of two points."""

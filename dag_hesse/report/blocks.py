@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dag_hesse.errors import StaleError
 from dag_hesse.estimate import exact_blocks
 from dag_hesse.sweep import Problem
 
@@ -14,13 +13,12 @@ class BlockReader:
     """Computes H[v, w] or one of its parts by identity probes from the smaller side."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem, self.versions = problem, problem.versions
+        self.problem = problem
         problem.release()
 
     def __call__(self, v: int, w: int, part: str) -> Tensor:
         problem = self.problem
-        if problem.versions != self.versions:
-            raise StaleError("parameters or batch changed since analyze(): analyze it again to read blocks.")
+        problem.check("analyze()", "analyze it again to read blocks.")
         from_w = problem.dim(w) <= problem.dim(v)
         source, target = (w, v) if from_w else (v, w)
         blocks = exact_blocks(problem, source, (target,))[target]

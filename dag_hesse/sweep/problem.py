@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dag_hesse.capture import Batch, Batches
 from dag_hesse.capture.reduction import Reduction
-from dag_hesse.errors import CaptureError, out_of_memory
+from dag_hesse.errors import CaptureError, StaleError, out_of_memory
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.kernels.pool import Pool, empty
 from dag_hesse.measure import available_memory
@@ -23,6 +23,7 @@ from dag_hesse.randomness import RandomState, preserved
 from dag_hesse.sweep.embed import read_parts, reader, seed
 from dag_hesse.sweep.engine import sweep
 from dag_hesse.sweep.linearize import Linearization
+from dag_hesse.sweep.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Problem:
         # Random draws are made anew in every linearization, and must agree. Batches draw one after the other.
         self._rng = {0: RandomState.now()}
         self._told = False
+        self.watch = Watch(model, self.graphs, batches)
         self.sweeps = 0  # probes swept so far, for reports
         self._losses: dict[int, float] = {}
 
@@ -151,15 +153,16 @@ class Problem:
             return float("nan")
         return sum(value * self.shares[number] for number, value in self._losses.items())
 
-    @property
-    def versions(self) -> tuple[tuple[int, int], ...]:
-        """Identity and version counter of parameters, buffers and batches held: changes when one is written to."""
-        own = [*self.model.parameters(), *self.model.buffers(), *self.batches.tensors]
-        return tuple((id(t), t._version) for t in own)
-
     def release(self) -> None:
         """Let the kept linearizations go; the next sweep makes them anew."""
         self._kept.clear()
+
+    def check(self, what: str, advice: str) -> None:
+        """Raise :class:`StaleError` if something changed since the problem was posed (or last noted)."""
+        changed = self.watch.changes()
+        if changed:
+            named = ", ".join(changed[:4]) + (" …" if len(changed) > 4 else "")
+            raise StaleError(f"{named} changed since {what}: {advice}")
 
     def dim(self, index: int) -> int:
         """Length of a point's vectors, per group."""

@@ -1,0 +1,96 @@
+"""Changes under an operator: each way that weights are changed in practice is noticed, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dag_hesse as dh
+from dag_hesse.errors import StaleError
+from tests.oracle import error
+
+X, Y = torch.randn(6, 3).double(), torch.tensor([0, 1, 2, 0, 1, 1])
+
+
+def _net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 3)).double()
+
+
+def _dense(model: nn.Module) -> Tensor:
+    p = list(model.parameters())
+    first = torch.autograd.grad(F.cross_entropy(model(X), Y), p, create_graph=True)
+    flat = torch.cat([g.flatten() for g in first])
+    return torch.stack([torch.cat([h.flatten() for h in torch.autograd.grad(g, p, retain_graph=True)]) for g in flat])
+
+
+def _step(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+
+
+def _other_vector(model: nn.Module) -> None:
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(vector * 1.5, model.parameters())
+
+
+def _one_element(model: nn.Module) -> None:
+    with torch.no_grad():
+        model[4].weight[1, 2] += 1.0  # type: ignore[index]
+
+
+def _exchanged(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(model[0].weight.detach() * 2)  # type: ignore[index]
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "optimizer": _step,
+    ".data.mul_": lambda m: m[0].weight.data.mul_(2.0),
+    ".data =": lambda m: setattr(m[4].bias, "data", m[4].bias.data + 1),
+    "vector_to_parameters": _other_vector,
+    "one element": _one_element,
+    "another parameter": _exchanged,
+    "running statistics": lambda m: m[1].running_var.mul_(2.0),
+    "training mode": lambda m: m.train(),
+    "mode of one module": lambda m: m[3].train(),
+    "load_state_dict": lambda m: m.load_state_dict({k: 2 * v for k, v in m.state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_noticed_and_taken_up(name: str) -> None:
+    model = _net().eval()
+    operator, report = dh.HessianOperator(model, (X, Y)), dh.analyze(model, (X, Y), points=["0", "4"])
+    v = torch.randn(len(operator.dense())).double()
+    CHANGES[name](model)
+    for read in (lambda: operator @ v, lambda: report.block("0", "4")):
+        with pytest.raises(StaleError, match=r"parameter '|constant '|training mode"):
+            read()
+    torch.manual_seed(1)
+    operator.refresh()
+    found = operator.dense()
+    torch.manual_seed(1)
+    assert error(found, _dense(model)) < 1e-10
+
+
+def test_a_forward_in_training_mode_changes_nothing_that_is_read() -> None:
+    model = _net().train()
+    model[3].p = 0.0
+    operator = dh.HessianOperator(model, (X, Y))
+    before = operator.dense()
+    model(X)
+    assert torch.equal(operator.dense(), before)
+
+
+def test_a_changed_batch_is_named() -> None:
+    model, x = _net().eval(), X.clone()
+    operator = dh.HessianOperator(model, (x, Y))
+    operator.dense()
+    x += 1
+    with pytest.raises(StaleError, match="batch's tensor 0"):
+        operator.dense()
