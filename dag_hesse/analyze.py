@@ -49,7 +49,8 @@ def analyze(
 
     Args:
         model: any ``nn.Module``; it comes back exactly as it was.
-        batch: ``(inputs, targets)``, a dict of keyword inputs, or an iterable of either, taken as one loss.
+        batch: ``(inputs, targets)``, ``(input, input, …, targets)``, a dict of keyword inputs, or an iterable of these,
+            taken as one loss.
         loss: ``callable(output, targets) -> scalar tensor``; None: the model's own, or inferred from the targets.
         output: name of the module or tap that the loss consumes, where it cannot be inferred.
         points: module names, taps, glob patterns or parameter names; None: at most 16 from the module tree.
@@ -59,7 +60,8 @@ def analyze(
         probes: Rademacher probes per source point, where probes are used.
         rtol: keep probing until every relative standard error is below this.
         reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
-            a callable that gives a batch's weight; None: found by evaluating the loss on parts of a batch.
+            a callable that gives a batch's weight; None: found by evaluating the loss on parts of a batch (for a mean,
+            a loader that is not held is read once more).
         memory: bytes that results and sweeps may take; None: half of what is free. A loader whose batches take more
             (None: a quarter) is not held but read again in every pass.
         seed: of the probes. The global RNG is neither read for them nor changed.
