@@ -188,7 +188,7 @@ def profile(
         _, lin = next(iter(problem.linearizations()))
 
     def request(count: int) -> list[Request]:
-        z = torch.randn(count, 1, problem.dim(0), generator=torch.Generator().manual_seed(0))
+        z = torch.randn(count, 1, problem.dim(0), generator=torch.Generator().manual_seed(0), device="cpu")
         return [Request({0: z.to(device, problem.dtype)}, every)]
 
     one, chunk = request(1), request(schedule.chunk)

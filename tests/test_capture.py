@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,18 @@ from torch.utils.checkpoint import checkpoint
 
 import dag_hesse as dh
 from dag_hesse import errors
+from tests import device
 from tests.oracle import error
 
-X = torch.randn(4, 3, generator=torch.Generator().manual_seed(5)).double()
-Y = torch.tensor([0, 1, 2, 0])
-T = torch.randn(4, 3, generator=torch.Generator().manual_seed(6)).double()
+X = torch.randn(4, 3, generator=torch.Generator().manual_seed(5)).double().to(device.NAME)
+Y = torch.tensor([0, 1, 2, 0], device=device.NAME)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device() -> Iterator[None]:
+    """Tensors that a forward makes lie where the tests run."""
+    with torch.device(device.NAME):
+        yield
 
 
 def truth(model: nn.Module, batch: Any, names: tuple[str, ...], loss: Callable[..., Tensor] | None = None) -> Tensor:
@@ -30,7 +37,7 @@ def truth(model: nn.Module, batch: Any, names: tuple[str, ...], loss: Callable[.
     model = copy.deepcopy(model)
     own = [dict(model.named_parameters())[name] for name in names]
     inputs, targets = batch
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
         output = model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
     if loss is not None:
         value = loss(output, targets)
@@ -267,7 +274,7 @@ def _distribution(m: Any, z: Tensor) -> Tensor:
 
 
 def _numpy(m: Any, z: Tensor) -> Tensor:
-    return z * torch.from_numpy(np.cumsum(X.numpy(), axis=1)[:, :1])
+    return z * torch.from_numpy(np.cumsum(X.cpu().numpy(), axis=1)[:, :1]).to(z.device)
 
 
 def _promoted(m: Any, z: Tensor) -> Tensor:
@@ -599,7 +606,7 @@ def test_refresh_takes_the_way_that_new_values_take() -> None:
 def test_batches_of_values_that_left_torch_do_not_share_a_graph() -> None:
     class Scaled(Around):
         def forward(self, x: Tensor) -> Tensor:
-            scale = torch.from_numpy(np.abs(x.numpy()).max(keepdims=True))
+            scale = torch.from_numpy(np.abs(x.cpu().numpy()).max(keepdims=True)).to(x.device)
             return self.b(torch.tanh(self.a(x) * scale))
 
     model = Scaled(lambda m, z: z)

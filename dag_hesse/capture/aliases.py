@@ -140,15 +140,17 @@ def _inverse(step: Step) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
 
 
 def _numbers(shape: Sequence[int]) -> Tensor:
-    return torch.arange(prod(shape)).reshape(tuple(shape))
+    return torch.arange(prod(shape), device="cpu").reshape(tuple(shape))
 
 
 def _places(geometry: Geometry) -> Tensor:
     """Where in the storage every element lies."""
     shape, strides, offset = geometry
-    place = torch.full(shape, offset, dtype=torch.int64)
+    place = torch.full(shape, offset, dtype=torch.int64, device="cpu")
     for axis, (size, stride) in enumerate(zip(shape, strides, strict=True)):
-        place += (torch.arange(size) * stride).reshape([-1 if k == axis else 1 for k in range(len(shape))])
+        place += (torch.arange(size, device="cpu") * stride).reshape(
+            [-1 if k == axis else 1 for k in range(len(shape))]
+        )
     return place
 
 
@@ -172,12 +174,12 @@ def by_place(source: Tensor | Geometry, result: Tensor | Geometry, dtype: torch.
     have, want = _places(a).reshape(-1), _places(b)
     if not have.numel() or not want.numel():
         return None
-    number = torch.full((int(torch.maximum(have.max(), want.max())) + 1,), -1)
-    number[have] = torch.arange(have.numel())
+    number = torch.full((int(torch.maximum(have.max(), want.max())) + 1,), -1, device="cpu")
+    number[have] = _numbers(have.shape)
     index = number[want]
     if bool((index < 0).any()):
         return None
-    if index.numel() == have.numel() and bool((index.reshape(-1) == torch.arange(have.numel())).all()):
+    if index.numel() == have.numel() and bool((index.reshape(-1) == _numbers(have.shape)).all()):
         return Step(aten.reshape.default, (list(b[0]),), here, there)
     return Step(aten.as_strided.default, (), here, there, index)
 

@@ -159,8 +159,8 @@ class Walker:
         """Sample numbers along an axis of a tensor whose samples lie along it, if they lie anywhere."""
         state, size = self.states[k], self.shape(k)[axis]
         if state.one >= 0 and self.size > 1:
-            return torch.full((size,), state.one)
-        return state.place.line() if state.place else torch.full((size,), FREE)
+            return torch.full((size,), state.one, device="cpu")
+        return state.place.line() if state.place else torch.full((size,), FREE, device="cpu")
 
 
 def _is_separate(graph: CurvatureGraph, states: Sequence[State]) -> bool:

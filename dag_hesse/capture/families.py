@@ -165,7 +165,7 @@ def cat(walk: Walker, node: Node) -> State:
     if places and all(p.axis != dim for p in places):
         return separate(places.pop()) if len(places) == 1 else LOST
     ones = [walk.states[k].one for k in inputs]
-    pieces = [torch.tensor([one]) for one in ones] if stack else [walk.line(k, dim) for k in inputs]
+    pieces = [torch.tensor([one], device="cpu") for one in ones] if stack else [walk.line(k, dim) for k in inputs]
     return _of_line(torch.cat(pieces), dim)
 
 
@@ -189,7 +189,9 @@ def write(walk: Walker, node: Node) -> State:
     if any(p is not None and p.axis != dim for p in (a, b)):
         return mixed(a)
     line = walk.line(into, dim).clone()
-    line[window] = torch.tensor([walk.states[source].one]) if "select" in node.op else walk.line(source, dim)
+    line[window] = (
+        torch.tensor([walk.states[source].one], device="cpu") if "select" in node.op else walk.line(source, dim)
+    )
     return _of_line(line, dim)
 
 
@@ -297,7 +299,7 @@ def bags(walk: Walker, node: Node) -> State:
     starts, place = walk.constants.value(node.inputs[2]), index.place
     if starts is None or place is None:
         return LOST
-    ends = torch.cat([starts[1:], torch.tensor([place.size])])[: node.shape[0]]
+    ends = torch.cat([starts[1:], torch.tensor([place.size], device="cpu")])[: node.shape[0]]
     line = place.line()
     bag = [line[s:e] for s, e in zip(starts.tolist(), ends.tolist(), strict=False)]
     whole = all(len(b) and bool((b == b[0]).all()) for b in bag)

@@ -94,7 +94,7 @@ def moved(walk: Walker, node: Node) -> Place | None:
 
 def _labels(walk: Walker, k: int) -> Tensor:
     state, shape = walk.states[k], walk.shape(k)
-    return torch.full((), state.one).expand(shape) if state.one >= 0 else spread(state.place, shape)
+    return torch.full((), state.one, device="cpu").expand(shape) if state.one >= 0 else spread(state.place, shape)
 
 
 def _agree(first: Tensor, *others: Tensor) -> Tensor | None:
@@ -120,7 +120,7 @@ def _indices(walk: Walker, node: Node, batch_axis: int) -> list[tuple[Tensor, Te
         k = node.inputs[ref.slot]
         value = walk.constants.value(k)
         if value is None and axis != batch_axis:
-            value = torch.zeros(walk.shape(k), dtype=torch.int64)
+            value = torch.zeros(walk.shape(k), dtype=torch.int64, device="cpu")
         if value is None or value.dtype == torch.bool:
             return None
         pairs.append((value, _labels(walk, k)))
@@ -240,7 +240,7 @@ def _responding(walk: Walker, node: Node, places: Sequence[Place | None], positi
     base = [v for v in values if v is not None]
     first, changes = execute(node, base), dict[int, Tensor]()
     for b in sorted({0, walk.size // 2, walk.size - 1}):
-        hit = torch.zeros(first.shape, dtype=torch.bool)
+        hit = torch.zeros(first.shape, dtype=torch.bool, device="cpu")
         for _ in range(2):
             other = [_redrawn(v, p, b, generator, positive) for v, p in zip(base, places, strict=True)]
             now = execute(node, other)
@@ -258,9 +258,9 @@ def _drawn(walk: Walker, k: int, generator: torch.Generator, positive: bool) -> 
 
 def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, positive: bool) -> Tensor:
     """Normal numbers; or positive definite matrices, for ops that take nothing else."""
-    x = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+    x = torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
     if positive and x.ndim > 1 and x.shape[-1] == x.shape[-2]:
-        x = x @ x.mT + x.shape[-1] * torch.eye(x.shape[-1], dtype=x.dtype)
+        x = x @ x.mT + x.shape[-1] * torch.eye(x.shape[-1], dtype=x.dtype, device="cpu")
     return (x.abs() + 0.1 if positive and x.ndim < 2 else x).to(dtype)
 
 

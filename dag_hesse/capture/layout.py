@@ -39,7 +39,7 @@ class Place:
 
     def line(self) -> Tensor:
         """The sample number at every place of the axis."""
-        return self.start + torch.arange(self.size) // self.inner % self.batch
+        return self.start + torch.arange(self.size, device="cpu") // self.inner % self.batch
 
     def layout(self, batch: int) -> BatchLayout | None:
         """As it stands in a graph, where it holds all samples of the batch."""
@@ -90,7 +90,7 @@ def _divisors(n: int) -> Iterable[int]:
 def spread(place: Place | None, shape: Sequence[int]) -> Tensor:
     """The sample number of every element of a tensor, as an expanded view that takes no memory."""
     if place is None:
-        return torch.full((), FREE).expand(tuple(shape))
+        return torch.full((), FREE, device="cpu").expand(tuple(shape))
     return place.line().reshape([-1 if axis == place.axis else 1 for axis in range(len(shape))]).expand(tuple(shape))
 
 

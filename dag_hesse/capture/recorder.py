@@ -67,6 +67,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.trail, self.owner, self.before = Trail(), "", before
         self.aliases = Aliases(self)
+        self.device = next((p.device for p in parameters.values()), torch.device("cpu"))
         self.paused, self.anchors, self._marking = 0, True, ""
         self.running = ""  # the op that runs now
         self.numbers = False  # whether tensors were made of Python's numbers
@@ -99,6 +100,7 @@ class Recorder(TorchDispatchMode):
                 f"({value.grad_fn}), at {self._source()}: compute it inside the forward, or detach() it."
             )
         known = self._known.get(id(value))
+        value = value.to(self.device) if name == "index" else value  # it was found on the CPU
         self.trail.fresh |= known is None and name == "" and not self.before.knows(value)
         index = self._leaf("const", value, Kind.CONST, known or name or f"constant{len(self.trail.constants)}")
         self.trail.constants[index] = value.detach()

@@ -146,7 +146,7 @@ def _usable(gradient: Tensor) -> bool:
 
 def _halves(size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Ways to part a batch, and last the batch beside itself."""
-    every = torch.arange(size)
+    every = torch.arange(size, device="cpu")
     for cut in dict.fromkeys((-(-size // 3), size // 2)):
         if 0 < cut < size:
             yield every[:cut], every[cut:]

@@ -17,7 +17,7 @@ from dag_hesse.sweep import Problem, Request
 def rademacher(problem: Problem, source: int, probes: int, generator: torch.Generator) -> Tensor:
     """Random signs (probes, groups, dim), drawn on the CPU so that every device sees the same."""
     shape = (probes, problem.groups, problem.dim(source))
-    signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
+    signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8, device="cpu")
     return (2 * signs - 1).to(dtype=problem.dtype, device=problem.device)
 
 

@@ -71,7 +71,7 @@ def _signs(operator: SymmetricOperator, count: int, seed: int) -> Iterator[list[
     generator, left = torch.Generator().manual_seed(seed), count
     while left:
         now = min(operator.chunk, left)
-        rows = torch.empty(now, operator.shape[0], dtype=torch.int8)
+        rows = torch.empty(now, operator.shape[0], dtype=torch.int8, device="cpu")
         for row in rows:
             row.random_(0, 2, generator=generator)
         signs = (2 * rows - 1).to(dtype=operator.dtype, device=operator.device)

@@ -172,7 +172,7 @@ def _pack_padded_sequence(x: Tensor, lengths: Tensor, batch_first: bool) -> tupl
     there = [[b for b in range(samples) if sizes[b] > t] for t in range(max(sizes))]
     places = [b * steps + t if batch_first else t * samples + b for t, row in enumerate(there) for b in row]
     rows = x.reshape(steps * samples, *x.shape[2:])
-    return rows.index_select(0, _constant(places, x)), torch.tensor([len(row) for row in there])
+    return rows.index_select(0, _constant(places, x)), torch.tensor([len(row) for row in there], device="cpu")
 
 
 CONCRETE: Mapping[Any, Callable[..., Any]] = {

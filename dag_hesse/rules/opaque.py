@@ -76,7 +76,7 @@ def _norm(x: _Tensors) -> float:
 def _random(like: Iterable[Tensor], seed: int) -> list[Tensor]:
     """Normal tensors from a generator of our own."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device) for x in like]
+    return [torch.randn(x.shape, dtype=x.dtype, generator=generator, device="cpu").to(x.device) for x in like]
 
 
 def _is_random(node: Node) -> bool:

@@ -156,7 +156,9 @@ def _direction(model: nn.Module, graph: CurvatureGraph) -> dict[str, Tensor]:
     """A random direction of length one in the parameters that the graph knows."""
     generator = torch.Generator().manual_seed(0)
     own = {name: p for name, p in model.named_parameters() if name in graph.parameters}
-    along = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for n, p in own.items()}
+    along = {
+        n: torch.randn(p.shape, generator=generator, dtype=p.dtype, device="cpu").to(p.device) for n, p in own.items()
+    }
     size = sqrt(sum(float(v.norm()) ** 2 for v in along.values()))
     return {name: v / size for name, v in along.items()}
 
