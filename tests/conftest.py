@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests import device
 
@@ -13,3 +14,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     device.NAME = config.getoption("--device")
+    torch.backends.cudnn.allow_tf32 = False  # on by default, and then convolutions have three digits

@@ -373,10 +373,10 @@ def _by_differences(model: nn.Module, names: tuple[str, ...]) -> Tensor:
         with torch.no_grad():
             for p, s in zip(theirs, shift.split(sizes), strict=True):
                 p += s.view_as(p)
-        found = torch.autograd.grad(F.cross_entropy(other(X), Y), theirs)
+        found = torch.autograd.grad(F.cross_entropy(other(X.cpu()), Y.cpu()), theirs)
         return torch.cat([g.flatten() for g in found])
 
-    eye, step = torch.eye(sum(sizes)).double(), 1e-5
+    eye, step = torch.eye(sum(sizes), device="cpu").double(), 1e-5
     return torch.stack([(gradient(step * row) - gradient(-step * row)) / (2 * step) for row in eye])
 
 
@@ -386,8 +386,9 @@ def test_what_a_forward_does_keeps_its_meaning(name: str) -> None:
     _cached.cache_clear()
     _GLOBAL.clear()
     if name in BY_DIFFERENCES:
-        operator = dh.HessianOperator(model, (X, Y))
-        assert error(operator.dense(), _by_differences(model, operator.names)) < 1e-7
+        found, there = dh.HessianOperator(model, (X, Y)), copy.deepcopy(model).cpu()
+        # On the CPU: CUDA's kernel takes roots in single precision, which differences do not survive.
+        assert error(found.dense().cpu(), _by_differences(there, found.names)) < 1e-7
         return
     counted = _COUNT
     torch.manual_seed(0)

@@ -269,7 +269,8 @@ class Aliases:
         Only a tensor that was detached is cut off: what ops compute inside has no past in autograd's eyes either.
         """
         node = self.value(x)
-        own = x.requires_grad and not x.is_leaf  # x.detach().requires_grad_() is a start of its own
+        # x.detach().requires_grad_() is a start of its own; a view made without grad has a past if its base has one.
+        own = x.requires_grad and (x._is_view() or not x.is_leaf)
         return self.to.cut(node) if self.tensors[x].detached and not own else node
 
     def value(self, x: Tensor) -> int:

@@ -143,8 +143,9 @@ class CurvatureGraph:
         return marked
 
     def per_sample_numel(self, index: int) -> int:
-        """Elements of a node's tensor that belong to one sample."""
+        """Real numbers of a node's tensor that belong to one sample."""
         node = self.nodes[index]
+        each = 2 if node.dtype.is_complex else 1
         if self.couplings and self.couplings[index] in (Coupling.SEPARATE, Coupling.MIXED) and self.layouts[index]:
-            return node.numel // self.batch_size
-        return prod(node.shape)
+            return each * node.numel // self.batch_size
+        return each * prod(node.shape)

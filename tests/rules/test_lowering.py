@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dag_hesse.rules import RULES
 from dag_hesse.rules.lowering import CONCRETE, LOWERINGS
+from tests import device
 from tests.oracle import error
 from tests.rules.lowered import Function, Written, by_differences, by_double_backward, gradient, of_op
 from tests.rules.samples import apart, index, inside, normal, positive
@@ -413,18 +414,22 @@ def test_second_derivatives_at_special_points(op: Any, args: tuple[Any, ...], tr
 @pytest.mark.parametrize("fill", ["zeros", "eye", "rank one", "repeated"])
 def test_determinants_at_singular_matrices_and_equal_singular_values(fill: str) -> None:
     torch.manual_seed(0)
-    a = {
-        "zeros": torch.zeros(2, 2),
-        "eye": torch.eye(3),
-        "rank one": torch.outer(torch.arange(1.0, 4.0), torch.ones(3)),
-        "repeated": torch.diag(torch.tensor([2.0, 2.0, 0.0])),
-    }[fill].double()
+    a = (
+        {
+            "zeros": torch.zeros(2, 2),
+            "eye": torch.eye(3),
+            "rank one": torch.outer(torch.arange(1.0, 4.0), torch.ones(3)),
+            "repeated": torch.diag(torch.tensor([2.0, 2.0, 0.0])),
+        }[fill]
+        .double()
+        .to(device.NAME)
+    )
     n = a.numel()
     call = call_of(aten._linalg_det.default, a, output=0)
     lin = RULES["aten._linalg_det.default"].linearize(call)
-    lam = torch.tensor(0.7, dtype=torch.float64)
+    lam = torch.tensor(0.7, dtype=torch.float64, device=device.NAME)
     lin.curve(lam, {})
-    every = torch.eye(n, dtype=torch.float64).reshape(n, *a.shape)
+    every = torch.eye(n, dtype=torch.float64, device=device.NAME).reshape(n, *a.shape)
     second = lin.second({0: every}, None, 0)
     assert second is not None
 

@@ -160,8 +160,13 @@ def test_products_are_those_of_the_ops_own_backward(name: str) -> None:
     torch.manual_seed(0)
     call = SMOOTH[name]()
     lin, slots = linearized(call)
-    tangents = {slot: torch.randn(2, *call.shape(slot), dtype=call.values[slot].dtype) for slot in slots}
-    cotangents, lam = torch.randn(2, *call.out.shape, dtype=call.out.dtype), torch.randn_like(call.out)
+    tangents = {
+        slot: torch.randn(2, *call.shape(slot), dtype=call.values[slot].dtype, device=device.NAME) for slot in slots
+    }
+    cotangents, lam = (
+        torch.randn(2, *call.out.shape, dtype=call.out.dtype, device=device.NAME),
+        torch.randn_like(call.out),
+    )
     pushed, zero = lin.jvp(tangents), {slot: torch.zeros_like(call.values[slot]) for slot in slots}
     assert pushed.shape == (2, *call.out.shape)
     assert pushed.dtype == call.out.dtype
@@ -191,7 +196,9 @@ def test_tangents_are_differences(name: str) -> None:
     torch.manual_seed(1)
     call = SMOOTH[name]()
     lin, slots = linearized(call)
-    tangents = {slot: torch.randn(1, *call.shape(slot), dtype=call.values[slot].dtype) for slot in slots}
+    tangents = {
+        slot: torch.randn(1, *call.shape(slot), dtype=call.values[slot].dtype, device=device.NAME) for slot in slots
+    }
 
     def at(step: float) -> Tensor:
         values = [v + step * tangents[slot][0] if slot in tangents else v for slot, v in enumerate(call.values)]

@@ -17,6 +17,7 @@ from tests.rules.samples import SAMPLES, Sample, normal, positive
 PROBES = 2
 # torch's kernels round 1/6 to float32: hardsigmoid's backward everywhere, both forwards on CUDA
 LOOSE = {"aten.hardsigmoid.default": 1e-7}
+LOOSE_AT_KINKS = LOOSE | {"aten.copysign.Scalar": 1e-11}  # on CUDA autograd's own zero is a rounded one
 LOOSE_FORWARD = {"aten.hardsigmoid.default": 1e-7, "aten.hardswish.default": 1e-7}
 ONCE = {"aten.hardsigmoid.default"}  # torch cannot differentiate it twice; it is linear almost everywhere
 
@@ -224,7 +225,7 @@ def test_conventions_at_kinks_are_those_of_autograd(name: str, sample: Sample, p
                 second = _second(lin, {k: t.unsqueeze(0) for k, t in tangents.items()}, slots, slot)
                 found = torch.zeros_like(found) if second is None else second
             known = expected.isfinite()
-            assert error(found[0][known], expected[known], 1e-3) < LOOSE.get(name, 1e-12)
+            assert error(found[0][known], expected[known], 1e-3) < LOOSE_AT_KINKS.get(name, 1e-12)
 
 
 @pytest.mark.parametrize("name, sample", [row for row in ROWS if row.values[0] in rowwise.TABLE])
