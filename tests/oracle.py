@@ -76,16 +76,18 @@ class Leaves:
         return hook
 
 
-def _jacobian(rows_of: Tensor, of: Sequence[Tensor]) -> Tensor:
-    """Rows: elements of ``rows_of``; columns: elements of ``of``, summed over its tensors (calls of one module)."""
-    rows = []
+def _jacobians(rows_of: Tensor, groups: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """Per group: rows are elements of ``rows_of``; columns those of the group, summed over its tensors (calls)."""
+    flat = [x for group in groups.values() for x in group]
+    rows: dict[str, list[Tensor]] = {name: [] for name in groups}
     for y in rows_of.reshape(-1):
-        if not y.requires_grad:
-            rows.append(torch.zeros(of[0].numel(), dtype=y.dtype, device=y.device))
-            continue
-        row = torch.autograd.grad(y, of, retain_graph=True, allow_unused=True)
-        rows.append(sum((torch.zeros_like(o) if r is None else r).reshape(-1) for r, o in zip(row, of, strict=True)))
-    return torch.stack(rows)
+        found: Sequence[Tensor | None] = [None] * len(flat)
+        if y.requires_grad:
+            found = torch.autograd.grad(y, flat, retain_graph=True, allow_unused=True)
+        row = iter([torch.zeros_like(x) if g is None else g for g, x in zip(found, flat, strict=True)])
+        for name, group in groups.items():
+            rows[name].append(torch.stack([next(row).reshape(-1) for _ in group]).sum(0))
+    return {name: torch.stack(found) for name, found in rows.items()}
 
 
 class Truth:
@@ -120,9 +122,10 @@ class Truth:
         grads = torch.autograd.grad(loss, flat, create_graph=True, allow_unused=True)
         of_leaf = {id(x): torch.zeros_like(x) if g is None else g for x, g in zip(flat, grads, strict=True)}
         total = {v: torch.stack([of_leaf[id(x)].reshape(-1) for x in group]).sum(0) for v, group in groups.items()}
-        self.full = {(v, w): _jacobian(total[v], groups[w]) for v in points for w in points}
-        hessian = _jacobian(total[out], groups[out])
-        slope = {v: _jacobian(leaves.values[out], groups[v]) for v in points}
+        pointed = {v: groups[v] for v in points}
+        self.full = {(v, w): h for v in points for w, h in _jacobians(total[v], pointed).items()}
+        hessian = _jacobians(total[out], {out: groups[out]})[out]
+        slope = _jacobians(leaves.values[out], pointed)
         self.gn = {(v, w): slope[v].T @ hessian @ slope[w] for v in points for w in points}
         for p in frozen:
             p.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Random models: DAGs of random ops with shared parameters, merges of two or three, and a random loss."""
+"""Random models: DAGs of random ops with shared parameters, merges of two or three, state, writes, and a random loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-BATCH, WIDTH = 2, 3
+from tests.property.situations import ACROSS, ACROSS_TWO, WIDTH, WITHIN, Parts
+
+BATCH = 2
 Op = Callable[..., Tensor]
 
 UNARY: dict[str, Op] = {
@@ -77,6 +79,21 @@ LOSSES: dict[str, Op] = {
     "two terms": lambda y, t: F.cross_entropy(y, t.argmax(1)) + 0.1 * (y**2).mean(),
     "coupled": lambda y, t: torch.logsumexp(y - t, (0, 1)),
 }
+CLASS_WEIGHTS = torch.tensor([0.5, 1.0, 2.5])
+# What a batch's loss counts in a mean over several; None: the losses add up.
+COUNTED: dict[str, tuple[Op, Callable[[Tensor], float] | None]] = {
+    **{name: (LOSSES[name], len) for name in ("cross entropy", "squares", "huber", "kl", "logistic", "two terms")},
+    "sum of squares": (LOSSES["sum of squares"], None),
+    "class weights": (
+        lambda y, t: F.cross_entropy(y, t.argmax(1), weight=CLASS_WEIGHTS.to(y)),
+        lambda t: float(CLASS_WEIGHTS[t.argmax(1)].sum()),
+    ),
+    "ignored": (
+        lambda y, t: F.cross_entropy(y, t.argmax(1).where(t[:, 0] < 0.8, -100)),
+        lambda t: int((t[:, 0] < 0.8).sum()),
+    ),
+    "summed entropy": (lambda y, t: F.cross_entropy(y, t.argmax(1), reduction="sum"), None),
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,7 @@ class Recipe:
         return [k - 1 for k in sorted(found) if k > 0]
 
 
-class Dag(nn.Module):
+class Dag(Parts):
     """The recipe as a module; node k's output passes through the module ``nodes.k``."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -116,6 +133,7 @@ class Dag(nn.Module):
         self.nodes = nn.ModuleList(nn.Identity() for _ in recipe.steps)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.calls, self.touched = [], set()
         values = [x]
         for step, node in zip(self.recipe.steps, self.nodes, strict=True):
             given = [values[k] for k in step.inputs]
@@ -128,16 +146,24 @@ class Dag(nn.Module):
             return self.pool[int(op[-1])](given[0])
         if op == "cat":
             return self.merge(torch.cat(given, 1))
+        if op in SITUATIONS:
+            return SITUATIONS[op](self, *given)
         return {**UNARY, **BINARY, **TERNARY}[op](*given)
 
 
+SITUATIONS = {**WITHIN, **ACROSS, **ACROSS_TWO}
+PURE = {1: [*UNARY, "linear0", "linear1"], 2: [*BINARY, "cat"], 3: list(TERNARY)}
+STATEFUL = {1: [*WITHIN, *WITHIN, *PURE[1]], 2: PURE[2], 3: PURE[3]}
+WRITING = {1: [*ACROSS, *ACROSS, *ACROSS, *WITHIN, "linear1"], 2: [*ACROSS_TWO, *BINARY], 3: PURE[3]}
+
+
 @st.composite
-def recipes(draw: st.DrawFn) -> Recipe:
+def recipes(draw: st.DrawFn, vocabulary: dict[int, list[str]] = PURE) -> Recipe:
     """Recipes of two to six steps; the last step reads the one before it, so that nothing is cut off by chance."""
     steps = [Step("linear0", (0,))]
     for k in range(1, draw(st.integers(2, 6))):
         arity = draw(st.sampled_from([1, 1, 1, 2, 2, 3]))
-        names = {1: [*UNARY, "linear0", "linear1"], 2: [*BINARY, "cat"], 3: list(TERNARY)}[arity]
+        names = vocabulary[arity]
         inputs = [*(draw(st.integers(0, k)) for _ in range(arity - 1)), k]
         steps.append(Step(draw(st.sampled_from(names)), tuple(draw(st.permutations(inputs)))))
     return Recipe(tuple(steps), draw(st.sampled_from(sorted(LOSSES))), draw(st.integers(0, 10**6)))
