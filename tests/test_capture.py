@@ -680,3 +680,52 @@ def test_what_is_proved(verify: str) -> None:
     agree(Around(lambda m, z: z.sin()), verify=verify)
     with pytest.raises(errors.OptionError, match="verify"):
         dh.HessianOperator(Around(lambda m, z: z), (X, Y), verify="everything")
+
+
+def test_what_is_written_for_integers_is_of_their_batch_only() -> None:
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.e, self.b = nn.EmbeddingBag(7, 4, mode="mean", padding_idx=0), nn.Linear(4, 3)
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.e(x).sin())
+
+    ids = [torch.randint(0, 7, (4, 3), generator=torch.Generator().manual_seed(k), device="cpu") for k in range(2)]
+    batches = [(x.to(device.NAME), Y) for x in ids]
+    model = Bags()
+    singles = [dh.HessianOperator(model, batch).dense() for batch in batches]
+    assert error(dh.HessianOperator(model, batches, reduction="mean").dense(), sum(singles) / 2) < 1e-12
+    assert dh.capture(model, (ids[0].to(device.NAME).clamp(min=1), Y), points=["e"]).points[0].shape == (4,)
+
+
+@pytest.mark.parametrize("loss", ["ctc", "packed"])
+def test_lengths_are_of_their_batch_only(loss: str) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.r, self.o = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 3)
+            self.double()
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+            out, _ = nn.utils.rnn.pad_packed_sequence(self.r(packed)[0], batch_first=True, total_length=3)
+            return self.o(out.sum(1)) if loss == "packed" else self.o(out)
+
+    def ctc(o: Tensor, y: Tensor) -> Tensor:
+        return F.ctc_loss(
+            o.log_softmax(-1).transpose(0, 1), y.clamp(min=1)[:, None], torch.full((4,), 3), torch.ones(4).long()
+        )
+
+    x = torch.randn(4, 3, 3).double()
+    batches = [
+        ((x, torch.tensor(n)), torch.tensor(y)) for n, y in (([3, 2, 1, 3], [0, 1, 2, 0]), ([1, 2, 3, 1], [2, 2, 1, 1]))
+    ]
+    model = Recurrent()
+    options: Any = {"loss": ctc if loss == "ctc" else None, "reduction": "mean"}
+    singles = [dh.HessianOperator(model, batch, **options).dense() for batch in batches]
+    assert error(singles[0], singles[1]) > 1e-2
+    assert error(dh.HessianOperator(model, batches, **options).dense(), sum(singles) / 2) < 1e-12

@@ -46,6 +46,7 @@ class Recipe:
 
     calls: tuple[Call, ...]
     results: tuple[Given | Made | Tensor | None, ...]
+    integers: tuple[int, ...] = ()  # numbers of the tensor arguments whose values it was written for
 
 
 class _Noting(TorchDispatchMode):
@@ -130,13 +131,18 @@ def _noted(
     if found is NotImplemented:
         return None
     results = (found,) if isinstance(found, Tensor) else tuple(found)
-    return Recipe(tuple(noting.calls), tuple(noting.result(x) for x in results))
+    read = tuple(k for k, x in enumerate(tensors) if keep_integers and not _is_float(x))
+    return Recipe(tuple(noting.calls), tuple(noting.result(x) for x in results), read)
 
 
 def _empty(x: Tensor, keep_integers: bool) -> Tensor:
-    if keep_integers and not (x.is_floating_point() or x.is_complex()):
+    if keep_integers and not _is_float(x):
         return x.detach()
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _is_float(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
 
 
 def _described(x: Any) -> Any:

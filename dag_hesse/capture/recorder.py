@@ -358,6 +358,8 @@ class Recorder(TorchDispatchMode):
     ) -> list[int | None]:
         tensors = [x for x in _flat((args, tuple(kwargs.values()))) if isinstance(x, Tensor)]
         made: list[int] = []
+        for number in written.integers:
+            self._only_for(tensors[number], nodes[id(tensors[number])])
 
         def at(arg: Any) -> Any:
             if isinstance(arg, Given):
@@ -458,6 +460,16 @@ class Recorder(TorchDispatchMode):
                 self.read(old)
                 self.aliases.add_view(new, old, Step(aten.alias.default, (), like, like))
         return result
+
+    def _only_for(self, x: Tensor, node: int) -> None:
+        """What follows was written for these integers."""
+        self.trail.fresh = True
+        like = Like(tuple(x.shape), torch.bool)
+        seen = self.constant(x.detach().clone(), "literal")
+        same = self.emit(aten.eq.Tensor, (At(node), At(seen)), like, constant=True)
+        self.trail.guards.append(
+            Guard(self.emit(aten.all.default, (At(same),), Like((), torch.bool), constant=True), True)
+        )
 
     def function(self, cls: Any, args: tuple[Any, ...], run: Callable[[], Any]) -> Any:
         """A custom ``autograd.Function``: one opaque node an output, differentiated through its own backward."""

@@ -97,6 +97,10 @@ def _embedding_bag(
     ends = starts[1:] + ([] if include_last_offset else [len(rows)])
     padding = padding_idx + weight.shape[0] if padding_idx < -1 else padding_idx
     bags = [[k for k in range(a, b) if rows[k] != padding] for a, b in zip(starts, ends, strict=False)]
+    empty = _constant([0], weight)
+    sizes = {len(bag) for bag in bags}
+    if len(sizes) == 1 and 0 not in sizes and [k for bag in bags for k in bag] == list(range(len(rows))):
+        return _even_bags(weight, indices, len(bags), mode, per_sample_weights), empty, empty, empty
     index = [rows[k] for bag in bags for k in bag]
     picked = weight.index_select(0, _constant(index, weight))
     if mode == 2:
@@ -112,8 +116,17 @@ def _embedding_bag(
         if mode == 1:
             counts = _constant([[max(len(bag), 1)] for bag in bags], weight)
             found = found / counts.to(weight.dtype)
-    empty = _constant([0], weight)
     return found, empty, empty, empty
+
+
+def _even_bags(weight: Tensor, indices: Tensor, bags: int, mode: int, factors: Tensor | None) -> Tensor:
+    """Bags of one size that hold all indices in order: an axis of their own."""
+    picked = weight.index_select(0, indices.reshape(-1)).reshape(bags, -1, weight.shape[1])
+    if mode == 2:
+        return picked.max(1)[0]
+    if factors is not None:
+        picked = picked * factors.reshape(bags, -1, 1)
+    return picked.mean(1) if mode == 1 else picked.sum(1)
 
 
 def _maxima(x: Tensor, sizes: list[int]) -> Tensor:
