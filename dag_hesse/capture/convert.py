@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from dag_hesse.capture.record import LOSS_INPUT, OUTPUT, Recording
 from dag_hesse.errors import CaptureError, PointError, suggest
-from dag_hesse.ir import CurvatureGraph, Guard, Kind, Node
+from dag_hesse.ir import CurvatureGraph, Kind, Node
 from dag_hesse.ir.ops import TAP
 
 
@@ -74,7 +75,7 @@ def _is_the_loss(graph: CurvatureGraph, site: int) -> bool:
 
 
 def _prune(graph: CurvatureGraph) -> CurvatureGraph:
-    """Drop nodes that the loss does not depend on, and renumber. Looked-at values stay, and so do random draws."""
+    """Drop nodes that the loss does not depend on. Looked-at values stay, and so do random draws."""
     needed = [node.draws for node in graph.nodes]
     for k in (graph.loss, *(guard.node for guard in graph.guards)):
         needed[k] = True
@@ -82,67 +83,55 @@ def _prune(graph: CurvatureGraph) -> CurvatureGraph:
         if needed[node.index]:
             for parent in node.inputs:
                 needed[parent] = True
-    place = {old: new for new, old in enumerate(k for k, keep in enumerate(needed) if keep)}
     nodes = [node for node in graph.nodes if needed[node.index]]
-    for node in nodes:
-        node.index, node.inputs = place[node.index], tuple(place[k] for k in node.inputs)
-    reaches = set(place)
     taps = {
-        name.replace(OUTPUT, "output"): tuple(place[k] for k in sites if k in reaches)
+        name.replace(OUTPUT, "output"): tuple(k for k in sites if needed[k])
         for name, sites in sorted(graph.taps.items(), key=lambda item: item[0].startswith(OUTPUT))
         if name != LOSS_INPUT and not (name.startswith(OUTPUT) and name.replace(OUTPUT, "output") in graph.taps)
     }
-    return CurvatureGraph(
-        nodes=nodes,
-        loss=place[graph.loss],
-        out=tuple(place[k] for k in graph.out),
-        batch_size=graph.batch_size,
-        parameters={name: place[k] for name, k in graph.parameters.items() if k in place},
-        inputs={place[k]: position for k, position in graph.inputs.items() if k in place},
-        constants={place[k]: tensor for k, tensor in graph.constants.items() if k in place},
+    read = replace(
+        graph,
         taps={name: sites for name, sites in taps.items() if sites},
-        modules=graph.modules,
         unread=frozenset(name for name, sites in taps.items() if not sites),
-        guards=tuple(Guard(place[guard.node], guard.value) for guard in graph.guards),
-        fresh=graph.fresh,
-        split=graph.split,
-        value=graph.value,
-        written=graph.written,
+        parameters={name: k for name, k in graph.parameters.items() if needed[k]},
+        inputs={k: position for k, position in graph.inputs.items() if needed[k]},
+        constants={k: tensor for k, tensor in graph.constants.items() if needed[k]},
     )
+    return _numbered(read, nodes, {node.index: place for place, node in enumerate(nodes)})
 
 
 def _merged(graph: CurvatureGraph) -> CurvatureGraph:
     """A mark needs no node of its own where nobody else reads the unmarked tensor. Names are put on the nodes."""
-    place: dict[int, int] = {}
+    places: dict[int, int] = {}
     nodes: list[Node] = []
     for node in graph.nodes:
         source = graph.nodes[node.inputs[0]] if node.op == TAP else None
         alone = source is not None and graph.children[source.index] == [node.index]
         if source is not None and alone and source.is_differentiable and source.index not in graph.out:
-            place[node.index] = place[source.index]
+            places[node.index] = places[source.index]
         else:
-            place[node.index] = len(nodes)
+            places[node.index] = len(nodes)
             nodes.append(node)
-    for node in nodes:
-        node.index, node.inputs = place[node.index], tuple(place[k] for k in node.inputs)
-    taps = {name: tuple(place[k] for k in sites) for name, sites in graph.taps.items()}
-    for name, sites in taps.items():
+    merged = _numbered(graph, nodes, places)
+    for name, sites in merged.taps.items():
         for call, site in enumerate(sites):
             nodes[site].taps.append(name if len(sites) == 1 else f"{name}[{call}]")
-    return CurvatureGraph(
+    return merged
+
+
+def _numbered(graph: CurvatureGraph, nodes: list[Node], places: Mapping[int, int]) -> CurvatureGraph:
+    """The graph with these of its nodes, which take the numbers ``places[old]``."""
+    for node in nodes:
+        node.index, node.inputs = places[node.index], tuple(places[k] for k in node.inputs)
+    return replace(
+        graph,
         nodes=nodes,
-        loss=place[graph.loss],
-        out=tuple(dict.fromkeys(place[k] for k in graph.out)),
-        batch_size=graph.batch_size,
-        parameters={name: place[k] for name, k in graph.parameters.items()},
-        inputs={place[k]: position for k, position in graph.inputs.items()},
-        constants={place[k]: tensor for k, tensor in graph.constants.items()},
-        taps=taps,
-        modules=graph.modules,
-        unread=graph.unread,
-        guards=tuple(Guard(place[guard.node], guard.value) for guard in graph.guards),
-        fresh=graph.fresh,
-        split=graph.split,
-        value=graph.value,
-        written=graph.written,
+        loss=places[graph.loss],
+        out=tuple(dict.fromkeys(places[k] for k in graph.out)),
+        parameters={name: places[k] for name, k in graph.parameters.items()},
+        inputs={places[k]: position for k, position in graph.inputs.items()},
+        constants={places[k]: tensor for k, tensor in graph.constants.items()},
+        taps={name: tuple(places[k] for k in sites) for name, sites in graph.taps.items()},
+        guards=tuple(replace(guard, node=places[guard.node]) for guard in graph.guards),
+        children=[],
     )
