@@ -236,11 +236,12 @@ class _Edges:
         self.found: dict[str, list[GradientEdge | None]] = {}
 
     def tap(self, x: Tensor, name: str) -> Tensor:
-        """Note ``x``, and return it."""
+        """Note ``x``, and return an alias: a module that returns what it is given has an edge of its own."""
         plain = not torch._C._functorch.is_functorch_wrapped_tensor(x)
         if torch.is_grad_enabled() and (x.is_floating_point() or x.is_complex()):
-            edge = get_gradient_edge(x) if plain and x.requires_grad and x.grad_fn is not None else None
-            self.found.setdefault(name, []).append(edge)
+            known = plain and x.requires_grad and x.grad_fn is not None
+            x = torch.ops.aten.alias.default(x) if known else x
+            self.found.setdefault(name, []).append(get_gradient_edge(x) if known else None)
         return x
 
 
