@@ -34,7 +34,8 @@ def _on_the_device() -> Iterator[None]:
 
 def truth(model: nn.Module, batch: Any, names: tuple[str, ...], loss: Callable[..., Tensor] | None = None) -> Tensor:
     """The Hessian by parameters, by double-backward of a copy of the model."""
-    model = copy.deepcopy(model)
+    twin = copy.deepcopy(model, {id(g): g for g in vars(model).values() if isinstance(g, torch.Generator)})
+    model = twin
     own = [dict(model.named_parameters())[name] for name in names]
     inputs, targets = batch
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
@@ -247,6 +248,11 @@ def _noise(m: Any, z: Tensor) -> Tensor:
     return F.rrelu(z, training=True) * kept + torch.randn(4).double().uniform_() + F.gumbel_softmax(z)
 
 
+def _own_generator(m: Any, z: Tensor) -> Tensor:
+    drawn = torch.rand(4, generator=m.g, dtype=torch.float64)
+    return z * drawn + torch.empty_like(z).bernoulli_(0.5, generator=m.g) + torch.randn(4, generator=m.g)
+
+
 def _derivative(m: Any, z: Tensor) -> Tensor:
     z = z if z.requires_grad else z.requires_grad_()
     (g,) = torch.autograd.grad(m.c(z).tanh().sum(), z, create_graph=True)
@@ -328,6 +334,7 @@ SITUATIONS: dict[str, Callable[[], nn.Module]] = {
     "checkpoints": lambda: Around(_checkpointed, c=_linear()),
     "dropout that nobody reads": lambda: Around(_unread_dropout),
     "noise": lambda: Around(_noise),
+    "a generator of its own": lambda: Around(_own_generator, g=torch.Generator(device.NAME)),
     "autograd.grad inside": lambda: Around(_derivative, c=_linear()),
     "torch.func inside": lambda: Around(_functional_derivative, c=_linear()),
     "MAML": lambda: Around(_maml, c=_linear()),

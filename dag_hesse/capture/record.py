@@ -19,9 +19,10 @@ from torch.utils import _pytree as pytree
 from dag_hesse.capture.batch import Batch
 from dag_hesse.capture.functions import custom_functions
 from dag_hesse.capture.losses import Calls, Loss, evaluate
-from dag_hesse.capture.recorder import Recorder, Trail, is_internal
+from dag_hesse.capture.recorder import Recorder
 from dag_hesse.capture.state import restored
 from dag_hesse.capture.tap import Marker, map_tensors, marking
+from dag_hesse.capture.trail import Trail, is_internal
 from dag_hesse.capture.writes import Written
 from dag_hesse.errors import CaptureError, DagHesseError
 
@@ -190,11 +191,11 @@ def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bo
 
         def enter(name: str) -> None:
             owners.append(name)
-            recorder.owner = name
+            recorder.trail.owner = name
 
         def leave(name: str, module: nn.Module) -> None:
             owners.pop()
-            recorder.owner = owners[-1] if owners else ""
+            recorder.trail.owner = owners[-1] if owners else ""
             recorder.trail.modules.setdefault(name, type(module).__name__)
 
         def mark(x: Tensor) -> Tensor:

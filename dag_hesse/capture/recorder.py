@@ -7,12 +7,8 @@ which derivatives inside a forward are made, are told from the user's.
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,188 +18,46 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dag_hesse.capture.aliases import Aliases, At, Like, Step, by_place, geometry
 from dag_hesse.capture.lower import Given, Made, Recipe, recipe
 from dag_hesse.capture.state import Snapshot
+from dag_hesse.capture.trail import Trail, name_of
 from dag_hesse.capture.writes import Pure, Written, drawn, functional, statistics, view_step
 from dag_hesse.errors import CaptureError
-from dag_hesse.ir import Guard, Kind, Node, Ref, ops
-from dag_hesse.rules import RULES
+from dag_hesse.ir import Guard, Kind, ops
 
 aten = torch.ops.aten
-# Values that no derivative reaches, whatever their arguments are.
-_CONSTANTS = re.compile(
-    r"aten\.(\w+_like|new_\w+|bernoulli|multinomial|histc|bucketize|searchsorted|nextafter|heaviside)\."
-)
-# Data movement and sums, whose rules hold for complex numbers as they stand.
-_COMPLEX = re.compile(
-    r"aten\.(reshape|view|_unsafe_view|alias|clone|permute|transpose|t|expand|slice|select|cat|stack|unsqueeze|squeeze|"
-    r"add|sub|neg|sum|flip|roll|detach|select_scatter|slice_scatter)\."
-)
-_INTERNAL = ("/torch/", "/dag_hesse/capture/", "/dag_hesse/rules/", "/dag_hesse/sweep/", "contextlib.py")
-
-
-@dataclass
-class Trail:
-    """What a recording leaves: nodes in order, and what they stand for."""
-
-    nodes: list[Node] = field(default_factory=list)
-    constants: dict[int, Tensor] = field(default_factory=dict)
-    parameters: dict[str, int] = field(default_factory=dict)
-    inputs: dict[int, int] = field(default_factory=dict)
-    taps: dict[str, list[int]] = field(default_factory=dict)
-    guards: list[Guard] = field(default_factory=list)
-    modules: dict[str, str] = field(default_factory=dict)
-    fresh: bool = False  # whether a constant may be of this batch only: it came from outside of PyTorch
 
 
 class Recorder(TorchDispatchMode):
     """Records the ops that run while it is entered.
 
-    Attributes:
-        trail: what was recorded.
-        owner: path of the module that runs.
+    Args:
+        parameters, buffers: the model's, by name.
         before: what was there before; tensors of it that the run writes to are noted there.
     """
 
     def __init__(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], before: Snapshot) -> None:
         super().__init__()
-        self.trail, self.owner, self.before = Trail(), "", before
-        self.aliases = Aliases(self)
-        self.device = next((p.device for p in parameters.values()), torch.device("cpu"))
+        device = next((p.device for p in parameters.values()), torch.device("cpu"))
+        self.trail = Trail(before, {id(b): name for name, b in buffers.items()}, device)
+        self.aliases = Aliases(self.trail)
         self.paused, self.anchors, self._marking = 0, True, ""
         self.running = ""  # the op that runs now
         self.numbers = False  # whether tensors were made of Python's numbers
-        self._known = {id(b): name for name, b in buffers.items()}
-        self._cuts: dict[int, int] = {}
-        self._literals: dict[Any, int] = {}
         for name, p in parameters.items():
-            index = self._leaf("param", p, Kind.PARAM, name)
-            self.trail.parameters[name] = index
+            index = self.trail.parameters[name] = self.trail.leaf("param", p, Kind.PARAM, name)
             self.aliases.add(p, index, foreign=True)
-
-    # --- nodes ------------------------------------------------------------------------------------------------------
-
-    def _leaf(self, op: str, value: Tensor, kind: Kind, name: str) -> int:
-        node = Node(len(self.trail.nodes), op, None, (), {}, (), tuple(value.shape), value.dtype, kind, name=name)
-        self.trail.nodes.append(node)
-        return node.index
 
     def input(self, x: Tensor, position: int) -> None:
         """``x`` is the batch's tensor at ``position``."""
-        index = self._leaf("input", x, Kind.INPUT, f"input{position}")
+        index = self.trail.leaf("input", x, Kind.INPUT, f"input{position}")
         self.trail.inputs[index] = position
         self.aliases.add(x, index)
-
-    def constant(self, value: Tensor, name: str) -> int:
-        """A leaf that holds a tensor which was not computed here."""
-        if value.requires_grad and not value.is_leaf:
-            raise CaptureError(
-                f"the forward reads a tensor of shape {tuple(value.shape)} that was computed before, with a gradient "
-                f"({value.grad_fn}), at {self._source()}: compute it inside the forward, or detach() it."
-            )
-        known = self._known.get(id(value))
-        value = value.to(self.device) if name == "index" else value  # it was found on the CPU
-        self.trail.fresh |= known is None and name == "" and not self.before.knows(value)
-        index = self._leaf("const", value, Kind.CONST, known or name or f"constant{len(self.trail.constants)}")
-        self.trail.constants[index] = value.detach()
-        return index
-
-    def has_past(self, node: int) -> bool:
-        """Whether derivatives may pass the node."""
-        return self.trail.nodes[node].kind not in (Kind.CONST, Kind.INPUT)
-
-    def cut(self, node: int) -> int:
-        """The value of a node, without its past."""
-        if not self.has_past(node):
-            return node
-        if node not in self._cuts:
-            source = self.trail.nodes[node]
-            self._cuts[node] = self.emit(
-                aten.detach.default, (At(node),), Like(source.shape, source.dtype), constant=True
-            )
-        return self._cuts[node]
-
-    def emit(
-        self,
-        op: Callable[..., Any],
-        args: Sequence[Any],
-        like: Any,
-        *,
-        kwargs: dict[str, Any] | None = None,
-        output: int | None = None,
-        constant: bool = False,
-    ) -> int:
-        """A node that runs ``op``; ``constant``: no derivative passes."""
-        inputs: list[int] = []
-
-        def place(arg: Any) -> Any:
-            if isinstance(arg, At):
-                inputs.append(arg.node)
-                return Ref(len(inputs) - 1)
-            if isinstance(arg, Tensor):
-                inputs.append(self.literal(arg))
-                return Ref(len(inputs) - 1)
-            if isinstance(arg, (list, tuple)):
-                return [place(item) for item in arg] if isinstance(arg, list) else tuple(place(item) for item in arg)
-            return arg
-
-        name = _name(op)
-        if name in _PROMOTING and like.dtype.is_floating_point:
-            args = [self._cast(arg, like.dtype) for arg in args]
-        placed = tuple(place(arg) for arg in args)
-        options = {key: place(arg) for key, arg in (kwargs or {}).items()}
-        kind = Kind.CONST if constant else self._kind(name, inputs, like.dtype)
-        op = aten.reshape.default if name in _VIEWS else op
-        node = Node(
-            index=len(self.trail.nodes), op=name, target=op, args=placed, kwargs=options, inputs=tuple(inputs),
-            shape=tuple(like.shape), dtype=like.dtype, kind=kind, output=output, owner=self.owner,
-            source=self._source(), draws=drawn(op),
-        )  # fmt: skip
-        self.trail.nodes.append(node)
-        return node.index
-
-    def dtype(self, node: int) -> torch.dtype:
-        """Of a node's value."""
-        return self.trail.nodes[node].dtype
-
-    def _cast(self, arg: Any, dtype: torch.dtype) -> Any:
-        """A node of another floating-point type as one of ``dtype``: what an op that promotes types does inside."""
-        if isinstance(arg, list):
-            return [self._cast(item, dtype) for item in arg]
-        if not isinstance(arg, At) or self.dtype(arg.node) == dtype or not self.dtype(arg.node).is_floating_point:
-            return arg
-        like = Like(self.trail.nodes[arg.node].shape, dtype)
-        return At(self.emit(aten._to_copy.default, (arg,), like, kwargs={"dtype": dtype}))
-
-    def _kind(self, name: str, inputs: list[int], dtype: torch.dtype) -> Kind:
-        nodes = self.trail.nodes
-        if not (dtype.is_floating_point or dtype.is_complex) or _CONSTANTS.match(name):
-            return Kind.CONST
-        if not any(nodes[k].kind is not Kind.CONST and nodes[k].is_float for k in inputs):
-            return Kind.CONST
-        types = {dtype, *(nodes[k].dtype for k in inputs if nodes[k].is_float)}
-        if any(t.is_complex for t in types) and (len(types) > 1 or not _COMPLEX.match(name)):
-            return Kind.OPAQUE
-        return RULES[name].kind if name in RULES else Kind.OPAQUE
-
-    def literal(self, value: Tensor) -> int:
-        """A leaf for a tensor that a lowering made up."""
-        return self.constant(value, "literal")
-
-    def _source(self) -> str:
-        """The innermost line of the user's own code."""
-        frame = sys._getframe(2)
-        while frame is not None:
-            path = frame.f_code.co_filename
-            if not is_internal(path):
-                return f"{path}:{frame.f_lineno}"
-            frame = frame.f_back  # type: ignore[assignment]
-        return ""
 
     # --- tensors ----------------------------------------------------------------------------------------------------
 
     def read(self, x: Tensor) -> int:
         """The node of an argument."""
         if not self.aliases.knows(x):
-            self.aliases.add(x, self.constant(x, ""), foreign=True)
+            self.aliases.add(x, self.trail.constant(x, ""), foreign=True)
         return self.aliases.read(x)
 
     @contextmanager
@@ -236,7 +90,7 @@ class Recorder(TorchDispatchMode):
         if op is aten.alias.default:
             index = self.aliases.add_view(result, x, Step(ops.tap, (name,), like, like))
         elif op is aten.add.Tensor:
-            index = self.emit(ops.tap, (At(self.read(x)), name), like)
+            index = self.trail.emit(ops.tap, (At(self.read(x)), name), like)
             self.aliases.add(result, index)
         else:
             return
@@ -260,11 +114,13 @@ class Recorder(TorchDispatchMode):
             self._mark(op, args[0], result)
             return result
         self._check(op, args, tensors)
+        if isinstance(kwargs.get("generator"), torch.Generator):
+            self.trail.before.keep_generator(kwargs["generator"])
         if op is aten.lift_fresh.default and not self.aliases.knows(args[0]):  # torch.tensor(numbers)
-            self.aliases.add(args[0], self.constant(args[0], "numbers"), foreign=True)
+            self.aliases.add(args[0], self.trail.constant(args[0], "numbers"), foreign=True)
             self.numbers = True
         nodes = {id(x): self.read(x) for x in tensors}
-        self.running = _name(op)
+        self.running = name_of(op)
         result = op(*args, **kwargs)
         self.running = ""
         if mutated:
@@ -278,19 +134,19 @@ class Recorder(TorchDispatchMode):
     def _check(self, op: Any, args: Any, tensors: Sequence[Tensor]) -> None:
         if any(x.layout is not torch.strided for x in tensors):
             raise CaptureError(
-                f"{_name(op)} at {self._source()} takes a sparse tensor, which has no nodes: use a dense one."
+                f"{name_of(op)} at {self.trail.source()} takes a sparse tensor, which has no nodes: use a dense one."
             )
         if op is aten.embedding.default and len(args) > 3 and args[3]:
             raise CaptureError(
-                f"aten.embedding at {self._source()} divides gradients by frequencies (scale_grad_by_freq=True), so "
-                "its 'gradient' is no derivative: leave that option out."
+                f"aten.embedding at {self.trail.source()} divides gradients by frequencies (scale_grad_by_freq=True), "
+                "so its 'gradient' is no derivative: leave that option out."
             )
 
     def _save(self, x: Tensor) -> None:
         if self.aliases.is_foreign(x):
             self.aliases.storage(x, foreign=True)
-            if all(w.tensor is not x for w in self.before.written):
-                self.before.written.append(Written.of(x))
+            if all(w.tensor is not x for w in self.trail.before.written):
+                self.trail.before.written.append(Written.of(x))
 
     def _note(self, op: Any, args: Any, kwargs: Any, nodes: dict[int, int], result: Any) -> None:
         """Nodes of an op that writes to nothing."""
@@ -327,8 +183,10 @@ class Recorder(TorchDispatchMode):
         """Nodes that hold outputs of ``op``, by number."""
         if op is aten.native_dropout.default and args[2] is not False:
             return self._dropout(args, nodes, fresh)
+        if kwargs.get("generator") is not None:  # one's own generator: what it drew is a constant
+            return [self.trail.constant(x.detach().clone(), "") for _, x in fresh]
         constant = not torch.is_grad_enabled() or drawn(op)
-        plain = constant or not any(self.has_past(k) for k in nodes.values())
+        plain = constant or not any(self.trail.has_past(k) for k in nodes.values())
         written = None if plain and statistics(op, args) is None else recipe(op, args, kwargs)
         if written is not None:
             made = self._follow(written, args, kwargs, nodes, constant)
@@ -338,7 +196,7 @@ class Recorder(TorchDispatchMode):
         where = [_placed(arg, nodes) for arg in args]
         options = {key: _placed(arg, nodes) for key, arg in kwargs.items()}
         return [
-            self.emit(op, where, x, kwargs=options, output=None if single else number, constant=constant)
+            self.trail.emit(op, where, x, kwargs=options, output=None if single else number, constant=constant)
             for number, x in fresh
         ]
 
@@ -346,18 +204,18 @@ class Recorder(TorchDispatchMode):
         """Fused dropout: the mask is drawn by a node of its own, which nothing differentiates."""
         x, constant = nodes[id(args[0])], not torch.is_grad_enabled()
         like, masked = Like(tuple(args[0].shape), args[0].dtype), Like(tuple(args[0].shape), torch.bool)
-        mask = self.emit(aten.native_dropout.default, (At(x), *args[1:]), masked, output=1, constant=True)
-        factor = self.emit(aten._to_copy.default, (At(mask),), like, kwargs={"dtype": like.dtype}, constant=True)
-        kept = self.emit(aten.mul.Tensor, (At(x), At(factor)), like, constant=constant)
+        mask = self.trail.emit(aten.native_dropout.default, (At(x), *args[1:]), masked, output=1, constant=True)
+        factor = self.trail.emit(aten._to_copy.default, (At(mask),), like, kwargs={"dtype": like.dtype}, constant=True)
+        kept = self.trail.emit(aten.mul.Tensor, (At(x), At(factor)), like, constant=constant)
         scale = 1 / (1 - args[1]) if args[1] < 1 else 0.0
-        found = {0: self.emit(aten.mul.Scalar, (At(kept), scale), like, constant=constant), 1: mask}
+        found = {0: self.trail.emit(aten.mul.Scalar, (At(kept), scale), like, constant=constant), 1: mask}
         return [found[number] for number, _ in fresh]
 
     def _follow(
         self, written: Recipe, args: Any, kwargs: Any, nodes: dict[int, int], constant: bool
     ) -> list[int | None]:
         tensors = [x for x in _flat((args, tuple(kwargs.values()))) if isinstance(x, Tensor)]
-        made: list[int] = []
+        made, emit = list[int](), self.trail.emit
         for number in written.integers:
             self._only_for(tensors[number], nodes[id(tensors[number])])
 
@@ -373,12 +231,16 @@ class Recorder(TorchDispatchMode):
         for call in written.calls:
             options = {key: at(arg) for key, arg in call.kwargs.items()}
             cut = constant or call.op is aten.detach.default
-            made.append(self.emit(call.op, at(call.args), call.like, kwargs=options, output=call.output, constant=cut))
+            made.append(emit(call.op, at(call.args), call.like, kwargs=options, output=call.output, constant=cut))
         found: list[int | None] = []
         for x in written.results:
             place = at(x)
             found.append(
-                place.node if isinstance(place, At) else self.literal(place) if isinstance(place, Tensor) else None
+                place.node
+                if isinstance(place, At)
+                else self.trail.literal(place)
+                if isinstance(place, Tensor)
+                else None
             )
         return found
 
@@ -391,19 +253,19 @@ class Recorder(TorchDispatchMode):
             return
         pure, seen = functional(op), torch.is_grad_enabled()
         if op in _NOISY and args[4]:
-            noise = self.emit(Pure(op, (1,)), [_placed(arg, nodes) for arg in args[:5]], args[1], constant=True)
-            out = self.emit(aten.mul.Tensor, (At(nodes[id(args[0])]), At(noise)), args[0], constant=not seen)
+            noise = self.trail.emit(Pure(op, (1,)), [_placed(arg, nodes) for arg in args[:5]], args[1], constant=True)
+            out = self.trail.emit(aten.mul.Tensor, (At(nodes[id(args[0])]), At(noise)), args[0], constant=not seen)
             values = [noise if x is args[1] else out for x in mutated]
             if op is aten.rrelu_with_noise.default:
                 self.aliases.add(result, out)
             result = ()
-        elif drawn(op) and kwargs.get("generator") is not None:  # one's own generator: its draws are constants
-            values = [self.constant(x.detach().clone(), "") for x in mutated]
+        elif kwargs.get("generator") is not None:
+            values = self._values(op, args, kwargs, nodes, list(enumerate(mutated)), True)
         else:
             given, options = pure.arguments(args, kwargs)
             fresh = [(k, Like(tuple(x.shape), _promoted(x, args))) for k, x in enumerate(mutated)]
             values = self._values(pure.op, given, options, nodes, fresh, pure.single)
-            values = [self._cast(At(k), x.dtype).node for k, x in zip(values, mutated, strict=True)]
+            values = [self.trail.cast(At(k), x.dtype).node for k, x in zip(values, mutated, strict=True)]
         others = [
             (number, x)
             for number, x in enumerate(_flat(result))
@@ -423,7 +285,7 @@ class Recorder(TorchDispatchMode):
         alias = self.aliases.tensors[x]
         step = by_place(alias.geometry, x, x.dtype)
         if step is None:
-            raise CaptureError(f"{_name(op)} at {self._source()} gives a tensor other memory: not supported.")
+            raise CaptureError(f"{name_of(op)} at {self.trail.source()} gives a tensor other memory: not supported.")
         self.aliases.reshaped(x, step)
 
     def _update(self, x: Tensor, mean: Tensor, var: Tensor, momentum: float, nodes: dict[int, int]) -> None:
@@ -431,12 +293,12 @@ class Recorder(TorchDispatchMode):
         dims, source = [0, *range(2, x.ndim)], At(nodes[id(x)])
         like = Like((x.shape[1],), x.dtype)
         new = {
-            mean: self.emit(aten.mean.dim, (source, dims), like, constant=True),
-            var: self.emit(aten.var.correction, (source, dims), like, kwargs={"correction": 1}, constant=True),
+            mean: self.trail.emit(aten.mean.dim, (source, dims), like, constant=True),
+            var: self.trail.emit(aten.var.correction, (source, dims), like, kwargs={"correction": 1}, constant=True),
         }
         for old, batch in new.items():
-            cast = self.emit(aten._to_copy.default, (At(batch),), old, kwargs={"dtype": old.dtype}, constant=True)
-            value = self.emit(aten.lerp.Scalar, (At(nodes[id(old)]), At(cast), momentum), old, constant=True)
+            cast = self.trail.emit(aten._to_copy.default, (At(batch),), old, kwargs={"dtype": old.dtype}, constant=True)
+            value = self.trail.emit(aten.lerp.Scalar, (At(nodes[id(old)]), At(cast), momentum), old, constant=True)
             self.aliases.write(old, value, seen_by_autograd=False)
 
     def _guard(self, op: Any, args: Any, nodes: dict[int, int], value: Any) -> None:
@@ -445,8 +307,8 @@ class Recorder(TorchDispatchMode):
             self.trail.guards.append(Guard(nodes[id(args[0])], value))
         elif op is aten.equal.default:
             a, b = (At(nodes[id(x)]) for x in args)
-            same = self.emit(aten.eq.Tensor, (a, b), Like(tuple(args[0].shape), torch.bool), constant=True)
-            all_same = self.emit(aten.all.default, (At(same),), Like((), torch.bool), constant=True)
+            same = self.trail.emit(aten.eq.Tensor, (a, b), Like(tuple(args[0].shape), torch.bool), constant=True)
+            all_same = self.trail.emit(aten.all.default, (At(same),), Like((), torch.bool), constant=True)
             if args[0].shape == args[1].shape:
                 self.trail.guards.append(Guard(all_same, value))
 
@@ -465,10 +327,10 @@ class Recorder(TorchDispatchMode):
         """What follows was written for these integers."""
         self.trail.fresh = True
         like = Like(tuple(x.shape), torch.bool)
-        seen = self.constant(x.detach().clone(), "literal")
-        same = self.emit(aten.eq.Tensor, (At(node), At(seen)), like, constant=True)
+        seen = self.trail.constant(x.detach().clone(), "literal")
+        same = self.trail.emit(aten.eq.Tensor, (At(node), At(seen)), like, constant=True)
         self.trail.guards.append(
-            Guard(self.emit(aten.all.default, (At(same),), Like((), torch.bool), constant=True), True)
+            Guard(self.trail.emit(aten.all.default, (At(same),), Like((), torch.bool), constant=True), True)
         )
 
     def function(self, cls: Any, args: tuple[Any, ...], run: Callable[[], Any]) -> Any:
@@ -483,7 +345,7 @@ class Recorder(TorchDispatchMode):
             if not isinstance(x, Tensor):
                 continue
             output = None if isinstance(result, Tensor) else number
-            node = self.emit(cls.apply, where, x, output=output, constant=not x.requires_grad)
+            node = self.trail.emit(cls.apply, where, x, output=output, constant=not x.requires_grad)
             if any(x is t for t in tensors):
                 self.aliases.write(x, node, seen_by_autograd=True)
             else:
@@ -491,22 +353,7 @@ class Recorder(TorchDispatchMode):
         return result
 
 
-@cache
-def is_internal(path: str) -> bool:
-    """Whether a source file is PyTorch's, or part of the recording."""
-    return path.startswith("<") or any(part in path for part in _INTERNAL)
-
-
-_PROMOTING = {name for name, rule in RULES.items() if rule.partials is not None} | {"aten.cat.default"}
 _NOISY = {aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default}
-_VIEWS = {"aten.view.default", "aten._unsafe_view.default", "aten._reshape_alias.default"}
-
-
-def _name(op: Any) -> str:
-    if isinstance(op, torch._ops.OpOverload):
-        return str(op)
-    owner = getattr(op, "__self__", None)  # the class of a custom function
-    return f"function.{owner.__name__}.apply" if isinstance(owner, type) else str(op)
 
 
 def _flat(tree: Any) -> Iterator[Any]:

@@ -74,6 +74,7 @@ class Snapshot:
     def __init__(self, roots: Iterable[Any]) -> None:
         self.undo: list[Undo] = []
         self.written: list[Written] = []
+        self._generators: dict[int, torch.Generator] = {}
         self._seen: dict[int, Any] = {}
         self._queue: deque[Any] = deque(roots)
         while self._queue and len(self._seen) < _MOST:
@@ -85,6 +86,12 @@ class Snapshot:
     def knows(self, x: Any) -> bool:
         """Whether an object was there before the run."""
         return id(x) in self._seen
+
+    def keep_generator(self, generator: torch.Generator) -> None:
+        """Note the state of one's own random generator, before it is first used."""
+        if id(generator) not in self._generators:
+            self._generators[id(generator)] = generator
+            self.undo.append(functools.partial(_restore_generator, generator, generator.get_state()))
 
     def restore(self) -> None:
         """Give everything back."""
@@ -118,6 +125,8 @@ class Snapshot:
             if x.cache_info().currsize == 0:
                 self.undo.append(x.cache_clear)
             self._queue.append(x.__wrapped__)
+        elif isinstance(x, torch.Generator):
+            self.keep_generator(x)
         elif isinstance(x, types.FunctionType):
             self._function(x)
         elif isinstance(x, types.MethodType):
@@ -181,6 +190,10 @@ def _names(code: types.CodeType) -> set[str]:
     """Global names of a function and of those defined in it."""
     inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
     return set(code.co_names).union(*(_names(c) for c in inner))
+
+
+def _restore_generator(generator: torch.Generator, state: Tensor) -> None:
+    generator.set_state(state)
 
 
 def _restore_cell(cell: types.CellType, value: Any) -> None:
