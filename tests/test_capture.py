@@ -334,6 +334,11 @@ SITUATIONS: dict[str, Callable[[], nn.Module]] = {
     "checkpoints": lambda: Around(_checkpointed, c=_linear()),
     "dropout that nobody reads": lambda: Around(_unread_dropout),
     "noise": lambda: Around(_noise),
+    "RReLU": lambda: Around(lambda m, z: F.rrelu(z, training=True) * F.rrelu(z) + F.rrelu_(z.clone(), 0.1, 0.2)),
+    "complex parts at odd offsets": lambda: Around(
+        lambda m, z: torch.cat([z[:, :1], torch.view_as_real(torch.fft.rfft(z)).flatten(1)], 1)[:, :4]
+    ),
+    "an integer parameter": lambda: Around(lambda m, z: z * m.n, n=nn.Parameter(torch.tensor(2), requires_grad=False)),
     "a generator of its own": lambda: Around(_own_generator, g=torch.Generator(device.NAME)),
     "autograd.grad inside": lambda: Around(_derivative, c=_linear()),
     "torch.func inside": lambda: Around(_functional_derivative, c=_linear()),

@@ -341,6 +341,7 @@ FAMILIES: Mapping[str, Rule] = _table(
         "linalg_vector_norm norm": reduction,
         "_softmax _safe_softmax _log_softmax cumsum cumprod logcumsumexp cummax cummin sort argsort topk": sequence,
         "kthvalue mode glu renorm dag_hesse.standardize": sequence,
+        "view_as_complex view_as_real _fft_r2c _fft_c2c _fft_c2r": sequence,
         "mm bmm dag_hesse.mm_bias": product,
         "convolution": convolution,
         "im2col col2im grid_sampler_2d grid_sampler_3d affine_grid_generator _cdist_forward": leading,

@@ -220,7 +220,7 @@ def tried(walk: Walker, node: Node) -> Place | None:
     known = all(s.place is not None or s.free for s in (walk.states[k] for k in node.inputs))
     whole = all(p is None or (p.batch == walk.size and p.start == 0) for p in places)
     elements = node.numel + sum(graph.nodes[k].numel for k in node.inputs)
-    drawn = all(graph.nodes[k].dtype.is_floating_point or p is None for k, p in zip(node.inputs, places, strict=True))
+    drawn = all(_is_drawn(graph.nodes[k].dtype) or p is None for k, p in zip(node.inputs, places, strict=True))
     if not (known and whole and drawn) or elements > _MOST_TRIED or _RANDOM.search(node.op):
         return None
     for positive in (False, True):
@@ -251,9 +251,13 @@ def _responding(walk: Walker, node: Node, places: Sequence[Place | None], positi
 
 def _drawn(walk: Walker, k: int, generator: torch.Generator, positive: bool) -> Tensor | None:
     node = walk.graph.nodes[k]
-    if node.dtype.is_floating_point:
+    if _is_drawn(node.dtype):
         return _random(node.shape, node.dtype, generator, positive)
     return walk.constants.value(k)
+
+
+def _is_drawn(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, positive: bool) -> Tensor:

@@ -211,6 +211,22 @@ class Recorder(TorchDispatchMode):
         found = {0: self.trail.emit(aten.mul.Scalar, (At(kept), scale), like, constant=constant), 1: mask}
         return [found[number] for number, _ in fresh]
 
+    def _noisy(self, op: Any, args: Any, nodes: dict[int, int], mutated: list[Tensor], result: Any) -> list[int]:
+        """A ReLU of random slopes: the slopes are drawn by a node of their own, which nothing differentiates."""
+        x, noise, constant = At(nodes[id(args[0])]), nodes[id(args[1])], not torch.is_grad_enabled()
+        given = list(args[2:5])
+        lower, upper, training = given + [0.125, 1 / 3, False][len(given) :]
+        if training:
+            drawing = [_placed(arg, nodes) for arg in args[:5]]
+            noise = self.trail.emit(Pure(op, (1,)), drawing, args[1], constant=True)
+            out = self.trail.emit(aten.mul.Tensor, (x, At(noise)), args[0], constant=constant)
+        else:
+            slope = (lower + upper) / 2
+            out = self.trail.emit(aten.leaky_relu.default, (x, slope), args[0], constant=constant)
+        if op is aten.rrelu_with_noise.default:
+            self.aliases.add(result, out)
+        return [noise if y is args[1] else out for y in mutated]
+
     def _follow(
         self, written: Recipe, args: Any, kwargs: Any, nodes: dict[int, int], constant: bool
     ) -> list[int | None]:
@@ -252,13 +268,8 @@ class Recorder(TorchDispatchMode):
             self._reshape(op, args[0])
             return
         pure, seen = functional(op), torch.is_grad_enabled()
-        if op in _NOISY and args[4]:
-            noise = self.trail.emit(Pure(op, (1,)), [_placed(arg, nodes) for arg in args[:5]], args[1], constant=True)
-            out = self.trail.emit(aten.mul.Tensor, (At(nodes[id(args[0])]), At(noise)), args[0], constant=not seen)
-            values = [noise if x is args[1] else out for x in mutated]
-            if op is aten.rrelu_with_noise.default:
-                self.aliases.add(result, out)
-            result = ()
+        if op in _NOISY:
+            values, result = self._noisy(op, args, nodes, mutated, result), ()
         elif kwargs.get("generator") is not None:
             values = self._values(op, args, kwargs, nodes, list(enumerate(mutated)), True)
         else:

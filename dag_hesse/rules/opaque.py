@@ -73,6 +73,11 @@ def _norm(x: _Tensors) -> float:
     return _inner(x, x) ** 0.5
 
 
+def _rows(x: Tensor) -> list[Tensor]:
+    """Probe by probe, each in memory of its own: complex views of reals are not had at odd offsets."""
+    return [row.clone() for row in x]
+
+
 def _random(like: Iterable[Tensor], seed: int) -> list[Tensor]:
     """Normal tensors from a generator of our own."""
     generator = torch.Generator().manual_seed(seed)
@@ -151,18 +156,18 @@ class _Opaque(Linearized):
         return lambda tangents: _gradient(pulled, [cotangent], tangents)[0]
 
     def jvp(self, tangents: Tangents) -> Tensor:
-        return torch.stack([self.push_one(row) for row in zip(*self._full(tangents), strict=True)])
+        return torch.stack([self.push_one(row) for row in zip(*map(_rows, self._full(tangents)), strict=True)])
 
     def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
         place = self.slots.index(slot)
-        return torch.stack([self.tape.pull(g)[place] for g in cotangent])
+        return torch.stack([self.tape.pull(g)[place] for g in _rows(cotangent)])
 
     def pull(
         self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, note: Note
     ) -> dict[int, Tensor]:
         if cotangent is None or len(slots) < 2:
             return super().pull(cotangent, tangents, slots, rows, note)
-        every = [torch.stack(column) for column in zip(*map(self.tape.pull, cotangent), strict=True)]
+        every = [torch.stack(column) for column in zip(*map(self.tape.pull, _rows(cotangent)), strict=True)]
         found = {slot: every[self.slots.index(slot)] for slot in slots}
         if tangents and self.bent is not None:
             for slot, bent in self._bends(tangents).items():
@@ -183,7 +188,10 @@ class _Opaque(Linearized):
         """Per slot Σ_j (T·λ) ẋ_j: T·λ is symmetric, so that is the gradient of ⟨Dᵀλ, ẋ⟩."""
         assert self.bent is not None
         with _named(self.call.node):
-            rows = [_gradient(self.bent, self.tape.leaves, row) for row in zip(*self._full(tangents), strict=True)]
+            rows = [
+                _gradient(self.bent, self.tape.leaves, row)
+                for row in zip(*map(_rows, self._full(tangents)), strict=True)
+            ]
         return {slot: torch.stack(column) for slot, column in zip(self.slots, zip(*rows, strict=True), strict=True)}
 
     def _full(self, tangents: Tangents) -> list[Tensor]:

@@ -97,7 +97,7 @@ def _adjoints(
 def _floor(model: nn.Module, evidence: Evidence) -> float:
     """What an adjoint is measured by at least: where a gradient vanishes, what is left is rounding of the loss."""
     gradient = sqrt(sum(float(g.norm()) ** 2 for g in evidence.parameters.values()))
-    size = sqrt(sum(float(p.detach().norm()) ** 2 for p in model.parameters()))
+    size = sqrt(sum(float(p.detach().norm()) ** 2 for p in model.parameters() if p.is_floating_point()))
     return max(_FLOOR * gradient, _FLOOR**2 * abs(evidence.loss) / max(size, 1.0))
 
 
