@@ -741,3 +741,17 @@ def test_lengths_are_of_their_batch_only(loss: str) -> None:
     singles = [dh.HessianOperator(model, batch, **options).dense() for batch in batches]
     assert error(singles[0], singles[1]) > 1e-2
     assert error(dh.HessianOperator(model, batches, **options).dense(), sum(singles) / 2) < 1e-12
+
+
+def test_constants_of_a_batch_are_those_of_its_own_random_draws() -> None:
+    def between(m: Any, z: Tensor) -> Tensor:
+        z = F.dropout(z, 0.5)
+        return z * torch.tensor(z.detach().mean(0).tolist()).to(z)
+
+    model = Around(between)
+    torch.manual_seed(4)
+    operator = dh.HessianOperator(model, [(X, Y), (2 * X, Y)])
+    found = operator.dense()
+    torch.manual_seed(4)
+    parts = [truth(model, batch, operator.names) for batch in ((X, Y), (2 * X, Y))]
+    assert error(found, sum(parts) / 2) < 1e-10

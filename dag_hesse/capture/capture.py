@@ -17,6 +17,7 @@ from dag_hesse.capture.record import record
 from dag_hesse.capture.stream import Batches
 from dag_hesse.errors import BatchError, CaptureError, NonDifferentiableError
 from dag_hesse.ir import CurvatureGraph, verify
+from dag_hesse.randomness import preserved
 
 Points = Sequence[str] | str | Callable[[CurvatureGraph], Sequence[str]] | None
 
@@ -142,7 +143,12 @@ def capture_all(
     assert first is not None
     graphs = [by_signature[signature] for signature in batches.signatures]
     if any(graph.fresh for graph in by_signature.values()) and len(graphs) > len(by_signature):
-        graphs = [take(batch, names) for batch in batches]  # what one batch put in is not another's
+        graphs = []  # what one batch put in is not another's, and it draws after the one before
+        with preserved():
+            for batch in batches:
+                graphs.append(take(batch, names))
+                assert graphs[-1].ends is not None
+                graphs[-1].ends.restore()
     for graph in graphs:
         if [p.shape for p in graph.points] != [p.shape for p in first.points]:
             raise BatchError(

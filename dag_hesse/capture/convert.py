@@ -33,6 +33,8 @@ def convert(recording: Recording, batch_size: int, output: str | None) -> Curvat
         fresh=trail.fresh,
         value=recording.value,
         written=tuple(recording.written),
+        starts=recording.starts,
+        ends=recording.ends,
     )
     if trail.nodes[recording.loss].kind is Kind.CONST:
         raise CaptureError("the loss does not depend on any parameter or module output: it has no derivative.")

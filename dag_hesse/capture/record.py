@@ -25,6 +25,7 @@ from dag_hesse.capture.tap import Marker, map_tensors, marking
 from dag_hesse.capture.trail import Trail, is_internal
 from dag_hesse.capture.writes import Written
 from dag_hesse.errors import CaptureError, DagHesseError
+from dag_hesse.randomness import RandomState
 
 OUTPUT = "<output>"  # tap on the model's output; "<output>.logits" on a part of it
 LOSS_INPUT = "<loss input>"
@@ -33,12 +34,17 @@ _ONE_AT_A_TIME = threading.RLock()  # runs set hooks and flags that all threads 
 
 @dataclass
 class Recording:
-    """A model's forward as it ran: nodes, the node of the loss, its value, and what was written to on the way."""
+    """A model's forward as it ran: nodes, the node of the loss, its value, and what was written to on the way.
+
+    ``starts`` and ``ends`` are the random states before and after it.
+    """
 
     trail: Trail
     loss: int
     value: float
     written: list[Tensor]
+    starts: RandomState
+    ends: RandomState
 
 
 @dataclass
@@ -179,6 +185,7 @@ def _where(error: Exception) -> str:
 
 def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bool) -> Recording:
     with _ONE_AT_A_TIME, ExitStack() as stack:
+        starts = RandomState.now()
         before = stack.enter_context(restored(model, loss))
         recorder = Recorder(dict(model.named_parameters()), dict(model.named_buffers()), before)
         recorder.anchors = everything
@@ -223,11 +230,12 @@ def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bo
             raise CaptureError(
                 f"{type(model).__name__} fails{_where(error)}{op}: {type(error).__name__}: {text}"
             ) from error
+        ends = RandomState.now()
         recorder.trail.fresh |= recorder.numbers and calls.left_torch
         node = recorder.read(value)
         with recorder.pause():
             number = float(value.detach())
-        return Recording(recorder.trail, node, number, [w.tensor for w in before.written])
+        return Recording(recorder.trail, node, number, [w.tensor for w in before.written], starts, ends)
 
 
 class _Edges:

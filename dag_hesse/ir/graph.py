@@ -10,6 +10,7 @@ from math import prod
 import torch
 
 from dag_hesse.ir.node import Guard, Kind, Node
+from dag_hesse.randomness import RandomState
 
 
 class Coupling(str, Enum):
@@ -81,6 +82,8 @@ class CurvatureGraph:
     fresh: bool = False  # whether the forward made constants out of sight: the graph is of its own batch only
     value: float = float("nan")  # of the loss, as it was recorded
     written: tuple[torch.Tensor, ...] = ()  # tensors of the model's that its forward writes to
+    starts: RandomState | None = None  # random states before and after the recorded forward
+    ends: RandomState | None = None
     unread: frozenset[str] = frozenset()  # taps that the loss does not read
     lost: tuple[str, ...] = ()  # where the batch axis could not be followed: op, module and source line
     _in_loss: tuple[tuple[int, ...], int, list[bool]] | None = field(

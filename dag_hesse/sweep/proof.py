@@ -269,6 +269,9 @@ def prove_all(
     for graph, batch in zip(graphs, own, strict=True):
         if id(graph) not in seen and graph.value == graph.value:  # a batch without a loss counts nothing in a stream
             seen.add(id(graph))
-            prove(graph, model, batch, loss, output)
-            if verify == "product":
-                _prove_product(graph, model, batch, loss)
+            with preserved():
+                if graph.starts is not None:
+                    graph.starts.restore()
+                prove(graph, model, batch, loss, output)
+                if verify == "product":
+                    _prove_product(graph, model, batch, loss)
