@@ -198,9 +198,10 @@ def _split_written(m: Any, x: Tensor) -> Tensor:
 
 
 def _strided(m: Any, x: Tensor) -> Tensor:
+    x = x.contiguous()
     z = x.clone()
     z.as_strided((2, 2), (WIDTH, 1), 1).mul_(0.5)
-    return z + x.as_strided((len(x), WIDTH), (WIDTH, 1)) if x.is_contiguous() else z
+    return z + x.as_strided((len(x), WIDTH), (WIDTH, 1))
 
 
 def _zeros_filled(m: Any, x: Tensor) -> Tensor:

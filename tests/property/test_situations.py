@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dag_hesse as dh
-from tests.oracle import error
+from tests.oracle import Truth, error
 from tests.property.dags import ACROSS, ACROSS_TWO, WITHIN, Recipe, Step
 from tests.property.test_random_dags import check_blocks, check_products
 
@@ -72,3 +72,25 @@ def test_complex_nodes_count_twice_in_rank_bounds() -> None:
     rank = int(torch.linalg.matrix_rank(report.block("0", "0", "gn"), rtol=1e-9))
     assert rank == 3
     assert (dh.structure(graph).shared_rank_bound >= rank).all()
+
+
+class Beside(nn.Module):
+    """A module that returns what it is given, and a way around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.same, self.last = nn.Linear(3, 3), nn.Dropout(0.5).eval(), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x)
+        return self.last(self.same(z).tanh() + z.sin())
+
+
+def test_a_module_that_returns_its_input_is_a_point_beside_a_way_around_it() -> None:
+    model, x = Beside().double(), torch.randn(4, 3).double()
+    report = dh.analyze(model, (x, LABELS), points=["first", "same"], mode="exact")
+    truth = Truth(model, lambda: F.cross_entropy(model(x), LABELS), ["first", "same"])
+    for v in report.names:
+        for w in report.names:
+            assert error(report.block(v, w), truth.block(v, w, "full", "shared")) < 1e-10
