@@ -142,7 +142,7 @@ def capture_all(
         names = [point.name for point in graph.points]
     assert first is not None
     graphs = [by_signature[signature] for signature in batches.signatures]
-    if any(graph.fresh for graph in by_signature.values()) and len(graphs) > len(by_signature):
+    if any(graph.fresh for graph in by_signature.values()) and len(graphs) > 1:
         graphs = []  # what one batch put in is not another's, and it draws after the one before
         with preserved():
             for batch in batches:
