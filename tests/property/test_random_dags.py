@@ -84,6 +84,7 @@ def check_blocks(recipe: Recipe) -> None:
         truth = Truth(twin, lambda: loss(twin(batch[0].clone()), batch[1]), names, points[len(names) :])
     except RuntimeError:
         require(False)
+    require(all(bool(block.isfinite().all()) for block in truth.full.values()))  # the norm of a zero row has no second
     torch.manual_seed(recipe.seed)
     operator = dh.HessianOperator(model, batch, loss=loss, points=points, space="activation")
     for name, size in zip(operator.names, operator.layout.sizes, strict=True):
