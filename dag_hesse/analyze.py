@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from dag_hesse.capture import Batches, capture, capture_all, needs_split, unwrapped
+from dag_hesse.capture import Batches, capture, capture_all, needs_split, points_like, unwrapped
 from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.reduction import Option, find_reduction
 from dag_hesse.errors import BatchError, OptionError, choose
@@ -106,7 +106,6 @@ def analyze(
     clock["plan"] = time.perf_counter()
     prove_all(graphs, batches, model, loss, output, verify)
     clock["proof"] = time.perf_counter()
-    names = [point.name for point in graphs[0].points]
     added = find_reduction(model, graphs, batches, loss, reduction, per_sample=batch_mode == "per_sample")
     problem = Problem(
         model,
@@ -117,7 +116,9 @@ def analyze(
         tensor_part=bool(structures[0].tensor_alive.any()),
         with_out=schedule.gram_columns > 0,
         chunk=schedule.chunk,
-        again=partial(capture, model, loss=loss, output=output, points=names, space=space),
+        again=partial(
+            capture, model, loss=loss, output=output, points=partial(points_like, graphs[0], model), space=space
+        ),
     )
     with shown(progress) as told:
         metrics = assemble(estimate(problem, schedule, rtol=rtol, seed=seed, progress=told), schedule)

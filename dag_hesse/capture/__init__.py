@@ -2,7 +2,7 @@
 
 from dag_hesse.capture.batch import Batch, first_batch
 from dag_hesse.capture.capture import capture, capture_all, needs_split, trace, unwrapped
-from dag_hesse.capture.points import default_points, resolve_points
+from dag_hesse.capture.points import default_points, parameter_points, points_like, resolve_points
 from dag_hesse.capture.stream import Batches
 from dag_hesse.capture.tap import tap
 
@@ -14,6 +14,8 @@ __all__ = [
     "default_points",
     "first_batch",
     "needs_split",
+    "parameter_points",
+    "points_like",
     "resolve_points",
     "tap",
     "trace",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ from dag_hesse.capture.batch import Batch, check_devices, check_finite, one_batc
 from dag_hesse.capture.convert import convert
 from dag_hesse.capture.coupling import annotate
 from dag_hesse.capture.losses import Loss
-from dag_hesse.capture.points import default_points, resolve_points
+from dag_hesse.capture.points import default_points, points_like, resolve_points
 from dag_hesse.capture.record import record
 from dag_hesse.capture.stream import Batches
 from dag_hesse.errors import BatchError, CaptureError, NonDifferentiableError
-from dag_hesse.ir import CurvatureGraph, verify
+from dag_hesse.ir import CurvatureGraph, Point, verify
 from dag_hesse.randomness import preserved
 
-Points = Sequence[str] | str | Callable[[CurvatureGraph], Sequence[str]] | None
+Points = Sequence[str] | str | Callable[[CurvatureGraph], Sequence[Point]] | None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -89,7 +90,7 @@ def capture(
         loss: ``callable(output, targets) -> scalar``; None: the model's own, or inferred from the targets' dtype.
         output: name of the module or tap that the loss consumes, where it cannot be inferred.
         points: names, glob patterns or parameter names; None picks at most 16 from the module tree. A callable
-            takes the traced graph and returns names.
+            takes the traced graph and returns points.
         space: ``"activation"`` or ``"parameter"``: what a module's name stands for.
 
     Returns:
@@ -109,10 +110,11 @@ def capture(
     graph = trace(model, batch, loss=loss, output=output)
     model = unwrapped(model)
     if callable(points):
-        points = points(graph)
-    graph.points = (
-        default_points(graph, model, space) if points is None else resolve_points(graph, model, points, space)
-    )
+        graph.points = tuple(points(graph))
+    elif points is None:
+        graph.points = default_points(graph, model, space)
+    else:
+        graph.points = resolve_points(graph, model, points, space)
     return graph
 
 
@@ -135,18 +137,18 @@ def capture_all(
         return capture(model, batch, loss=loss, output=output, points=names, space=space)
 
     by_signature: dict[Any, CurvatureGraph] = {}
-    names, first = points, None
+    wanted, first = points, None
     for signature, example in batches.examples.items():
-        graph = by_signature[signature] = take(example, names)
-        first = first or graph
-        names = [point.name for point in graph.points]
+        graph = by_signature[signature] = take(example, wanted)
+        if first is None:
+            first, wanted = graph, partial(points_like, graph, unwrapped(model))
     assert first is not None
     graphs = [by_signature[signature] for signature in batches.signatures]
     if any(graph.fresh for graph in by_signature.values()) and len(graphs) > 1:
         graphs = []  # what one batch put in is not another's, and it draws after the one before
         with preserved():
             for batch in batches:
-                graphs.append(take(batch, names))
+                graphs.append(take(batch, wanted))
                 assert graphs[-1].ends is not None
                 graphs[-1].ends.restore()
     for graph in graphs:

@@ -10,7 +10,7 @@ from math import prod
 from torch import nn
 
 from dag_hesse.errors import NonDifferentiableError, PointError, choose, suggest
-from dag_hesse.ir import CurvatureGraph, Kind, Point
+from dag_hesse.ir import Coupling, CurvatureGraph, Kind, Node, Point
 
 MOST = 16
 SPACES = ("activation", "parameter")
@@ -155,6 +155,52 @@ def resolve_points(
     if not points:
         raise PointError("the list of points is empty: name at least one, or pass None to have them chosen.")
     return _in_order(graph, points)
+
+
+def _leaf(graph: CurvatureGraph, model: nn.Module, name: str) -> int:
+    """The node of a parameter; one that nothing reads is given a node."""
+    if name not in graph.parameters:
+        p = dict(model.named_parameters())[name]
+        graph.parameters[name] = len(graph.nodes)
+        leaf = Node(len(graph.nodes), "param", None, (), {}, (), tuple(p.shape), p.dtype, Kind.PARAM, name=name)
+        graph.nodes.append(leaf)
+        graph.children.append([])
+        graph.layouts.append(None)
+        graph.couplings.append(Coupling.NONE)
+    return graph.parameters[name]
+
+
+def parameter_points(names: Sequence[str], model: nn.Module, graph: CurvatureGraph) -> tuple[Point, ...]:
+    """A point a parameter, read or not, those that are read first, in topological order."""
+    alive = _alive(graph)
+    read = [_parameter(graph, n, [n]) for n in names if n in graph.parameters and alive[graph.parameters[n]]]
+    known = {point.name for point in read}
+    rest = [n for n in names if n not in known]
+    for name in rest:
+        _leaf(graph, model, name)
+    return (*(_in_order(graph, read) if read else ()), *(_parameter(graph, n, [n]) for n in rest))
+
+
+def points_like(first: CurvatureGraph, model: nn.Module, graph: CurvatureGraph) -> tuple[Point, ...]:
+    """The points of another batch's graph, in its order; a parameter that this batch does not read is one all the same.
+
+    Raises:
+        PointError: this batch does not run a module that is a point.
+    """
+    by_site = {k: name for name, k in first.parameters.items()}
+    found = []
+    for point in first.points:
+        if point.kind == "parameter":
+            members = [by_site[k] for k in point.sites]
+            for name in members:
+                _leaf(graph, model, name)
+            found.append(_parameter(graph, point.name, members))
+            continue
+        own = _named(graph, model, point.name, "activation")
+        if own is None:
+            raise PointError(f"a batch does not run point '{point.name}', which an earlier one runs: leave it out.")
+        found.append(own)
+    return tuple(found)
 
 
 # --- default choice -------------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dag_hesse.capture import unwrapped
+from dag_hesse.capture import parameter_points, unwrapped
 from dag_hesse.errors import OptionError, suggest
-from dag_hesse.ir import CurvatureGraph
+from dag_hesse.ir import CurvatureGraph, Point
 
 
 class FunctionModule(nn.Module):
@@ -71,17 +71,16 @@ def chosen_parameters(model: nn.Module, params: Any, param_filter: Any) -> list[
     return chosen
 
 
-def read_parameters(chosen: Sequence[str], graph: CurvatureGraph) -> list[str]:
-    """Those of the chosen that the loss reads: the others' blocks are zero.
+def read_parameters(chosen: Sequence[str], model: nn.Module, graph: CurvatureGraph) -> tuple[Point, ...]:
+    """The chosen parameters as points; the blocks of those that the loss does not read are zero.
 
     Raises:
         OptionError: it reads none.
     """
     alive = graph.ancestors([graph.loss])
-    read = [name for name in chosen if name in graph.parameters and alive[graph.parameters[name]]]
-    if not read:
+    if not any(name in graph.parameters and alive[graph.parameters[name]] for name in chosen):
         raise OptionError(f"no parameter is left to differentiate by: the loss reads none of {list(chosen)[:4]}.")
-    return read
+    return parameter_points(chosen, model, graph)
 
 
 def _own(named: Mapping[str, nn.Parameter], params: Any) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
-from dag_hesse.capture import Batches, capture, capture_all, needs_split
+from dag_hesse.capture import Batches, capture, capture_all, needs_split, points_like
 from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.reduction import Option, find_reduction
 from dag_hesse.errors import choose
@@ -78,7 +78,7 @@ class CurvatureOperator(SymmetricOperator):
         wanted: Any = points
         own = chosen_parameters(module, params, param_filter) if points is None and space == "parameter" else []
         if own:
-            wanted = partial(read_parameters, own)
+            wanted = partial(read_parameters, own, module)
         self.model = module
         self._set_up = partial(self._captured, batches, own, wanted, loss, space, output, batch_mode, reduction, verify)
         self._set_up()
@@ -100,11 +100,11 @@ class CurvatureOperator(SymmetricOperator):
         graphs = capture_all(module, batches, loss=loss, output=output, points=points, space=space)
         if self.channels != "sum":
             needs_split(graphs)
-        names = [point.name for point in graphs[0].points]
+        like = partial(points_like, graphs[0], module)
         prove_all(graphs, batches, module, loss, output, verify)
         self.reduction = find_reduction(module, graphs, batches, loss, reduction)
         graphs = fuse_all(graphs)
-        again = partial(capture, module, loss=loss, output=output, points=names, space=space)
+        again = partial(capture, module, loss=loss, output=output, points=like, space=space)
         self._problem = Problem(
             module, graphs, batches, batch_mode, reduction=self.reduction, with_out=False, again=again
         )
