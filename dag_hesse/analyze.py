@@ -87,7 +87,7 @@ def analyze(
         >>> report.names, report.resonance.shape, bool((report.tensor_norm == 0.0).all())
         (('1', '3'), (2, 2), True)
     """
-    _check_options(mode, batch_mode, probes, rtol)
+    _check_options(mode, batch_mode, probes, rtol, seed)
     choose("verify", verify, VERIFY)
     clock = {"start": time.perf_counter()}
     batches = Batches(batch, memory)
@@ -136,12 +136,14 @@ def analyze(
     )
 
 
-def _check_options(mode: str, batch_mode: str, probes: int, rtol: float | None) -> None:
+def _check_options(mode: str, batch_mode: str, probes: int, rtol: float | None, seed: int) -> None:
     choose("mode", mode, MODES)
     choose("batch_mode", batch_mode, BATCH_MODES)
     if not isinstance(probes, int) or probes < 2:
         raise OptionError(f"probes={probes!r}; expected an integer of at least 2 (a standard error needs two).")
-    if rtol is not None and not 0 < rtol < 1:
+    if not isinstance(seed, int):
+        raise OptionError(f"seed={seed!r}; expected an integer.")
+    if rtol is not None and not (isinstance(rtol, (int, float)) and 0 < rtol < 1):
         raise OptionError(f"rtol={rtol!r}; expected a relative error between 0 and 1, or None.")
 
 

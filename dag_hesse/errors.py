@@ -101,6 +101,6 @@ def suggest(name: str, known: Iterable[str], limit: int = 4) -> str:
 def choose(option: str, value: object, choices: Iterable[str]) -> None:
     """Raise :class:`OptionError` unless ``value`` is one of ``choices``."""
     choices = tuple(choices)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         hint = suggest(str(value), choices)
         raise OptionError(f"{option}={value!r} is not one of {', '.join(map(repr, choices))}. {hint}")

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
 
-from dag_hesse.errors import BatchError, NonFiniteError
+from dag_hesse.errors import BatchError, CaptureError, NonFiniteError
 from dag_hesse.randomness import preserved
 
 NO_BATCHES = "the iterable of batches is empty or used up: give at least one batch."
@@ -159,6 +160,31 @@ def _check_arguments(model: torch.nn.Module, batch: Batch) -> None:
         ) from error
     except ValueError:
         return  # no signature to be had
+
+
+def check_no_transform() -> None:
+    """Raise :class:`CaptureError` where tensors have no values to be looked at."""
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        raise CaptureError(
+            "a transform of torch.func or a dispatch mode (FakeTensorMode, say) is active, under which tensors have no "
+            "values to be looked at: call this outside of it."
+        )
+
+
+def check_tensors(model: torch.nn.Module, batch: Batch) -> None:
+    """Raise :class:`BatchError` for tensors that hold no dense values: of lazy modules, sparse, or on no device."""
+    own = [*model.named_parameters(), *model.named_buffers()]
+    for name, x in own:
+        if isinstance(x, UninitializedTensorMixin):
+            raise BatchError(f"'{name}' has no size yet (a lazy module): run the model once on a batch first.")
+    given = list(zip(batch.names, batch.tensors, strict=True))
+    for name, x in [*own, *given]:
+        if x.is_meta:
+            raise BatchError(
+                f"'{name}' is on the meta device, where tensors have no values: give it some (.to_empty())."
+            )
+        if x.layout is not torch.strided:
+            raise BatchError(f"'{name}' is sparse ({x.layout}); expected a dense tensor: .to_dense().")
 
 
 def check_devices(model: torch.nn.Module, batch: Batch) -> None:

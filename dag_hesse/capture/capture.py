@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dag_hesse.capture.batch import Batch, check_devices, check_finite, one_batch
+from dag_hesse.capture.batch import Batch, check_devices, check_finite, check_no_transform, check_tensors, one_batch
 from dag_hesse.capture.convert import convert
 from dag_hesse.capture.coupling import annotate
 from dag_hesse.capture.losses import Loss
@@ -31,6 +31,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _check(model: nn.Module, batch: Batch) -> None:
     if not isinstance(model, nn.Module):
         raise BatchError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
+    check_no_transform()
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise CaptureError(
@@ -42,6 +43,7 @@ def _check(model: nn.Module, batch: Batch) -> None:
                 f"{f'submodule {name!r}' if name else 'the model'} is spread over {len(module.device_ids)} devices "
                 "(DataParallel): pass its .module."
             )
+    check_tensors(model, batch)
     check_devices(model, batch)
     named = list(model.named_parameters())
     check_finite((n for n, _ in named), (p.detach() for _, p in named), "parameter")

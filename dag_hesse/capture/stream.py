@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dag_hesse.capture.batch import NO_BATCHES, Batch, is_one, one_batch
+from dag_hesse.capture.batch import NO_BATCHES, Batch, check_finite, check_no_transform, is_one, one_batch
 from dag_hesse.errors import BatchError, MemoryBudgetError, OptionError, UnstableLoaderError
 from dag_hesse.measure import available_memory
 from dag_hesse.randomness import RandomState, preserved
@@ -54,6 +54,7 @@ class Batches:
     def __init__(self, source: Any, memory: int | None = None) -> None:
         if memory is not None and (not isinstance(memory, int) or memory <= 0):
             raise OptionError(f"memory={memory!r}; expected a positive number of bytes, or None.")
+        check_no_transform()
         self.sizes: list[int] = []
         self.signatures: list[Any] = []
         self.examples: dict[Any, Batch] = {}
@@ -102,6 +103,9 @@ class Batches:
         return next(iter(self.examples.values())).tensors[0].device
 
     def _take(self, batch: Batch) -> None:
+        where = f"batch {len(self.sizes)}: tensor" if self.sizes else "batch tensor"
+        if all(x.layout is torch.strided and not x.is_meta for x in batch.tensors):
+            check_finite(batch.names, batch.tensors, where)
         self.sizes.append(batch.size)
         self.signatures.append(batch.signature)
         self.examples.setdefault(batch.signature, batch)

@@ -106,7 +106,7 @@ class CurvatureOperator(SymmetricOperator):
         graphs = fuse_all(graphs)
         again = partial(capture, module, loss=loss, output=output, points=like, space=space)
         self._problem = Problem(
-            module, graphs, batches, batch_mode, reduction=self.reduction, with_out=False, again=again
+            module, graphs, batches, batch_mode, reduction=self.reduction, with_out=False, again=again, loss=loss
         )
         sites = [k for point in graphs[0].points for k in point.sites]
         cap = available_memory() // 4
@@ -177,9 +177,11 @@ class CurvatureOperator(SymmetricOperator):
     def refresh(self) -> None:
         """Linearize anew at the parameters' present values.
 
-        Nothing is captured again, unless a module went to another mode (``train()``, ``eval()``).
+        Nothing is captured again, unless a module went to another mode (``train()``, ``eval()``) or has other settings:
+        numbers, flags and functions among its attributes, submodules, hooks, what a loss function was given.
         """
-        if self._problem.watch.changed_modes():
+        watch = self._problem.watch
+        if watch.changed_modes() or watch.changed_settings():
             self._set_up()
         self._problem.release()
         self._problem.watch.note()

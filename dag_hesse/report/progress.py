@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dag_hesse.errors import OptionError
+from dag_hesse.randomness import preserved
 
 Report = Callable[[str, int, int], None]  # (stage, sweeps done, sweeps foreseen)
 _STEPS = 10  # lines a stage, where there is no terminal
@@ -27,6 +28,8 @@ def shown(progress: Report | bool | None) -> Iterator[Report | None]:
     if progress is None or progress is False:
         yield None
     elif progress is True:
+        with preserved():  # what is imported for it draws random numbers
+            import rich.progress  # noqa: F401
         with _bar() as update:
             yield update
     elif callable(progress):

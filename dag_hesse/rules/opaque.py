@@ -226,9 +226,8 @@ def second_order_fault(call: Call) -> str | None:
         lin.curve(lam, {})
         xdot = [x * _size(leaf) for x, leaf in zip(rest, lin.tape.leaves, strict=True)]
         found = _fault_along(call, lin, lam, xdot)
-        if found is not None and any(_is_symmetric(leaf) for leaf in lin.tape.leaves):
-            # Ops on symmetric matrices read one triangle of them, and only mean symmetric directions.
-            turned = [x + x.mH if _is_symmetric(leaf) else x for x, leaf in zip(xdot, lin.tape.leaves, strict=True)]
+        turned = [_alike(x, leaf) for x, leaf in zip(xdot, lin.tape.leaves, strict=True)]
+        if found is not None and any(a is not b for a, b in zip(turned, xdot, strict=True)):
             found = _fault_along(call, lin, lam, turned)
         return found
     except (RuntimeError, NonDifferentiableError) as error:
@@ -247,9 +246,15 @@ def _fault_along(call: Call, lin: _Opaque, lam: Tensor, xdot: _Tensors) -> str |
     return _disagreement(exact, coarse, fine, noise, 1e-4 if eps < 1e-10 else 1e-2)
 
 
-def _is_symmetric(x: Tensor) -> bool:
-    square = x.ndim > 1 and x.shape[-1] == x.shape[-2]
-    return square and torch.allclose(x.detach(), x.detach().mH)
+def _alike(xdot: Tensor, x: Tensor) -> Tensor:
+    """A direction that keeps a matrix symmetric or triangular: ops that read one triangle mean no others."""
+    x = x.detach()
+    if x.ndim < 2 or x.shape[-1] != x.shape[-2]:
+        return xdot
+    if torch.allclose(x, x.mH):
+        return xdot + xdot.mH
+    lower, upper = not bool(x.triu(1).any()), not bool(x.tril(-1).any())
+    return xdot.tril() if lower else xdot.triu() if upper else xdot
 
 
 def _size(x: Tensor) -> float:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,7 @@ class Problem:
         with_out: linearize from ``out`` on as well (the Gram route seeds there).
         chunk: most probes in one sweep; halved when memory runs out.
         again: captures a batch whose values lead the forward another way than its graph goes (it is told once).
+        loss: what the loss was asked of; watched for changes.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Problem:
         with_out: bool = True,
         chunk: int = 8,
         again: Callable[[Batch], CurvatureGraph] | None = None,
+        loss: Any = None,
     ) -> None:
         self.model, self.batches, self.mode, self.chunk, self.again = model, batches, batch_mode, chunk, again
         self.tensor_part, self.with_out = tensor_part, with_out
@@ -110,7 +113,7 @@ class Problem:
         # Random draws are made anew in every linearization, and must agree. Batches draw one after the other.
         self._rng = {0: RandomState.now()}
         self._told = False
-        self.watch = Watch(model, self.graphs, batches)
+        self.watch = Watch(model, self.graphs, batches, loss)
         self.sweeps = 0  # probes swept so far, for reports
         self._losses: dict[int, float] = {}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -31,8 +33,8 @@ class Watch:
         ["parameter 'weight'"]
     """
 
-    def __init__(self, model: nn.Module, graphs: Iterable[CurvatureGraph], batches: Batches) -> None:
-        self.model, self.batches = model, batches
+    def __init__(self, model: nn.Module, graphs: Iterable[CurvatureGraph], batches: Batches, loss: Any = None) -> None:
+        self.model, self.batches, self.loss = model, batches, loss
         graphs = list({id(graph): graph for graph in graphs}.values())
         self._parameters = {name for graph in graphs for name in graph.parameters}
         self._constants = {
@@ -43,6 +45,8 @@ class Watch:
     def note(self) -> None:
         """Take everything as it is now for what it should be."""
         self._training = self.modes()
+        self._read = {x.data_ptr() for x in self._constants.values()}
+        self._settings = self.settings()
         now = self._present()
         self._marks = {name: _mark(x) for name, x in now.items()}
         self._views = {name: _some(x) for name, x in now.items()}
@@ -59,6 +63,24 @@ class Watch:
     def changed_modes(self) -> bool:
         """Whether a module went to another mode."""
         return self.modes() != self._training
+
+    def settings(self) -> list[Any]:
+        """What a forward may go by besides tensors: modules and their hooks, numbers, flags, functions, constants."""
+        found: list[Any] = _cells(self.loss)
+        for module in [*self.model.modules(), *(self.loss.modules() if isinstance(self.loss, nn.Module) else ())]:
+            found += (id(module), type(module))
+            for name, value in vars(module).items():
+                if name in _STRUCTURE:
+                    found += (*value, *map(id, value.values()))
+                elif isinstance(value, Tensor):
+                    found.append(value.data_ptr() in self._read and (name, value.data_ptr()))
+                elif not name.startswith("_") and name != "training" and (plain := _plain(value)) is not None:
+                    found += (name, plain)
+        return found
+
+    def changed_settings(self) -> bool:
+        """Whether any of them is another one; a forward that counts its own calls changes them too."""
+        return self.settings() != self._settings
 
     def changes(self) -> list[str]:
         """Names of what is not what it was."""
@@ -82,8 +104,33 @@ class Watch:
         return own | {f"constant {name}": x for name, x in self._constants.items()} | held
 
 
+_STRUCTURE = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _plain(value: Any) -> Any:
+    """A setting that can be compared; None for what is none."""
+    if isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+        return value
+    if isinstance(value, (list, tuple)) and len(value) <= 64:
+        return tuple(map(_plain, value))
+    if isinstance(value, dict) and len(value) <= 64:
+        return tuple((str(key), _plain(item)) for key, item in value.items())
+    return id(value) if callable(value) else None
+
+
+def _cells(loss: Any) -> list[Any]:
+    """Numbers and functions that a loss function has been given."""
+    if isinstance(loss, functools.partial):
+        return [*_cells(loss.func), _plain(loss.args), _plain(loss.keywords)]
+    found = []
+    for cell in getattr(loss, "__closure__", None) or ():
+        with suppress(ValueError):  # not filled yet
+            found.append(_plain(cell.cell_contents))
+    return [*found, _plain(getattr(loss, "__defaults__", None) or ())]
+
+
 def _mark(x: Tensor) -> Any:
-    return id(x), x.data_ptr(), x._version, x.shape
+    return id(x), x.data_ptr(), 0 if x.is_inference() else x._version, x.shape
 
 
 def _some(x: Tensor) -> Tensor:
