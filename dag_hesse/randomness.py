@@ -28,6 +28,12 @@ class RandomState:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state(legacy=False))  # type: ignore[arg-type]
 
+    def drew_outside(self, later: RandomState) -> bool:
+        """Whether Python's or NumPy's generator was drawn from until ``later``."""
+        mine, other = self.numpy["state"], later.numpy["state"]
+        same = mine["pos"] == other["pos"] and np.array_equal(mine["key"], other["key"])
+        return not same or self.numpy["has_gauss"] != later.numpy["has_gauss"] or self.python != later.python
+
     def restore(self) -> None:
         """Set the generators to it."""
         torch.set_rng_state(self.torch)

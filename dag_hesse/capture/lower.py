@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dag_hesse.capture.aliases import Like
+from dag_hesse.capture.writes import functional
 from dag_hesse.rules import RULES, lowering
 
 
@@ -72,11 +73,14 @@ class _Noting(TorchDispatchMode):
                 return op.decompose(*args, **kwargs)
         result = op(*args, **kwargs)
         where = pytree.tree_map(self._place, (tuple(args), dict(kwargs)))
+        if op is torch.ops.aten.detach_.default:
+            return result
         tensors = [result] if isinstance(result, Tensor) else list(result)
+        pure = functional(op).op if op._schema.is_mutable else op
         for number, x in enumerate(tensors):
             if isinstance(x, Tensor):
                 output = None if isinstance(result, Tensor) else number
-                self.calls.append(Call(op, where[0], where[1], Like(tuple(x.shape), x.dtype), output))
+                self.calls.append(Call(pure, where[0], where[1], Like(tuple(x.shape), x.dtype), output))
                 self.places[id(x)] = Made(len(self.calls) - 1)
                 self.alive.append(x)
         if op._schema.is_mutable:  # the written argument is what the call gave

@@ -283,7 +283,8 @@ class Recorder(TorchDispatchMode):
             if isinstance(x, Tensor) and _place(x, mutated) is None
         ]
         if others:
-            rest = self._values(op, args, kwargs, nodes, others, False)
+            places = tuple(k for k, arg in enumerate(args) if any(arg is x for x in mutated))
+            rest = self._values(Pure(op, places, results=True), args, kwargs, nodes, others, False)
             for (_, x), node in zip(others, rest, strict=True):
                 self.aliases.add(x, node)
         for x, value in zip(mutated, values, strict=True):

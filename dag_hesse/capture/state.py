@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import random
 import types
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -127,8 +130,13 @@ class Snapshot:
             self._queue.append(x.__wrapped__)
         elif isinstance(x, torch.Generator):
             self.keep_generator(x)
+        elif type(x) in _STATES:
+            read, write = _STATES[type(x)]
+            self.undo.append(functools.partial(write, x, read(x)))
         elif isinstance(x, types.FunctionType):
             self._function(x)
+        elif isinstance(x, types.BuiltinFunctionType):
+            self._more([x.__self__])
         elif isinstance(x, types.MethodType):
             self._queue.extend((x.__self__, x.__func__))
         elif isinstance(x, functools.partial):
@@ -138,6 +146,12 @@ class Snapshot:
 
     def _object(self, x: Any) -> None:
         kind = type(x)
+        for base in kind.__mro__ if kind.__module__.split(".")[0] not in _FOREIGN else ():
+            slots = base.__dict__.get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                if hasattr(x, name):
+                    self.undo.append(functools.partial(_restore_slot, x, name, getattr(x, name)))
+                    self._queue.append(getattr(x, name))
         is_module = isinstance(x, nn.Module)
         if (not is_module and kind.__module__.split(".")[0] in _FOREIGN) or not isinstance(
             getattr(x, "__dict__", None), dict
@@ -152,12 +166,13 @@ class Snapshot:
 
     def _class_values(self, base: type) -> None:
         """Counters and caches that a class holds for all of its objects."""
+        self.undo.append(functools.partial(_forget_new, base, set(vars(base))))
         for name, value in list(vars(base).items()):
             if name.startswith("__") or _runs(value) or isinstance(value, (property, staticmethod, classmethod)):
                 continue
             if isinstance(value, (int, float, Tensor, type(None))):
                 self.undo.append(functools.partial(_restore_attribute, base, name, value))
-            elif isinstance(value, (dict, list, set, deque)):
+            elif isinstance(value, (dict, list, set, deque, *_STATES)):
                 self._queue.append(value)
 
     def _function(self, f: types.FunctionType) -> None:
@@ -177,7 +192,7 @@ class Snapshot:
                 value = f.__globals__[name]
                 if isinstance(value, (int, float, str, bool, type(None))):
                     self.undo.append(functools.partial(_restore_global, f.__globals__, name, value))
-                elif _runs(value) or isinstance(value, (dict, list, set, deque, Tensor)):
+                elif _runs(value) or isinstance(value, (dict, list, set, deque, Tensor, *_STATES)):
                     self.undo.append(functools.partial(_restore_global, f.__globals__, name, value))
                     self._queue.append(value)
 
@@ -190,6 +205,39 @@ def _names(code: types.CodeType) -> set[str]:
     """Global names of a function and of those defined in it."""
     inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
     return set(code.co_names).union(*(_names(c) for c in inner))
+
+
+def _restore_slot(x: Any, name: str, value: Any) -> None:
+    if getattr(x, name, None) is not value:
+        setattr(x, name, value)
+
+
+def _forget_new(owner: type, names: set[str]) -> None:
+    for name in set(vars(owner)) - names:
+        delattr(owner, name)
+
+
+def _write_elements(x: Any, saved: Any) -> None:
+    x[:] = saved
+
+
+def _write_array(x: np.ndarray, saved: np.ndarray) -> None:
+    if x.flags.writeable and x.shape == saved.shape:
+        np.copyto(x, saved)
+
+
+# What has a state of its own that can be read and written.
+_STATES: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
+    np.ndarray: (np.copy, _write_array),
+    np.random.Generator: (
+        lambda x: x.bit_generator.state,
+        lambda x, state: setattr(x.bit_generator, "state", state),
+    ),
+    np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
+    random.Random: (random.Random.getstate, random.Random.setstate),
+    bytearray: (bytes, _write_elements),
+    array: (lambda x: x[:], _write_elements),
+}
 
 
 def _restore_generator(generator: torch.Generator, state: Tensor) -> None:

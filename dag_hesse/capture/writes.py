@@ -40,16 +40,19 @@ class Written:
 
 @dataclass(frozen=True)
 class Pure:
-    """A writing op on copies of what it writes to; called, it returns those."""
+    """A writing op on copies of what it writes to; called, it returns those, or the op's own ``results``."""
 
     op: Any
     positions: tuple[int, ...]
+    results: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = list(args)
         for k in self.positions:
             given[k] = given[k].clone()
-        self.op(*given, **kwargs)
+        found = self.op(*given, **kwargs)
+        if self.results:
+            return found
         copies = tuple(given[k] for k in self.positions)
         return copies if len(copies) > 1 else copies[0]
 

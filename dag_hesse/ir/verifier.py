@@ -33,6 +33,7 @@ def _faults(graph: CurvatureGraph, position: int, node: Node) -> list[str]:
         "a differentiable op has an input a derivative can come from": (
             node.kind in (*_LEAVES, Kind.CONST) or any(graph.nodes[p].is_float for p in node.inputs)
         ),
+        "it writes to nothing": not getattr(getattr(node.target, "_schema", None), "is_mutable", False),
         "a CONST leaf has its tensor": node.kind is not Kind.CONST or not leaf or position in graph.constants,
     }
     return [rule for rule, holds in checks.items() if not holds]

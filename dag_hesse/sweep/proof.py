@@ -160,7 +160,8 @@ def _holds_in_double(
     model: nn.Module, batch: Batch, loss: Loss | None, output: str | None, graph: CurvatureGraph
 ) -> bool:
     """Whether the same model and batch in double precision pass the proof."""
-    if graph.nodes[graph.loss].dtype == torch.float64:
+    hooked = any(p._backward_hooks for p in model.parameters())  # which a copy does not have
+    if graph.nodes[graph.loss].dtype == torch.float64 or hooked:
         return False
     try:
         wide = copy.deepcopy(model).double()
