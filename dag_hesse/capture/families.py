@@ -306,8 +306,23 @@ def bags(walk: Walker, node: Node) -> State:
     return _of_line(torch.stack([b[0] for b in bag]), 0) if whole else LOST
 
 
+def _masked(walk: Walker, node: Node) -> Place | None:
+    """One value written where a mask of the tensor's own samples says so."""
+    if node.op.split(".")[1] != "index_put" or len(node.inputs) != 3 or len(node.args[1]) != 1:
+        return None
+    (x, mask, value), states = node.inputs, [walk.states[k] for k in node.inputs]
+    places = {s.place for s in states[:2] if s.place is not None}
+    known = all(s.place is not None or s.free for s in states[:2]) and len(places) == 1
+    one = walk.graph.nodes[value].numel == 1 and states[2].free
+    if walk.graph.nodes[mask].dtype is torch.bool and known and one and len(walk.shape(mask)) <= len(walk.shape(x)):
+        return places.pop()
+    return None
+
+
 def move(walk: Walker, node: Node) -> State:
     """Picks and writes by index: aligned along another axis, or by moving sample numbers."""
+    if (place := _masked(walk, node)) is not None:
+        return separate(place)
     if (place := labels.aligned(walk, node)) is not None:
         return separate(place)
     moved = labels.moved(walk, node)

@@ -94,3 +94,23 @@ def test_a_module_that_returns_its_input_is_a_point_beside_a_way_around_it() -> 
     for v in report.names:
         for w in report.names:
             assert error(report.block(v, w), truth.block(v, w, "full", "shared")) < 1e-10
+
+
+@pytest.mark.parametrize("axis", [1, 0], ids=["elements", "rows"])
+def test_a_value_written_by_a_mask_keeps_samples_apart(axis: int) -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.same, self.last = nn.Linear(3, 4), nn.Identity(), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.first(x).clone()
+            z[(z if axis else z.sum(1)) > 0.3] = 0.1
+            return self.last(self.same(z).tanh())
+
+    model, x = Written().double(), torch.randn(4, 3).double()
+    report = dh.analyze(model, (x, LABELS), points=["first", "same"], mode="exact", batch_mode="per_sample")
+    assert [point.dim for point in report.points] == [4, 4]
+    truth = Truth(model, lambda: F.cross_entropy(model(x), LABELS), ["first", "same"])
+    assert error(report.block("first", "same"), truth.block("first", "same", "full", "per_sample", 4)) < 1e-10
