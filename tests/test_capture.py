@@ -755,3 +755,17 @@ def test_constants_of_a_batch_are_those_of_its_own_random_draws() -> None:
     torch.manual_seed(4)
     parts = [truth(model, batch, operator.names) for batch in ((X, Y), (2 * X, Y))]
     assert error(found, sum(parts) / 2) < 1e-10
+
+
+def test_a_loss_that_reads_a_parameter_beside_the_output_has_no_parts() -> None:
+    model = Around(lambda m, z: z.sin(), s=nn.Parameter(torch.tensor(0.3)))
+    weighted = lambda o, y: (-model.s).exp() * F.cross_entropy(o, y) + model.s  # noqa: E731
+    added = lambda o, y: F.cross_entropy(o, y) + model.s.square() + model.a.weight.square().sum()  # noqa: E731
+    with pytest.raises(errors.CaptureError, match=r"mul.*beside it.*HessianOperator"):
+        dh.GGNOperator(model, (X, Y), loss=weighted)
+    whole = dh.HessianOperator(model, (X, Y), loss=weighted)
+    assert whole.shape == (32, 32)
+    gn, _ = dh.HessianOperator(model, (X, Y), loss=added).parts(torch.eye(32).double())
+    plain = dh.GGNOperator(model, (X, Y), param_filter=["a.*", "b.*"]).dense()
+    assert error(gn[1:, 1:] if whole.names[0] == "s" else gn[:-1, :-1], plain) < 1e-12
+    assert dh.analyze(model, (X, Y), loss=weighted, points=["a", "b"]).resonance.all()

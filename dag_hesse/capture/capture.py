@@ -17,8 +17,9 @@ from dag_hesse.capture.points import default_points, points_like, resolve_points
 from dag_hesse.capture.record import record
 from dag_hesse.capture.stream import Batches
 from dag_hesse.errors import BatchError, CaptureError, NonDifferentiableError
-from dag_hesse.ir import CurvatureGraph, Point, verify
+from dag_hesse.ir import CurvatureGraph, Node, Point, verify
 from dag_hesse.randomness import preserved
+from dag_hesse.rules.table import pairs_of
 
 Points = Sequence[str] | str | Callable[[CurvatureGraph], Sequence[Point]] | None
 
@@ -163,9 +164,31 @@ def capture_all(
 
 
 def needs_split(graphs: Sequence[CurvatureGraph]) -> None:
-    """Raise :class:`CaptureError` where a Gauss–Newton part is wanted, and what the loss consumes is not known."""
-    if not all(graph.split for graph in graphs):
-        raise CaptureError(
-            "the model returns its own loss but no logits, and no known loss function was seen, so there is no telling "
-            "the Gauss–Newton part from the rest: name the module or tap that the loss consumes with output=."
-        )
+    """Raise :class:`CaptureError` where a Gauss–Newton part is wanted, and there is no telling it from the rest."""
+    for graph in {id(graph): graph for graph in graphs}.values():
+        if not graph.split:
+            raise CaptureError(
+                "the model returns its own loss but no logits, and no known loss function was seen, so there is no "
+                "telling the Gauss–Newton part from the rest: name what the loss consumes, a module or tap, with output=."
+            )
+        met = _beside_out(graph)
+        if met is not None:
+            raise CaptureError(
+                f"at {met.where} the loss combines the model's output with a point that it reads beside it, so the "
+                "Hessian does not part into Gauss–Newton and tensor part by the output alone: take HessianOperator, "
+                "leave that point out, or name with output= what the loss should be a function of."
+            )
+
+
+def _beside_out(graph: CurvatureGraph) -> Node | None:
+    """The first op of the loss that bends in something that reaches it from a point, but not through ``out``."""
+    in_loss, active = graph.loss_subgraph, graph.descendants(k for point in graph.points for k in point.sites)
+    beside = [False] * len(graph.nodes)
+    for node in graph.nodes:
+        if not in_loss[node.index] or not node.is_differentiable:
+            continue
+        came = [beside[k] or (active[k] and not in_loss[k] and k not in graph.out) for k in node.inputs]
+        beside[node.index] = any(came)
+        if any(came[i] and active[node.inputs[j]] for i, j in pairs_of(node)):
+            return node
+    return None
