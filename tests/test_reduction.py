@@ -247,3 +247,26 @@ def test_lengths_that_differ() -> None:
     parts = [_hessian(model, *b, F.mse_loss) * b[1].numel() for b in batches]
     expected = (parts[0] + parts[1]) / sum(b[1].numel() for b in batches)
     assert error(dh.HessianOperator(model, batches).dense(), expected) < 1e-10
+
+
+def test_what_vanishes_in_the_parts_that_are_tried_is_seen_in_all_of_them() -> None:
+    """A term without slope has curvature all the same, and a threshold may lie between batches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(12, 3).double(), torch.arange(12) % 2
+    anchor = [p.detach().clone() for p in model.parameters()]
+
+    def anchored(o: Tensor, t: Tensor) -> Tensor:
+        pull = sum(((p - q) ** 2).sum() for p, q in zip(model.parameters(), anchor, strict=True))
+        return F.cross_entropy(o, t, reduction="sum") + pull
+
+    def coupled(o: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(o, t) + (o.mean(0) - o.mean(0).detach()).pow(2).sum()
+
+    def by_positives(o: Tensor, t: Tensor) -> Tensor:
+        return (F.cross_entropy(o, t, reduction="none") * (1 + t)).sum() / t.sum().clamp(min=1)
+
+    few = torch.tensor([0] * 5 + [1] * 7)
+    for loss, targets in ((anchored, y), (coupled, y), (by_positives, few)):
+        with pytest.raises(ReductionError, match="of all batches"):
+            dh.HessianOperator(model, list(zip(x.split(4), targets.split(4), strict=True)), loss=loss)

@@ -169,7 +169,7 @@ def needs_split(graphs: Sequence[CurvatureGraph]) -> None:
         if not graph.split:
             raise CaptureError(
                 "the model returns its own loss but no logits, and no known loss function was seen, so there is no "
-                "telling the Gauss–Newton part from the rest: name what the loss consumes, a module or tap, with output=."
+                "telling the Gauss–Newton part from the rest: name what the loss consumes with output=."
             )
         met = _beside_out(graph)
         if met is not None:

@@ -50,6 +50,15 @@ class Piece:
     others: list[Tensor]
 
 
+@dataclass(frozen=True)
+class Derived:
+    """A loss; its gradient and one product of its Hessian, at the outputs of each piece and by parameters."""
+
+    value: float
+    outputs: list[tuple[Tensor, Tensor]]
+    parameters: tuple[Tensor, Tensor]
+
+
 class OnOutputs:
     """A loss as a function of outputs and targets, for pieces of batches like one example."""
 
@@ -87,17 +96,31 @@ class OnOutputs:
 
     def gradients(self, *pieces: Piece) -> tuple[float, list[Tensor]]:
         """The loss of the pieces put together, and its gradient at the outputs of each."""
+        found = self.derivatives(pieces, ())
+        return found.value, [first for first, _ in found.outputs]
+
+    def derivatives(self, pieces: Sequence[Piece], parameters: Sequence[Tensor], seeds: Sequence[int] = ()) -> Derived:
+        """The loss of the pieces put together, with its derivatives at the outputs of each and by ``parameters``.
+
+        Second ones are products with random directions, of each piece from its seed (none: first derivatives alone).
+        """
         floating = [[x.detach().clone().requires_grad_(x.is_floating_point()) for x in p.outputs] for p in pieces]
         outputs = [_join(parts, place) for parts, place in zip(zip(*floating, strict=True), self.places, strict=True)]
         others = [
             _join(parts, place)
             for parts, place in zip(zip(*(p.others for p in pieces), strict=True), self.other_places, strict=True)
         ]
+        groups = [[x for x in part if x.requires_grad] for part in floating] + [list(parameters)]
+        leaves = [x for group in groups for x in group]
         with torch.enable_grad():
             value = self._value(outputs, others)
-            starts = [x for part in floating for x in part if x.requires_grad]
-            found = iter(torch.autograd.grad(value, starts, allow_unused=True))
-        return float(value.detach()), [_flat(part, [next(found) for x in part if x.requires_grad]) for part in floating]
+            first = torch.autograd.grad(value, leaves, allow_unused=True, create_graph=bool(seeds))
+            second = _products(first, leaves, groups, (*seeds, -1)) if seeds else [None] * len(leaves)
+        flat = [
+            _flat(group, f, h)
+            for group, f, h in zip(groups, _split(first, groups), _split(second, groups), strict=True)
+        ]
+        return Derived(float(value.detach()), flat[:-1], flat[-1])
 
     def _value(self, outputs: list[Tensor], others: list[Tensor]) -> Tensor:
         mine = iter(outputs)
@@ -116,10 +139,33 @@ def _output_place(graph: CurvatureGraph, path: str, x: Tensor, batch: int) -> Pl
     return Place(layout.axis, layout.outer, layout.batch, layout.inner)
 
 
-def _flat(part: list[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
-    leaves = [x for x in part if x.requires_grad]
-    pairs = zip(leaves, gradients, strict=True)
-    return torch.cat([(torch.zeros_like(x) if g is None else g).reshape(-1).double() for x, g in pairs])
+def _products(
+    first: Sequence[Tensor | None], leaves: list[Tensor], groups: list[list[Tensor]], seeds: Sequence[int]
+) -> Sequence[Tensor | None]:
+    """Second derivatives times random directions; none where there are none to be had."""
+    directions = []
+    for group, seed in zip(groups, seeds, strict=True):
+        generator = torch.Generator().manual_seed(seed + 1)
+        directions += [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in group]
+    terms = [(g * r).sum() for g, r in zip(first, directions, strict=True) if g is not None and g.requires_grad]
+    try:
+        return torch.autograd.grad(sum(terms), leaves, allow_unused=True) if terms else [None] * len(leaves)  # type: ignore[arg-type]
+    except RuntimeError:  # an op without a second derivative
+        return [None] * len(leaves)
+
+
+def _split(found: Sequence[Tensor | None], groups: list[list[Tensor]]) -> list[list[Tensor | None]]:
+    rest = iter(found)
+    return [[next(rest) for _ in group] for group in groups]
+
+
+def _flat(leaves: list[Tensor], first: list[Tensor | None], second: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    def line(found: list[Tensor | None]) -> Tensor:
+        pairs = zip(leaves, found, strict=True)
+        rows = [(torch.zeros_like(x) if g is None else g.detach()).reshape(-1).double() for x, g in pairs]
+        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.float64)
+
+    return line(first), line(second)
 
 
 def input_places(graph: CurvatureGraph, batch: Batch) -> list[Place | None]:

@@ -124,6 +124,9 @@ def find_reduction(
         raise ReductionError(f"the loss cannot be evaluated on parts of a batch ({error}), so {_ADVICE}") from error
 
 
+_MOST = 32  # batches that are put together to be looked at
+
+
 def _tolerance(graph: CurvatureGraph) -> float:
     return float(torch.finfo(graph.nodes[graph.loss].dtype).eps ** 0.5)
 
@@ -193,10 +196,61 @@ def _by_outputs(model: nn.Module, graphs: Sequence[CurvatureGraph], batches: Bat
         if again is not None and max(abs(a - b) for a, b in zip(factors, again, strict=True)) > tolerance:
             raise ReductionError(f"how much a sample counts depends on the model's output, so {_ADVICE}")
     if _verdict(factors, tolerance) == "sum":
-        return Reduction("sum")
-    if len(batches) == 1:
+        found = Reduction("sum")
+    elif len(batches) == 1:
         return Reduction("mean")
-    return _weighted(_links(graphs, ons, first, batches, tolerance), batches.sizes, tolerance)
+    else:
+        found = _weighted(_links(graphs, ons, first, batches, tolerance), batches.sizes, tolerance)
+    _confirm(found, model, graphs, batches, loss, tolerance)
+    return found
+
+
+def _confirm(
+    found: Reduction,
+    model: nn.Module,
+    graphs: Sequence[CurvatureGraph],
+    batches: Batches,
+    loss: Loss | None,
+    tolerance: float,
+) -> None:
+    """Hold the batches' losses, gradients and curvature, as they are to be added, against those of all put together.
+
+    Parts of one batch may all lie on one side of a threshold or a kink, and what vanishes there may still bend.
+
+    Raises:
+        ReductionError: they are not the same.
+    """
+    chosen = set(range(0, len(batches), -(-len(batches) // _MOST)))
+    shares = found.shares(batches.sizes)
+    own = [p for source in (model, loss) if isinstance(source, nn.Module) for p in source.parameters()]
+    parameters = [p for p in own if p.requires_grad and p.is_floating_point()]
+    on: OnOutputs | None = None
+    pieces: list[tuple[int, Piece]] = []
+    for number, (batch, graph) in enumerate(zip(batches, graphs, strict=True)):
+        if number in chosen and shares[number]:
+            mine = OnOutputs(model, graph, batch, loss)
+            on = on or mine
+            if all(_fit(piece, mine.all, on) for _, piece in pieces):
+                pieces.append((number, mine.all))
+    if on is None or len(pieces) < 2:
+        return
+    scale = sum(shares[number] for number, _ in pieces) if found.kind != "sum" else 1.0
+    whole = on.derivatives([piece for _, piece in pieces], parameters, [number for number, _ in pieces])
+    total, by_parameters = 0.0, [torch.zeros_like(x) for x in whole.parameters]
+    for (number, piece), together in zip(pieces, whole.outputs, strict=True):
+        alone, share = on.derivatives([piece], parameters, [number]), shares[number] / scale
+        total += share * alone.value
+        by_parameters = [a + share * b for a, b in zip(by_parameters, alone.parameters, strict=True)]
+        _same(together, [share * x for x in alone.outputs[0]], tolerance)
+    _same(whole.parameters, by_parameters, tolerance)
+    if abs(total - whole.value) > tolerance * max(abs(total), abs(whole.value)):
+        raise ReductionError(f"the batches' losses make {total:.6g} and that of all is {whole.value:.6g}, so {_ADVICE}")
+
+
+def _same(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    for what, x, y in zip(("slope", "curvature"), found, expected, strict=True):
+        if float((x - y).norm()) > tolerance * max(float(x.norm()), float(y.norm()), tolerance):
+            raise ReductionError(f"the loss of all batches has another {what} than theirs added up, so {_ADVICE}")
 
 
 def _scaled(piece: Piece) -> Piece:
