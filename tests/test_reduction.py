@@ -268,5 +268,5 @@ def test_what_vanishes_in_the_parts_that_are_tried_is_seen_in_all_of_them() -> N
 
     few = torch.tensor([0] * 5 + [1] * 7)
     for loss, targets in ((anchored, y), (coupled, y), (by_positives, few)):
-        with pytest.raises(ReductionError, match="of all batches"):
+        with pytest.raises(errors.ReductionError, match="of all batches"):
             dh.HessianOperator(model, list(zip(x.split(4), targets.split(4), strict=True)), loss=loss)
