@@ -96,7 +96,7 @@ def check_blocks(recipe: Recipe) -> None:
     compare(operator, found, truth, dh.structure(model, batch, loss=loss, points=points))
     report = dh.analyze(model, batch, loss=loss, points=points, mode="exact")
     norms = torch.as_tensor(report.resonance)
-    assert error(norms, _norms(operator, found["full"], report.names)) < 1e-10
+    assert error(norms, _norms(operator, found["full"], report.names), 1e-2) < 1e-10
     picked = points[recipe.seed % len(points)]
     assert error(report.block(picked, picked), truth.block(picked, picked, "full", "shared"), 1e-2) < 1e-9
 
