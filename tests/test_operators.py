@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -364,3 +366,45 @@ def test_trace_and_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
         for estimate in (H.trace, H.diagonal, H.spectral_density):
             with pytest.raises(errors.OptionError, match=message):
                 estimate(count)
+
+
+def test_options_that_do_not_go_together_and_other_mistakes() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    batch = (torch.randn(5, 3).double(), torch.arange(5) % 2)
+    H = dh.HessianOperator(model, batch)
+    mistakes: list[Callable[[], Any]] = [
+        lambda: dh.HessianOperator(model, batch, params=[model[2].bias, model[2].bias]),
+        lambda: dh.HessianOperator(model, batch, params=model[2].bias),
+        lambda: dh.HessianOperator(model, batch, points=["0.weight"], param_filter="2.*"),
+        lambda: dh.HessianOperator(model, batch, param_filter=3),
+        lambda: dh.HessianOperator(lambda p, x: x, batch, params={"l": {"w": torch.ones(2)}}),
+        lambda: H.eigsh(26),
+        lambda: copy.deepcopy(H),
+        lambda: H.trace(5, seed="x"),
+    ]
+    for mistake in mistakes:
+        with pytest.raises(errors.OptionError):
+            mistake()
+    for vector in (torch.zeros(26, 0).double(), torch.eye(26).double().to_sparse()):
+        with pytest.raises(errors.VectorError):
+            H @ vector
+    with pytest.raises(errors.PointError, match="has no parameters"):
+        dh.HessianOperator(model, batch, points=["1"])
+    for z in (torch.ones(2, 3).double(), np.ones((2, 3)), [torch.ones(2, 3).double()]):
+        assert (H.block("0.weight", "2.bias") @ z).shape == (12, 3)
+
+
+def test_names_of_a_callable_models_parameters_are_free() -> None:
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    p = {"b.c": torch.randn(3, 2).double(), "b__c": torch.randn(3, 2).double(), "training": torch.ones(2).double()}
+    f = lambda q, x: torch.tanh(x @ q["b.c"]) + (x @ q["b__c"]) ** 2 * q["training"]  # noqa: E731
+    H = dh.HessianOperator(f, (x, y), params=p)
+    rows = torch.autograd.functional.hessian(
+        lambda *q: F.mse_loss(f(dict(zip(p, q, strict=True)), x), y), tuple(p.values())
+    )
+    expected = torch.cat(
+        [torch.cat([b.reshape(r.numel(), -1) for b in row], 1) for r, row in zip(p.values(), rows, strict=True)]
+    )
+    assert H.names == tuple(p)
+    assert error(H.dense(), expected) < 1e-12
+    assert dh.HessianOperator(f, (x, y), params=p, param_filter="b.*").names == ("b.c",)

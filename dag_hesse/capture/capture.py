@@ -16,7 +16,7 @@ from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.points import default_points, points_like, resolve_points
 from dag_hesse.capture.record import record
 from dag_hesse.capture.stream import Batches
-from dag_hesse.errors import BatchError, CaptureError, NonDifferentiableError
+from dag_hesse.errors import BatchError, CaptureError, NonDifferentiableError, PointError
 from dag_hesse.ir import CurvatureGraph, Node, Point, verify
 from dag_hesse.randomness import preserved
 from dag_hesse.rules.table import pairs_of
@@ -70,6 +70,8 @@ def _check_rules(graph: CurvatureGraph) -> None:
 def trace(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: str | None = None) -> CurvatureGraph:
     """Trace, type, verify and annotate; the graph has no points yet."""
     batch, model = one_batch(batch), unwrapped(model)
+    if output is not None and not isinstance(output, str):
+        raise PointError(f"output is a {type(output).__name__}; expected the name of a module or tap.")
     _check(model, batch)
     graph = verify(convert(record(model, batch, loss), batch.size, output))
     _check_rules(graph)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from math import prod
 
@@ -119,6 +119,10 @@ def _missing(graph: CurvatureGraph, model: nn.Module, name: str, space: str) -> 
     if name in graph.unread:
         return PointError(f"the loss does not depend on point '{name}': leave it out.")
     modules = dict(model.named_modules())
+    if space == "parameter" and name in modules and not any(True for _ in modules[name].parameters()):
+        return PointError(f"module '{name}' has no parameters; in activation space it is its output.")
+    if name == "":
+        return PointError("the model's own output is called 'output' (or 'output.' and the name of a part).")
     if name in graph.modules:
         return PointError(f"the output of module '{name}' is not a floating-point tensor, so it has no derivative.")
     if name in modules and space == "activation":
@@ -136,6 +140,8 @@ def resolve_points(
         PointError: a name that matches nothing (near names are suggested), or that the loss does not depend on.
     """
     choose("space", space, SPACES)
+    if not isinstance(names, Iterable):
+        raise PointError(f"points is a {type(names).__name__}; expected names or glob patterns.")
     alive, points = _alive(graph), []
     for name in [names] if isinstance(names, str) else list(names):
         if not isinstance(name, str):

@@ -29,7 +29,17 @@ _COMPLEX = re.compile(
     r"aten\.(reshape|view|_unsafe_view|alias|clone|permute|transpose|t|expand|slice|select|cat|stack|unsqueeze|squeeze|"
     r"add|sub|neg|sum|flip|roll|detach|select_scatter|slice_scatter)\."
 )
-_INTERNAL = ("/torch/", "/dag_hesse/capture/", "/dag_hesse/rules/", "/dag_hesse/sweep/", "contextlib.py")
+_INTERNAL = (
+    "/torch/",
+    "/dag_hesse/capture/",
+    "/dag_hesse/rules/",
+    "/dag_hesse/sweep/",
+    "/dag_hesse/operators/",
+    "/dag_hesse/analyze.py",
+    "/dag_hesse/profile.py",
+    "/dag_hesse/structure/",
+    "contextlib.py",
+)
 _PROMOTING = {name for name, rule in RULES.items() if rule.partials is not None} | {"aten.cat.default"}
 _VIEWS = {"aten.view.default", "aten._unsafe_view.default", "aten._reshape_alias.default"}
 

@@ -125,7 +125,16 @@ class SymmetricOperator(ABC):
 
     def eigsh(self, k: int = 6, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """k extreme eigenvalues and eigenvectors (n, k), by :func:`scipy.sparse.linalg.eigsh`."""
+        if not isinstance(k, int) or not 1 <= k < self.shape[0]:
+            raise OptionError(
+                f"k={k!r}; expected an integer from 1 to {self.shape[0] - 1}, one below the operator's size."
+            )
         return eigsh(self.to_scipy(), k=k, **options)
+
+    def __reduce__(self) -> Any:
+        raise OptionError(
+            "an operator holds a model's graph and is not copied or pickled: make it anew from the model."
+        )
 
     def to_curvlinops(self) -> Any:
         """A ``curvlinops`` operator, for everything in that library that takes one (its inverses, for example).

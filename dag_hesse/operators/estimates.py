@@ -68,6 +68,8 @@ def _units(operator: SymmetricOperator) -> Iterator[list[Tensor]]:
 
 def _signs(operator: SymmetricOperator, count: int, seed: int) -> Iterator[list[Tensor]]:
     """Random signs by their blocks, a chunk at a time. They do not hang on how large chunks are, nor on the device."""
+    if not isinstance(seed, int):
+        raise OptionError(f"seed={seed!r}; expected an integer.")
     generator, left = torch.Generator().manual_seed(seed), count
     while left:
         now = min(operator.chunk, left)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,20 +20,19 @@ class FunctionModule(nn.Module):
         super().__init__()
         self.function, self.keyed = function, isinstance(params, Mapping)
         items = params.items() if isinstance(params, Mapping) else ((str(k), p) for k, p in enumerate(params))
-        self.table: dict[str, str] = {}
-        for key, value in items:
-            name = key.replace(".", "__")
-            self.table[key] = name
+        self.user_keys: dict[str, str] = {}  # by parameter name
+        for number, (key, value) in enumerate(items):
+            if not isinstance(key, str) or not isinstance(value, Tensor) or not value.is_floating_point():
+                raise OptionError(
+                    f"params[{key!r}] is a {type(value).__name__}; expected floating-point tensors under names (a flat "
+                    "dict), or a list of them."
+                )
+            self.user_keys[f"p{number}"] = key
             own = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach())
-            self.register_parameter(name, own)
-
-    @property
-    def keys(self) -> dict[str, str]:
-        """The user's key of every parameter name."""
-        return {name: key for key, name in self.table.items()}
+            self.register_parameter(f"p{number}", own)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        values = {key: getattr(self, name) for key, name in self.table.items()}
+        values = {key: getattr(self, name) for name, key in self.user_keys.items()}
         return self.function(values if self.keyed else list(values.values()), *inputs, **options)
 
 
@@ -50,6 +49,8 @@ def as_module(model: Any, params: Any) -> tuple[nn.Module, Any]:
             f"model is a {type(model).__name__}; expected a torch.nn.Module, or a callable of (params, inputs) with "
             "params= given."
         )
+    if isinstance(params, (Tensor, str)) or not isinstance(params, (Mapping, Sequence)):
+        raise OptionError(f"params is a {type(params).__name__}; expected a dict or a list of tensors.")
     return FunctionModule(model, params), None
 
 
@@ -59,13 +60,13 @@ def chosen_parameters(model: nn.Module, params: Any, param_filter: Any) -> list[
     Raises:
         OptionError: ``params`` names or holds a stranger, or nothing is left.
     """
-    named = dict(model.named_parameters())
+    named, keys = dict(model.named_parameters()), model.user_keys if isinstance(model, FunctionModule) else {}
     if params is not None:
         chosen = _own(named, params)
     else:
         chosen = [name for name in named if named[name].requires_grad and named[name].is_floating_point()]
     if param_filter is not None:
-        chosen = [name for name in chosen if _passes(param_filter, name, named[name])]
+        chosen = [name for name in chosen if _passes(param_filter, keys.get(name, name), named[name])]
     if not chosen:
         raise OptionError(f"no parameter is left to differentiate by. {suggest(str(param_filter or ''), named)}")
     return chosen
@@ -85,17 +86,27 @@ def read_parameters(chosen: Sequence[str], model: nn.Module, graph: CurvatureGra
 
 def _own(named: Mapping[str, nn.Parameter], params: Any) -> list[str]:
     names = {id(p): name for name, p in named.items()}
-    found = []
+    found: list[str] = []
+    if isinstance(params, (Tensor, str)) or not isinstance(params, Iterable):
+        raise OptionError(f"params is a {type(params).__name__}; expected a list of the model's parameters or names.")
     for p in params:
+        if not isinstance(p, (str, Tensor)):
+            raise OptionError(f"params holds a {type(p).__name__}; expected the model's parameters or their names.")
         name = p if isinstance(p, str) else names.get(id(p), "")
         if name not in named:
             what = repr(p) if isinstance(p, str) else f"a tensor of shape {tuple(p.shape)}"
             raise OptionError(f"params holds {what}, which is not a parameter of the model. {suggest(name, named)}")
+        if name in found:
+            raise OptionError(f"params holds '{name}' twice; expected each parameter once.")
         found.append(name)
     return found
 
 
 def _passes(wanted: Any, name: str, parameter: nn.Parameter) -> bool:
+    if not callable(wanted) and not (
+        isinstance(wanted, str) or (isinstance(wanted, Iterable) and all(isinstance(glob, str) for glob in wanted))
+    ):
+        raise OptionError(f"param_filter={wanted!r}; expected a glob, globs, or a callable of (name, parameter).")
     if callable(wanted):
         return bool(wanted(name, parameter))
     return any(fnmatchcase(name, glob) for glob in ([wanted] if isinstance(wanted, str) else wanted))

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar, final
 
+import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from dag_hesse.capture import Batches, capture, capture_all, needs_split, points_like
 from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.reduction import Option, find_reduction
-from dag_hesse.errors import choose
+from dag_hesse.errors import OptionError, choose
 from dag_hesse.measure import available_memory
 from dag_hesse.operators.base import SymmetricOperator, dense, to_scipy
 from dag_hesse.operators.functional import FunctionModule, as_module, chosen_parameters, read_parameters
@@ -74,6 +75,10 @@ class CurvatureOperator(SymmetricOperator):
         choose("space", space, ("parameter", "activation"))
         choose("batch_mode", batch_mode, ("shared", "joint"))
         module, params = as_module(model, params)
+        if (points is not None or space == "activation") and not (params is None and param_filter is None):
+            raise OptionError(
+                "params= and param_filter= pick among all parameters: not with points= or space='activation'."
+            )
         batches = Batches(batch, memory)
         wanted: Any = points
         own = chosen_parameters(module, params, param_filter) if points is None and space == "parameter" else []
@@ -119,7 +124,7 @@ class CurvatureOperator(SymmetricOperator):
         every = [name for name, _ in module.named_parameters()]
         rest = sorted(found, key=lambda name: every.index(name) if name in every else found[name])
         self._order = [found.get(name) for name in own or rest]
-        self.layout = self._make_layout(own or rest, module.keys if isinstance(module, FunctionModule) else {})
+        self.layout = self._make_layout(own or rest, module.user_keys if isinstance(module, FunctionModule) else {})
 
     def _make_layout(self, names: Sequence[str], keys: Mapping[str, str]) -> Layout:
         problem, parameters = self._problem, dict(self.model.named_parameters())
@@ -263,12 +268,15 @@ class Block:
         whole = self.parent.layout
         return Layout((whole.names[k],), (whole.shapes[k],), whole.dtype, whole.device)
 
-    def __matmul__(self, z: Any) -> Tensor:
-        """The product with z (d_w,) or (d_w, k)."""
+    def __matmul__(self, z: Any) -> Any:
+        """The product (d_v,) or (d_v, k) with z (d_w,) or (d_w, k); of an array, an array."""
         blocks, _ = self._only(self.w).pack(z)
         found = self.parent._run(blocks, self.parent.channels, [self.w], [self.v])
         rows = self.parent._collect(found, "full", len(blocks[0]), [self.v])[0]
-        return rows.T if isinstance(z, Tensor) and z.ndim == 2 else rows[0]
+        first = next(iter(z.values())) if isinstance(z, Mapping) else z[0] if isinstance(z, (list, tuple)) else None
+        flat = z.ndim == 1 if first is None else first.ndim == len(self.parent.layout.shapes[self.w])
+        product = rows[0] if flat else rows.T
+        return product.cpu().numpy() if isinstance(z, np.ndarray) else product
 
     def dense(self) -> Tensor:
         """The matrix (d_v, d_w), by identity probes."""

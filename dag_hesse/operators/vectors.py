@@ -55,11 +55,15 @@ class Layout:
             blocks, unpack = self.pack(self._from_numpy(v))
             return blocks, lambda out: _to_numpy(unpack(out))
         if isinstance(v, Tensor):
+            if v.layout is not torch.strided:
+                raise VectorError(f"the vector is sparse ({v.layout}); expected a dense one: .to_dense().")
             self._check("the vector", v, self.dtype)
             if v.ndim not in (1, 2) or v.shape[0] != self.size:
                 raise VectorError(
                     f"the vector has shape {tuple(v.shape)}; expected ({self.size},) or ({self.size}, k)."
                 )
+            if not v.numel():
+                raise VectorError(f"the vector has shape {tuple(v.shape)}: there is no column to multiply with.")
             v = v.detach()
             rows = v.unsqueeze(0) if v.ndim == 1 else _rows(v)
             return list(rows.split(self.sizes, dim=1)), lambda out: _flat(out, v.ndim == 1)
@@ -81,12 +85,15 @@ class Layout:
     def _from_numpy(self, v: np.ndarray) -> Tensor:
         if v.dtype.kind not in "fiu":
             raise VectorError(f"the vector is an array of {v.dtype}; expected real numbers.")
-        return torch.from_numpy(np.ascontiguousarray(v)).to(dtype=self.dtype, device=self.device)
+        native = v.astype(np.float64 if v.itemsize > 8 else v.dtype.newbyteorder("="), copy=False)
+        return torch.from_numpy(np.ascontiguousarray(native)).to(dtype=self.dtype, device=self.device)
 
     def _shaped(self, parts: list[Tensor]) -> tuple[list[Tensor], Callable[[list[Tensor]], list[Tensor]]]:
         """Blocks of their own shapes, all with one more axis of k columns or none with."""
         several = len(parts) > 0 and parts[0].ndim == len(self.shapes[0]) + 1
         columns = parts[0].shape[-1:] if several else torch.Size()
+        if columns == (0,):
+            raise VectorError("the vector has no columns to multiply with.")
         dtypes = self.dtypes or (self.dtype,) * len(self.names)
         for name, shape, part, dtype in zip(self.names, self.shapes, parts, dtypes, strict=True):
             self._check(f"'{name}'", part, dtype)

@@ -28,6 +28,9 @@ def fuse_all(graphs: Sequence[CurvatureGraph]) -> list[CurvatureGraph]:
     return [fused[id(graph)] for graph in graphs]
 
 
+_LARGEST = 48  # members of a region, beyond which what is saved is little and finding it dear
+
+
 class _Grower:
     def __init__(self, graph: CurvatureGraph) -> None:
         self.graph, self.kept = graph, seeded_or_read(graph)
@@ -71,6 +74,8 @@ class _Grower:
             same = graph.nodes[k].shape == graph.nodes[root].shape and self.in_loss[k] == self.in_loss[root]
             if not (same and self.elementwise(k)):
                 continue
+            if len(members) >= _LARGEST:
+                break
             if self.cost(members | {k}) > self.cost(members) + self.cost({k}):
                 refused.add(k)
                 continue

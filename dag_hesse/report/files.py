@@ -22,8 +22,15 @@ from dag_hesse.report.report import CurvatureReport
 FORMAT = "dag-hesse report 1"
 
 
+def check_path(path: object) -> None:
+    """Raise :class:`OptionError` for what names no file."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise OptionError(f"path is a {type(path).__name__}; expected a file's name.")
+
+
 def write_whole(path: str | Path, write: Callable[[Path], None]) -> None:
     """Call ``write`` on a temporary file beside ``path`` and move it there only when it is complete."""
+    check_path(path)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
@@ -99,6 +106,7 @@ def load(path: str | Path) -> CurvatureReport:
         FileNotFoundError: no such file.
         OptionError: the file is not a report of this package.
     """
+    check_path(path)
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no report at '{path}'.")
     try:

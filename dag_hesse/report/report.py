@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dag_hesse.errors import DependencyError, PointError, choose, suggest
+from dag_hesse.errors import DependencyError, OptionError, PointError, choose, suggest
 from dag_hesse.estimate import METRICS
 from dag_hesse.ir import Point
 
@@ -93,8 +93,8 @@ class CurvatureReport:
         """
         if isinstance(point, int) and -len(self.points) <= point < len(self.points):
             return point % len(self.points)
-        if point in self.names:
-            return self.names.index(str(point))
+        if isinstance(point, str) and point in self.names:
+            return self.names.index(point)
         raise PointError(f"point {point!r} is not in this report. {suggest(str(point), self.names)}")
 
     def block(self, v: str | int, w: str | int, part: str = "full") -> Tensor:
@@ -192,6 +192,8 @@ class CurvatureReport:
         """Heat maps of the metrics and metric against distance, as a matplotlib Figure (extra: ``plot``)."""
         from dag_hesse.report.plots import overview
 
+        if isinstance(metrics, str) or not isinstance(metrics, Sequence) or not metrics:
+            raise OptionError(f"metrics={metrics!r}; expected a list of metrics' names.")
         for metric in metrics:
             choose("metric", metric, METRICS)
         return overview(self, metrics)
