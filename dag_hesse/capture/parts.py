@@ -192,6 +192,21 @@ def part_of(graph: CurvatureGraph, batch: Batch, samples: Tensor) -> Batch:
     return Batch(args, kwargs, targets, len(samples))
 
 
+def put_together(graph: CurvatureGraph, batches: Sequence[Batch]) -> Batch | None:
+    """All samples of several batches as one; None where their tensors do not fit."""
+    columns = list(zip(*(batch.tensors for batch in batches), strict=True))
+    places, found = input_places(graph, batches[0]), list[Tensor]()
+    for column, place in zip(columns, places, strict=True):
+        axis = None if place is None else place.axis
+        rests = {tuple(n for k, n in enumerate(x.shape) if k != axis) for x in column}
+        if len(rests) > 1 or (place is None and not all(torch.equal(x, column[0]) for x in column)):
+            return None
+        found.append(_join(column, place))
+    given = iter(found)
+    args, kwargs, targets = pytree.tree_map(lambda x: next(given) if isinstance(x, Tensor) else x, batches[0].tree)
+    return Batch(args, kwargs, targets, sum(batch.size for batch in batches))
+
+
 def parameter_gradient(model: nn.Module, batch: Batch, loss: Loss | None, written: Sequence[Tensor]) -> Tensor:
     """The loss's gradient by all parameters, frozen ones too, in one vector."""
     with as_it_is(model, batch, loss, written) as forward:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -64,7 +65,8 @@ def estimate(
     Args:
         problem: model, batches and points, ready to sweep.
         plan: what to sweep.
-        rtol: double the probes of a source until its relative standard errors are below this.
+        rtol: double the probes of a source until its relative standard errors are below this, or until it has 4096;
+            then a warning says so.
         seed: of the probes; the global RNG is not touched.
         progress: called with (stage, sweeps done, sweeps foreseen).
     """
@@ -98,6 +100,12 @@ def estimate(
         for sketch in todo:
             sketch.extend(sketch.count, counter)
             sketch.enter(table, gn_known)
+    if rtol is not None and _unsettled(table, sketches, rtol):
+        warnings.warn(
+            f"rtol={rtol:g} is not reached with {MOST_PROBES} probes a source: the report's standard errors say what "
+            "is; mode='exact' has none.",
+            stacklevel=2,
+        )
     starts = {(v, s.source.point): y for s in sketches for v, y in s.start.items()}
     missing = [(v, s.source.point) for s in sketches for v in s.source.reads if v not in s.start]
     for v, w in missing:  # nothing reached v: the block is zero

@@ -16,7 +16,7 @@ from dag_hesse.errors import MemoryBudgetError, OptionError
 from dag_hesse.measure import available_memory
 from dag_hesse.operators import estimates
 from dag_hesse.operators.interop import estimate, to_curvlinops
-from dag_hesse.operators.vectors import Layout
+from dag_hesse.operators.vectors import Layout, to_numpy
 
 
 class SymmetricOperator(ABC):
@@ -230,13 +230,12 @@ def to_scipy(operator: Product) -> LinearOperator:
     def product(of: Product) -> Callable[[np.ndarray], np.ndarray]:
         def run(x: np.ndarray) -> np.ndarray:
             flat = torch.from_numpy(np.ascontiguousarray(x)).to(dtype=of.dtype, device=of.device)
-            found: np.ndarray = (of @ (flat.reshape(-1) if flat.ndim == 1 else flat)).cpu().numpy()
-            return found
+            return to_numpy(of @ (flat.reshape(-1) if flat.ndim == 1 else flat))
 
         return run
 
     forward, backward = product(operator), product(operator.T)
-    dtype = torch.empty(0, dtype=operator.dtype).numpy().dtype
+    dtype = to_numpy(torch.empty(0, dtype=operator.dtype)).dtype
     return LinearOperator(
         operator.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward, dtype=dtype
     )

@@ -19,7 +19,7 @@ from dag_hesse.errors import OptionError, choose
 from dag_hesse.measure import available_memory
 from dag_hesse.operators.base import SymmetricOperator, dense, to_scipy
 from dag_hesse.operators.functional import FunctionModule, as_module, chosen_parameters, read_parameters
-from dag_hesse.operators.vectors import Layout
+from dag_hesse.operators.vectors import Layout, to_numpy
 from dag_hesse.plan import fuse_all
 from dag_hesse.plan.memory import probe_chunk, shared_chunk, sweep_bytes
 from dag_hesse.sweep import VERIFY, Blocks, Problem, Request, prove_all
@@ -276,7 +276,7 @@ class Block:
         first = next(iter(z.values())) if isinstance(z, Mapping) else z[0] if isinstance(z, (list, tuple)) else None
         flat = z.ndim == 1 if first is None else first.ndim == len(self.parent.layout.shapes[self.w])
         product = rows[0] if flat else rows.T
-        return product.cpu().numpy() if isinstance(z, np.ndarray) else product
+        return to_numpy(product) if isinstance(z, np.ndarray) else product
 
     def dense(self) -> Tensor:
         """The matrix (d_v, d_w), by identity probes."""

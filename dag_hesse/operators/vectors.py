@@ -53,7 +53,7 @@ class Layout:
         """
         if isinstance(v, np.ndarray):
             blocks, unpack = self.pack(self._from_numpy(v))
-            return blocks, lambda out: _to_numpy(unpack(out))
+            return blocks, lambda out: to_numpy(unpack(out))
         if isinstance(v, Tensor):
             if v.layout is not torch.strided:
                 raise VectorError(f"the vector is sparse ({v.layout}); expected a dense one: .to_dense().")
@@ -116,7 +116,8 @@ class Layout:
             warnings.warn(_DETACHED, stacklevel=2)
 
 
-def _to_numpy(x: Tensor) -> np.ndarray:
+def to_numpy(x: Tensor) -> np.ndarray:
+    """As an array; NumPy has no bfloat16, and SciPy no float16."""
     found: np.ndarray = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).cpu().numpy()
     return found
 

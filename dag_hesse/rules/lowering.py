@@ -289,6 +289,11 @@ LOWERINGS: Mapping[Any, Callable[..., Any]] = {
 _KEEP = {"aten.detach.default", "aten.bernoulli.default"}
 
 
+def _with_long_labels(written: Callable[..., Any]) -> Callable[..., Any]:
+    """A loss whose labels may be bytes, which index nothing."""
+    return lambda x, labels, *rest: written(x, labels.long(), *rest)
+
+
 @cache
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return the decomposition table that capture hands to the tracer."""
@@ -297,7 +302,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         for op, fn in core_aten_decompositions().items()
         if str(op) not in RULES and str(op) not in _KEEP and not str(op).split(".")[1].endswith("_")
     }
-    return {**theirs, **LOWERINGS}
+    labelled = (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
+    return {**theirs, **{op: _with_long_labels(theirs[op]) for op in labelled}, **LOWERINGS}
 
 
 __all__ = ["CONCRETE", "LOWERINGS", "decompositions"]

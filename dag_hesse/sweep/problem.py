@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dag_hesse.capture import Batch, Batches
 from dag_hesse.capture.reduction import Reduction
-from dag_hesse.errors import CaptureError, StaleError, out_of_memory
+from dag_hesse.errors import CaptureError, NonFiniteError, StaleError, out_of_memory
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.kernels.pool import Pool, empty
 from dag_hesse.measure import available_memory
@@ -151,9 +151,9 @@ class Problem:
 
     @property
     def loss(self) -> float:
-        """The loss over all batches. NaN before any sweep."""
+        """The loss over all batches; before any sweep, as it was captured."""
         if not self._losses:
-            return float("nan")
+            return sum(entry.graph.value * self.shares[entry.batch] for entry in self.entries if entry.sample is None)
         return sum(value * self.shares[number] for number, value in self._losses.items())
 
     def release(self) -> None:
@@ -242,6 +242,7 @@ class Problem:
             Per request, ``{read point: Blocks}``; shared entries are added, per-sample groups put side by side.
         """
         results: list[dict[int, Blocks]] = [{} for _ in requests]
+        anew = len(self._kept) < len(self.entries)
         start = 0
         for entry, lin in self.linearizations():
             stop = start + entry.groups if self.separate_groups else 1
@@ -250,7 +251,20 @@ class Problem:
                 for v, blocks in self._one(entry, lin, request, z, channels, progress).items():
                     result[v] = self._merge(result.get(v), blocks, start)
             start = stop if self.separate_groups else 0
+        if anew:
+            self._check_finite(requests, results)
         return results
+
+    def _check_finite(self, requests: Sequence[Request], results: Sequence[dict[int, Blocks]]) -> None:
+        """The first products of a linearization tell whether its second derivatives are finite."""
+        for request, result in zip(requests, results, strict=True):
+            parts = [(v, x) for v, blocks in result.items() for x in (blocks.gn, blocks.tensor) if x is not None]
+            bad = [self.points[v].name for v, x in parts if not bool(x.sum().isfinite())]
+            if bad and all(bool(z.sum().isfinite()) for z in request.z.values()):
+                raise NonFiniteError(
+                    f"second derivatives at {', '.join(repr(n) for n in dict.fromkeys(bad[:4]))} are not finite: some op of "
+                    "the model bends infinitely at its present values (a root or a power below 2 at 0, say)."
+                )
 
     def _merge(self, old: Blocks | None, new: Blocks, start: int) -> Blocks:
         def part(a: Tensor | None, b: Tensor | None) -> Tensor | None:

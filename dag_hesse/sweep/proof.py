@@ -16,7 +16,7 @@ from dag_hesse.capture.capture import capture, trace
 from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.record import Evidence, gradients, product, slope
 from dag_hesse.capture.stream import Batches
-from dag_hesse.errors import NonDeterministicError, NonDifferentiableError, UnfaithfulCaptureError
+from dag_hesse.errors import NonDeterministicError, NonDifferentiableError, NonFiniteError, UnfaithfulCaptureError
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.plan.fuse import fuse
 from dag_hesse.randomness import preserved
@@ -131,6 +131,12 @@ def prove(
         _prove_slope(graph, model, batch, loss, evidence)
         return
     evidence.taps = {name.replace("<output>", "output"): calls for name, calls in evidence.taps.items()}
+    bad = [name for name, g in evidence.parameters.items() if not bool(g.isfinite().all())]
+    if bad and isfinite(evidence.loss):
+        raise NonFiniteError(
+            f"the model's own gradient holds NaN or infinity at {', '.join(repr(n) for n in bad[:4])}: there is no "
+            "curvature there. (A torch.where() passes the NaN of the branch that it does not take: clamp what goes in.)"
+        )
     graph = _differentiated(graph, evidence)
     sites = _sites(graph, evidence)
     value, found = _adjoints(graph, model, batch.tensors, [k for _, k, _ in sites])
