@@ -261,9 +261,10 @@ class Problem:
             parts = [(v, x) for v, blocks in result.items() for x in (blocks.gn, blocks.tensor) if x is not None]
             bad = [self.points[v].name for v, x in parts if not bool(x.sum().isfinite())]
             if bad and all(bool(z.sum().isfinite()) for z in request.z.values()):
+                names = ", ".join(repr(name) for name in dict.fromkeys(bad[:4]))
                 raise NonFiniteError(
-                    f"second derivatives at {', '.join(repr(n) for n in dict.fromkeys(bad[:4]))} are not finite: some op of "
-                    "the model bends infinitely at its present values (a root or a power below 2 at 0, say)."
+                    f"second derivatives at {names} are not finite: some op of the model bends infinitely at its "
+                    "present values (a root or a power below 2 at 0, say)."
                 )
 
     def _merge(self, old: Blocks | None, new: Blocks, start: int) -> Blocks:
