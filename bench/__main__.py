@@ -22,8 +22,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("name", choices=COMMANDS, help="which benchmark")
     parser.add_argument("workloads", nargs="*", help="hvp: only workloads whose names contain one of these")
+    parser.add_argument("--quick", action="store_true", help="gpu: two workloads only")
     options = parser.parse_args()
-    return hvp.main(options.workloads) if options.name == "hvp" else COMMANDS[options.name]()
+    if options.name == "hvp":
+        return hvp.main(options.workloads)
+    return gpu.main(options.quick) if options.name == "gpu" else COMMANDS[options.name]()
 
 
 if __name__ == "__main__":

@@ -94,3 +94,30 @@ def test_a_changed_batch_is_named() -> None:
     x += 1
     with pytest.raises(StaleError, match="batch's tensor 0"):
         operator.dense()
+
+
+def test_refresh_takes_other_settings_hooks_and_modules() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.act, self.b, self.beta = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), 1.0
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.act(self.a(x))) * self.beta
+
+    model = Scaled()
+    operator = dh.HessianOperator(model, (X, Y))
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output.sin()
+
+    for change in (
+        lambda: setattr(model, "beta", 3.0),
+        lambda: setattr(model, "act", nn.Sigmoid()),
+        lambda: model.a.register_forward_hook(hook),
+    ):
+        change()
+        operator.refresh()
+        assert error(operator.dense(), _dense(model)) < 1e-10

@@ -186,10 +186,12 @@ class CurvatureOperator(SymmetricOperator):
         numbers, flags and functions among its attributes, submodules, hooks, what a loss function was given.
         """
         watch = self._problem.watch
-        if watch.changed_modes() or watch.changed_settings():
+        settings = watch.settings()
+        if watch.changed_modes() or watch.differ(settings):
             self._set_up()
+            return
         self._problem.release()
-        self._problem.watch.note()
+        watch.note(settings)
 
     def block(self, v: str, w: str) -> Block:
         """The rectangular block [v, w] of two points."""

@@ -131,8 +131,11 @@ class CurvatureReport:
             DependencyError: pandas is not installed.
 
         Example:
-            >>> frame = report.to_dataframe()  # doctest: +SKIP
-            >>> frame.sort_values("coupling")[["v", "w", "coupling", "coupling_stderr"]]  # doctest: +SKIP
+            >>> import torch, dag_hesse
+            >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+            >>> report = dag_hesse.analyze(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["0", "1"])
+            >>> report.to_dataframe()[["v", "w"]].values.tolist()
+            [['0', '0'], ['0', '1'], ['1', '1']]
         """
         try:
             import pandas

@@ -37,7 +37,7 @@ def _tolerance(dtype: torch.dtype) -> float:
 def _off(found: Tensor | None, expected: Tensor, floor: float) -> float:
     """Relative error of an adjoint."""
     size = float(expected.norm())
-    difference = size if found is None else float((found.to(expected.dtype) - expected).norm())
+    difference = size if found is None else float(torch.dist(found.to(expected.dtype), expected))
     scale = max(size, floor)
     return difference / scale if scale else difference
 
@@ -131,7 +131,7 @@ def prove(
         _prove_slope(graph, model, batch, loss, evidence)
         return
     evidence.taps = {name.replace("<output>", "output"): calls for name, calls in evidence.taps.items()}
-    bad = [name for name, g in evidence.parameters.items() if not bool(g.isfinite().all())]
+    bad = [name for name, g in evidence.parameters.items() if not bool(g.sum().isfinite())]
     if bad and isfinite(evidence.loss):
         raise NonFiniteError(
             f"the model's own gradient holds NaN or infinity at {', '.join(repr(n) for n in bad[:4])}: there is no "

@@ -42,11 +42,11 @@ class Watch:
         }
         self.note()
 
-    def note(self) -> None:
-        """Take everything as it is now for what it should be."""
+    def note(self, settings: list[Any] | None = None) -> None:
+        """Take everything as it is now for what it should be; :meth:`settings`, where they are known already."""
         self._training = self.modes()
         self._read = {x.data_ptr() for x in self._constants.values()}
-        self._settings = self.settings()
+        self._settings = self.settings() if settings is None else settings
         now = self._present()
         self._marks = {name: _mark(x) for name, x in now.items()}
         self._views = {name: _some(x) for name, x in now.items()}
@@ -78,9 +78,9 @@ class Watch:
                     found += (name, plain)
         return found
 
-    def changed_settings(self) -> bool:
+    def differ(self, settings: list[Any]) -> bool:
         """Whether any of them is another one; a forward that counts its own calls changes them too."""
-        return self.settings() != self._settings
+        return settings != self._settings
 
     def changes(self) -> list[str]:
         """Names of what is not what it was."""
