@@ -100,7 +100,7 @@ class Rounded(torch.autograd.Function):
 
 
 def normal(*shape: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(shape, dtype=dtype)
+    return torch.randn(shape, dtype=dtype).to(device.NAME)
 
 
 def waves(*shape: int) -> Tensor:
