@@ -244,6 +244,11 @@ def test_ops_that_read_one_triangle_are_no_faults(op: Any) -> None:
     assert second_order_fault(call_of(op, x @ x.mT + torch.eye(3), output=0)) is None
 
 
+def test_differences_that_a_near_pole_bends_are_no_faults() -> None:
+    x = torch.tensor([1.0, 1.0, 1e-4], dtype=F64)
+    assert second_order_fault(call_of(lambda x: 1 / x, x)) is None
+
+
 def test_what_cannot_be_linearized_is_refused() -> None:
     for call in (call_of(Clipped.apply, normal(3)), call_of(aten.bernoulli.default, torch.rand(3, dtype=F64))):
         with pytest.raises(NonDifferentiableError):
