@@ -20,6 +20,7 @@ import dag_hesse as dh
 from dag_hesse import errors
 from tests import device
 from tests.oracle import error
+from tests.property.situations import Cube
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(5)).double().to(device.NAME)
 Y = torch.tensor([0, 1, 2, 0], device=device.NAME)
@@ -92,20 +93,7 @@ class Around(nn.Module):
         return self.b(torch.tanh(self.between(self, self.a(x))))
 
 
-class Double(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.factor = factor
-        return factor * x**3
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        return 3 * ctx.factor * g * x**2, None
-
-
-class Once(Double):
+class Once(Cube):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -345,7 +333,7 @@ SITUATIONS: dict[str, Callable[[], nn.Module]] = {
     "MAML": lambda: Around(_maml, c=_linear()),
     "distributions": lambda: Around(_distribution),
     "NumPy": lambda: Around(_numpy),
-    "custom function": lambda: Around(_module_in_a_list, fn=Double.apply),
+    "custom function": lambda: Around(_module_in_a_list, fn=Cube.apply),
     "custom function of two outputs": lambda: Around(lambda m, z: torch.mul(*TwoOutputs.apply(z)) + z),
     "spectral norm": lambda: Around(
         lambda m, z: m.c(z), c=nn.utils.parametrizations.spectral_norm(_linear(), n_power_iterations=2)

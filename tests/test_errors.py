@@ -66,16 +66,6 @@ class Noisy(nn.Module):
         return self.layer(x) * self.draw()
 
 
-class _Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-
 def _poisoned(where: str) -> nn.Module:
     model = _net()
     with torch.no_grad():

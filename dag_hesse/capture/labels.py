@@ -228,7 +228,7 @@ def tried(walk: Walker, node: Node) -> Place | None:
             with preserved(), torch.no_grad():
                 return _responding(walk, node, places, positive)
         except (RuntimeError, IndexError, ValueError, NotImplementedError):
-            continue
+            continue  # random values are not in its domain
     return None
 
 

@@ -138,20 +138,8 @@ def _batch_norm(
     return to_x, (g * y).sum(dims) if mask[1] else None, g.sum(dims) if mask[2] else None
 
 
-def _unified_batch_norm(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    save_mean: Tensor | None,
-    save_rstd: Tensor | None,
-    train: bool,
-    eps: float,
-    mask: list[bool],
-    reserve: Tensor,
-) -> tuple[Tensor | None, ...]:
-    return _batch_norm(g, x, weight, mean, var, save_mean, save_rstd, train, eps, mask)
+def _unified_batch_norm(*arguments: Any) -> tuple[Tensor | None, ...]:
+    return _batch_norm(*arguments[:-1])  # the last one is what a vendor's kernel keeps
 
 
 def _rrelu(g: Tensor, x: Tensor, noise: Tensor, lower: float, upper: float, training: bool, is_result: bool) -> Tensor:
