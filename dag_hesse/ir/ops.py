@@ -44,7 +44,8 @@ def _standardize(x: Tensor, dims: list[int], eps: float, center: bool) -> Tensor
 def _batch_affine(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Tensor:
-    if x.is_cuda:  # the model's own kernel, whose last bit decides what a ReLU behind it does
+    fixed = not (mean.requires_grad or var.requires_grad)  # all that kernel can differentiate
+    if x.is_cuda and fixed:  # the model's own kernel, whose last bit decides what a ReLU behind it does
         return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
     shape = [1, -1, *[1] * (x.ndim - 2)]
     scale = torch.rsqrt(var + eps)

@@ -86,7 +86,7 @@ COUNTED: dict[str, tuple[Op, Callable[[Tensor], float] | None]] = {
     "sum of squares": (LOSSES["sum of squares"], None),
     "class weights": (
         lambda y, t: F.cross_entropy(y, t.argmax(1), weight=CLASS_WEIGHTS.to(y)),
-        lambda t: float(CLASS_WEIGHTS[t.argmax(1)].sum()),
+        lambda t: float(CLASS_WEIGHTS.to(t)[t.argmax(1)].sum()),
     ),
     "ignored": (
         lambda y, t: F.cross_entropy(y, t.argmax(1).where(t[:, 0] < 0.8, -100)),

@@ -213,9 +213,9 @@ def _zeros_filled(m: Any, x: Tensor) -> Tensor:
 
 
 def _accumulated(m: Any, x: Tensor) -> Tensor:
-    index = torch.tensor([[0, 1, 1]]).expand(len(x), -1)
+    index = torch.tensor([[0, 1, 1]], device=x.device).expand(len(x), -1)
     out = torch.zeros_like(x).scatter_add_(1, index, x)
-    return out.index_add_(0, torch.tensor([0, 0]), x[:2].tanh())
+    return out.index_add_(0, torch.tensor([0, 0], device=x.device), x[:2].tanh())
 
 
 def _addmm(m: Any, x: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ def _loop(m: Any, x: Tensor) -> Tensor:
 
 
 def _to_list(m: Any, x: Tensor) -> Tensor:
-    return x * torch.tensor(x.detach().mean(0).tanh().tolist()).to(x.dtype)
+    return x * torch.tensor(x.detach().mean(0).tanh().tolist()).to(x)
 
 
 def _chosen_layer(m: Any, x: Tensor) -> Tensor:
@@ -317,7 +317,7 @@ def _experts(m: Any, x: Tensor) -> Tensor:
 
 
 def _looked_up(m: Any, x: Tensor) -> Tensor:
-    return x * m.table(torch.bucketize(x.detach()[:, 0].contiguous(), torch.tensor([-0.5, 0.0, 0.5]).to(x.dtype)))
+    return x * m.table(torch.bucketize(x.detach()[:, 0].contiguous(), torch.tensor([-0.5, 0.0, 0.5]).to(x)))
 
 
 def _one_hot(m: Any, x: Tensor) -> Tensor:
@@ -360,7 +360,7 @@ def _four(x: Tensor) -> Tensor:
 
 def _fft(m: Any, x: Tensor) -> Tensor:
     spectrum = torch.fft.rfft(x)
-    return torch.fft.irfft(spectrum * torch.tensor([1.0, 0.5 + 0.2j]).to(spectrum.dtype), n=WIDTH)
+    return torch.fft.irfft(spectrum * torch.tensor([1.0, 0.5 + 0.2j]).to(spectrum), n=WIDTH)
 
 
 def _power_spectrum(m: Any, x: Tensor) -> Tensor:
@@ -370,7 +370,7 @@ def _power_spectrum(m: Any, x: Tensor) -> Tensor:
 
 def _rotated(m: Any, x: Tensor) -> Tensor:
     z = torch.view_as_complex(_four(x).reshape(len(x), 2, 2))
-    turned = z * torch.polar(torch.ones(2), torch.arange(2.0)).to(z.dtype)
+    turned = z * torch.polar(torch.ones(2), torch.arange(2.0)).to(z)
     return torch.view_as_real(turned).flatten(1)[:, :WIDTH]
 
 
@@ -394,11 +394,11 @@ def _wirtinger(m: Any, x: Tensor) -> Tensor:
 
 
 def _solve(m: Any, x: Tensor) -> Tensor:
-    return torch.linalg.solve(x.mT @ x + torch.eye(WIDTH, dtype=x.dtype), x.mT).mT
+    return torch.linalg.solve(x.mT @ x + torch.eye(WIDTH).to(x), x.mT).mT
 
 
 def _inverse(m: Any, x: Tensor) -> Tensor:
-    return x @ torch.linalg.inv(m.inner.weight @ m.inner.weight.mT + torch.eye(WIDTH, dtype=x.dtype))
+    return x @ torch.linalg.inv(m.inner.weight @ m.inner.weight.mT + torch.eye(WIDTH).to(x))
 
 
 def _matrix_exp(m: Any, x: Tensor) -> Tensor:
@@ -406,7 +406,7 @@ def _matrix_exp(m: Any, x: Tensor) -> Tensor:
 
 
 def _cholesky(m: Any, x: Tensor) -> Tensor:
-    return x @ torch.linalg.cholesky(m.inner.weight @ m.inner.weight.mT + torch.eye(WIDTH, dtype=x.dtype))
+    return x @ torch.linalg.cholesky(m.inner.weight @ m.inner.weight.mT + torch.eye(WIDTH).to(x))
 
 
 def _cell(m: Any, x: Tensor) -> Tensor:
@@ -468,7 +468,7 @@ def _checkpointed(m: Any, x: Tensor) -> Tensor:
 
 
 def _noise(m: Any, x: Tensor) -> Tensor:
-    return x * torch.rand_like(x) + 0.1 * torch.randn(WIDTH, dtype=x.dtype)
+    return x * torch.rand_like(x) + 0.1 * torch.randn(WIDTH).to(x)
 
 
 def _bernoulli(m: Any, x: Tensor) -> Tensor:
@@ -485,7 +485,7 @@ def _shuffled(m: Any, x: Tensor) -> Tensor:
 
 def _dropout_unread(m: Any, x: Tensor) -> Tensor:
     F.dropout(x, 0.5)
-    return F.dropout(x, 0.3, inplace=False) + torch.rand(()).to(x.dtype)
+    return F.dropout(x, 0.3, inplace=False) + torch.rand(()).to(x)
 
 
 def _sampled(m: Any, x: Tensor) -> Tensor:
@@ -580,12 +580,12 @@ WITHIN: dict[str, Step] = {
     "cumprod": _of(lambda x: torch.cumprod(x.tanh() + 1.5, 1)),
     "prod": _of(lambda x: x + x.tanh().prod(-1, keepdim=True)),
     "cummax": _of(lambda x: torch.cummax(x, 1)[0]),
-    "sort": _of(lambda x: torch.sort(x, 1, descending=True)[0] * torch.arange(1.0, 4.0).to(x.dtype)),
+    "sort": _of(lambda x: torch.sort(x, 1, descending=True)[0] * torch.arange(1.0, 4.0).to(x)),
     "median": _of(lambda x: x - x.median(-1, keepdim=True)[0]),
     "quantile": _of(lambda x: x - torch.quantile(x, 0.4, -1, keepdim=True)),
-    "scatter_reduce": _of(lambda x: x.scatter_reduce(1, torch.tensor([[0, 0, 2]]).expand(len(x), -1), x.cos(), "prod")),
-    "scatter amax": _of(lambda x: x.scatter_reduce(1, torch.tensor([[0, 0, 2]]).expand(len(x), -1), x.cos(), "amax")),
-    "scatter mean": _of(lambda x: x.scatter_reduce(1, torch.tensor([[0, 0, 2]]).expand(len(x), -1), x.sin(), "mean")),
+    "scatter_reduce": _of(lambda x: x.scatter_reduce(1, torch.tensor([[0, 0, 2]], device=x.device).expand(len(x), -1), x.cos(), "prod")),
+    "scatter amax": _of(lambda x: x.scatter_reduce(1, torch.tensor([[0, 0, 2]], device=x.device).expand(len(x), -1), x.cos(), "amax")),
+    "scatter mean": _of(lambda x: x.scatter_reduce(1, torch.tensor([[0, 0, 2]], device=x.device).expand(len(x), -1), x.sin(), "mean")),
     "normalize": _of(lambda x: F.normalize(x, p=3.0, dim=-1, eps=1e-2)),
     "cosine": _of(lambda x: x * F.cosine_similarity(x, x.sin() + 0.5, dim=-1)[:, None]),
     "triple product": _of(lambda x: torch.einsum("bi,bj,bk->bk", x, x.sin(), x)),
@@ -605,7 +605,7 @@ WITHIN: dict[str, Step] = {
     "renorm": _of(lambda x: torch.renorm(x, 2, 0, 0.8)),
     "nan_to_num": _of(lambda x: torch.nan_to_num(torch.where(x > 0, x, torch.nan)) + x),
     "eigenvalues": _of(
-        lambda x: x @ torch.linalg.eigvalsh(x.mT @ x + torch.diag(torch.arange(3.0)).to(x.dtype)).diag()
+        lambda x: x @ torch.linalg.eigvalsh(x.mT @ x + torch.diag(torch.arange(3.0)).to(x)).diag()
     ),
     "trace": _of(lambda x: x * torch.trace(x @ x.mT)),
     "householder": _of(lambda x: x - x.flip(0) @ x.mT @ x * 0.1),

@@ -62,7 +62,7 @@ def differentiable(model: Dag, batch: Batch, loss: Op) -> list[str]:
         output, value = run(model, batch, loss)
         grads = torch.autograd.grad(value, list(own.values()), create_graph=True, allow_unused=True)
         live = [g for g in grads if g is not None and g.requires_grad]
-        total = sum((g.sum() for g in live), torch.zeros(()))
+        total = sum((g.sum() for g in live), torch.zeros((), device=device.NAME))
         further = torch.autograd.grad(total, list(own.values()), allow_unused=True) if live else ()
     except (RuntimeError, IndexError, ValueError):
         require(False)
@@ -91,11 +91,11 @@ def check_blocks(recipe: Recipe) -> None:
         if name in names and size == BATCH * WIDTH:  # where samples mix, the axis of the batch may be lost
             del truth.axes[name]
     size = operator.shape[0]
-    found = dict(zip(("gn", "tensor"), operator.parts(torch.eye(size, dtype=operator.dtype)), strict=True))
+    found = dict(zip(("gn", "tensor"), operator.parts(torch.eye(size, dtype=operator.dtype, device=device.NAME)), strict=True))
     found["full"] = operator.dense()
     compare(operator, found, truth, dh.structure(model, batch, loss=loss, points=points))
     report = dh.analyze(model, batch, loss=loss, points=points, mode="exact")
-    norms = torch.as_tensor(report.resonance)
+    norms = torch.as_tensor(report.resonance).to(device.NAME)
     assert error(norms, _norms(operator, found["full"], report.names), 1e-2) < 1e-10
     picked = points[recipe.seed % len(points)]
     assert error(report.block(picked, picked), truth.block(picked, picked, "full", "shared"), 1e-2) < 1e-9
@@ -159,15 +159,15 @@ def check_products(recipe: Recipe) -> None:
     names = differentiable(model, batch, loss)
     require(names)
     torch.manual_seed(recipe.seed)
-    columns = torch.randn(sum(dict(model.named_parameters())[name].numel() for name in names), 3).double()
-    state = torch.get_rng_state()
+    columns = torch.randn(sum(dict(model.named_parameters())[name].numel() for name in names), 3).double().to(device.NAME)
+    state = device.random_states()
     expected = products(model, batch, loss, names, columns)
-    torch.set_rng_state(state)
+    device.set_random_states(state)
     kept = {name: x.clone() for name, x in model.state_dict().items()}
     for kind, wanted in zip((dh.HessianOperator, dh.GGNOperator), expected, strict=True):
         scale = max(float(expected[1].norm()), 1e-2)
         assert error(kind(model, batch, loss=loss, points=names) @ columns, wanted, scale) < 1e-10, kind
-    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, device.random_states(), state))
     assert all(torch.equal(x, kept[name]) for name, x in model.state_dict().items())
 
 
@@ -204,10 +204,10 @@ def check_batches(recipe: Recipe, name: str, reduction: str, sizes: Sequence[int
     names = [n for n, _ in model.named_parameters() if n in live]
     require(names)
     torch.manual_seed(recipe.seed)
-    columns = torch.randn(sum(dict(model.named_parameters())[n].numel() for n in names), 2).double()
-    state = torch.get_rng_state()
+    columns = torch.randn(sum(dict(model.named_parameters())[n].numel() for n in names), 2).double().to(device.NAME)
+    state = device.random_states()
     parts = [products(model, batch, loss, names, columns) for batch in batches]
-    torch.set_rng_state(state)
+    device.set_random_states(state)
     for k, kind in enumerate((dh.HessianOperator, dh.GGNOperator)):
         expected = torch.stack([share * part[k] for share, part in zip(shares, parts, strict=True)]).sum(0)
         scale = max(*(share * float(part[1].norm()) for share, part in zip(shares, parts, strict=True)), 1e-2)

@@ -110,7 +110,7 @@ def waves(*shape: int) -> Tensor:
 SMOOTH: dict[str, Callable[[], Call]] = {
     "logcumsumexp": lambda: call_of(aten.logcumsumexp.default, normal(3, 4), 1),
     "cumprod": lambda: call_of(aten.cumprod.default, normal(3, 4), 1),
-    "solve": lambda: call_of(torch.linalg.solve, normal(3, 3) + 3 * torch.eye(3), normal(3, 2)),
+    "solve": lambda: call_of(torch.linalg.solve, normal(3, 3) + 3 * torch.eye(3, device=device.NAME), normal(3, 2)),
     "inverse": lambda: call_of(aten.linalg_inv_ex.default, normal(3, 3), output=0),
     "eigenvalues": lambda: call_of(lambda x: torch.linalg.eigh(x + x.mT), normal(3, 3), output=0),
     "fft of real": lambda: call_of(aten._fft_r2c.default, normal(3, 5), [1], 0, True),
@@ -241,7 +241,7 @@ def test_kinks_and_low_precision_are_no_faults() -> None:
 @pytest.mark.parametrize("op", [aten.linalg_cholesky_ex.default, aten._linalg_eigh.default])
 def test_ops_that_read_one_triangle_are_no_faults(op: Any) -> None:
     x = normal(3, 3)
-    assert second_order_fault(call_of(op, x @ x.mT + torch.eye(3), output=0)) is None
+    assert second_order_fault(call_of(op, x @ x.mT + torch.eye(3).to(x), output=0)) is None
 
 
 def test_differences_that_a_near_pole_bends_are_no_faults() -> None:
