@@ -176,6 +176,17 @@ def probe_row() -> dict[str, Any]:
     }
 
 
+class Recurrent(nn.Module):
+    """A classifier of sequences by an LSTM's last state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.LSTM(16, 32, batch_first=True), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][:, -1])
+
+
 def capture_rows() -> dict[str, float]:
     """Seconds for capture + structure + plan (the best of five, after one warm-up: imports are paid once)."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -185,10 +196,12 @@ def capture_rows() -> dict[str, float]:
     gpt = GPT2LMHeadModel(config)
     ids = torch.randint(0, 1000, (2, 64))
     batch = {"input_ids": ids, "labels": ids}
+    recurrent, sequences = Recurrent(), (torch.randn(8, 512, 16), torch.arange(8) % 5)
     runs = {
         "ResNet-18": lambda: plan([analyze_structure(dh.capture(model, (x, y)))]),
         "GPT-2, 12 layers": lambda: plan([analyze_structure(dh.capture(gpt.eval(), batch))]),
         "GPT-2, 12 layers, dropout on": lambda: plan([analyze_structure(dh.capture(gpt.train(), batch))]),
+        "LSTM, 512 steps": lambda: plan([analyze_structure(dh.capture(recurrent, sequences))]),
     }
     return {name: median(values) for name, values in interleaved(runs, rounds=5).items()}
 

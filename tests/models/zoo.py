@@ -57,6 +57,7 @@ class Case:
 def _randomize_statistics(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.running_mean is not None and module.running_var is not None
             module.running_mean.normal_(0, 0.3)
             module.running_var.uniform_(0.5, 2.0)
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -291,10 +292,13 @@ def _causal(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor
     return F.cross_entropy(logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].reshape(-1))
 
 
+LABELS: dict[str, Any] = {"num_labels": 3}
+
+
 def _hf_resnet() -> Case:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", **LABELS)
     model = ResNetForImageClassification(config).eval()
     _randomize_statistics(model)
     pixels, labels = _images(2, 16, 3)
@@ -307,7 +311,7 @@ def _hf_vit() -> Case:
 
     config = ViTConfig(
         hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
-        num_labels=3,
+        **LABELS,
     )  # fmt: skip
     model = ViTForImageClassification(config).eval()
     pixels, labels = _images(2, 8, 3)
