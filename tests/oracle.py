@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Blocks = dict[tuple[str, str], Tensor]
+_SEEDS = count()
 
 
 @contextmanager
@@ -159,3 +163,23 @@ def error(found: Tensor, expected: Tensor, scale: float = 0.0) -> float:
     floor = max(float(expected.norm()), scale)
     difference = float((found.double() - expected.double()).norm())
     return difference / floor if floor else difference
+
+
+class Rounded(TorchDispatchMode):
+    """Monte Carlo arithmetic (Parker, 1997): every floating-point result is off by a random error of one rounding.
+
+    How far a computation moves under it is how far rounding moves it, cancellation included.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(next(_SEEDS))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(found):
+            if isinstance(x, Tensor) and x.is_floating_point() and x.untyped_storage().data_ptr() not in given:
+                noise = torch.rand(x.shape, generator=self.generator, dtype=torch.float64).to(x) * 2 - 1
+                x.mul_(1 + torch.finfo(x.dtype).eps * noise)
+        return found

@@ -583,9 +583,15 @@ WITHIN: dict[str, Step] = {
     "sort": _of(lambda x: torch.sort(x, 1, descending=True)[0] * torch.arange(1.0, 4.0).to(x)),
     "median": _of(lambda x: x - x.median(-1, keepdim=True)[0]),
     "quantile": _of(lambda x: x - torch.quantile(x, 0.4, -1, keepdim=True)),
-    "scatter_reduce": _of(lambda x: x.scatter_reduce(1, torch.tensor([[0, 0, 2]], device=x.device).expand(len(x), -1), x.cos(), "prod")),
-    "scatter amax": _of(lambda x: x.scatter_reduce(1, torch.tensor([[0, 0, 2]], device=x.device).expand(len(x), -1), x.cos(), "amax")),
-    "scatter mean": _of(lambda x: x.scatter_reduce(1, torch.tensor([[0, 0, 2]], device=x.device).expand(len(x), -1), x.sin(), "mean")),
+    "scatter_reduce": _of(
+        lambda x: x.scatter_reduce(1, torch.tensor([[0, 0, 2]], device=x.device).expand(len(x), -1), x.cos(), "prod")
+    ),
+    "scatter amax": _of(
+        lambda x: x.scatter_reduce(1, torch.tensor([[0, 0, 2]], device=x.device).expand(len(x), -1), x.cos(), "amax")
+    ),
+    "scatter mean": _of(
+        lambda x: x.scatter_reduce(1, torch.tensor([[0, 0, 2]], device=x.device).expand(len(x), -1), x.sin(), "mean")
+    ),
     "normalize": _of(lambda x: F.normalize(x, p=3.0, dim=-1, eps=1e-2)),
     "cosine": _of(lambda x: x * F.cosine_similarity(x, x.sin() + 0.5, dim=-1)[:, None]),
     "triple product": _of(lambda x: torch.einsum("bi,bj,bk->bk", x, x.sin(), x)),
@@ -604,9 +610,7 @@ WITHIN: dict[str, Step] = {
     "take_along": _of(lambda x: torch.take_along_dim(x, x.argsort(1), 1)),
     "renorm": _of(lambda x: torch.renorm(x, 2, 0, 0.8)),
     "nan_to_num": _of(lambda x: torch.nan_to_num(torch.where(x > 0, x, torch.nan)) + x),
-    "eigenvalues": _of(
-        lambda x: x @ torch.linalg.eigvalsh(x.mT @ x + torch.diag(torch.arange(3.0)).to(x)).diag()
-    ),
+    "eigenvalues": _of(lambda x: x @ torch.linalg.eigvalsh(x.mT @ x + torch.diag(torch.arange(3.0)).to(x)).diag()),
     "trace": _of(lambda x: x * torch.trace(x @ x.mT)),
     "householder": _of(lambda x: x - x.flip(0) @ x.mT @ x * 0.1),
 }

@@ -10,6 +10,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dag_hesse as dh
 from tests import device
-from tests.oracle import Truth, error
+from tests.oracle import Rounded, Truth, error
 from tests.property.dags import BATCH, COUNTED, LOSSES, STATEFUL, WIDTH, WRITING, Dag, Op, Recipe, recipes
 
 SHARDS = 4
@@ -45,6 +46,16 @@ def model_of(recipe: Recipe) -> Dag:
 def batch_of(size: int) -> Batch:
     inputs, targets = (torch.randn(size, WIDTH).double().to(device.NAME) for _ in range(2))
     return inputs, targets
+
+
+def agree(found: Tensor, expected: Tensor, scale: float, again: Callable[[], Tensor]) -> bool:
+    """Whether two results differ by 1e-10 of their scale, or by no more than rounding alone moves the oracle.
+
+    ``again()`` is the oracle once more, under :class:`~tests.oracle.Rounded` (a softmax that is nearly one-hot leaves
+    few digits of 1 − p to anybody).
+    """
+    off = error(found, expected, scale)
+    return off < 1e-10 or off < max(error(again(), expected, scale) for _ in range(5)) < 1e-6
 
 
 def run(model: Dag, batch: Batch, loss: Op) -> tuple[Tensor, Tensor]:
@@ -78,10 +89,13 @@ def check_blocks(recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     live = differentiable(model, batch, loss)
     points = [*names, *[name for name in PARAMETERS if name in live][:2]]
-    torch.manual_seed(recipe.seed)
-    twin = copy.deepcopy(model)
+
+    def oracle(twin: Dag, batch: Batch) -> Truth:
+        torch.manual_seed(recipe.seed)
+        return Truth(twin, lambda: loss(twin(batch[0].clone()), batch[1]), names, points[len(names) :])
+
     try:
-        truth = Truth(twin, lambda: loss(twin(batch[0].clone()), batch[1]), names, points[len(names) :])
+        truth = oracle(copy.deepcopy(model), batch)
     except RuntimeError:
         require(False)
     require(all(bool(block.isfinite().all()) for block in truth.full.values()))  # the norm of a zero row has no second
@@ -91,9 +105,16 @@ def check_blocks(recipe: Recipe) -> None:
         if name in names and size == BATCH * WIDTH:  # where samples mix, the axis of the batch may be lost
             del truth.axes[name]
     size = operator.shape[0]
-    found = dict(zip(("gn", "tensor"), operator.parts(torch.eye(size, dtype=operator.dtype, device=device.NAME)), strict=True))
+    found = dict(
+        zip(("gn", "tensor"), operator.parts(torch.eye(size, dtype=operator.dtype, device=device.NAME)), strict=True)
+    )
     found["full"] = operator.dense()
-    compare(operator, found, truth, dh.structure(model, batch, loss=loss, points=points))
+
+    def again() -> Truth:
+        with Rounded():
+            return oracle(copy.deepcopy(model), batch)
+
+    compare(operator, found, truth, dh.structure(model, batch, loss=loss, points=points), again)
     report = dh.analyze(model, batch, loss=loss, points=points, mode="exact")
     norms = torch.as_tensor(report.resonance).to(device.NAME)
     assert error(norms, _norms(operator, found["full"], report.names), 1e-2) < 1e-10
@@ -112,7 +133,13 @@ def _norms(operator: dh.HessianOperator, whole: Tensor, names: Sequence[str]) ->
     return torch.stack([torch.stack([blocks[v, w].norm() for w in names]) for v in names])
 
 
-def compare(operator: dh.HessianOperator, found: dict[str, Tensor], truth: Truth, claims: dh.Structure) -> None:
+def compare(
+    operator: dh.HessianOperator,
+    found: dict[str, Tensor],
+    truth: Truth,
+    claims: dh.Structure,
+    again: Callable[[], Truth],
+) -> None:
     """Blocks and their parts; what is claimed to be zero is zero, and no rank is above its bound."""
     blocks = {part: _split(operator, whole) for part, whole in found.items()}
     place = {name: k for k, name in enumerate(claims.names)}
@@ -122,7 +149,8 @@ def compare(operator: dh.HessianOperator, found: dict[str, Tensor], truth: Truth
         scale = float((truth.full[v, v].norm() * truth.full[w, w].norm()).sqrt())
         scale = max(scale, float(truth.gn[v, w].norm()), 1e-2)  # weights and data are of order one
         for part in blocks:
-            assert error(blocks[part][v, w], expected[part], scale) < 1e-10, (v, w, part)
+            other = partial(lambda v, w, part: again().block(v, w, part, "shared"), v, w, part)
+            assert agree(blocks[part][v, w], expected[part], scale, other), (v, w, part)
         at, scale = (place[v], place[w]), max(scale, largest)  # the oracle's zeros are sums that cancel
         if not claims.gn_alive[at]:
             assert float(truth.gn[v, w].norm()) <= 1e-12 * scale, (v, w)
@@ -159,14 +187,23 @@ def check_products(recipe: Recipe) -> None:
     names = differentiable(model, batch, loss)
     require(names)
     torch.manual_seed(recipe.seed)
-    columns = torch.randn(sum(dict(model.named_parameters())[name].numel() for name in names), 3).double().to(device.NAME)
+    columns = (
+        torch.randn(sum(dict(model.named_parameters())[name].numel() for name in names), 3).double().to(device.NAME)
+    )
     state = device.random_states()
     expected = products(model, batch, loss, names, columns)
     device.set_random_states(state)
     kept = {name: x.clone() for name, x in model.state_dict().items()}
-    for kind, wanted in zip((dh.HessianOperator, dh.GGNOperator), expected, strict=True):
+
+    def again(k: int) -> Tensor:
+        device.set_random_states(state)
+        with Rounded():
+            return products(model, batch, loss, names, columns)[k]
+
+    for k, kind in enumerate((dh.HessianOperator, dh.GGNOperator)):
         scale = max(float(expected[1].norm()), 1e-2)
-        assert error(kind(model, batch, loss=loss, points=names) @ columns, wanted, scale) < 1e-10, kind
+        found = kind(model, batch, loss=loss, points=names) @ columns
+        assert agree(found, expected[k], scale, partial(again, k)), kind
     assert all(map(torch.equal, device.random_states(), state))
     assert all(torch.equal(x, kept[name]) for name, x in model.state_dict().items())
 
@@ -206,13 +243,24 @@ def check_batches(recipe: Recipe, name: str, reduction: str, sizes: Sequence[int
     torch.manual_seed(recipe.seed)
     columns = torch.randn(sum(dict(model.named_parameters())[n].numel() for n in names), 2).double().to(device.NAME)
     state = device.random_states()
-    parts = [products(model, batch, loss, names, columns) for batch in batches]
+
+    def weighted() -> list[list[Tensor]]:
+        """H V and GGN V, their terms batch by batch."""
+        device.set_random_states(state)
+        terms = [products(model, batch, loss, names, columns) for batch in batches]
+        return [[share * term[k] for share, term in zip(shares, terms, strict=True)] for k in range(2)]
+
+    expected = weighted()
     device.set_random_states(state)
+    scale = max(*(float(term.norm()) for term in expected[1]), 1e-2)
+
+    def again(k: int) -> Tensor:
+        with Rounded():
+            return torch.stack(weighted()[k]).sum(0)
+
     for k, kind in enumerate((dh.HessianOperator, dh.GGNOperator)):
-        expected = torch.stack([share * part[k] for share, part in zip(shares, parts, strict=True)]).sum(0)
-        scale = max(*(share * float(part[1].norm()) for share, part in zip(shares, parts, strict=True)), 1e-2)
         operator = kind(model, batches, loss=loss, params=names, reduction=option)
-        assert error(operator @ columns, expected, scale) < 1e-10, kind
+        assert agree(operator @ columns, torch.stack(expected[k]).sum(0), scale, partial(again, k)), kind
 
 
 def examples(share: float, *strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dag_hesse as dh
-from tests.oracle import Truth, error
+from tests.oracle import Rounded, Truth, error
 from tests.property.dags import ACROSS, ACROSS_TWO, WITHIN, Recipe, Step
-from tests.property.test_random_dags import check_blocks, check_products
+from tests.property.test_random_dags import agree, check_blocks, check_products
 
 LABELS = torch.tensor([0, 1, 2, 0])
 
@@ -114,3 +116,19 @@ def test_a_value_written_by_a_mask_keeps_samples_apart(axis: int) -> None:
     assert [point.dim for point in report.points] == [4, 4]
     truth = Truth(model, lambda: F.cross_entropy(model(x), LABELS), ["first", "same"])
     assert error(report.block("first", "same"), truth.block("first", "same", "full", "per_sample", 4)) < 1e-10
+
+
+def test_an_error_is_told_from_rounding() -> None:
+    x = torch.randn(3, 3).double()
+    p = torch.tensor(1 - 1e-9, dtype=torch.float64)
+
+    def rounded(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def again() -> Tensor:
+            with Rounded():
+                return run()
+
+        return again
+
+    assert not agree(x @ x + 1e-7, x @ x, 1.0, rounded(lambda: x @ x))  # well conditioned: that is an error
+    assert agree(1 - p + 1e-17, 1 - p, 0.0, rounded(lambda: 1 - p * 1))  # nobody has those digits
+    assert not agree(1 - p + 1e-14, 1 - p, 0.0, rounded(lambda: 1 - p * 1))
