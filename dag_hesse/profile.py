@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dag_hesse.analyze import analyze
 from dag_hesse.capture import Batches, capture_all, first_batch, unwrapped
@@ -22,7 +22,6 @@ from dag_hesse.plan.edges import Edge, as_rows, dearest, edges, render_edges
 from dag_hesse.plan.memory import linearization_bytes, sweep_bytes
 from dag_hesse.plan.planner import sweep_cost
 from dag_hesse.rules import Linearized
-from dag_hesse.rules.base import Note, Tangents
 from dag_hesse.structure import analyze_structure
 from dag_hesse.sweep import Linearization, Problem, Request
 
@@ -102,7 +101,7 @@ class Profile:
 
 
 class _Timed(Linearized):
-    """A call that counts the seconds of its products and names them in a profiler's trace."""
+    """A bound call that counts the seconds of its products and names them in a profiler's trace."""
 
     def __init__(self, inner: Linearized, name: str) -> None:
         self.inner, self.name, self.seconds = inner, name, 0.0
@@ -114,26 +113,13 @@ class _Timed(Linearized):
             yield
             self.seconds += time.perf_counter() - start
 
-    def jvp(self, tangents: Tangents) -> Tensor:
+    def push(self, *given: Any) -> Any:
         with self._clock("tangent"):
-            return self.inner.jvp(tangents)
+            return self.inner.push(*given)
 
-    def note(self, tangents: Tangents, slots: Sequence[int]) -> Note:
-        with self._clock("tangent"):
-            return self.inner.note(tangents, slots)
-
-    def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
-        with self._clock("tangent"):
-            return self.inner.push(tangents, slots)
-
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return self.inner.vjp(cotangent, slot)
-
-    def pull(
-        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, note: Note
-    ) -> dict[int, Tensor]:
+    def pull(self, *given: Any) -> Any:
         with self._clock("adjoint"):
-            return self.inner.pull(cotangent, tangents, slots, rows, note)
+            return self.inner.pull(*given)
 
 
 def _node_profiles(graph: CurvatureGraph, lin: Linearization, found: list[Edge]) -> list[NodeProfile]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import dag_hesse as dh
 from bench.timing import peak_bytes
@@ -24,15 +26,25 @@ def test_rules_keep_what_the_plan_says(name: str) -> None:
     graph = fuse(dh.capture(one.model, one.batch, loss=one.loss, output=one.out or None, points=points))
     _, lin = next(iter(Problem(one.model, [graph], Batches(one.batch), "shared", with_out=False).linearizations()))
     for index in lin.calls:
-        node, own = graph.nodes[index], held(graph, graph.nodes[index], lin.active)
+        node, foreseen = graph.nodes[index], held(graph, graph.nodes[index], lin.active)
         if index not in lin.curved:
-            assert own == Held()
+            assert foreseen == Held()
             continue
-        call = lin.calls[index]
         slots = sorted(lin.curved[index])
-        assert {node.inputs[slot] for slot in slots if call.reads(slot)} == own.tangents - {index}, node
         tangents = {slot: torch.randn(1, *graph.nodes[node.inputs[slot]].shape, dtype=node.dtype) for slot in slots}
-        assert (call.note(tangents, slots) is not None) == (own.note > 0 or index in own.tangents), node
+        moved, saved = lin.calls[index].push(tangents, True, slots)
+        places = {x.untyped_storage().data_ptr(): node.inputs[slot] for slot, x in tangents.items()}
+        places[moved.untyped_storage().data_ptr()] = index
+        kept = {x.untyped_storage().data_ptr(): x for x in tensors(saved)}
+        assert {places[place] for place in kept if place in places} == foreseen.tangents, node
+        assert sum(x.nbytes for place, x in kept.items() if place not in places) == foreseen.own, node
+
+
+def tensors(residual: Any) -> list[Tensor]:
+    """All tensors in a residual, whatever its form."""
+    if is_dataclass(residual):
+        residual = [getattr(residual, field.name) for field in fields(residual)]
+    return [x for x in tree_leaves(residual) if isinstance(x, Tensor)]
 
 
 SETUP = """

@@ -37,10 +37,10 @@ _VIEWS = {
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What the adjoint pass wants of a node's tangent pass: tangents of these nodes, and bytes of a note."""
+    """What a node's residual holds: tangents of these nodes, and bytes of its own."""
 
     tangents: frozenset[int] = frozenset()
-    note: int = 0
+    own: int = 0
 
 
 def held(graph: CurvatureGraph, node: Node, active: list[bool]) -> Held:
@@ -50,13 +50,15 @@ def held(graph: CurvatureGraph, node: Node, active: list[bool]) -> Held:
     if not pairs:
         return Held()
     if isinstance(node.target, Region) and node.target.meet is not None:
-        return Held(note=node.bytes)
-    if node.op in ("aten._log_softmax.default", "dag_hesse.standardize.default"):
-        return Held(frozenset({node.index}))  # its note is its own tangent
+        return Held(own=node.bytes)
+    if node.op == "aten._log_softmax.default":
+        return Held(frozenset({node.index}))
+    if node.op == "dag_hesse.standardize.default":  # its own tangent, and two numbers a row
+        return Held(frozenset({node.index}), 2 * node.bytes // prod(node.shape[k] for k in node.args[1]))  # type: ignore
     if node.kind is Kind.ROWWISE:
-        return Held(note=inputs[0].bytes)
+        return Held(own=inputs[0].bytes)
     if node.op == "dag_hesse.batch_affine.default" and has_fixed_statistics(node, [active[k] for k in node.inputs]):
-        return Held(frozenset({inputs[1].index}), inputs[1].bytes)
+        return Held(own=2 * inputs[1].bytes)
     if node.kind is Kind.CONTRACTION:
         a, b = inputs[:2]
         early = b.numel < a.numel
@@ -197,7 +199,7 @@ def _ahead(tangents: _Live, inner: list[Node], kept: dict[int, Held]) -> int:
         if useful[node.index]:
             tangents.add(node.index)
             alive.add(node.index)
-        noted += kept[node.index].note
+        noted += kept[node.index].own
         for k in kept[node.index].tangents:
             tangents.add(k)
         peak = max(peak, tangents.bytes + noted)
@@ -217,7 +219,7 @@ def _back(tangents: _Live, inner: list[Node], kept: dict[int, Held], reads: set[
     copies = [channels if on else 1 for on in both]
     adjoints = _Live(graph, copies)
     needed, met, active = graph.descendants(reads), set[int](), {n.index for n in inner} | reads
-    noted, found, peak = sum(one.note for one in kept.values()), 0, 0
+    noted, found, peak = sum(one.own for one in kept.values()), 0, 0
     for node in reversed(inner):
         own = kept[node.index]
         if not needed[node.index] or not (node.index in met or own != Held()):
@@ -234,7 +236,7 @@ def _back(tangents: _Live, inner: list[Node], kept: dict[int, Held], reads: set[
                 met.add(source.index)
             met.add(k)
         peak = max(peak, tangents.bytes + noted + adjoints.bytes + found + working)
-        noted -= own.note
+        noted -= own.own
         for k in own.tangents:
             tangents.drop(k)
         if node.index in met:

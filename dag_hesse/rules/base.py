@@ -1,7 +1,6 @@
 """What a rule is; its constructors, named after the kinds of rules, are in ``linear``, ``diagonal``, ``bilinear``.
 
-A rule is *linearized* once, on the values of one call; after that it is a set of linear products. Every product
-carries one leading probe axis: tangents are (probes, *input), cotangents (probes, *output).
+A rule is *linearized* once, on the values of one call; after that it is a set of linear products.
 """
 
 from __future__ import annotations
@@ -19,7 +18,9 @@ from dag_hesse.kernels.pointwise import Coefficient
 
 Tangents = Mapping[int, Tensor]
 Pairs = frozenset[tuple[int, int]]
-Note = Any  # what a call leaves of a tangent pass for the adjoint pass that follows
+Buffers = Mapping[int, Tensor]  # per slot, what a result may be added to
+Saved = Any  # a residual: what a call keeps of a tangent pass for the adjoint pass that follows
+ALL = slice(None)
 Run = Callable[[Node, Sequence[Tensor]], Tensor]
 Partials = Callable[["Call"], tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]]
 
@@ -33,12 +34,14 @@ class Call:
         values: one tensor per input slot; for a region, its members' values follow.
         out: the node's own value.
         active: per slot, whether a point reaches that input.
+        curved: whether its second-order term will be asked for.
     """
 
     node: Node
     values: tuple[Tensor, ...]
     out: Tensor
     active: tuple[bool, ...]
+    curved: bool = True
 
     def shape(self, slot: int = 0) -> torch.Size:
         """Shape of the ``slot``-th tensor input."""
@@ -61,86 +64,50 @@ class Call:
 
 
 class Linearized(ABC):
-    """A call after linearization: linear maps, and (after :meth:`curve`) the λ-weighted second-order term."""
+    """One call as linear maps: :meth:`bind` once, then :meth:`push` and :meth:`pull` any number of times.
+
+    Every tensor has a leading axis of rows: probes, or probes of both channels. ``push`` and ``pull`` read no values on
+    the host, so that a whole sweep can be recorded and replayed. A tensor that is returned is new, a view of what was
+    given, or a buffer of ``into``.
+    """
+
+    def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
+        """Take λ = ∂L/∂output, (1, *output), or None where none arrives; return D_slotᵀ λ, (1, *input), per slot.
+
+        What the second-order term needs of λ is kept, and what only that needed is given up. ``into`` is as for
+        :meth:`pull`.
+        """
+        return {} if lam is None else self.pull(lam, None, ALL, slots, into)
 
     @abstractmethod
-    def jvp(self, tangents: Tangents) -> Tensor:
-        """Return the output tangent Σ_i D_i ẋ_i, (probes, *output)."""
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+        """Return the output tangent Σ_i D_i ẋ_i, (rows, *output), where ``out`` asks for it, and a residual.
+
+        The residual is what :meth:`pull` takes of these tangents for the second-order terms of the slots in ``bend``;
+        None where those terms are zero, as they are before a λ was bound.
+        """
 
     @abstractmethod
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        """Return D_slotᵀ ā, (probes, *input)."""
-
-    def add_vjp(self, cotangent: Tensor, slot: int, into: Tensor) -> bool:
-        """Add D_slotᵀ ā to ``into`` in place, where that is less work than to make it; False: nothing was done."""
-        return False
-
-    def curve(self, lam: Tensor, pulled: Tangents) -> None:  # noqa: B027  (linear calls have nothing to keep)
-        """Keep what the second-order term needs of the adjoint λ = ∂L/∂output, (*output).
-
-        ``pulled`` are the inputs' adjoints that come of λ, (*input), for some slots: what is kept of them costs no
-        memory, as the calls that they are λ of keep them too.
-        """
-
-    def descend(self, lam: Tensor, slots: Sequence[int], *, curved: bool) -> dict[int, Tensor]:
-        """The inputs' adjoints that come of λ, (*input), per slot; :meth:`curve` where the call is ``curved``."""
-        pulled = {slot: x[0] for slot, x in self.pull(lam.unsqueeze(0), {}, slots, slice(None), None).items()}
-        if curved:
-            self.curve(lam, pulled)
-        return pulled
-
-    def settle(self) -> None:  # noqa: B027  (most calls have nothing left to do)
-        """λ has come by, or never will: evaluate what is still to be, and give up what that comes of."""
-
-    def reads(self, slot: int) -> bool:
-        """Whether the second-order term is found from that input's tangent (and not from the note alone)."""
-        return True
-
-    def note(self, tangents: Tangents, slots: Sequence[int]) -> Note:
-        """What the second-order term at ``slots`` needs of a tangent pass besides the tangents; None for nothing."""
-        return None
-
-    def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
-        """:meth:`jvp` and :meth:`note`."""
-        return self.jvp(tangents), self.note(tangents, slots)
-
-    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        """Return Σ_j (T[slot, j]·λ) ẋ_j, (probes, *input), added to ``into`` where that is given; None if it is zero.
-
-        ``tangents`` are those that the call :meth:`reads`, ``note`` is :meth:`note` of all.
-        """
-        return None
-
     def pull(
-        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, note: Note
+        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
-        """Per slot, D_slotᵀ ā with the second-order term added to its ``rows``; without a cotangent, that term alone.
+        """Return D_slotᵀ ā per slot, (rows, *input), with the second-order term of ``saved`` added to ``rows`` of it.
 
-        No tangents and no note: no second-order term.
+        One of ``grad``, (rows, *output), and ``saved`` may be None; a slot whose term is zero may be left out then.
+        A slot's result may be added to its buffer in ``into``, where that is less work: the buffer is what is returned.
         """
-        found: dict[int, Tensor] = {}
-        for slot in slots:
-            if cotangent is None:
-                bent = self.second(tangents, note, slot)
-                if bent is not None:
-                    found[slot] = bent
-            elif tangents or note is not None:
-                found[slot] = self.bent_vjp(cotangent, tangents, note, slot, rows)
-            else:
-                found[slot] = self.vjp(cotangent, slot)
-        return found
 
-    def bent_vjp(self, cotangent: Tensor, tangents: Tangents, note: Note, slot: int, rows: slice) -> Tensor:
-        """:meth:`vjp` with :meth:`second` added to its ``rows``."""
-        data = self.vjp(cotangent, slot)
-        if is_fresh(data, cotangent):
-            self.second(tangents, note, slot, data[rows])
-            return data
-        bent = self.second(tangents, note, slot)
-        if bent is not None:
-            data = data.clone(memory_format=torch.contiguous_format)
-            data[rows] += bent
-        return data
+
+def bent(x: Tensor, grad: Tensor, rows: slice, second: Callable[[Tensor | None], Tensor | None]) -> Tensor:
+    """``x``, which came of ``grad``, with a second-order term in its ``rows``; ``second(into)`` makes or adds it."""
+    if is_fresh(x, grad):
+        second(x[rows])
+        return x
+    term = second(None)
+    if term is not None:
+        x = x.clone(memory_format=torch.contiguous_format)
+        x[rows] += term
+    return x
 
 
 def added(x: Tensor, into: Tensor | None) -> Tensor:

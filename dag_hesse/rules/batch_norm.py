@@ -12,7 +12,7 @@ from torch import Tensor
 from dag_hesse.ir.node import Kind, Node, Ref
 from dag_hesse.kernels.pointwise import Coefficient, add_times, plus_times, times
 from dag_hesse.kernels.pool import room
-from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Rule, Tangents, added
+from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Saved, Tangents
 from dag_hesse.rules.diagonal import diagonal
 
 aten = torch.ops.aten
@@ -74,6 +74,7 @@ class _FixedStatistics(Linearized):
         self.r = torch.rsqrt(self.var + self.eps)
         self.gamma = call.argument(1)
         self.gain = self._spread((self.r * self.gamma)[None])
+        self.curved = call.curved
         self.lam: Tensor | None = None  # or μ; λ r is factor times that
 
     def _spread(self, x: Tensor) -> Tensor:
@@ -94,8 +95,25 @@ class _FixedStatistics(Linearized):
         over = [0, *range(2, g.ndim)]
         return (g * (x - self._spread(mean[None])[0])).sum(over) * self.r, g.sum(over)
 
-    def jvp(self, tangents: Tangents) -> Tensor:
+    def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
+        found, x = super().bind(lam, slots, into), self.slots["x"]
+        if lam is not None and self.curved:
+            self.lam, self.factor = lam, self.r
+            if x in found and float(self.gain.abs().min()) > _TINY:
+                self.lam, self.factor = found[x], 1 / self.gamma
+        return found
+
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
         xdot, scale, shift = (tangents.get(self.slots.get(name, -1)) for name in "xγβ")
+        moved = self._move(xdot, scale, shift) if out else None
+        share = turned = None
+        if self.lam is not None and scale is not None and self.slots["x"] in bend:
+            share = scale * self.factor
+        if self.lam is not None and xdot is not None and self.slots["γ"] in bend:
+            turned = self._sums(self.lam, xdot, torch.zeros_like(self.mean))[0] * (self.factor / self.r)
+        return moved, None if share is None and turned is None else (share, turned)
+
+    def _move(self, xdot: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         total: Tensor | None = None
         if scale is not None:
             turned = scale * self.r
@@ -112,45 +130,27 @@ class _FixedStatistics(Linearized):
         own = total.shape == xdot.shape  # then it is a new tensor
         return add_times(total, self.gain, xdot) if own else plus_times(total, self.gain, xdot)
 
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        if slot == self.slots["x"]:
-            return times(self.gain, cotangent)
-        return self._sums(cotangent, self.x[None], self.mean)[slot != self.slots["γ"]]
-
-    def curve(self, lam: Tensor, pulled: Tangents) -> None:
-        x = self.slots["x"]
-        if x in pulled and float(self.gain.abs().min()) > _TINY:
-            self.lam, self.factor = pulled[x][None], 1 / self.gamma
-        else:
-            self.lam, self.factor = lam[None], self.r
-
-    def reads(self, slot: int) -> bool:
-        return slot == self.slots["γ"]
-
-    def note(self, tangents: Tangents, slots: Sequence[int]) -> Note:
-        x = self.slots["x"]
-        if self.lam is None or x not in tangents or self.slots["γ"] not in slots:
-            return None
-        return self._sums(self.lam, tangents[x], torch.zeros_like(self.mean))[0] * (self.factor / self.r)
-
-    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        if slot == self.slots["γ"]:
-            return None if note is None else added(note, into)
-        scale = tangents.get(self.slots["γ"])
-        if slot != self.slots["x"] or scale is None or self.lam is None:
-            return None
-        share = self._spread(scale * self.factor)
-        return self.lam * share if into is None else into.addcmul_(self.lam, share)
-
     def pull(
-        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, note: Note
+        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
-        scale, shift = self.slots["γ"], self.slots.get("β")
-        if cotangent is None or shift is None or not {scale, shift} <= set(slots):
-            return super().pull(cotangent, tangents, slots, rows, note)
-        found = super().pull(cotangent, tangents, [k for k in slots if k not in (scale, shift)], rows, note)
-        found[scale], found[shift] = self._sums(cotangent, self.x[None], self.mean)
-        self.second(tangents, note, scale, found[scale][rows])
+        share, turned = saved or (None, None)
+        x, scale, shift = self.slots["x"], self.slots["γ"], self.slots.get("β")
+        found: dict[int, Tensor] = {}
+        if x in slots and grad is not None:
+            found[x] = times(self.gain, grad)
+        if x in slots and share is not None:
+            assert self.lam is not None
+            if grad is None:
+                found[x] = self.lam * self._spread(share)
+            else:
+                found[x][rows].addcmul_(self.lam, self._spread(share))
+        if grad is not None and {scale, shift} & set(slots):
+            of_scale, of_shift = self._sums(grad, self.x[None], self.mean)
+            if turned is not None:
+                of_scale[rows] += turned
+            found |= {k: data for k, data in ((scale, of_scale), (shift, of_shift)) if k is not None and k in slots}
+        elif turned is not None and scale in slots:
+            found[scale] = turned
         return found
 
 

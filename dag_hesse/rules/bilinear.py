@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Rule, Run, Tangents, added
+from dag_hesse.rules.base import ALL, Buffers, Call, Linearized, Pairs, Rule, Run, Saved, Tangents
 from dag_hesse.rules.linear import shell
 
 Product = Callable[[Call, Tensor, Tensor, Tensor | None], Tensor]
@@ -21,6 +22,15 @@ def _as_it_is(call: Call, slot: int, value: Tensor) -> Tensor:
     return value.unsqueeze(0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """Tangents that second-order terms take: of a for b's, and of b for a's; or b's term itself, made ``early``."""
+
+    a: Tensor | None
+    b: Tensor | None
+    early: Tensor | None
+
+
 @final
 class _Bilinear(Linearized):
     def __init__(
@@ -28,13 +38,26 @@ class _Bilinear(Linearized):
     ) -> None:
         a_on, b_on = call.active[0], call.active[1]
         self.early = a_on and b_on and early(call)
-        self.call = Call(call.node, tuple(shell(v) for v in call.values), shell(call.out), call.active)
+        self.call = Call(call.node, tuple(shell(v) for v in call.values), shell(call.out), call.active, call.curved)
         self.a = keep(call, 0, call.values[0]) if b_on else None
         self.b = keep(call, 1, call.values[1]) if a_on else None
         self.product, self.left, self.right = product, left, right
         self.lam: Tensor | None = None
 
-    def jvp(self, tangents: Tangents) -> Tensor:
+    def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
+        self.lam = lam if self.call.curved else None
+        return super().bind(lam, slots, into)
+
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+        a = tangents.get(0) if self.lam is not None and 1 in bend else None
+        b = tangents.get(1) if self.lam is not None and 0 in bend else None
+        early = None
+        moved = self._move(tangents) if out else None
+        if a is not None and self.early:
+            a, early = None, self._outer([(self.lam, a)], None)
+        return moved, (None if a is b is early else _Saved(a, b, early))
+
+    def _move(self, tangents: Tangents) -> Tensor:
         total: Tensor | None = None
         if 0 in tangents:
             assert self.b is not None
@@ -48,42 +71,47 @@ class _Bilinear(Linearized):
         bias = self._spread_bias(tangents[2])
         return bias if total is None else total.add_(bias)  # a product's memory is its own
 
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        if slot == 0:
-            assert self.b is not None
-            return self.left(self.call, cotangent, self.b, None)
-        if slot == 1:
-            assert self.a is not None
-            return self.right(self.call, [(cotangent, self.a)], None)
-        return cotangent.sum([1, *range(3, cotangent.ndim)])
+    def pull(
+        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+    ) -> dict[int, Tensor]:
+        kept = saved or _Saved(None, None, None)
+        adjoints = (self._of_first, self._of_second, self._of_bias)
+        found = {slot: adjoints[slot](grad, kept, rows) for slot in slots}
+        return {slot: x for slot, x in found.items() if x is not None}
 
-    def curve(self, lam: Tensor, pulled: Tangents) -> None:
-        self.lam = lam.unsqueeze(0)
+    def _of_first(self, grad: Tensor | None, saved: _Saved, rows: slice) -> Tensor | None:
+        x = None if grad is None else self._inner(grad, self.b, None)
+        if saved.b is None:
+            return x
+        if x is None:
+            return self._inner(self.lam, saved.b, None)
+        self._inner(self.lam, saved.b, x[rows])
+        return x
 
-    def reads(self, slot: int) -> bool:
-        return slot == 1 or (slot == 0 and not self.early)
+    def _of_second(self, grad: Tensor | None, saved: _Saved, rows: slice) -> Tensor | None:
+        bend = [] if saved.a is None else [(self.lam, saved.a)]
+        if grad is None:
+            return self._outer(bend, None) if bend else saved.early
+        if rows == ALL:  # one product of both
+            return self._outer([(grad, self.a), *bend], saved.early)
+        x = self._outer([(grad, self.a)], None)
+        if saved.early is not None:
+            x[rows] += saved.early
+        elif bend:
+            self._outer(bend, x[rows])
+        return x
 
-    def note(self, tangents: Tangents, slots: Sequence[int]) -> Note:
-        if not self.early or self.lam is None or 0 not in tangents or 1 not in slots:
-            return None
-        return self.right(self.call, [(self.lam, tangents[0])], None)
+    def _of_bias(self, grad: Tensor | None, saved: _Saved, rows: slice) -> Tensor | None:
+        return None if grad is None else grad.sum([1, *range(3, grad.ndim)])
 
-    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        if self.lam is None or slot > 1:
-            return None
-        if slot == 0:
-            return self.left(self.call, self.lam, tangents[1], into) if 1 in tangents else None
-        if note is not None:
-            return added(note, into)
-        return self.right(self.call, [(self.lam, tangents[0])], into) if 0 in tangents else None
+    def _inner(self, grad: Tensor | None, b: Tensor | None, into: Tensor | None) -> Tensor:
+        assert grad is not None and b is not None
+        return self.left(self.call, grad, b, into)
 
-    def bent_vjp(self, cotangent: Tensor, tangents: Tangents, note: Note, slot: int, rows: slice) -> Tensor:
-        if slot == 1 and rows == slice(None) and self.a is not None:
-            if note is not None:
-                return self.right(self.call, [(cotangent, self.a)], note)
-            if self.lam is not None and 0 in tangents:
-                return self.right(self.call, [(cotangent, self.a), (self.lam, tangents[0])], None)
-        return super().bent_vjp(cotangent, tangents, note, slot, rows)
+    def _outer(self, terms: Sequence[tuple[Tensor | None, Tensor | None]], into: Tensor | None) -> Tensor:
+        pairs = [(grad, a) for grad, a in terms if grad is not None and a is not None]
+        assert len(pairs) == len(terms)
+        return self.right(self.call, pairs, into)
 
     def _spread_bias(self, bias: Tensor) -> Tensor:
         out = self.call.out.shape

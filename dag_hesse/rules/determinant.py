@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node
-from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Rule, Tangents, added, no_pairs, own_pair
+from dag_hesse.rules.base import Call, Linearized, Pairs, Rule, Saved, added, no_pairs, own_pair
+from dag_hesse.rules.single import Single
 
 
 def _products_of_others(s: Tensor) -> Tensor:
@@ -20,76 +21,71 @@ def _products_of_others(s: Tensor) -> Tensor:
 
 
 @final
-class _Determinant(Linearized):
+class _Determinant(Single):
     """det(U S Vᵀ) = δ Π s with δ = det(U) det(V). In the axes of U and V, X = Uᵀ Ȧ V, its derivatives are
 
     δ Σ_i g_i X_ii with g_i = Π_{k≠i} s_k, and δ Σ_ij P_ij (X_ii Y_jj − X_ij Y_ji) with P_ij = Π_{k≠i,j} s_k.
     """
 
     def __init__(self, call: Call) -> None:
+        super().__init__(call)
         u, s, vh = torch.linalg.svd(call.values[0])
         sign = torch.linalg.det(u) * torch.linalg.det(vh)
         self.u, self.vh, self.sign, self.s = u * sign[..., None, None], vh, sign, s
         self.first = (self.u * _products_of_others(s).unsqueeze(-2)) @ vh
-        self.lam: Tensor | None = None
 
-    def jvp(self, tangents: Tangents) -> Tensor:
-        return (self.first * tangents[0]).sum((-2, -1))
+    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+        return (self.first * x).sum((-2, -1)), x
 
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return self.first * cotangent[..., None, None]
+    def transpose(self, g: Tensor) -> Tensor:
+        return self.first * g[..., None, None]
 
-    def curve(self, lam: Tensor, pulled: Tangents) -> None:
+    def keep(self, lam: Tensor, mu: Tensor | None) -> None:
         size = self.s.shape[-1]
         eye = torch.eye(size, dtype=torch.bool, device=self.s.device)
         others = _products_of_others(torch.where(eye, 1.0, self.s.unsqueeze(-2)))  # row i: s_i taken for 1
         self.pairs = others.masked_fill(eye, 0.0) * (self.sign * lam)[..., None, None]
-        self.lam = lam
 
-    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        if self.lam is None or not tangents:
-            return None
-        turned = self.u.mT @ tangents[0] @ self.vh.mT
+    def second(self, saved: Saved, into: Tensor | None) -> Tensor:
+        turned = self.u.mT @ saved @ self.vh.mT
         own = (self.pairs @ turned.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).squeeze(-1)
         return added(self.u @ (torch.diag_embed(own) - self.pairs * turned.mT) @ self.vh, into)
 
 
 @final
-class _LogDeterminant(Linearized):
+class _LogDeterminant(Single):
     """log |det A|: ⟨A⁻ᵀ, Ȧ⟩, and −⟨A⁻ᵀ Ḃᵀ A⁻ᵀ, Ȧ⟩."""
 
     def __init__(self, call: Call) -> None:
+        super().__init__(call)
         self.turned = torch.linalg.inv_ex(call.values[0])[0].mT
-        self.lam: Tensor | None = None
 
-    def jvp(self, tangents: Tangents) -> Tensor:
-        return (self.turned * tangents[0]).sum((-2, -1))
+    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+        return (self.turned * x).sum((-2, -1)), x
 
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return self.turned * cotangent[..., None, None]
+    def transpose(self, g: Tensor) -> Tensor:
+        return self.turned * g[..., None, None]
 
-    def curve(self, lam: Tensor, pulled: Tangents) -> None:
+    def keep(self, lam: Tensor, mu: Tensor | None) -> None:
         self.lam = lam
 
-    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        if self.lam is None or not tangents:
-            return None
-        bent = self.turned @ tangents[0].mT @ self.turned
-        return added(bent.mul_(-self.lam[..., None, None]), into)
+    def second(self, saved: Saved, into: Tensor | None) -> Tensor:
+        return added((self.turned @ saved.mT @ self.turned).mul_(-self.lam[..., None, None]), into)
 
 
 @final
-class _Constant(Linearized):
+class _Constant(Single):
     """A sign: constant wherever it has a derivative."""
 
     def __init__(self, call: Call) -> None:
+        super().__init__(call)
         self.shape, self.out_shape = call.shape(), call.out.shape
 
-    def jvp(self, tangents: Tangents) -> Tensor:
-        return tangents[0].new_zeros(len(tangents[0]), *self.out_shape)
+    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+        return x.new_zeros(len(x), *self.out_shape), None
 
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return cotangent.new_zeros(len(cotangent), *self.shape)
+    def transpose(self, g: Tensor) -> Tensor:
+        return g.new_zeros(len(g), *self.shape)
 
 
 def _slogdet(call: Call) -> Linearized:

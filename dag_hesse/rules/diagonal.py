@@ -2,22 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref
 from dag_hesse.kernels.pointwise import Coefficient, adjoint, curvature, tangent, times
-from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Partials, Rule, Tangents, no_pairs, own_pair
+from dag_hesse.rules.base import (
+    Buffers,
+    Call,
+    Linearized,
+    Pairs,
+    Partials,
+    Rule,
+    Saved,
+    Tangents,
+    bent,
+    no_pairs,
+    own_pair,
+)
 
 Align = Callable[[Call, int], tuple[int, ...]]
+Seconds = Mapping[tuple[int, int], Coefficient]
+
+
+def residual(seconds: Seconds, tangents: Tangents, bend: Sequence[int]) -> Saved:
+    """The tangents that second partials of the slots in ``bend`` meet; None where there are none."""
+    return {j: x for j, x in tangents.items() if any((i, j) in seconds for i in bend)} or None
+
+
+def adjoints(
+    first: Sequence[Coefficient | None],
+    seconds: Seconds,
+    grad: Tensor | None,
+    saved: Saved,
+    rows: slice,
+    shapes: Mapping[int, Sequence[int]],
+    out_shape: Sequence[int],
+) -> dict[int, Tensor]:
+    """Per slot in ``shapes``, c_i ∘ ā and, in its ``rows``, Σ_j h_ij ∘ ẋ_j, summed to that shape."""
+    found: dict[int, Tensor] = {}
+    for slot, shape in shapes.items():
+        second = partial(curvature, seconds, saved or {}, slot, shape, out_shape)
+        if grad is None:
+            term = second(None)
+            if term is not None:
+                found[slot] = term
+            continue
+        c = first[slot]
+        assert c is not None
+        x = adjoint(c, grad, shape)
+        found[slot] = x if saved is None else bent(x, grad, rows, second)
+    return found
 
 
 @final
 class _Diagonal(Linearized):
     def __init__(self, call: Call, partials: Partials, align: Align | None) -> None:
         first, self.raw = partials(call)
+        self.curved = call.curved
         self.first = [first.get(slot) for slot in range(len(call.values))]
         self.shapes = [value.shape for value in call.values]
         self.out_shape = call.out.shape
@@ -31,25 +76,23 @@ class _Diagonal(Linearized):
             return tangents
         return {slot: x.reshape(len(x), *self.aligned[slot]) for slot, x in tangents.items()}
 
-    def jvp(self, tangents: Tangents) -> Tensor:
-        return tangent(self.first, self._align(tangents), self.out_shape)
-
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        partial = self.first[slot]
-        assert partial is not None
-        data = adjoint(partial, cotangent, self.aligned[slot])
-        return data.reshape(len(data), *self.shapes[slot])
-
-    def curve(self, lam: Tensor, pulled: Tangents) -> None:
-        self.seconds = {pair: times(h, lam) for pair, h in self.raw.items()}
+    def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
+        if lam is not None and self.curved:
+            self.seconds = {pair: times(h, lam[0]) for pair, h in self.raw.items()}
         self.raw = {}
+        return super().bind(lam, slots, into)
 
-    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        aligned = into if into is None else into.view(len(into), *self.aligned[slot])
-        data = curvature(self.seconds, self._align(tangents), slot, self.aligned[slot], self.out_shape, aligned)
-        if data is None or into is not None:
-            return data if data is None else into
-        return data.reshape(len(data), *self.shapes[slot])
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+        tangents = self._align(tangents)
+        moved = tangent(self.first, tangents, self.out_shape) if out else None
+        return moved, residual(self.seconds, tangents, bend)
+
+    def pull(
+        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+    ) -> dict[int, Tensor]:
+        shapes = {slot: self.aligned[slot] for slot in slots}
+        found = adjoints(self.first, self.seconds, grad, saved, rows, shapes, self.out_shape)
+        return {slot: x.reshape(len(x), *self.shapes[slot]) for slot, x in found.items()}
 
 
 def diagonal(kind: Kind, partials: Partials, pairs: Callable[[Node], Pairs], align: Align | None = None) -> Rule:
@@ -123,4 +166,4 @@ def binary(
     return diagonal(kind, partials, pairs)
 
 
-__all__ = ["binary", "diagonal", "piecewise_linear", "pointwise", "pointwise_jointly"]
+__all__ = ["adjoints", "binary", "diagonal", "piecewise_linear", "pointwise", "pointwise_jointly", "residual"]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from dag_hesse.ir.node import Kind, bind
+from dag_hesse.ir.node import Kind, Ref, bind
 from dag_hesse.kernels.pool import empty_as, is_dense
-from dag_hesse.rules.base import Call, Linearized, Rule, Tangents, no_pairs
+from dag_hesse.rules.base import Call, Rule, Saved, no_pairs
 from dag_hesse.rules.linear import linear, shell
+from dag_hesse.rules.single import Single
 from dag_hesse.rules.structural import axes
 
 aten = torch.ops.aten
@@ -19,6 +21,23 @@ aten = torch.ops.aten
 
 def _zeros(c: Call, g: Tensor, slot: int = 0) -> Tensor:
     return g.new_zeros(c.shape(slot))
+
+
+def _without_masks(c: Call) -> Call:
+    """An indexing with its masks looked up: as places, one index tensor an axis."""
+    values, indices = list(c.values), list[Ref | None]()
+    for ref in c.node.args[1]:
+        if ref is None or c.values[ref.slot].dtype not in (torch.bool, torch.uint8):
+            indices.append(ref)
+            continue
+        places = c.values[ref.slot].nonzero(as_tuple=True)
+        indices += [Ref(len(values) + k) for k in range(len(places))]
+        values += places
+    if len(values) == len(c.values):
+        return c
+    node = replace(c.node, args=(c.node.args[0], indices, *c.node.args[2:]))
+    active = *c.active, *[False] * (len(values) - len(c.values))
+    return replace(c, node=node, values=tuple(values), active=active)
 
 
 def _index(c: Call, g: Tensor, slot: int) -> Tensor:
@@ -101,10 +120,11 @@ def _select_scatter(c: Call, g: Tensor, slot: int) -> Tensor:
 
 
 @final
-class _Picked(Linearized):
+class _Picked(Single):
     """Output elements are input elements along ``dim``, at saved indices (max.dim, sort, topk, …)."""
 
     def __init__(self, call: Call) -> None:
+        super().__init__(call)
         shape = call.shape()
         results = _results(call)
         self.dim = int(call.argument(_DIM_POSITION.get(call.node.op, 1), "dim", -1)) % max(len(shape), 1)
@@ -112,16 +132,13 @@ class _Picked(Linearized):
         index = results[1]
         self.index = index if index.ndim == len(shape) else index.unsqueeze(self.dim)
 
-    def jvp(self, tangents: Tangents) -> Tensor:
-        x = tangents[0]
+    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
         picked = x.gather(self.dim + 1, self.index.expand(x.shape[0], *self.index.shape))
-        return picked.reshape(x.shape[0], *self.out_shape)
+        return picked.reshape(x.shape[0], *self.out_shape), None
 
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        probes = cotangent.shape[0]
-        index = self.index.expand(probes, *self.index.shape)
-        zeros = cotangent.new_zeros(probes, *self.shape)
-        return zeros.scatter_add(self.dim + 1, index, cotangent.reshape(index.shape))
+    def transpose(self, g: Tensor) -> Tensor:
+        index = self.index.expand(len(g), *self.index.shape)
+        return g.new_zeros(len(g), *self.shape).scatter_add(self.dim + 1, index, g.reshape(index.shape))
 
 
 def _results(call: Call) -> tuple[Tensor, ...]:
@@ -140,46 +157,47 @@ def _cells_lie_evenly(x: Tensor, spatial: int) -> bool:
 
 
 @final
-class _MaxPool(Linearized):
+class _MaxPool(Single):
     """Windows' maxima: gather at the flattened spatial index that pooling returned."""
 
     def __init__(self, call: Call) -> None:
+        super().__init__(call)
         self.spatial = 3 if "3d" in call.node.op else 2
         self.out_shape, self.index = call.out.shape, _results(call)[1].flatten(-self.spatial)
         x = call.values[0]
         self.like = shell(x if _cells_lie_evenly(x, self.spatial) else x.contiguous())
 
-    def jvp(self, tangents: Tangents) -> Tensor:
-        x = tangents[0].flatten(-self.spatial)
-        return x.gather(-1, self.index.expand(x.shape[0], *self.index.shape)).reshape(x.shape[0], *self.out_shape)
+    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+        picked = x.flatten(-self.spatial).gather(-1, self.index.expand(len(x), *self.index.shape))
+        return picked.reshape(len(x), *self.out_shape), None
 
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        probes = cotangent.shape[0]
-        found = empty_as(cotangent, self.like).zero_()
+    def transpose(self, g: Tensor) -> Tensor:
+        found = empty_as(g, self.like).zero_()
         lead, cells = found.shape[: -self.spatial], prod(found.shape[-self.spatial :])
-        index = self.index.expand(probes, *self.index.shape)
-        found.view(*lead, cells).scatter_add_(-1, index, cotangent.flatten(-self.spatial))
+        index = self.index.expand(len(g), *self.index.shape)
+        found.view(*lead, cells).scatter_add_(-1, index, g.flatten(-self.spatial))
         return found
 
 
 @final
-class _Extremum(Linearized):
+class _Extremum(Single):
     """amax/amin and full max/min: ties share the derivative evenly, as in autograd."""
 
     def __init__(self, call: Call) -> None:
+        super().__init__(call)
         x = call.values[0]
         self.dims = axes(call.argument(1, "dim"), x.ndim)
         keep = [1 if k in self.dims else n for k, n in enumerate(x.shape)]
         ties = (x == call.out.reshape(keep)).to(x.dtype)
         self.share = ties / ties.sum(self.dims, keepdim=True)
-        self.keep, self.shape, self.out_shape = keep, x.shape, call.out.shape
+        self.kept_shape, self.out_shape = keep, call.out.shape
 
-    def jvp(self, tangents: Tangents) -> Tensor:
-        total = (self.share * tangents[0]).sum([d + 1 for d in self.dims])
-        return total.reshape(total.shape[0], *self.out_shape)
+    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+        total = (self.share * x).sum([d + 1 for d in self.dims])
+        return total.reshape(len(x), *self.out_shape), None
 
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return self.share * cotangent.reshape(cotangent.shape[0], *self.keep)
+    def transpose(self, g: Tensor) -> Tensor:
+        return self.share * g.reshape(len(g), *self.kept_shape)
 
 
 _picked = Rule(Kind.PIECEWISE_LINEAR, _Picked, no_pairs)
@@ -192,8 +210,8 @@ def _rows(transpose: Any, **options: Any) -> Rule:
 
 
 TABLE: dict[str, Rule] = {
-    "aten.index.Tensor": _rows(_index),
-    "aten._unsafe_index.Tensor": _rows(_index),
+    "aten.index.Tensor": _rows(_index, prepare=_without_masks),
+    "aten._unsafe_index.Tensor": _rows(_index, prepare=_without_masks),
     "aten.index_select.default": _rows(_index_select),
     "aten.gather.default": _rows(_gather),
     "aten.embedding.default": _rows(_embedding, forward=_embedding_forward),
@@ -201,8 +219,8 @@ TABLE: dict[str, Rule] = {
     "aten.scatter.value": _rows(_scatter_value, forward=_scatter_value_forward),
     "aten.scatter_add.default": _rows(_scatter_add),
     "aten.index_add.default": _rows(_index_add),
-    "aten.index_put.default": _rows(_index_put),
-    "aten._unsafe_index_put.default": _rows(_index_put),
+    "aten.index_put.default": _rows(_index_put, prepare=_without_masks),
+    "aten._unsafe_index_put.default": _rows(_index_put, prepare=_without_masks),
     "aten.slice_scatter.default": _rows(_slice_scatter),
     "aten.select_scatter.default": _rows(_select_scatter),
     **{

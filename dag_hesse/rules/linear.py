@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import final
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, execute
 from dag_hesse.kernels.pool import empty_as
-from dag_hesse.rules.base import Call, Linearized, Rule, Tangents, no_pairs
+from dag_hesse.rules.base import Buffers, Call, Linearized, Rule, Saved, Tangents, no_pairs
 
 Transpose = Callable[[Call, Tensor, int], Tensor]
 Forward = Callable[[Call, tuple[Tensor, ...]], Tensor]
@@ -29,7 +29,10 @@ class _Linear(Linearized):
         self.call = Call(call.node, kept, shell(call.out), call.active)
         self.forward, self.transpose = forward, transpose
 
-    def jvp(self, tangents: Tangents) -> Tensor:
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+        return self._move(tangents) if out else None, None
+
+    def _move(self, tangents: Tangents) -> Tensor:
         slots = sorted(tangents)
         still = [
             torch.zeros_like(value) if value.is_floating_point() and slot not in tangents else value
@@ -44,18 +47,23 @@ class _Linear(Linearized):
 
         return _each_probe(apply, *(tangents[slot] for slot in slots))
 
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        if self.transpose is None:
-            whole = empty_as(cotangent, self.call.values[0]).zero_()
-            self._part(whole).copy_(cotangent)
-            return whole
+    def pull(
+        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+    ) -> dict[int, Tensor]:
+        assert grad is not None
         transpose = self.transpose
-        return _each_probe(lambda g: transpose(self.call, g, slot), cotangent)
+        if transpose is not None:
+            return {slot: _each_probe(lambda g, k=slot: transpose(self.call, g, k), grad) for slot in slots}
+        return {slot: self._whole(grad, into.get(slot)) for slot in slots}
 
-    def add_vjp(self, cotangent: Tensor, slot: int, into: Tensor) -> bool:
-        if self.transpose is None:
-            self._part(into).add_(cotangent)
-        return self.transpose is None
+    def _whole(self, grad: Tensor, into: Tensor | None) -> Tensor:
+        """A part's adjoint as the whole's, or added to that."""
+        if into is not None:
+            self._part(into).add_(grad)
+            return into
+        whole = empty_as(grad, self.call.values[0]).zero_()
+        self._part(whole).copy_(grad)
+        return whole
 
     def _part(self, whole: Tensor) -> Tensor:
         return _each_probe(lambda x: self.forward(self.call, (x,)), whole)
@@ -80,12 +88,22 @@ def _each_probe(apply: Callable[..., Tensor], *given: Tensor) -> Tensor:
     return torch.vmap(apply)(*given)
 
 
-def linear(transpose: Transpose, forward: Forward = _run, kind: Kind = Kind.STRUCTURAL) -> Rule:
+def _as_it_is(call: Call) -> Call:
+    return call
+
+
+def linear(
+    transpose: Transpose,
+    forward: Forward = _run,
+    kind: Kind = Kind.STRUCTURAL,
+    prepare: Callable[[Call], Call] = _as_it_is,
+) -> Rule:
     """An op linear in its floating-point inputs jointly; ``transpose(call, cotangent, slot)`` is its adjoint.
 
     Both maps are written for one probe; they must not read the values of active inputs, only their shapes.
+    ``prepare(call)`` is the same call, written so that its products read no values on the host.
     """
-    return Rule(kind, lambda call: _Linear(call, forward, transpose), no_pairs)
+    return Rule(kind, lambda call: _Linear(prepare(call), forward, transpose), no_pairs)
 
 
 def part() -> Rule:

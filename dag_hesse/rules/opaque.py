@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -20,7 +21,7 @@ from torch.autograd import forward_ad
 
 from dag_hesse.errors import NonDifferentiableError, out_of_memory
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Rule, Tangents, added
+from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Saved, Tangents
 
 _Tensors = Sequence[Tensor]
 
@@ -155,43 +156,37 @@ class _Opaque(Linearized):
         pulled = self.tape.pullback(cotangent)
         return lambda tangents: _gradient(pulled, [cotangent], tangents)[0]
 
-    def jvp(self, tangents: Tangents) -> Tensor:
-        return torch.stack([self.push_one(row) for row in zip(*map(_rows, self._full(tangents)), strict=True)])
-
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        place = self.slots.index(slot)
-        return torch.stack([self.tape.pull(g)[place] for g in _rows(cotangent)])
-
-    def pull(
-        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, note: Note
-    ) -> dict[int, Tensor]:
-        if cotangent is None or len(slots) < 2:
-            return super().pull(cotangent, tangents, slots, rows, note)
-        every = [torch.stack(column) for column in zip(*map(self.tape.pull, _rows(cotangent)), strict=True)]
-        found = {slot: every[self.slots.index(slot)] for slot in slots}
-        if tangents and self.bent is not None:
-            for slot, bent in self._bends(tangents).items():
-                if slot in found:
-                    found[slot][rows] += bent
+    def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
+        found = super().bind(lam, slots, into)
+        if lam is not None and self.call.curved:
+            with _named(self.call.node):
+                self.bent = self.tape.pullback(lam[0].detach())
         return found
 
-    def curve(self, lam: Tensor, pulled: Tangents) -> None:
-        with _named(self.call.node):
-            self.bent = self.tape.pullback(lam.detach())
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+        full = self._full(tangents)
+        moved = torch.stack([self.push_one(row) for row in zip(*map(_rows, full), strict=True)]) if out else None
+        return moved, full if bend and self.bent is not None else None
 
-    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        if self.bent is None or not tangents:
-            return None
-        return added(self._bends(tangents)[slot], into)
+    def pull(
+        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+    ) -> dict[int, Tensor]:
+        if not slots:
+            return {}
+        terms = {} if saved is None else self._bends(saved)
+        if grad is None:
+            return {slot: terms[slot] for slot in slots}
+        every = [torch.stack(column) for column in zip(*map(self.tape.pull, _rows(grad)), strict=True)]
+        found = {slot: every[self.slots.index(slot)] for slot in slots}
+        for slot in found if saved is not None else ():
+            found[slot][rows] += terms[slot]
+        return found
 
-    def _bends(self, tangents: Tangents) -> dict[int, Tensor]:
+    def _bends(self, tangents: _Tensors) -> dict[int, Tensor]:
         """Per slot Σ_j (T·λ) ẋ_j: T·λ is symmetric, so that is the gradient of ⟨Dᵀλ, ẋ⟩."""
         assert self.bent is not None
         with _named(self.call.node):
-            rows = [
-                _gradient(self.bent, self.tape.leaves, row)
-                for row in zip(*map(_rows, self._full(tangents)), strict=True)
-            ]
+            rows = [_gradient(self.bent, self.tape.leaves, row) for row in zip(*map(_rows, tangents), strict=True)]
         return {slot: torch.stack(column) for slot, column in zip(self.slots, zip(*rows, strict=True), strict=True)}
 
     def _full(self, tangents: Tangents) -> list[Tensor]:
@@ -220,10 +215,10 @@ def second_order_fault(call: Call) -> str | None:
         True
     """
     try:
-        call = _widened(call)
+        call = replace(_widened(call), curved=True)
         lin = _Opaque(call)
         (lam,), rest = _random([lin.tape.out], 4), _random(lin.tape.leaves, 5)
-        lin.curve(lam, {})
+        lin.bind(lam[None], (), {})
         xdot = [x * _size(leaf) for x, leaf in zip(rest, lin.tape.leaves, strict=True)]
         found = _fault_along(call, lin, lam, xdot)
         turned = [_alike(x, leaf) for x, leaf in zip(xdot, lin.tape.leaves, strict=True)]
@@ -237,7 +232,7 @@ def second_order_fault(call: Call) -> str | None:
 
 
 def _fault_along(call: Call, lin: _Opaque, lam: Tensor, xdot: _Tensors) -> str | None:
-    found = lin._bends({slot: x.unsqueeze(0) for slot, x in zip(lin.slots, xdot, strict=True)})
+    found = lin._bends([x.unsqueeze(0) for x in xdot])
     exact = torch.cat([_real(found[slot][0]) for slot in lin.slots])
     eps = torch.finfo(lin.tape.out.dtype).eps
     steps = [step * (1 if eps < 1e-10 else 100) for step in _STEPS]

@@ -13,9 +13,10 @@ from typing import final
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.kernels.pointwise import Coefficient, add_times, adjoint, curvature, reduce_to, tangent, times
-from dag_hesse.rules.base import Call, Linearized, Note, Pairs, Rule, Tangents, added
-from dag_hesse.rules.chain import Collapsed, Descent, collapse, is_active, rule_of
+from dag_hesse.kernels.pointwise import Coefficient, add_times, adjoint, reduce_to, tangent, times
+from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Saved, Tangents
+from dag_hesse.rules.chain import Collapsed, collapse, is_active, rule_of
+from dag_hesse.rules.diagonal import adjoints, residual
 
 
 @dataclass(frozen=True)
@@ -65,70 +66,42 @@ class _Meeting(Linearized):
     """z = Σ a_i x_i, y = φ(z): c = φ'(z), h = λ φ''(z)."""
 
     def __init__(self, call: Call, shares: dict[int, Coefficient], tail: Collapsed | None) -> None:
-        self.shares, self.tail = shares, tail
+        self.shares, self.tail, self.curved = shares, tail, call.curved
         self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.out.shape
-        self._c: Coefficient | None = 1.0 if tail is None else None
+        self.c: Coefficient = 1.0
         self.h: Coefficient | None = None
 
-    @property
-    def c(self) -> Coefficient:
-        if self._c is None:
-            assert self.tail is not None
-            self._c = self.tail.first[0]
-        return self._c
+    def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
+        tail, self.tail = self.tail, None
+        if tail is None:
+            return super().bind(lam, slots, into)
+        if lam is None or not self.curved:
+            self.c = tail.first[0]
+            return super().bind(lam, slots, into)
+        descent = tail.descend(lam[0], [0] if slots else [])
+        self.c, self.h = descent.first[0], descent.second.get((0, 0))
+        return self._apart(descent.pulled[0][None], slots) if slots else {}
 
-    def _meet(self, tangents: Tangents) -> Tensor:
-        return tangent([self.shares.get(slot) for slot in range(len(self.shapes))], tangents, self.out_shape)
-
-    def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
-        met = self._meet(tangents)
-        return times(self.c, met), None if self.h is None else met
-
-    def jvp(self, tangents: Tangents) -> Tensor:
-        return times(self.c, self._meet(tangents))
-
-    def note(self, tangents: Tangents, slots: Sequence[int]) -> Note:
-        return None if self.h is None else self._meet(tangents)
-
-    def reads(self, slot: int) -> bool:
-        return False
-
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return adjoint(self.shares[slot], times(self.c, cotangent), self.shapes[slot])
-
-    def curve(self, lam: Tensor, pulled: Tangents) -> None:
-        if self.tail is not None:
-            self._adopt(self.tail.descend(lam, ()))
-
-    def settle(self) -> None:
-        self._c, self.tail = self.c, None
-
-    def _adopt(self, descent: Descent) -> dict[int, Tensor]:
-        self._c, self.h, self.tail = descent.first[0], descent.second.get((0, 0)), None
-        return descent.pulled
-
-    def descend(self, lam: Tensor, slots: Sequence[int], *, curved: bool) -> dict[int, Tensor]:
-        if self.tail is None or not curved:
-            return super().descend(lam, slots, curved=curved)
-        pulled = self._adopt(self.tail.descend(lam, [0] if slots else []))
-        return {slot: adjoint(self.shares[slot], pulled[0][None], self.shapes[slot])[0] for slot in slots}
-
-    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        found = self.pull(None, tangents, [slot], slice(None), note).get(slot)
-        return None if found is None else added(found, into)
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+        met = tangent([self.shares.get(slot) for slot in range(len(self.shapes))], tangents, self.out_shape)
+        return times(self.c, met) if out else None, met if bend and self.h is not None else None
 
     def pull(
-        self, cotangent: Tensor | None, tangents: Tangents, slots: Sequence[int], rows: slice, note: Note
+        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
-        at_z = None if cotangent is None else times(self.c, cotangent)
-        if note is not None and self.h is not None:
-            if at_z is None or cotangent is None:
-                at_z = times(self.h, note)
-            else:
-                at_z = cotangent.clone() if at_z is cotangent else at_z
-                add_times(at_z[rows], self.h, note)
-        if at_z is None:
-            return {}
+        if grad is None:
+            return self._apart(times(self._curvature(), saved), slots)
+        at_z = times(self.c, grad)
+        if saved is not None:
+            at_z = grad.clone() if at_z is grad else at_z
+            add_times(at_z[rows], self._curvature(), saved)
+        return self._apart(at_z, slots)
+
+    def _curvature(self) -> Coefficient:
+        assert self.h is not None  # else nothing was saved
+        return self.h
+
+    def _apart(self, at_z: Tensor, slots: Sequence[int]) -> dict[int, Tensor]:
         return {slot: adjoint(self.shares[slot], at_z, self.shapes[slot]) for slot in slots}
 
 
@@ -139,49 +112,34 @@ class _Dense(Linearized):
     def __init__(self, call: Call, sources: Sequence[int], collapsed: Collapsed) -> None:
         self.sources, self.number = sources, {slot: i for i, slot in enumerate(sources)}
         self.collapsed: Collapsed | None = collapsed
-        self._first: list[Coefficient | None] | None = None
+        self.curved = call.curved
+        self.first: list[Coefficient | None] = []
         self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.out.shape
         self.seconds: dict[tuple[int, int], Coefficient] = {}
 
-    @property
-    def first(self) -> list[Coefficient | None]:
-        """c_i, per input slot."""
-        if self._first is None:
-            assert self.collapsed is not None
-            self._first = self._by_slot(self.collapsed.first)
-        return self._first
+    def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
+        collapsed, self.collapsed = self.collapsed, None
+        assert collapsed is not None
+        if lam is None or not self.curved:
+            self.first = self._by_slot(collapsed.first)
+            return super().bind(lam, slots, into)
+        descent = collapsed.descend(lam[0], [self.number[slot] for slot in slots])
+        self.first = self._by_slot(descent.first)
+        self.seconds = {(self.sources[i], self.sources[j]): h for (i, j), h in descent.second.items()}
+        return {slot: reduce_to(descent.pulled[self.number[slot]][None], self.shapes[slot]) for slot in slots}
 
     def _by_slot(self, first: dict[int, Coefficient]) -> list[Coefficient | None]:
         return [first.get(self.number.get(slot, -1)) for slot in range(len(self.shapes))]
 
-    def jvp(self, tangents: Tangents) -> Tensor:
-        return tangent(self.first, tangents, self.out_shape)
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+        moved = tangent(self.first, tangents, self.out_shape) if out else None
+        return moved, residual(self.seconds, tangents, bend)
 
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        partial = self.first[slot]
-        assert partial is not None
-        return adjoint(partial, cotangent, self.shapes[slot])
-
-    def curve(self, lam: Tensor, pulled: Tangents) -> None:
-        if self.collapsed is not None:
-            self._adopt(self.collapsed.descend(lam, ()))
-
-    def settle(self) -> None:
-        self._first, self.collapsed = self.first, None
-
-    def _adopt(self, descent: Descent) -> dict[int, Tensor]:
-        self._first, self.collapsed = self._by_slot(descent.first), None
-        self.seconds = {(self.sources[i], self.sources[j]): h for (i, j), h in descent.second.items()}
-        return descent.pulled
-
-    def descend(self, lam: Tensor, slots: Sequence[int], *, curved: bool) -> dict[int, Tensor]:
-        if self.collapsed is None or not curved:
-            return super().descend(lam, slots, curved=curved)
-        pulled = self._adopt(self.collapsed.descend(lam, [self.number[slot] for slot in slots]))
-        return {slot: reduce_to(pulled[self.number[slot]][None], self.shapes[slot])[0] for slot in slots}
-
-    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        return curvature(self.seconds, tangents, slot, self.shapes[slot], self.out_shape, into)
+    def pull(
+        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+    ) -> dict[int, Tensor]:
+        shapes = {slot: self.shapes[slot] for slot in slots}
+        return adjoints(self.first, self.seconds, grad, saved, rows, shapes, self.out_shape)
 
 
 def linearize(call: Call) -> Linearized:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -13,7 +12,8 @@ from dag_hesse.ir.node import Kind, Node, Ref, execute
 from dag_hesse.ir.ops import normalized_shape
 from dag_hesse.kernels.pointwise import times
 from dag_hesse.kernels.pool import empty
-from dag_hesse.rules.base import Call, Linearized, Note, Rule, Run, Tangents, added, own_pair
+from dag_hesse.rules.base import Call, Linearized, Rule, Run, Saved, added, own_pair
+from dag_hesse.rules.single import Single
 from dag_hesse.rules.structural import axes
 
 aten = torch.ops.aten
@@ -27,22 +27,6 @@ def _trailing(call: Call, dims: object) -> list[int]:
     return [d - ndim for d in axes(dims, ndim)] if ndim else []
 
 
-class _Rowwise(Linearized):
-    """One input; its second-order term comes of what the tangent pass works out anyway."""
-
-    @abstractmethod
-    def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]: ...
-
-    def jvp(self, tangents: Tangents) -> Tensor:
-        return self.push(tangents, ())[0]
-
-    def note(self, tangents: Tangents, slots: Sequence[int]) -> Note:
-        return self.push(tangents, slots)[1] if slots else None
-
-    def reads(self, slot: int) -> bool:
-        return False
-
-
 def _less_mean(x: Tensor, weights: Tensor, dims: list[int]) -> Tensor:
     """x − ⟨weights, x⟩, in the memory that the products took."""
     products = times(weights, x)
@@ -50,96 +34,97 @@ def _less_mean(x: Tensor, weights: Tensor, dims: list[int]) -> Tensor:
 
 
 @final
-class _Softmax(_Rowwise):
+class _Softmax(Single):
     """y = softmax(x): ẏ = y w with w = ẋ − ⟨y,ẋ⟩; symmetric, so the transpose μ of λ is the same map of it.
 
     The second-order term is w μ − y ⟨w,μ⟩.
     """
 
     def __init__(self, call: Call) -> None:
+        super().__init__(call)
         self.y, self.dim = call.out, _trailing(call, call.argument(1))
 
     def _center(self, x: Tensor) -> Tensor:
         return _less_mean(x, self.y, self.dim)
 
-    def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
-        centered = self._center(tangents[0])
+    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+        centered = self._center(x)
         return self.y * centered, centered
 
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        if len(cotangent) > 1 and self.y.numel() < _MANY:
-            return self._center(cotangent).mul_(self.y)
-        found = empty(cotangent, *cotangent.shape)
-        for g, row in zip(cotangent, found, strict=True):  # y (g − ⟨y,g⟩) in one pass
-            aten._softmax_backward_data.out(g, self.y, self.dim[0], g.dtype, grad_input=row)
+    def transpose(self, g: Tensor) -> Tensor:
+        if len(g) > 1 and self.y.numel() < _MANY:
+            return self._center(g).mul_(self.y)
+        found = empty(g, *g.shape)
+        for one, row in zip(g, found, strict=True):  # y (g − ⟨y,g⟩) in one pass
+            aten._softmax_backward_data.out(one, self.y, self.dim[0], g.dtype, grad_input=row)
         return found
 
-    def curve(self, lam: Tensor, pulled: Tangents) -> None:
-        self.mu = pulled[0] if 0 in pulled else self.vjp(lam.unsqueeze(0), 0)[0]
+    def keep(self, lam: Tensor, mu: Tensor | None) -> None:
+        self.mu = self.transpose(lam[None])[0] if mu is None else mu
 
-    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        if note is None:
-            return None
-        bent = note * self.mu
-        return added(bent.addcmul_(self.y, bent.sum(self.dim, keepdim=True), value=-1), into)
+    def second(self, saved: Saved, into: Tensor | None) -> Tensor:
+        term = saved * self.mu
+        return added(term.addcmul_(self.y, term.sum(self.dim, keepdim=True), value=-1), into)
 
 
 @final
-class _LogSoftmax(_Rowwise):
+class _LogSoftmax(Single):
     """y = x − lse(x): ẏ = ẋ − ⟨p,ẋ⟩ with p = softmax(x). The second-order term is −Σλ p ẏ."""
 
     def __init__(self, call: Call) -> None:
+        super().__init__(call)
         self.p, self.dim = call.out.exp(), _trailing(call, call.argument(1))
 
-    def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
-        moved = _less_mean(tangents[0], self.p, self.dim)
+    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+        moved = _less_mean(x, self.p, self.dim)
         return moved, moved
 
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return (self.p * -cotangent.sum(self.dim, keepdim=True)).add_(cotangent)  # in p's layout
+    def transpose(self, g: Tensor) -> Tensor:
+        return (self.p * -g.sum(self.dim, keepdim=True)).add_(g)  # in p's layout
 
-    def curve(self, lam: Tensor, pulled: Tangents) -> None:
+    def keep(self, lam: Tensor, mu: Tensor | None) -> None:
         self.total = lam.sum(self.dim, keepdim=True)
 
-    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        return None if note is None else added(times(self.p, note).mul_(-self.total), into)
+    def second(self, saved: Saved, into: Tensor | None) -> Tensor:
+        return added(times(self.p, saved).mul_(-self.total), into)
 
 
 @final
-class _LogSumExp(_Rowwise):
+class _LogSumExp(Single):
     """y = log Σ exp x: ẏ = ⟨p,ẋ⟩. The second-order term is μ(ẋ − ẏ), where μ = λ p is the transpose of λ."""
 
     def __init__(self, call: Call) -> None:
+        super().__init__(call)
         x = call.values[0]
         self.dims = _trailing(call, call.argument(1, "dim"))
         total = torch.logsumexp(x, self.dims, keepdim=True) if x.ndim else x
         self.p = torch.exp(x - total).masked_fill_(total == -torch.inf, 0.0)  # autograd passes nothing on to such rows
-        self.keep = [1 if k - x.ndim in self.dims else n for k, n in enumerate(x.shape)]
+        self.kept_shape = [1 if k - x.ndim in self.dims else n for k, n in enumerate(x.shape)]
         self.out_shape = call.out.shape
 
-    def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
-        x = tangents[0]
+    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
         moved = (self.p * x).sum(self.dims, keepdim=True) if self.dims else self.p * x
         return moved.reshape(len(x), *self.out_shape), x - moved
 
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return self.p * cotangent.reshape(len(cotangent), *self.keep)
+    def transpose(self, g: Tensor) -> Tensor:
+        return self.p * g.reshape(len(g), *self.kept_shape)
 
-    def curve(self, lam: Tensor, pulled: Tangents) -> None:
-        self.mu = pulled[0] if 0 in pulled else self.p * lam.reshape(self.keep)
+    def keep(self, lam: Tensor, mu: Tensor | None) -> None:
+        self.mu = self.transpose(lam[None])[0] if mu is None else mu
 
-    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        return None if note is None else added(note * self.mu, into)
+    def second(self, saved: Saved, into: Tensor | None) -> Tensor:
+        return added(saved * self.mu, into)
 
 
 @final
-class _Standardize(_Rowwise):
+class _Standardize(Single):
     """y = (x − m)·r, r = (mean((x − m)²) + eps)^-½ (m = 0 without centering); symmetric Jacobian r(P − y⟨y,·⟩).
 
     The second-order term is −r(⟨y,ẋ⟩ μ + ⟨y,λ⟩ ẏ + ⟨μ,ẋ⟩ y), where μ is the transpose of λ and ⟨·,·⟩ a mean.
     """
 
     def __init__(self, call: Call) -> None:
+        super().__init__(call)
         x, dims, eps, self.center = call.values[0], call.argument(1), call.argument(2), call.argument(3)
         self.dims, self.y = _trailing(call, dims), call.out
         self.inner = normalized_shape(x.shape, dims, self.center)
@@ -148,40 +133,33 @@ class _Standardize(_Rowwise):
         else:
             off = x - x.mean(dims, keepdim=True) if self.center else x
             self.r = (off * off).mean(dims, keepdim=True).add(eps).rsqrt()
-        self.mu: Tensor | None = None
 
     def _mean(self, x: Tensor) -> Tensor:
         return x.mean(self.dims, keepdim=True)
 
-    def _turn(self, x: Tensor) -> Tensor:
-        """J x."""
-        if self.inner is None or (len(x) > 1 and self.y.numel() < _MANY):
-            centered = x - self._mean(x) if self.center else x
-            return torch.addcmul(centered, self.y, self._mean(self.y * x), value=-1).mul_(self.r)
+    def transpose(self, g: Tensor) -> Tensor:
+        if self.inner is None or (len(g) > 1 and self.y.numel() < _MANY):
+            centered = g - self._mean(g) if self.center else g
+            return torch.addcmul(centered, self.y, self._mean(self.y * g), value=-1).mul_(self.r)
         zero, one = torch.zeros_like(self.r), torch.ones_like(self.r)  # mean and scale of y
-        found = empty(x, *x.shape)
-        for g, row in zip(x, found, strict=True):
-            project = aten.native_layer_norm_backward(g, self.y, self.inner, zero, one, None, None, _INPUT_ONLY)[0]
+        found = empty(g, *g.shape)
+        for x, row in zip(g, found, strict=True):
+            project = aten.native_layer_norm_backward(x, self.y, self.inner, zero, one, None, None, _INPUT_ONLY)[0]
             torch.mul(project, self.r, out=row)
         return found
 
-    def push(self, tangents: Tangents, slots: Sequence[int]) -> tuple[Tensor, Note]:
-        moved, x = self._turn(tangents[0]), tangents[0]
-        if self.mu is None or not slots:
+    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+        moved = self.transpose(x)  # the Jacobian is symmetric
+        if not self.bound:
             return moved, None
         return moved, (moved, -self.r * self._mean(self.y * x), -self.r * self._mean(self.mu * x))
 
-    def vjp(self, cotangent: Tensor, slot: int) -> Tensor:
-        return self._turn(cotangent)
-
-    def curve(self, lam: Tensor, pulled: Tangents) -> None:
-        self.mu = pulled[0] if 0 in pulled else self.vjp(lam.unsqueeze(0), 0)[0]
+    def keep(self, lam: Tensor, mu: Tensor | None) -> None:
+        self.mu = self.transpose(lam[None])[0] if mu is None else mu
         self.overlap = -self.r * self._mean(self.y * lam)
 
-    def second(self, tangents: Tangents, note: Note, slot: int, into: Tensor | None = None) -> Tensor | None:
-        if note is None or self.mu is None:
-            return None
-        moved, of_mu, of_y = note
+    def second(self, saved: Saved, into: Tensor | None) -> Tensor:
+        moved, of_mu, of_y = saved
         total = self.mu * of_mu if into is None else into.addcmul_(self.mu, of_mu)
         return total.addcmul_(moved, self.overlap).addcmul_(self.y, of_y)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dag_hesse.ir import Node
 from dag_hesse.kernels.pool import room
-from dag_hesse.rules.base import Note, is_fresh
+from dag_hesse.rules.base import ALL, Saved, is_fresh
 from dag_hesse.sweep.linearize import Linearization
 
 Read = Callable[[int, Tensor], Tensor]
@@ -67,40 +67,26 @@ def _sum(x: Tensor, y: Tensor) -> Tensor:
     return torch.add(x, y, out=room(x, y))
 
 
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """What a tangent pass leaves for the adjoint pass: tangents that second-order terms read, and notes, per node."""
-
-    tangents: dict[int, Tensor]
-    notes: dict[int, Note]
-
-
-def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], channels: str) -> _Pass:
-    """Tangent pass, for second-order terms at inputs that are ``needed``."""
-    graph, tangents, left = lin.graph, dict(seeds), _Pass({}, {})
+def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], channels: str) -> dict[int, Saved]:
+    """Tangent pass; returns the residuals of second-order terms at inputs that are ``needed``, per node."""
+    graph, tangents, residuals = lin.graph, dict(seeds), dict[int, Saved]()
     readers = [len(children) for children in graph.children]
     useful, bends = lin.feeds[channels], lin.bends[channels]
-    first = min(seeds, default=len(graph.nodes))
-    for node in graph.nodes[first:]:
-        call = lin.calls.get(node.index)
+    for node in graph.nodes[min(seeds, default=len(graph.nodes)) :]:
+        call, out = lin.calls.get(node.index), useful[node.index]
         given = {slot: tangents[k] for slot, k in enumerate(node.inputs) if k in tangents and lin.active[k]}
-        if call is not None and given:
-            slots = _slots(lin, node, needed) if node.index in bends else []
-            note = None
-            if useful[node.index]:
-                moved, note = call.push(given, slots) if slots else (call.jvp(given), None)
+        bend = _slots(lin, node, needed) if node.index in bends else []
+        if call is not None and given and (out or bend):
+            moved, saved = call.push(given, out, bend)
+            if moved is not None:
                 tangents[node.index] = _sum(moved, seeds[node.index]) if node.index in seeds else moved
-            elif slots:
-                note = call.note(given, slots)
-            if note is not None:
-                left.notes[node.index] = note
-        if node.index in tangents and node.index in lin.kept:
-            left.tangents[node.index] = tangents[node.index]
+            if saved is not None:
+                residuals[node.index] = saved
         for k in set(node.inputs):
             readers[k] -= 1
             if readers[k] == 0:
                 tangents.pop(k, None)
-    return left
+    return residuals
 
 
 def _slots(lin: Linearization, node: Node, needed: list[bool]) -> list[int]:
@@ -123,47 +109,43 @@ def _widened(adjoint: Adjoint | None, to_gn: bool) -> tuple[Adjoint | None, slic
 def _pull(
     lin: Linearization,
     cotangents: Mapping[int, Tensor],
-    left: _Pass,
+    residuals: dict[int, Saved],
     reads: set[int],
     needed: list[bool],
     channels: str,
     read: Read,
 ) -> dict[int, Adjoint]:
-    """Adjoint pass from ``cotangents`` (GN channel) and the second-order terms of a tangent pass, which it uses up."""
+    """Adjoint pass from ``cotangents`` (GN channel) and the residuals of a tangent pass, which it uses up."""
     adjoints = {k: Adjoint(g, gn=True, tensor=False) for k, g in cotangents.items()}
     found: dict[int, Adjoint] = {}
     for node in reversed(lin.graph.nodes):
-        left.tangents.pop(node.index, None)  # its readers are done
-        mine = adjoints.pop(node.index, None)
+        mine, saved = adjoints.pop(node.index, None), residuals.pop(node.index, None)
         if mine is not None and lin.sample is not None and node.index in lin.graph.out:
             mine = Adjoint(lin.mask(node.index, mine.data), mine.gn, mine.tensor, owned=True)
         if mine is not None and node.index in reads:
             found[node.index] = Adjoint(read(node.index, mine.data), mine.gn, mine.tensor)
-        call, note = lin.calls.get(node.index), left.notes.pop(node.index, None)
-        if call is None or not needed[node.index]:
+        call = lin.calls.get(node.index)
+        if call is None or not needed[node.index] or (mine is None and saved is None):
             continue
-        met = {}
-        if node.index in lin.bends[channels]:
-            met = {slot: left.tangents[k] for slot, k in enumerate(node.inputs) if k in left.tangents}
-        bends = bool(met) or note is not None
-        if mine is None and not bends:
-            continue
-        to_gn, rows = lin.in_loss[node.index] or channels == "sum", slice(None)
-        if bends:
+        to_gn, rows = lin.in_loss[node.index] or channels == "sum", ALL
+        if saved is not None:
             mine, rows = _widened(mine, to_gn)
-        cotangent = None if mine is None else mine.data
+        grad = None if mine is None else mine.data
         gn, tensor = (to_gn, not to_gn) if mine is None else (mine.gn, mine.tensor)
         slots = _slots(lin, node, needed)
-        if cotangent is not None and not bends and slots:
-            have = adjoints.get(node.inputs[slots[0]])
-            if have is not None and have.takes(gn, tensor) and call.add_vjp(cotangent, slots[0], have.data):
-                continue
-        pulled = call.pull(cotangent, met, slots, rows, note)
-        given = [*met.values(), *([] if cotangent is None else [cotangent])]
+        into = {
+            slot: have.data
+            for slot in slots
+            if (have := adjoints.get(node.inputs[slot])) is not None and have.takes(gn, tensor)
+        }
+        pulled = call.pull(grad, saved, rows, slots, into)
+        given = [] if grad is None else [grad]
         own = {s: is_fresh(x, *given, *(y for t, y in pulled.items() if t != s)) for s, x in pulled.items()}
-        del mine, cotangent, given  # nothing is held longer than it is wanted
+        del mine, saved, grad, given  # nothing is held longer than it is wanted
         while pulled:
             slot, data = pulled.popitem()
+            if data is into.get(slot):
+                continue
             k, term = node.inputs[slot], Adjoint(data, gn, tensor, own[slot])
             del data
             adjoints[k] = adjoints[k].add(term) if k in adjoints else term
@@ -207,5 +189,5 @@ def pullback(
     """First-order adjoints Σ J[u←v]ᵀ ū at ``reads`` for ``cotangents`` (probes, *node) at nodes u."""
     reads = set(reads)
     with torch.no_grad():
-        found = _pull(lin, cotangents, _Pass({}, {}), reads, lin.graph.descendants(reads), "both", read)
+        found = _pull(lin, cotangents, {}, reads, lin.graph.descendants(reads), "both", read)
     return {k: adjoint.data for k, adjoint in found.items()}

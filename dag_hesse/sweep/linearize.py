@@ -67,17 +67,9 @@ class Linearization:
         with torch.no_grad():
             self.loss = self._forward(dict(model.named_parameters()), tensors)
             self.feeds = {channels: self._feeds(self.bends[channels]) for channels in CHANNELS}
-            self.kept = {
-                graph.nodes[c].inputs[slot]
-                for c, slots in self.curved.items()
-                for slot in slots
-                if self.calls[c].reads(slot)
-            }
             if not bool(torch.isfinite(self.loss)):
                 raise LossError(f"the loss is {float(self.loss)}; curvature there is undefined.")
             self._backward()
-            for call in self.calls.values():
-                call.settle()
 
     def _bends(self, node: int, channels: str) -> bool:
         """Whether the node's second-order term belongs to what is asked for."""
@@ -111,7 +103,7 @@ class Linearization:
             if self.active[node.index] and node.is_differentiable:
                 on = tuple(self.active[k] for k in node.inputs)
                 if any(on):
-                    self.calls[node.index] = self._linearize(Call(node, known, out, on))
+                    self.calls[node.index] = self._linearize(Call(node, known, out, on, node.index in self.curved))
             for k in set(node.inputs):
                 readers[k] -= 1
                 if readers[k] == 0 and k != self.graph.loss:
@@ -159,28 +151,26 @@ class Linearization:
             raise
 
     def _backward(self) -> None:
-        """Propagate λ down to the curved nodes and let them keep what they need of it."""
-        wanted = self.graph.descendants(self.curved)  # not the leaves: a gradient is not what is wanted
-        lam: dict[int, Tensor] = {
-            self.graph.loss: torch.ones_like(self.loss).reshape(self.graph.nodes[self.graph.loss].shape)
-        }
+        """Propagate λ, (1, *node), down to the curved nodes; every call takes its own, or hears that none comes."""
+        wanted, nodes = self.graph.descendants(self.curved), self.graph.nodes  # no leaves: a gradient is not wanted
+        lam = {self.graph.loss: torch.ones_like(self.loss).reshape(1, *nodes[self.graph.loss].shape)}
         owned: set[int] = set()  # of λ: what may be written to
-        for node in reversed(self.graph.nodes):
-            mine = lam.pop(node.index, None)
-            call = self.calls.get(node.index)
+        for node in reversed(nodes):
+            mine, call = lam.pop(node.index, None), self.calls.get(node.index)
+            if call is None:
+                continue
             if mine is None:
+                call.bind(None, (), {})
                 continue
             if node.index in self.graph.out:
                 mine = self.mask(node.index, mine)
-            if call is None:
-                continue
             slots = [slot for slot, k in enumerate(node.inputs) if self.active[k] and wanted[k]]
-            first = node.inputs[slots[0]] if slots else -1
-            if first in owned and call.add_vjp(mine.unsqueeze(0), slots[0], lam[first].unsqueeze(0)):
-                continue
-            pulled = call.descend(mine, slots, curved=node.index in self.curved)
+            into = {slot: lam[k] for slot in slots if (k := node.inputs[slot]) in owned}
+            pulled = call.bind(mine, slots, into)
             for slot, term in pulled.items():
                 k = node.inputs[slot]
+                if term is into.get(slot):
+                    continue
                 if k in owned:
                     lam[k].add_(term)
                     continue

@@ -13,7 +13,7 @@ from dag_hesse.capture.lower import Given, Made, recipe
 from dag_hesse.ir import Kind, Node, Ref
 from dag_hesse.ir.node import execute
 from dag_hesse.rules import RULES, Call, Linearized, rule_for
-from dag_hesse.rules.table import pairs_of
+from dag_hesse.rules.base import ALL
 
 
 class Written:
@@ -106,31 +106,21 @@ class Written:
         sizes = [self.values[k].numel() for k in self.active]
         columns = torch.eye(sum(sizes), dtype=lam.dtype).split(sizes, 1)
         tangents = {k: c.reshape(-1, *self.values[k].shape) for k, c in zip(self.active, columns, strict=True)}
-        notes: dict[int, Any] = {}
         adjoints = {self.root: lam.unsqueeze(0)}
         for place, node in reversed(self.nodes):
-            if place in adjoints:
-                mine = adjoints[place]
-                if pairs_of(node):
-                    self.lin[place].curve(mine[0], {})
-                self._pass(node, self.lin[place].pull(mine, {}, self._slots(node), slice(None), None), adjoints)
+            mine, slots = adjoints.get(place), self._slots(node)
+            self._pass(node, self.lin[place].bind(mine, () if mine is None else slots, {}), adjoints)
+        saved: dict[int, Any] = {}
         for place, node in self.nodes:
             given = {s: tangents[node.inputs[s]] for s in self._slots(node)}
-            tangents[place], notes[place] = self.lin[place].push(given, self._slots(node))
+            moved, saved[place] = self.lin[place].push(given, True, self._slots(node))
+            assert moved is not None
+            tangents[place] = moved
         bent: dict[int, Tensor] = {}
         for place, node in reversed(self.nodes):
-            if place not in bent and not (place in adjoints and pairs_of(node)):
-                continue
-            read = {s: tangents[node.inputs[s]] for s in self._slots(node) if self.lin[place].reads(s)}
-            curved = place in adjoints and bool(pairs_of(node))
-            found = self.lin[place].pull(
-                bent.get(place),
-                read if curved else {},
-                self._slots(node),
-                slice(None),
-                notes[place] if curved else None,
-            )
-            self._pass(node, found, bent)
+            if place in bent or saved[place] is not None:
+                found = self.lin[place].pull(bent.get(place), saved[place], ALL, self._slots(node), {})
+                self._pass(node, found, bent)
         return self._flat(adjoints, 1)[0], self._flat(bent, sum(sizes))
 
     def _pass(self, node: Node, found: Mapping[int, Tensor], into: dict[int, Tensor]) -> None:

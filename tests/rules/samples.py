@@ -293,6 +293,7 @@ SAMPLES: dict[str, list[Sample]] = {
     "aten.index.Tensor": [
         s(lambda: (normal(4, 3), [index(4, 5)])),
         s(lambda: (normal(4, 3, 2), [None, index(3, 2, 2), index(2, 2, 1)])),
+        s(lambda: (normal(4, 3, 2), [normal(4, 3) > 0, index(2, 1)])),
     ],
     "aten._unsafe_index.Tensor": [s(lambda: (normal(4, 3), [None, index(3, 5)]))],
     "aten.index_select.default": [s(lambda: (normal(4, 3), 1, index(3, 5)))],
@@ -315,6 +316,7 @@ SAMPLES: dict[str, list[Sample]] = {
         s(lambda: (normal(4, 3), [torch.tensor([0, 2])], normal(2, 3))),
         s(lambda: (normal(4, 3), [index(4, 6)], normal(6, 3), True)),
         s(lambda: (normal(4, 3), [None, torch.tensor([1])], normal())),
+        s(lambda: (normal(4, 3, 2), [normal(4, 3) > 0], normal(2))),
     ],
     "aten._unsafe_index_put.default": [s(lambda: (normal(4, 3), [index(4, 6)], normal(6, 3), True))],
     "aten.slice_scatter.default": [s(lambda: (normal(5, 2), normal(2, 2), 0, 1, 5, 2))],

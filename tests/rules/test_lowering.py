@@ -16,6 +16,7 @@ from dag_hesse.rules.lowering import CONCRETE, LOWERINGS
 from tests import device
 from tests.oracle import error
 from tests.rules.lowered import Function, Written, by_differences, by_double_backward, gradient, of_op
+from tests.rules.products import bind, second, vjp
 from tests.rules.samples import apart, index, inside, normal, positive
 from tests.rules.test_opaque import call_of
 
@@ -428,10 +429,10 @@ def test_determinants_at_singular_matrices_and_equal_singular_values(fill: str) 
     call = call_of(aten._linalg_det.default, a, output=0)
     lin = RULES["aten._linalg_det.default"].linearize(call)
     lam = torch.tensor(0.7, dtype=torch.float64, device=device.NAME)
-    lin.curve(lam, {})
+    bind(lin, lam)
     every = torch.eye(n, dtype=torch.float64, device=device.NAME).reshape(n, *a.shape)
-    second = lin.second({0: every}, None, 0)
-    assert second is not None
+    bent = second(lin, {0: every}, 0)
+    assert bent is not None
 
     def cofactors(x: Tensor) -> Tensor:
         """The gradient of a determinant, from minors."""
@@ -444,10 +445,10 @@ def test_determinants_at_singular_matrices_and_equal_singular_values(fill: str) 
             ]
         )
 
-    assert error(lin.vjp(lam.reshape(1), 0)[0], 0.7 * cofactors(a), 1.0) < 1e-12
+    assert error(vjp(lin, lam.reshape(1), 0)[0], 0.7 * cofactors(a), 1.0) < 1e-12
     for k in range(n):
         ends = [cofactors(a + sign * 1e-4 * every[k]) for sign in (1, -1)]
-        assert error(second[k], 0.7 * (ends[0] - ends[1]) / 2e-4, 1e-3) < 1e-8
+        assert error(bent[k], 0.7 * (ends[0] - ends[1]) / 2e-4, 1e-3) < 1e-8
 
 
 def test_the_diagonal_is_filled() -> None:

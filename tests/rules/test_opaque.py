@@ -12,9 +12,11 @@ from torch import Tensor
 from dag_hesse.errors import NonDifferentiableError
 from dag_hesse.ir import Kind, Node, Ref
 from dag_hesse.rules import Call, Linearized
+from dag_hesse.rules.base import ALL
 from dag_hesse.rules.opaque import OPAQUE, second_order_fault
 from tests import device
 from tests.oracle import error
+from tests.rules.products import bind, jvp, second, vjp
 
 aten = torch.ops.aten
 F64, C128 = torch.float64, torch.complex128
@@ -167,7 +169,7 @@ def test_products_are_those_of_the_ops_own_backward(name: str) -> None:
         torch.randn(2, *call.out.shape, dtype=call.out.dtype, device=device.NAME),
         torch.randn_like(call.out),
     )
-    pushed, zero = lin.jvp(tangents), {slot: torch.zeros_like(call.values[slot]) for slot in slots}
+    pushed, zero = jvp(lin, tangents), {slot: torch.zeros_like(call.values[slot]) for slot in slots}
     assert pushed.shape == (2, *call.out.shape)
     assert pushed.dtype == call.out.dtype
     for g, row in zip(cotangents, pushed, strict=True):
@@ -176,18 +178,18 @@ def test_products_are_those_of_the_ops_own_backward(name: str) -> None:
         total = sum(inner(expected[slot], tangents[slot][k]) for slot in slots)
         assert abs(total - inner(row, g)) < 1e-10 * (1 + abs(total))
         for slot in slots:
-            assert error(real(lin.vjp(cotangents, slot)[k]), real(expected[slot]), 1e-3) < 1e-12
-    lin.curve(lam, {})
-    pulled = lin.pull(cotangents, tangents, slots, slice(None), None)
+            assert error(real(vjp(lin, cotangents, slot)[k]), real(expected[slot]), 1e-3) < 1e-12
+    bind(lin, lam)
+    pulled = lin.pull(cotangents, lin.push(tangents, False, slots)[1], ALL, slots, {})
     for k in range(2):
         step = {slot: 1e-5 * tangents[slot][k] for slot in slots}
         ahead, back = pullback(call, lam, step), pullback(call, lam, {slot: -x for slot, x in step.items()})
         for slot in slots:
             expected_bend = real(ahead[slot] - back[slot]) / 2e-5
-            second = lin.second(tangents, None, slot)
-            assert second is not None
-            assert error(real(second[k]), expected_bend, 1.0) < 1e-7
-            both = real(lin.vjp(cotangents, slot)[k] + second[k])
+            term = second(lin, tangents, slot)
+            assert term is not None
+            assert error(real(term[k]), expected_bend, 1.0) < 1e-7
+            both = real(vjp(lin, cotangents, slot)[k] + term[k])
             assert error(real(pulled[slot][k]), both, 1e-3) < 1e-12
 
 
@@ -206,7 +208,7 @@ def test_tangents_are_differences(name: str) -> None:
         out = call.node.target(*(values[a.slot] if isinstance(a, Ref) else a for a in call.node.args))
         return out if call.node.output is None else out[call.node.output]
 
-    assert error(real(lin.jvp(tangents)[0]), real(at(1e-5) - at(-1e-5)) / 2e-5, 1e-3) < 1e-8
+    assert error(real(jvp(lin, tangents)[0]), real(at(1e-5) - at(-1e-5)) / 2e-5, 1e-3) < 1e-8
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -254,10 +256,10 @@ def test_what_cannot_be_linearized_is_refused() -> None:
         with pytest.raises(NonDifferentiableError):
             OPAQUE.linearize(call)
     lin, _ = linearized(call_of(aten.hardsigmoid.default, normal(3)))
-    assert lin.jvp({0: normal(1, 3)}).shape == (1, 3)
+    assert jvp(lin, {0: normal(1, 3)}).shape == (1, 3)
     with pytest.raises(NonDifferentiableError, match="twice"):
-        lin.curve(normal(3), {})
-        lin.second({0: normal(1, 3)}, None, 0)
+        bind(lin, normal(3))
+        second(lin, {0: normal(1, 3)}, 0)
 
 
 def test_nothing_runs_twice_and_no_random_number_is_drawn() -> None:
@@ -270,12 +272,12 @@ def test_nothing_runs_twice_and_no_random_number_is_drawn() -> None:
 
     call = call_of(target, normal(3))
     before = runs
-    drawn, state = (normal(2, 3), {0: normal(2, 3)}), torch.get_rng_state()
+    g, x, state = normal(2, 3), normal(2, 3), torch.get_rng_state()
     lin, _ = linearized(call)
     ran = runs - before
-    lin.curve(torch.ones_like(call.out), {})
+    bind(lin, torch.ones_like(call.out))
     for _ in range(3):
-        lin.pull(*drawn, [0], slice(None), None)
+        lin.pull(g, lin.push({0: x}, True, [0])[1], ALL, [0], {})
     assert ran <= 2  # one for the tape, one to see whether there is a forward mode
     assert runs - before == ran
     assert torch.equal(torch.get_rng_state(), state)

@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dag_hesse.ir.node import Node, Ref, execute
-from dag_hesse.rules import RULES, Call, Linearized, batch_norm, rowwise
+from dag_hesse.rules import RULES, Call, batch_norm, rowwise
+from dag_hesse.rules.base import ALL
 from tests import device
 from tests.oracle import error
+from tests.rules.products import bind, jvp, second, vjp
 from tests.rules.samples import SAMPLES, Sample, normal, positive
 
 PROBES = 2
@@ -127,7 +131,7 @@ def test_products(name: str, sample: Sample, dtype: torch.dtype) -> None:
     tolerance = 1e-10 if dtype is torch.float64 else 2e-4
     lin = RULES[name].linearize(call)
     tangents = {slot: torch.randn(PROBES, *call.shape(slot), dtype=dtype, device=device.NAME) for slot in _slots(call)}
-    pushed = lin.jvp(tangents)
+    pushed = jvp(lin, tangents)
     assert pushed.shape == (PROBES, *call.out.shape)
     assert pushed.dtype == dtype
     if dtype is torch.float64 and sample.differences:
@@ -138,28 +142,23 @@ def test_products(name: str, sample: Sample, dtype: torch.dtype) -> None:
             bound = LOOSE_FORWARD.get(name, 2e-8) if device.NAME.startswith("cuda") else 2e-8
             assert error(pushed[k], (ahead - back) / 2e-5, 1e-3) < bound
     cotangent = torch.randn(PROBES, *call.out.shape, dtype=dtype, device=device.NAME)
-    pulled = {slot: lin.vjp(cotangent, slot) for slot in tangents}
+    pulled = {slot: vjp(lin, cotangent, slot) for slot in tangents}
     inner = sum((pulled[slot] * tangents[slot]).sum() for slot in tangents)  # ⟨Dᵀḡ, ẋ⟩ = ⟨ḡ, Dẋ⟩
     scale = float(cotangent.norm() * pushed.norm())
     assert abs(float(inner - (cotangent * pushed).sum())) <= tolerance * max(scale, 1.0)
     for slot, value in pulled.items():
         assert value.shape == tangents[slot].shape
-        before, into = torch.ones_like(value), torch.ones_like(value)
-        if lin.add_vjp(cotangent, slot, into):
-            assert error(into - before, value, 1e-3) < tolerance
+        before, buffer = torch.ones_like(value), torch.ones_like(value)
+        found = lin.pull(cotangent, None, ALL, [slot], {slot: buffer})[slot]
+        if found is buffer:
+            assert error(buffer - before, value, 1e-3) < tolerance
         else:
-            assert torch.equal(into, before)
+            assert torch.equal(buffer, before)
+    together = lin.pull(cotangent, None, ALL, list(tangents), {})
+    assert all(error(together[slot], value, 1e-3) < tolerance for slot, value in pulled.items())
     # one slot at a time is what a graph with other inputs constant does
-    alone = sum(lin.jvp({slot: tangent}) for slot, tangent in tangents.items())
+    alone = sum(jvp(lin, {slot: tangent}) for slot, tangent in tangents.items())
     assert error(alone, pushed, 1e-3) < tolerance
-
-
-def _read(lin: Linearized, tangents: dict[int, Tensor]) -> dict[int, Tensor]:
-    return {slot: x for slot, x in tangents.items() if lin.reads(slot)}
-
-
-def _second(lin: Linearized, tangents: dict[int, Tensor], slots: list[int], slot: int) -> Tensor | None:
-    return lin.second(_read(lin, tangents), lin.note(tangents, slots), slot)
 
 
 @pytest.mark.parametrize("name, sample", [row for row in ROWS if row.values[1].autograd])
@@ -171,15 +170,15 @@ def test_second_order(name: str, sample: Sample, share: bool) -> None:
     lin, slots = rule.linearize(call), _slots(call)
     pairs = {pair for pair in rule.pairs(call.node) if set(pair) <= set(slots)}
     lam = torch.randn_like(call.out)
-    lin.curve(lam, {slot: lin.vjp(lam.unsqueeze(0), slot)[0] for slot in slots} if share else {})
+    bind(lin, lam, slots if share else ())
     full = {slot: torch.randn(PROBES, *call.shape(slot), dtype=torch.float64, device=device.NAME) for slot in slots}
     for given in [full, *({slot: full[slot]} for slot in slots)]:
         for k in range(PROBES):
             rest = {slot: torch.zeros_like(call.values[slot]) for slot in slots}
             pulled, bent = _autograd(call, lam, {**rest, **{slot: t[k] for slot, t in given.items()}})
             for slot in slots:
-                assert error(lin.vjp(lam.unsqueeze(0), slot)[0], pulled[slot], 1e-3) < LOOSE.get(name, 1e-10)
-                found = _second(lin, given, slots, slot)
+                assert error(vjp(lin, lam.unsqueeze(0), slot)[0], pulled[slot], 1e-3) < LOOSE.get(name, 1e-10)
+                found = second(lin, given, slot)
                 zero = torch.zeros_like(call.values[slot])
                 assert error(zero if found is None else found[k], bent[slot], 1e-3) < 1e-9
                 if not any((slot, other) in pairs for other in given):
@@ -188,18 +187,43 @@ def test_second_order(name: str, sample: Sample, share: bool) -> None:
         for count, rows in ((1, slice(None)), (PROBES, slice(None)), (PROBES, slice(1, None))):
             near = {slot: t[: len(range(count)[rows])] for slot, t in given.items()}
             cotangent = torch.randn(count, *call.out.shape, dtype=torch.float64, device=device.NAME)
-            joined = lin.pull(cotangent, _read(lin, near), slots, rows, lin.push(near, slots)[1])
+            joined = lin.pull(cotangent, lin.push(near, True, slots)[1], rows, slots, {})
             for slot in slots:
-                expected, bend = lin.vjp(cotangent, slot).clone(), _second(lin, near, slots, slot)
+                expected, bend = vjp(lin, cotangent, slot).clone(), second(lin, near, slot)
                 if bend is not None:
                     expected[rows] += bend
                 assert error(joined[slot], expected, 1e-3) < 1e-10
+                place = joined[slot].untyped_storage().data_ptr()
+                assert all(x.untyped_storage().data_ptr() != place for x in near.values())
     for i, j in pairs:
         assert (j, i) in pairs
-        left = _second(lin, {j: full[j]}, slots, i)
-        right = _second(lin, {i: full[i]}, slots, j)
+        left, right = second(lin, {j: full[j]}, i), second(lin, {i: full[i]}, j)
         assert left is not None and right is not None
         assert abs(float((left[0] * full[i][0]).sum() - (right[0] * full[j][0]).sum())) < 1e-9
+
+
+class Unread(TorchDispatchMode):
+    """Refuses ops that bring values to the host: a recorded sweep could not replay them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero"), f"{name} reads a value"
+        masks = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.dtype is torch.bool]
+        assert not ("index" in name and masks), f"{name} looks a mask up"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name, sample", ROWS)
+def test_sweeps_read_no_values(name: str, sample: Sample) -> None:
+    torch.manual_seed(4)
+    call = make_call(name, sample)
+    lin, slots = RULES[name].linearize(call), _slots(call)
+    bind(lin, torch.randn_like(call.out), slots)
+    tangents = {slot: torch.randn(PROBES, *call.shape(slot), dtype=torch.float64, device=device.NAME) for slot in slots}
+    grad = torch.randn(PROBES, *call.out.shape, dtype=torch.float64, device=device.NAME)
+    with Unread():
+        saved = lin.push(tangents, True, slots)[1]
+        lin.pull(grad, saved, ALL, slots, {})
 
 
 SPECIAL = [
@@ -216,15 +240,15 @@ def test_conventions_at_kinks_are_those_of_autograd(name: str, sample: Sample, p
     call = make_call(name, sample, special=point)
     lin, slots = RULES[name].linearize(call), _slots(call)
     lam = torch.randn_like(call.out)
-    lin.curve(lam, {})
+    bind(lin, lam)
     tangents = {slot: torch.randn_like(call.values[slot]) for slot in slots}
     pulled, bent = _autograd(call, lam, tangents)
     for slot in slots:
         for order, expected in enumerate((pulled[slot], bent[slot])):
-            found = lin.vjp(lam.unsqueeze(0), slot)
+            found = vjp(lin, lam.unsqueeze(0), slot)
             if order:
-                second = _second(lin, {k: t.unsqueeze(0) for k, t in tangents.items()}, slots, slot)
-                found = torch.zeros_like(found) if second is None else second
+                term = second(lin, {k: t.unsqueeze(0) for k, t in tangents.items()}, slot)
+                found = torch.zeros_like(found) if term is None else term
             known = expected.isfinite()
             assert error(found[0][known], expected[known], 1e-3) < LOOSE_AT_KINKS.get(name, 1e-12)
 
@@ -263,7 +287,7 @@ def test_sums_of_batch_norm_in_any_memory_layout(
 
     def scale_slope(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         lin = RULES[name].linearize(Call(call.node, (x, *call.values[1:]), call.out, call.active))
-        return lin.vjp(g[None], 1)[0], lin.vjp(g[None], 2)[0]
+        return vjp(lin, g[None], 1)[0], vjp(lin, g[None], 2)[0]
 
     over = [0, *range(2, g.ndim)]
     spread = [1, 3, *(1,) * (g.ndim - 2)]

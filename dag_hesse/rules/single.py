@@ -1,0 +1,59 @@
+"""Rules of ops of one input, written as maps: its tangent, its adjoint, and its second-order term."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
+from dag_hesse.rules.base import Buffers, Call, Linearized, Saved, Tangents, bent
+
+
+class Single(Linearized):
+    """A call of one input. A linear one moves and transposes; others keep something of λ, and have a second term."""
+
+    def __init__(self, call: Call) -> None:
+        self.curved, self.bound = call.curved, False
+
+    @abstractmethod
+    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+        """ẏ, and what the second-order term takes of ẋ (it is asked for once λ is ``bound``)."""
+
+    @abstractmethod
+    def transpose(self, g: Tensor) -> Tensor:
+        """Jᵀ ȳ."""
+
+    def keep(self, lam: Tensor, mu: Tensor | None) -> None:
+        """Keep what the second-order term takes of λ, (*output), and its transpose μ, where that is known already."""
+
+    def second(self, saved: Saved, into: Tensor | None) -> Tensor:
+        """The second-order term, or ``into`` with it added."""
+        raise NotImplementedError(f"{type(self).__name__} saves a residual and has no second-order term")
+
+    def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
+        if lam is None:
+            return {}
+        mu = self.transpose(lam) if slots else None
+        if self.curved:
+            self.keep(lam[0], None if mu is None else mu[0])
+            self.bound = True
+        return {} if mu is None else {0: mu}
+
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+        moved, saved = self.move(tangents[0])
+        return moved if out else None, saved if bend and self.bound else None
+
+    def pull(
+        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+    ) -> dict[int, Tensor]:
+        if not slots:
+            return {}
+        if grad is None:
+            return {0: self.second(saved, None)}
+        x = self.transpose(grad)
+        return {0: x if saved is None else bent(x, grad, rows, partial(self.second, saved))}
+
+
+__all__ = ["Single"]
