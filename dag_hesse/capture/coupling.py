@@ -18,22 +18,18 @@ from dag_hesse.capture import labels
 from dag_hesse.capture.batch import Batch
 from dag_hesse.capture.families import (
     ARITHMETIC,
-    CREATED,
-    FAMILIES,
+    FOLLOW,
     GONE,
     NONE,
-    Rule,
     State,
-    elementwise,
     is_linear,
-    is_pointwise,
     mixed,
+    samples_of,
     separate,
-    spatial,
-    unknown,
 )
 from dag_hesse.capture.layout import FREE, Place
 from dag_hesse.ir import Coupling, CurvatureGraph, Kind, Node
+from dag_hesse.rules.base import Samples
 
 _MOST_CHOICES = 16  # of the inputs' batch axes
 _LITERAL = "dag_hesse.literal"
@@ -99,16 +95,16 @@ class Walker:
     def visit(self, node: Node) -> State:
         states = [self.states[k] for k in node.inputs]
         touched = [s for s in states if not s.free]
-        if not touched or node.op in CREATED:
+        samples = samples_of(node)
+        if not touched or samples is Samples.CREATED:
             return NONE
         if touched[0].one >= 0 and all(s.one == touched[0].one for s in touched):
             return self.single(node, touched[0].one)
-        rule = self.family(node)
         if all(s.place is None and s.one < 0 for s in touched):  # sums over the batch, or what was lost before
             return self.after_sum(node, touched)
-        state = rule(self, node)
+        state = FOLLOW[samples](self, node)
         if any(s.coupling in (Coupling.MIXED, Coupling.SUMMED) for s in touched):
-            added = rule is elementwise and all(s.coupling is not Coupling.MIXED for s in touched)
+            added = samples is Samples.ELEMENTWISE and all(s.coupling is not Coupling.MIXED for s in touched)
             return (
                 state if added and state.coupling is Coupling.SUMMED else replace(mixed(state.place), lost=state.lost)
             )
@@ -125,20 +121,11 @@ class Walker:
         return State(Coupling.SEPARATE, place, one=number)
 
     def guess(self, node: Node) -> Place | None:
-        if self.family(node) not in ARITHMETIC or all(self.states[k].place is None for k in node.inputs):
+        samples = samples_of(node)
+        if samples not in ARITHMETIC or all(self.states[k].place is None for k in node.inputs):
             return None
-        place = self.family(node)(self, node).place
+        place = FOLLOW[samples](self, node).place
         return place if place and place.axis < len(node.shape) and node.shape[place.axis] == place.size else None
-
-    def family(self, node: Node) -> Rule:
-        rule = FAMILIES.get(node.op.rsplit(".", 1)[0])
-        if rule is not None:
-            return rule
-        if node.kind in (Kind.POINTWISE, Kind.PIECEWISE_LINEAR) or is_pointwise(node):
-            return elementwise
-        if any(word in node.op for word in ("pool", "upsample", "_pad", "nearest_exact")):
-            return spatial
-        return unknown
 
     def after_sum(self, node: Node, states: Sequence[State]) -> State:
         lost = any(s.lost for s in states)

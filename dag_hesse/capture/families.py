@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,10 @@ import torch
 
 from dag_hesse.capture import labels
 from dag_hesse.capture.layout import FREE, Place, along, reshaped
-from dag_hesse.ir import Coupling, Kind, Node
+from dag_hesse.ir import Coupling, Node
+from dag_hesse.rules.base import Samples
 from dag_hesse.rules.structural import axes
+from dag_hesse.rules.table import RULES
 
 if TYPE_CHECKING:
     from dag_hesse.capture.coupling import Walker
@@ -56,7 +58,7 @@ def option(node: Node, name: str, default: Any = None) -> Any:
     return node.args[place] if place < len(node.args) else default
 
 
-Rule = Callable[["Walker", Node], State]
+Follow = Callable[["Walker", Node], State]
 
 
 def is_pointwise(node: Node) -> bool:
@@ -64,7 +66,9 @@ def is_pointwise(node: Node) -> bool:
 
 
 def is_linear(node: Node) -> bool:
-    return node.kind is Kind.STRUCTURAL or node.op.rsplit(".", 1)[0] in LINEAR or node.op in LINEAR_SCALARS
+    """Whether a sum over samples stays one."""
+    rule = RULES.get(node.op)
+    return rule is not None and rule.linear
 
 
 def elementwise(walk: Walker, node: Node) -> State:
@@ -92,15 +96,20 @@ def reshape(walk: Walker, node: Node) -> State:
 
 
 def permute(walk: Walker, node: Node) -> State:
-    place, ndim = only(walk, node), len(node.shape)
+    return _permuted(walk, node, axes(option(node, "dims"), len(node.shape)))
+
+
+def transpose(walk: Walker, node: Node) -> State:
+    ndim = len(node.shape)
     order = list(range(ndim))
-    if "permute" in node.op:
-        order = axes(option(node, "dims"), ndim)
-    elif ndim > 1:
-        one, other = (
-            (0, 1) if node.op.startswith("aten.t.") else axes([option(node, "dim0"), option(node, "dim1")], ndim)
-        )
+    if ndim > 1:
+        one, other = axes([option(node, "dim0", 0), option(node, "dim1", 1)], ndim)
         order[one], order[other] = other, one
+    return _permuted(walk, node, order)
+
+
+def _permuted(walk: Walker, node: Node, order: list[int]) -> State:
+    place = only(walk, node)
     return separate(place and place.at(order.index(place.axis)))
 
 
@@ -111,41 +120,69 @@ def expand(walk: Walker, node: Node) -> State:
     return separate(place and place.at(place.axis + more))
 
 
-def pick(walk: Walker, node: Node) -> State:
-    """Ops that pick along axes: run on the line of the batch axis."""
-    k = node.inputs[0]
-    place, ndim = walk.states[k].place, len(walk.shape(k))
+Line = Callable[[Node, torch.Tensor, int, int], torch.Tensor | None]
+
+
+def along_axis(change: Line) -> Follow:
+    """Ops that pick along axes: ``change(node, line of the batch axis, that axis, ndim)``; None where it is lost."""
+
+    def follow(walk: Walker, node: Node) -> State:
+        k = node.inputs[0]
+        place, ndim = walk.states[k].place, len(walk.shape(k))
+        if place is None:
+            return LOST
+        line = change(node, place.line(), place.axis, ndim)
+        return LOST if line is None else _of_line(line, place.axis + len(node.shape) - ndim)
+
+    return follow
+
+
+def _dim(node: Node, ndim: int) -> int:
+    return axes(option(node, "dim", option(node, "dimension", 0)), ndim)[0]
+
+
+def _slice(node: Node, line: torch.Tensor, axis: int, ndim: int) -> torch.Tensor:
+    window = labels.span(option(node, "start"), option(node, "end"), option(node, "step", 1))
+    return line[window] if _dim(node, ndim) == axis else line
+
+
+def _flip(node: Node, line: torch.Tensor, axis: int, ndim: int) -> torch.Tensor:
+    return line.flip(0) if axis in axes(option(node, "dims"), ndim) else line
+
+
+def _roll(node: Node, line: torch.Tensor, axis: int, ndim: int) -> torch.Tensor | None:
+    dims, shifts = option(node, "dims", []), option(node, "shifts")
+    if not dims:
+        return None
+    return line.roll(sum(s for s, d in zip(shifts, axes(dims, ndim), strict=True) if d == axis))
+
+
+def _pad(node: Node, line: torch.Tensor, axis: int, ndim: int) -> torch.Tensor:
+    pads, after = option(node, "pad"), 2 * (ndim - 1 - axis)
+    return torch.constant_pad_nd(line, pads[after : after + 2], FREE) if after < len(pads) else line
+
+
+def _repeat(node: Node, line: torch.Tensor, axis: int, ndim: int) -> torch.Tensor:
+    repeats = option(node, "repeats")
+    return line.repeat(repeats[axis + len(repeats) - ndim])
+
+
+def unfold(walk: Walker, node: Node) -> State:
+    """Windows along an axis; their elements lie along a new one, the last."""
+    place = only(walk, node)
+    if place is None or _dim(node, len(walk.shape(node.inputs[0]))) == place.axis:
+        return LOST
+    return _of_line(place.line(), place.axis)
+
+
+def select(walk: Walker, node: Node) -> State:
+    place, ndim = only(walk, node), len(walk.shape(node.inputs[0]))
     if place is None:
         return LOST
-    line, axis = place.line(), place.axis
-    name, dim = node.op.split(".")[1], axes(option(node, "dim", option(node, "dimension", 0)), ndim)[0]
-    if name == "slice":
-        line = (
-            line
-            if dim != axis
-            else line[labels.span(option(node, "start"), option(node, "end"), option(node, "step", 1))]
-        )
-    elif name == "select":
-        if dim == axis:
-            return State(Coupling.SEPARATE, one=int(line[option(node, "index")]))
-        axis -= dim < axis
-    elif name == "flip":
-        line = line.flip(0) if axis in axes(option(node, "dims"), ndim) else line
-    elif name == "roll":
-        dims, shifts = option(node, "dims", []), option(node, "shifts")
-        if not dims:
-            return LOST
-        line = line.roll(sum(s for s, d in zip(shifts, axes(dims, ndim), strict=True) if d == axis))
-    elif name == "constant_pad_nd":
-        pads, after = option(node, "pad"), 2 * (ndim - 1 - axis)
-        line = torch.constant_pad_nd(line, pads[after : after + 2], FREE) if after < len(pads) else line
-    elif name == "repeat":
-        repeats = option(node, "repeats")
-        axis += len(repeats) - ndim
-        line = line.repeat(repeats[axis])
-    elif name == "unfold" and dim == axis:
-        return LOST
-    return _of_line(line, axis)
+    dim = _dim(node, ndim)
+    if dim == place.axis:
+        return State(Coupling.SEPARATE, one=int(place.line()[option(node, "index")]))
+    return _of_line(place.line(), place.axis - (dim < place.axis))
 
 
 def _of_line(line: torch.Tensor, axis: int) -> State:
@@ -157,58 +194,73 @@ def _of_line(line: torch.Tensor, axis: int) -> State:
 
 def cat(walk: Walker, node: Node) -> State:
     inputs = [node.inputs[ref.slot] for ref in node.args[0]]
-    stack = node.op.startswith("aten.stack")
-    inputs = [k for k in inputs if stack or len(walk.shape(k)) == len(node.shape)]  # an old cat() takes empty vectors
+    inputs = [k for k in inputs if len(walk.shape(k)) == len(node.shape)]  # an old cat() takes empty vectors
+    return _joined(node, [walk.states[k].place for k in inputs], lambda dim: [walk.line(k, dim) for k in inputs])
+
+
+def stack(walk: Walker, node: Node) -> State:
     dim = axes(option(node, "dim", 0), len(node.shape))[0]
-    moved = [_unsqueezed(walk.states[k].place, dim) if stack else walk.states[k].place for k in inputs]
-    places = {p for p in moved if p is not None}
-    if places and all(p.axis != dim for p in places):
-        return separate(places.pop()) if len(places) == 1 else LOST
-    ones = [walk.states[k].one for k in inputs]
-    pieces = [torch.tensor([one], device="cpu") for one in ones] if stack else [walk.line(k, dim) for k in inputs]
-    return _of_line(torch.cat(pieces), dim)
+    states = [walk.states[node.inputs[ref.slot]] for ref in node.args[0]]
+    moved = [_unsqueezed(s.place, dim) for s in states]
+    return _joined(node, moved, lambda dim: [torch.tensor([s.one], device="cpu") for s in states])
+
+
+def _joined(node: Node, places: Sequence[Place | None], pieces: Callable[[int], list[torch.Tensor]]) -> State:
+    """Tensors side by side along the op's ``dim``: where the samples lie along that, ``pieces`` of their line."""
+    dim = axes(option(node, "dim", 0), len(node.shape))[0]
+    known = {p for p in places if p is not None}
+    if known and all(p.axis != dim for p in known):
+        return separate(known.pop()) if len(known) == 1 else LOST
+    return _of_line(torch.cat(pieces(dim)), dim)
 
 
 def _unsqueezed(place: Place | None, dim: int) -> Place | None:
     return place and place.at(place.axis + (place.axis >= dim))
 
 
-def write(walk: Walker, node: Node) -> State:
-    """slice_scatter and select_scatter."""
+def slice_write(walk: Walker, node: Node) -> State:
+    window = labels.span(option(node, "start"), option(node, "end"), option(node, "step", 1))
+    source = node.inputs[1]
+    return _written(walk, node, window, walk.states[source].place, lambda dim: walk.line(source, dim))
+
+
+def select_write(walk: Walker, node: Node) -> State:
+    dim, index = axes(option(node, "dim", 0), len(node.shape))[0], option(node, "index")
+    source = walk.states[node.inputs[1]]
+    window = labels.span(index, index % node.shape[dim] + 1, 1)
+    one = torch.tensor([source.one], device="cpu")
+    return _written(walk, node, window, _unsqueezed(source.place, dim), lambda dim: one)
+
+
+def _written(walk: Walker, node: Node, window: slice, b: Place | None, piece: Callable[[int], torch.Tensor]) -> State:
+    """A tensor with a ``window`` of its ``dim`` overwritten by one whose samples lie at ``b``."""
     into, source = node.inputs[:2]
-    ndim = len(node.shape)
-    dim = axes(option(node, "dim", 0), ndim)[0]
-    a, b = walk.states[into].place, walk.states[source].place
-    if "select" in node.op:
-        b = _unsqueezed(b, dim)
-        window = labels.span(option(node, "index"), option(node, "index") % node.shape[dim] + 1, 1)
-    else:
-        window = labels.span(option(node, "start"), option(node, "end"), option(node, "step", 1))
+    dim, a = axes(option(node, "dim", 0), len(node.shape))[0], walk.states[into].place
     if all(p is None or p.axis != dim for p in (a, b)) and walk.states[source].one < 0:
         return separate(a or b) if a is None or b is None or a == b else mixed(a)
     if any(p is not None and p.axis != dim for p in (a, b)):
         return mixed(a)
     line = walk.line(into, dim).clone()
-    line[window] = (
-        torch.tensor([walk.states[source].one], device="cpu") if "select" in node.op else walk.line(source, dim)
-    )
+    line[window] = piece(dim)
     return _of_line(line, dim)
 
 
 def reduction(walk: Walker, node: Node) -> State:
+    return _reduced(walk, node, GONE)
+
+
+def linear_reduction(walk: Walker, node: Node) -> State:
+    return _reduced(walk, node, State(Coupling.SUMMED))
+
+
+def _reduced(walk: Walker, node: Node, over_samples: State) -> State:
     k = node.inputs[0]
     state, ndim = walk.states[k], len(walk.shape(k))
-    if state.place is None:
-        return State(Coupling.SUMMED) if is_sum(node) else GONE
     dims = axes(option(node, "dim"), ndim)
-    if state.place.axis in dims:
-        return State(Coupling.SUMMED) if is_sum(node) else GONE
+    if state.place is None or state.place.axis in dims:
+        return over_samples
     shift = 0 if len(node.shape) == ndim else sum(d < state.place.axis for d in dims)
     return separate(state.place.at(state.place.axis - shift))
-
-
-def is_sum(node: Node) -> bool:
-    return node.op.rsplit(".", 1)[0] in ("aten.sum", "aten.mean")
 
 
 def sequence(walk: Walker, node: Node) -> State:
@@ -338,66 +390,76 @@ def unknown(walk: Walker, node: Node) -> State:
     return separate(labels.tried(walk, node))
 
 
-def _table(entries: Mapping[str, Rule]) -> dict[str, Rule]:
-    return {
-        f"{'' if '.' in name else 'aten.'}{name}": rule for names, rule in entries.items() for name in names.split()
-    }
+def created(walk: Walker, node: Node) -> State:
+    return NONE
 
 
-FAMILIES: Mapping[str, Rule] = _table(
-    {
-        "view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten unflatten": reshape,
-        "permute transpose t": permute,
-        "expand": expand,
-        "slice select flip roll constant_pad_nd repeat unfold": pick,
-        "cat stack": cat,
-        "slice_scatter select_scatter": write,
-        "sum mean amax amin logsumexp prod any all argmax argmin count_nonzero var std nansum": reduction,
-        "linalg_vector_norm norm": reduction,
-        "_softmax _safe_softmax _log_softmax cumsum cumprod logcumsumexp cummax cummin sort argsort topk": sequence,
-        "kthvalue mode glu renorm dag_hesse.standardize": sequence,
-        "view_as_complex view_as_real _fft_r2c _fft_c2c _fft_c2r": sequence,
-        "mm bmm dag_hesse.mm_bias": product,
-        "convolution": convolution,
-        "im2col col2im grid_sampler_2d grid_sampler_3d affine_grid_generator _cdist_forward": leading,
-        "dag_hesse.batch_affine": affine,
-        "embedding": rows,
-        "_embedding_bag _embedding_bag_forward_only embedding_bag": bags,
-        "index _unsafe_index index_select gather scatter scatter_add scatter_reduce index_add index_put": move,
-        "_unsafe_index_put index_copy index_fill take take_along_dim diagonal as_strided": move,
-        "_to_copy tril triu clone alias lift_fresh_copy dag_hesse.tap native_dropout detach copy": elementwise,
-        "bernoulli masked_fill where": elementwise,
-    }
-)
-# With a dim these run along it, without they are reductions of everything.
-FAMILIES = {
-    **FAMILIES,
-    **{
-        f"aten.{name}": (lambda w, n: (sequence if len(n.args) > 1 else reduction)(w, n))
-        for name in ("max", "min", "median", "nanmedian")
-    },
+FOLLOW: Mapping[Samples, Follow] = {
+    Samples.AFFINE: affine,
+    Samples.BAGS: bags,
+    Samples.CAT: cat,
+    Samples.CONVOLUTION: convolution,
+    Samples.CREATED: created,
+    Samples.ELEMENTWISE: elementwise,
+    Samples.EXPAND: expand,
+    Samples.FLIP: along_axis(_flip),
+    Samples.INDEX: move,
+    Samples.LEADING: leading,
+    Samples.PAD: along_axis(_pad),
+    Samples.PERMUTE: permute,
+    Samples.PRODUCT: product,
+    Samples.REDUCTION: reduction,
+    Samples.REPEAT: along_axis(_repeat),
+    Samples.RESHAPE: reshape,
+    Samples.ROLL: along_axis(_roll),
+    Samples.ROWS: rows,
+    Samples.SELECT: select,
+    Samples.SELECT_WRITE: select_write,
+    Samples.SEQUENCE: sequence,
+    Samples.SLICE: along_axis(_slice),
+    Samples.SLICE_WRITE: slice_write,
+    Samples.SPATIAL: spatial,
+    Samples.STACK: stack,
+    Samples.SUM: linear_reduction,
+    Samples.TRANSPOSE: transpose,
+    Samples.UNFOLD: unfold,
+    Samples.UNKNOWN: unknown,
 }
-ARITHMETIC = frozenset(
-    {
-        reshape,
-        permute,
-        expand,
-        pick,
-        elementwise,
-        reduction,
-        sequence,
-        product,
-        convolution,
-        leading,
-        spatial,
-        affine,
-        rows,
-    }
-)
-LINEAR = frozenset(f"aten.{name}" for name in ("add", "sub", "neg", "sum", "mean"))
-LINEAR_SCALARS = frozenset({"aten.mul.Scalar", "aten.div.Scalar"})
-_LIKE = ("zeros", "ones", "empty", "full", "rand", "randn")
-CREATED = frozenset(
-    [f"aten.{name}_like.default" for name in _LIKE]
-    + [f"aten.new_{name}.default" for name in ("zeros", "ones", "empty", "full")]
-)
+# Those that follow an axis by arithmetic alone.
+ARITHMETIC = frozenset(Samples) - {
+    Samples.BAGS,
+    Samples.CAT,
+    Samples.CREATED,
+    Samples.INDEX,
+    Samples.SELECT_WRITE,
+    Samples.SLICE_WRITE,
+    Samples.STACK,
+    Samples.UNKNOWN,
+}
+# Ops that have no rule: they carry no derivatives here, or are differentiated by autograd. By name, of any overload.
+_WITHOUT_RULE: Mapping[Samples, str] = {
+    Samples.BAGS: "_embedding_bag _embedding_bag_forward_only embedding_bag",
+    Samples.CREATED: "zeros_like ones_like empty_like full_like rand_like randn_like "
+    "new_zeros new_ones new_empty new_full",
+    Samples.ELEMENTWISE: "detach copy native_dropout bernoulli",
+    Samples.INDEX: "scatter_reduce index_copy index_fill take take_along_dim as_strided",
+    Samples.LEADING: "grid_sampler_2d grid_sampler_3d affine_grid_generator _cdist_forward",
+    Samples.REDUCTION: "prod any all argmax argmin count_nonzero var std nansum linalg_vector_norm norm nanmedian",
+    Samples.RESHAPE: "flatten unflatten",
+    Samples.SEQUENCE: "cumprod logcumsumexp cummax cummin argsort glu renorm "
+    "view_as_complex view_as_real _fft_r2c _fft_c2c _fft_c2r",
+}
+_NAMED = {f"aten.{name}": batch for batch, names in _WITHOUT_RULE.items() for name in names.split()}
+_SPATIAL = ("pool", "upsample", "_pad", "nearest_exact")
+
+
+def samples_of(node: Node) -> Samples:
+    """What the node's op does to the axis of the samples."""
+    rule, name = RULES.get(node.op), node.op.rsplit(".", 1)[0]
+    if rule is not None:
+        return rule.samples
+    if name in _NAMED:
+        return _NAMED[name]
+    if is_pointwise(node):
+        return Samples.ELEMENTWISE
+    return Samples.SPATIAL if any(word in node.op for word in _SPATIAL) else Samples.UNKNOWN

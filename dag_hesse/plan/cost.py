@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
 
 from dag_hesse.ir import CurvatureGraph, Node
-from dag_hesse.rules.convolution import geometry
+from dag_hesse.rules.table import rule_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +25,7 @@ class Cost:
 
 def product_flops(graph: CurvatureGraph, node: Node) -> int:
     """FLOPs of one linear product through a node (2 per multiply-add of a contraction, 1 per element elsewhere)."""
-    shapes = [graph.nodes[k].shape for k in node.inputs]
-    if node.op in ("aten.mm.default", "aten.bmm.default", "dag_hesse.mm_bias.default"):
-        return 2 * node.numel * shapes[0][-1]
-    if node.op == "aten.convolution.default":
-        weight, transposed = shapes[1], node.args[6]
-        per_output = prod(geometry(shapes[0], weight, node.shape, node.args).kernel) * weight[1]
-        return 2 * (prod(shapes[0]) if transposed else node.numel) * per_output
-    return node.numel
+    return rule_for(node).flops(node, [graph.nodes[k].shape for k in node.inputs])
 
 
 def _node_cost(graph: CurvatureGraph, node: Node) -> Cost:

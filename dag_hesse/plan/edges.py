@@ -1,4 +1,4 @@
-"""The plan edge by edge: which products a sweep runs, what they cost, and in which buffer each adjoint lies."""
+"""The plan edge by edge: which products a sweep runs and what they cost."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from dag_hesse.rules.table import pairs_of
 class Edge:
     """One input of one swept node. FLOPs and bytes are those of one probe through all ``products``.
 
-    ``products`` are ``jvp`` (tangent), ``vjp`` (adjoint) and ``second`` (λ-weighted second-order term). ``buffer`` is
-    where the source's adjoint lies: edges with the same number use the same memory, one after the other.
+    ``products`` are ``jvp`` (tangent), ``vjp`` (adjoint) and ``second`` (λ-weighted second-order term).
     """
 
     source: int
@@ -29,29 +28,11 @@ class Edge:
     products: tuple[str, ...]
     flops: float
     bytes: float
-    buffer: int
 
 
 def _active(graph: CurvatureGraph) -> list[bool]:
     sites = [k for point in graph.points for k in point.sites]
     return graph.active(sites)
-
-
-def _buffers(graph: CurvatureGraph, active: list[bool]) -> dict[int, int]:
-    """A buffer per node's adjoint: it lives from the node's last reader to the node (sweeps run backwards)."""
-    free: list[int] = []
-    taken, count = dict[int, int](), 0
-    for node in reversed(graph.nodes):
-        if not (active[node.index] and node.is_differentiable):
-            continue
-        for k in dict.fromkeys(node.inputs):
-            if active[k] and k not in taken:
-                if not free:
-                    free, count = [count], count + 1
-                taken[k] = free.pop()
-        if node.index in taken:
-            free.append(taken[node.index])
-    return taken
 
 
 def edges(graph: CurvatureGraph) -> list[Edge]:
@@ -66,7 +47,6 @@ def edges(graph: CurvatureGraph) -> list[Edge]:
         ('mm_bias', ('jvp', 'vjp'))
     """
     active, found = _active(graph), []
-    buffers = _buffers(graph, active)
     for node in graph.nodes:
         if not (active[node.index] and node.is_differentiable):
             continue
@@ -89,7 +69,6 @@ def edges(graph: CurvatureGraph) -> list[Edge]:
                     products,
                     float(len(products) * flops),
                     float(len(products) * moved * node.dtype.itemsize),
-                    buffers.get(k, -1),
                 )
             )
     return found
@@ -107,11 +86,11 @@ def as_rows(found: Iterable[Edge]) -> list[dict[str, Any]]:
 
 def render_edges(found: Iterable[Edge]) -> str:
     """A line an edge."""
-    lines = [f"{'edge':<12}{'op':<28}{'shapes':<46}{'products':<18}{'MFLOP':>9}{'MiB':>8}{'buffer':>8}"]
+    lines = [f"{'edge':<12}{'op':<28}{'shapes':<46}{'products':<18}{'MFLOP':>9}{'MiB':>8}"]
     for e in found:
         shapes = f"{list(e.shape)} -> {list(e.out_shape)}"
         lines.append(
             f"{f'%{e.source}->%{e.target}':<12}{e.op[:26]:<28}{shapes:<46}{'+'.join(e.products):<18}"
-            f"{e.flops / 1e6:>9.2f}{e.bytes / 2**20:>8.2f}{e.buffer:>8}"
+            f"{e.flops / 1e6:>9.2f}{e.bytes / 2**20:>8.2f}"
         )
     return "\n".join(lines)

@@ -1,71 +1,42 @@
-"""Bytes that a sweep holds at its peak, found by walking the graph as the sweep does: tangents ahead, adjoints back."""
+"""Bytes that a sweep holds at its peak, found by walking the graph as the sweep does: tangents ahead, adjoints back.
+
+What each call keeps is its rule's footprint; the walk adds what passes by.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from math import prod
-
-import torch
 
 from dag_hesse.ir import CurvatureGraph, Kind, Node
-from dag_hesse.rules.batch_norm import has_fixed_statistics
-from dag_hesse.rules.convolution import geometry
+from dag_hesse.rules.base import Moves
+from dag_hesse.rules.footprint import EMPTY, NOTHING, OUT, Footprint, footprint
 from dag_hesse.rules.region import Region
-from dag_hesse.rules.table import pairs_of
+from dag_hesse.rules.table import pairs_of, rule_for
 
 _CHUNK_BYTES = 64 << 20
 _SHARED_BYTES = 8 << 20
 _NOT_COMPUTED = (Kind.STRUCTURAL, Kind.PARAM)
-_OF_SUMS = {"aten._log_softmax.default"}  # of λ their second-order terms want a sum alone
-_CONVOLUTION = "aten.convolution.default"
-_VIEWS = {
-    "view",
-    "reshape",
-    "_unsafe_view",
-    "transpose",
-    "permute",
-    "t",
-    "expand",
-    "squeeze",
-    "unsqueeze",
-    "slice",
-    "select",
-}
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What a node's residual holds: tangents of these nodes, and bytes of its own."""
+def footprints(graph: CurvatureGraph, active: list[bool]) -> dict[int, Footprint]:
+    """Per node that has derivatives, what its call keeps in sweeps through the ``active`` nodes."""
+    found = {}
+    for node in graph.nodes:
+        if active[node.index] and node.is_differentiable:
+            on = [active[k] for k in node.inputs]
+            curved = any(on[i] and on[j] for i, j in pairs_of(node))
+            found[node.index] = footprint(node, [graph.nodes[k] for k in node.inputs], on, curved)
+    return found
 
-    tangents: frozenset[int] = frozenset()
-    own: int = 0
+
+def _nodes(node: Node, slots: Iterable[int]) -> list[int]:
+    """The nodes that a call's slots stand for."""
+    return [node.index if slot == OUT else node.inputs[slot] for slot in slots]
 
 
-def held(graph: CurvatureGraph, node: Node, active: list[bool]) -> Held:
-    """What the rule of ``node`` keeps in a sweep through the ``active`` nodes, as its kind and shapes decide."""
-    inputs = [graph.nodes[k] for k in node.inputs]
-    pairs = [pair for pair in pairs_of(node) if all(active[node.inputs[slot]] for slot in pair)]
-    if not pairs:
-        return Held()
-    if isinstance(node.target, Region) and node.target.meet is not None:
-        return Held(own=node.bytes)
-    if node.op == "aten._log_softmax.default":
-        return Held(frozenset({node.index}))
-    if node.op == "dag_hesse.standardize.default":  # its own tangent, and two numbers a row
-        return Held(frozenset({node.index}), 2 * node.bytes // prod(node.shape[k] for k in node.args[1]))  # type: ignore
-    if node.kind is Kind.ROWWISE:
-        return Held(own=inputs[0].bytes)
-    if node.op == "dag_hesse.batch_affine.default" and has_fixed_statistics(node, [active[k] for k in node.inputs]):
-        return Held(own=2 * inputs[1].bytes)
-    if node.kind is Kind.CONTRACTION:
-        a, b = inputs[:2]
-        early = b.numel < a.numel
-        if node.op == _CONVOLUTION:
-            early = not geometry(a.shape, b.shape, node.shape, node.args).joins
-        return Held(frozenset({b.index}), b.bytes) if early else Held(frozenset({a.index, b.index}))
-    return Held(frozenset(node.inputs[slot] for pair in pairs for slot in pair))
+def _workspace(graph: CurvatureGraph, node: Node, rows: int) -> int:
+    return rule_for(node).workspace(node, [graph.nodes[k].shape for k in node.inputs], rows)
 
 
 class _Live:
@@ -78,7 +49,7 @@ class _Live:
         self.graph, self.bases, self.counts = graph, list(range(len(graph.nodes))), Counter[int]()
         self.copies, self.bytes = copies or [1] * len(graph.nodes), 0
         for node in graph.nodes:
-            if node.op.startswith("aten.") and node.op.split(".")[1] in _VIEWS:
+            if node.is_differentiable and Moves.VIEW in rule_for(node).moves:
                 self.bases[node.index] = self.bases[node.inputs[0]]
 
     def add(self, k: int) -> None:
@@ -96,70 +67,72 @@ class _Live:
 
     def _size(self, base: int) -> int:
         node = self.graph.nodes[base]
-        return node.bytes * self.copies[base] if node.is_differentiable else 0
+        return node.bytes * self.copies[base] if node.target is not None else 0
 
 
 def linearization_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
     """Peak bytes of a linearization from ``starts`` on, forward and back; without the parameters."""
-    active, values, nodes = graph.active(starts), _Live(graph), graph.nodes
-    inner = [node for node in nodes if active[node.index] and node.is_differentiable]
-    transposes, bent, extra, peak = (
-        set[int](),
-        set[int](),
-        0,
-        0,
-    )  # what keeps λ or its transpose, or an h, on the way back
-    for node in inner:
-        curved, on = held(graph, node, active) != Held(), [active[k] for k in node.inputs]
-        if node.kind is Kind.CONTRACTION:
-            for slot in (0, 1):
-                if on[1 - slot]:
-                    values.add(node.inputs[slot])
-            extra += _cropped(graph, node) if on[0] else 0
-            transposes |= {values.bases[node.index]} if curved else set()
-        elif node.kind is Kind.ROWWISE:
-            values.add(node.index)
-            transposes |= {values.bases[node.inputs[0]]} if curved and node.op not in _OF_SUMS else set()
-        elif node.op == "dag_hesse.batch_affine.default" and any(on[1:]):
-            values.add(node.inputs[0])
-            transposes.add(values.bases[node.inputs[0]])
-        elif curved:
-            extra += node.bytes  # what c and h come of; they take its place
-            bent.add(node.index)
-        elif "max_pool" in node.op:
-            extra += node.numel * torch.int64.itemsize
-        elif "relu" in str(node.target):  # its derivative is read off its value
-            values.add(node.index)
-        peak = max(peak, values.bytes + extra + _passing(graph, node))
-    kept = values.bytes + extra
-    for node in reversed(inner):
-        peak = max(peak, kept + _passing(graph, node))
-        kept += node.bytes * ((node.index in transposes) + (node.index in bent))
-    return max(peak, kept)
+    return max(_linearized(graph, starts))
+
+
+def kept_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
+    """Bytes that a linearization from ``starts`` on holds for its sweeps; without parameters, batch and constants."""
+    return _linearized(graph, starts)[-1]
+
+
+def _linearized(graph: CurvatureGraph, starts: Iterable[int]) -> tuple[int, int, int]:
+    """Peak of the forward pass, peak of the backward pass, and what is kept in the end."""
+    prints, values = footprints(graph, graph.active(starts)), _Live(graph)
+    return _evaluated(values, prints), *_bound(values, prints)
+
+
+def _evaluated(values: _Live, prints: dict[int, Footprint]) -> int:
+    """Peak of the forward pass, in which calls are linearized; what they keep is left in ``values``."""
+    graph, own, peak = values.graph, 0, 0
+    readers = [len(children) for children in graph.children]
+    for node in graph.nodes:
+        if node.target is None:
+            continue
+        values.add(node.index)
+        kept = prints.get(node.index, EMPTY).values
+        for k in _nodes(node, kept.slots):
+            values.add(k)
+        own += kept.bytes
+        peak = max(peak, values.bytes + own + _passing(graph, node))
+        for k in set(node.inputs):
+            readers[k] -= 1
+            if readers[k] == 0 and graph.nodes[k].target is not None:
+                values.drop(k)
+        if readers[node.index] == 0 and node.index != graph.loss:
+            values.drop(node.index)
+    return peak
+
+
+def _bound(values: _Live, prints: dict[int, Footprint]) -> tuple[int, int]:
+    """Peak of the backward pass, in which calls take λ, and then hold more or less than before; and the end."""
+    graph, adjoints, peak = values.graph, _Live(values.graph), 0
+    for index in reversed(prints):  # a λ that is handed on, to one that only this op reads, is one tensor
+        for k in _nodes(graph.nodes[index], prints[index].passed):
+            if graph.children[k] == [index]:
+                adjoints.bases[k] = adjoints.bases[index]
+    own = sum(one.values.bytes for one in prints.values())
+    for index in reversed(prints):
+        node, one = graph.nodes[index], prints[index]
+        for k in _nodes(node, one.bound.slots - one.values.slots):
+            values.add(k)
+        for k in _nodes(node, one.values.slots - one.bound.slots):
+            values.drop(k)
+        for k in _nodes(node, one.adjoints):
+            adjoints.add(k)
+        own += one.bound.bytes - one.values.bytes
+        peak = max(peak, values.bytes + adjoints.bytes + own + 2 * node.bytes)  # λ, and what comes of it
+    return peak, values.bytes + adjoints.bytes + own
 
 
 def _passing(graph: CurvatureGraph, node: Node) -> int:
-    """Bytes of a value, or of its λ, and what comes of it; or of the layout that a vendor gives a weight."""
-    return max(2 * node.bytes, graph.nodes[node.inputs[1]].bytes if node.op == _CONVOLUTION else 0)
-
-
-def _cropped(graph: CurvatureGraph, node: Node) -> int:
-    """Bytes of a copy of a convolution's weight without its dead taps."""
-    if node.op != _CONVOLUTION:
-        return 0
-    x, w = (graph.nodes[k] for k in node.inputs[:2])
-    live, whole = prod(geometry(x.shape, w.shape, node.shape, node.args).kernel), prod(w.shape[2:])
-    return w.bytes * live // whole if live < whole else 0
-
-
-def _workspace(graph: CurvatureGraph, node: Node, copies: int) -> int:
-    """Bytes of the layouts of its own that a vendor's convolution copies into, one operand at a time."""
-    if node.op != _CONVOLUTION:
-        return 0
-    x, w = (graph.nodes[k] for k in node.inputs[:2])
-    geo = geometry(x.shape, w.shape, node.shape, node.args)
-    weight = 0 if geo.is_matrix(geo.batch) else _cropped(graph, node) or w.bytes
-    return max(copies * node.bytes, copies * x.bytes, weight)
+    """Bytes that the evaluation of an op takes beside its operands and its value."""
+    inner = len(node.target.members) - 1 if isinstance(node.target, Region) else 0
+    return max(inner * node.bytes, _workspace(graph, node, 0) if node.is_differentiable else 0)
 
 
 def sweep_bytes(
@@ -182,27 +155,26 @@ def sweep_bytes(
         >>> sweep_bytes(graph, [site], [site]) >= 4 * 5 * 4  # an adjoint, float32
         True
     """
-    active = graph.active(starts)
-    inner = [n for n in graph.nodes if active[n.index] and n.is_differentiable]
-    kept = {n.index: held(graph, n, active) for n in inner}
-    tangents = _Live(graph)
+    prints, tangents = footprints(graph, graph.active(starts)), _Live(graph)
     share = graph.batch_size if batch_mode == "shared" else 1
-    return max(_ahead(tangents, inner, kept), _back(tangents, inner, kept, set(reads), channels, share))
+    return max(_ahead(tangents, prints), _back(tangents, prints, set(reads), channels, share))
 
 
-def _ahead(tangents: _Live, inner: list[Node], kept: dict[int, Held]) -> int:
-    """Peak of the tangent pass; what it keeps is left in ``tangents``."""
-    graph, noted, peak = tangents.graph, 0, 0
-    useful = graph.ancestors(k for n in inner if kept[n.index] != Held() for k in n.inputs)
-    readers, alive = [len({c for c in children if c in kept}) for children in graph.children], set[int]()
+def _ahead(tangents: _Live, prints: dict[int, Footprint]) -> int:
+    """Peak of the tangent pass; what it saves is left in ``tangents``."""
+    graph, saved, peak = tangents.graph, 0, 0
+    inner = [graph.nodes[k] for k in prints]
+    useful = graph.ancestors(k for n in inner if prints[n.index].residual != NOTHING for k in n.inputs)
+    readers, alive = [len({c for c in children if c in prints}) for children in graph.children], set[int]()
     for node in inner:
+        residual = prints[node.index].residual
         if useful[node.index]:
             tangents.add(node.index)
             alive.add(node.index)
-        noted += kept[node.index].own
-        for k in kept[node.index].tangents:
+        saved += residual.bytes
+        for k in _nodes(node, residual.slots):
             tangents.add(k)
-        peak = max(peak, tangents.bytes + noted)
+        peak = max(peak, tangents.bytes + saved)
         for k in set(node.inputs):
             readers[k] -= 1
             if readers[k] == 0 and k in alive:
@@ -210,19 +182,19 @@ def _ahead(tangents: _Live, inner: list[Node], kept: dict[int, Held]) -> int:
     return peak
 
 
-def _back(tangents: _Live, inner: list[Node], kept: dict[int, Held], reads: set[int], channels: int, share: int) -> int:
-    """Peak of the adjoint pass, which uses up what the tangent pass left; of what is read, one ``share``-th is kept."""
+def _back(tangents: _Live, prints: dict[int, Footprint], reads: set[int], channels: int, share: int) -> int:
+    """Peak of the adjoint pass, which uses up what was saved; of what is read, one ``share``-th is kept."""
     graph = tangents.graph
-    in_loss = graph.loss_subgraph
-    bent = [n for n in inner if kept[n.index] != Held() and not in_loss[n.index]]
+    in_loss, inner = graph.loss_subgraph, [graph.nodes[k] for k in prints]
+    bent = [n for n in inner if prints[n.index].residual != NOTHING and not in_loss[n.index]]
     both = graph.ancestors(k for n in bent for k in n.inputs)  # where the T channel comes by as well
     copies = [channels if on else 1 for on in both]
     adjoints = _Live(graph, copies)
     needed, met, active = graph.descendants(reads), set[int](), {n.index for n in inner} | reads
-    noted, found, peak = sum(one.own for one in kept.values()), 0, 0
+    saved, found, peak = sum(one.residual.bytes for one in prints.values()), 0, 0
     for node in reversed(inner):
-        own = kept[node.index]
-        if not needed[node.index] or not (node.index in met or own != Held()):
+        residual = prints[node.index].residual
+        if not needed[node.index] or not (node.index in met or residual != NOTHING):
             continue
         working, view = _workspace(graph, node, copies[node.index]), adjoints.bases[node.index] != node.index
         for k in {k for k in node.inputs if k in active and needed[k]}:
@@ -235,9 +207,9 @@ def _back(tangents: _Live, inner: list[Node], kept: dict[int, Held], reads: set[
                 found += source.bytes * copies[k]
                 met.add(source.index)
             met.add(k)
-        peak = max(peak, tangents.bytes + noted + adjoints.bytes + found + working)
-        noted -= own.own
-        for k in own.tangents:
+        peak = max(peak, tangents.bytes + saved + adjoints.bytes + found + working)
+        saved -= residual.bytes
+        for k in _nodes(node, residual.slots):
             tangents.drop(k)
         if node.index in met:
             adjoints.drop(node.index)

@@ -13,22 +13,22 @@ from math import prod
 import torch
 
 from dag_hesse.ir import CurvatureGraph, Kind, Node, Ref
-from dag_hesse.ir.ops import TAP
+from dag_hesse.rules.base import NOTHING, Moves
 from dag_hesse.rules.table import RULES
 
-_COPIES = {TAP, "aten.clone.default", "aten.alias.default"}
-_RESHAPES = {
-    "aten.view.default",
-    "aten._unsafe_view.default",
-    "aten.reshape.default",
-    "aten._reshape_alias.default",
-    "aten.unsqueeze.default",
-    "aten.squeeze.default",
-    "aten.squeeze.dim",
-    "aten.squeeze.dims",
-}
-# With a result of the input's shape they are identities.
-_RESIZES = _RESHAPES | {"aten.expand.default", "aten.slice.Tensor", "aten.cat.default"}
+
+def _moves(node: Node) -> Moves:
+    rule = RULES.get(node.op)
+    return NOTHING if rule is None else rule.moves
+
+
+def _is_copy(node: Node) -> bool:
+    """All elements in their order, in the same shape, whatever the arguments."""
+    return Moves.VIEW not in (moves := _moves(node)) and Moves.SAME | Moves.ORDERED in moves
+
+
+def _is_reshape(node: Node) -> bool:
+    return Moves.ORDERED | Moves.VIEW in _moves(node)
 
 
 def simplify(graph: CurvatureGraph) -> CurvatureGraph:
@@ -97,7 +97,7 @@ class _Simplifier:
         same = self._identical(old)
         if same is not None and self._may_stand_for(old, old.inputs[same]):
             return inputs[same]
-        if old.op in _RESHAPES:
+        if _is_reshape(old):
             return self._view(old, self._base(inputs[0]))
         bases = self._common_bases(old, inputs)
         if bases is None:
@@ -107,9 +107,9 @@ class _Simplifier:
 
     def _identical(self, old: Node) -> int | None:
         """The slot of the input that the node's value is, if it is one."""
-        if old.op in _COPIES:
+        if _is_copy(old):
             full = [0]
-        elif old.op in _RESIZES:
+        elif Moves.SAME in _moves(old):
             full = [slot for slot, k in enumerate(old.inputs) if self.graph.nodes[k].numel]
         else:
             return None
@@ -127,7 +127,7 @@ class _Simplifier:
     def _base(self, place: int) -> int:
         """What a view shows."""
         node = self.nodes[place]
-        shown = node.op in _RESHAPES and node.kind is not Kind.CONST and place not in self.pinned
+        shown = _is_reshape(node) and node.kind is not Kind.CONST and place not in self.pinned
         return node.inputs[0] if shown else place
 
     def _view(self, old: Node, base: int) -> int:
@@ -163,7 +163,7 @@ def _without_unread_views(graph: CurvatureGraph) -> CurvatureGraph:
     kept, readers = seeded_or_read(graph), [len(children) for children in graph.children]
     gone: set[int] = set()
     for node in reversed(graph.nodes):
-        if node.op in _RESHAPES and readers[node.index] == 0 and node.index not in kept:
+        if _is_reshape(node) and readers[node.index] == 0 and node.index not in kept:
             gone.add(node.index)
             readers[node.inputs[0]] -= 1
     return without(graph, gone)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, Flag, auto
 from typing import Any
 
 import torch
@@ -126,20 +127,94 @@ def is_fresh(x: Tensor, *others: Tensor) -> bool:
     return all(place != other.untyped_storage().data_ptr() for other in others)
 
 
+class Samples(Enum):
+    """What an op does to the axis of the samples, as :mod:`dag_hesse.capture.families` follows it."""
+
+    AFFINE = auto()  # per channel, along axis 1, by statistics that are given
+    BAGS = auto()  # sums of rows of a table, a bag each
+    CAT = auto()
+    CONVOLUTION = auto()
+    CREATED = auto()  # a tensor of some shape, whose values depend on no input
+    ELEMENTWISE = auto()
+    EXPAND = auto()
+    FLIP = auto()
+    INDEX = auto()  # picks and writes by index
+    LEADING = auto()  # the same to every slice of the first axis
+    PAD = auto()
+    PERMUTE = auto()
+    PRODUCT = auto()  # of matrices, or stacks of them
+    REDUCTION = auto()
+    REPEAT = auto()
+    RESHAPE = auto()
+    ROLL = auto()
+    ROWS = auto()  # rows of a table, picked by an index
+    SELECT = auto()
+    SELECT_WRITE = auto()
+    SEQUENCE = auto()  # mixes elements along some axes
+    SLICE = auto()
+    SLICE_WRITE = auto()
+    SPATIAL = auto()  # over trailing axes, whose number is in the op's name
+    STACK = auto()
+    SUM = auto()  # a reduction that is linear
+    TRANSPOSE = auto()
+    UNFOLD = auto()
+    UNKNOWN = auto()  # it is tried on random values
+
+
+class Moves(Flag):
+    """What an op that computes nothing does with its input's elements."""
+
+    SAME = auto()  # with a result of the input's shape it is an identity
+    ORDERED = auto()  # all elements, in their order
+    VIEW = auto()  # the result lies in the input's memory
+
+
+NOTHING = Moves(0)
+Shapes = Sequence[tuple[int, ...]]
+
+
+def per_element(node: Node, shapes: Shapes) -> int:
+    """FLOPs of an op that takes one for every element of its result."""
+    return node.numel
+
+
+def no_workspace(node: Node, shapes: Shapes, rows: int) -> int:
+    """Bytes beside operands and results: none."""
+    return 0
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row of the table: the kind, how a call is linearized, which slot pairs have a second derivative.
+    """One row of the table: everything that the stages know of an op.
 
-    ``partials`` is there for elementwise ops, which may be collapsed into regions; with ``align``, only where nothing
-    but their first input is active. ``run`` evaluates the op itself, where a memory layout suits its products.
+    Attributes:
+        kind: of the node (what it may be fused with, what the structure proves of it).
+        linearize: a call as linear maps. What it keeps and saves is found by running it on shapes (``footprint``).
+        pairs: slot pairs with a second derivative.
+        samples: what it does to the axis of the samples.
+        partials: of an elementwise op, which may be collapsed into regions; with ``align``, only where nothing but its
+            first input is active.
+        run: evaluates the op itself, where a memory layout suits its products.
+        moves: what it does with elements, where it computes nothing.
+        linear: in all its tensor inputs jointly, but for a constant: a sum over samples stays one.
+        flops: ``(node, shapes of its inputs) -> FLOPs`` of one linear product through it.
+        shifted: position of the argument that names an axis along which a constant may be added without effect.
+        workspace: ``(node, shapes, rows) -> bytes`` that a product of so many rows takes beside what it reads and
+            returns; of 0 rows, the op itself.
     """
 
     kind: Kind
     linearize: Callable[[Call], Linearized]
     pairs: Callable[[Node], Pairs]
+    samples: Samples
     partials: Partials | None = None
     align: Callable[[Call, int], tuple[int, ...]] | None = None
     run: Run = execute
+    moves: Moves = NOTHING
+    linear: bool = False
+    shifted: int | None = None
+    flops: Callable[[Node, Shapes], int] = per_element
+    workspace: Callable[[Node, Shapes, int], int] = no_workspace
 
 
 def no_pairs(node: Node) -> Pairs:

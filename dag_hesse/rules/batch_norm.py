@@ -12,7 +12,7 @@ from torch import Tensor
 from dag_hesse.ir.node import Kind, Node, Ref
 from dag_hesse.kernels.pointwise import Coefficient, add_times, plus_times, times
 from dag_hesse.kernels.pool import room
-from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Saved, Tangents
+from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Samples, Saved, Tangents
 from dag_hesse.rules.diagonal import diagonal
 
 aten = torch.ops.aten
@@ -99,7 +99,7 @@ class _FixedStatistics(Linearized):
         found, x = super().bind(lam, slots, into), self.slots["x"]
         if lam is not None and self.curved:
             self.lam, self.factor = lam, self.r
-            if x in found and float(self.gain.abs().min()) > _TINY:
+            if x in found and (self.gain.is_meta or float(self.gain.abs().min()) > _TINY):  # on shapes, as usual
                 self.lam, self.factor = found[x], 1 / self.gamma
         return found
 
@@ -163,7 +163,7 @@ def _kernel_is_right(g: Tensor, x: Tensor) -> bool:
     return x.device.type == "cpu" and (x.shape[0] > 1 or contiguous)
 
 
-_DIAGONAL = diagonal(Kind.POINTWISE, _partials, _pairs, _channels)
+_DIAGONAL = diagonal(Kind.POINTWISE, _partials, _pairs, _channels, samples=Samples.AFFINE)
 
 
 def _linearize(call: Call) -> Linearized:

@@ -9,7 +9,20 @@ from typing import final
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.rules.base import ALL, Buffers, Call, Linearized, Pairs, Rule, Run, Saved, Tangents
+from dag_hesse.rules.base import (
+    ALL,
+    Buffers,
+    Call,
+    Linearized,
+    Pairs,
+    Rule,
+    Run,
+    Samples,
+    Saved,
+    Shapes,
+    Tangents,
+    no_workspace,
+)
 from dag_hesse.rules.linear import shell
 
 Product = Callable[[Call, Tensor, Tensor, Tensor | None], Tensor]
@@ -130,6 +143,10 @@ def bilinear(
     keep: Keep = _as_it_is,
     run: Run = execute,
     early: Callable[[Call], bool] = _smaller,
+    *,
+    samples: Samples = Samples.PRODUCT,
+    flops: Callable[[Node, Shapes], int],
+    workspace: Callable[[Node, Shapes, int], int] = no_workspace,
 ) -> Rule:
     """A product of two operands, with an optional third input added per channel (a convolution's bias).
 
@@ -144,7 +161,15 @@ def bilinear(
     def pairs(node: Node) -> Pairs:
         return frozenset({(0, 1), (1, 0)})
 
-    return Rule(Kind.CONTRACTION, lambda call: _Bilinear(call, product, left, right, keep, early), pairs, run=run)
+    return Rule(
+        Kind.CONTRACTION,
+        lambda call: _Bilinear(call, product, left, right, keep, early),
+        pairs,
+        samples,
+        run=run,
+        flops=flops,
+        workspace=workspace,
+    )
 
 
 __all__ = ["Product", "Terms", "bilinear"]

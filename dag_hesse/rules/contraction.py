@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Node, execute
 from dag_hesse.kernels.pool import empty
-from dag_hesse.rules.base import Call, Rule, Run, added
+from dag_hesse.rules.base import Call, Rule, Run, Shapes, added
 from dag_hesse.rules.bilinear import Terms, bilinear
 from dag_hesse.rules.convolution import convolution
 
@@ -64,8 +64,12 @@ def _mm_bias(node: Node, inputs: Sequence[Tensor]) -> Tensor:
     return torch.addmm(bias, a, b, out=empty(a, len(a), b.shape[1]))
 
 
+def _flops(node: Node, shapes: Shapes) -> int:
+    return 2 * node.numel * shapes[0][-1]
+
+
 def _mm(run: Run = execute) -> Rule:
-    return bilinear(lambda c, a, b, into: _matmul(a, b, into), _left, _right, run=run)
+    return bilinear(lambda c, a, b, into: _matmul(a, b, into), _left, _right, run=run, flops=_flops)
 
 
 TABLE: dict[str, Rule] = {

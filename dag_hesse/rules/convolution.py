@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Node, execute
 from dag_hesse.kernels.pool import empty, laid_out
-from dag_hesse.rules.base import Call, added
+from dag_hesse.rules.base import Call, Samples, Shapes, added
 from dag_hesse.rules.bilinear import Product, Terms, bilinear
 
 aten = torch.ops.aten
@@ -320,6 +320,21 @@ def _run(node: Node, inputs: Sequence[Tensor]) -> Tensor:
     return laid_out(y, _CHANNELS_LAST.get(y.ndim - 2, torch.contiguous_format))
 
 
+def _flops(node: Node, shapes: Shapes) -> int:
+    geo = geometry(shapes[0], shapes[1], node.shape, node.args)
+    positions = prod(shapes[0]) if geo.transposed else node.numel
+    return 2 * positions * prod(geo.kernel) * shapes[1][1]
+
+
+def _workspace(node: Node, shapes: Shapes, rows: int) -> int:
+    """The layouts of its own that the vendor's kernel copies into: all operands of the op itself, one of a product."""
+    geo, size = geometry(shapes[0], shapes[1], node.shape, node.args), node.dtype.itemsize
+    if not rows:
+        return (node.numel + prod(shapes[0]) + prod(shapes[1])) * size
+    weight = 0 if geo.is_matrix(geo.batch) else prod(shapes[1][:2]) * prod(geo.kernel)
+    return max(rows * node.numel, rows * prod(shapes[0]), weight) * size
+
+
 convolution = bilinear(
     _with_weight(_forward, _fold),
     _with_weight(_input_adjoint, _beside),
@@ -327,6 +342,9 @@ convolution = bilinear(
     _kept,
     _run,
     lambda call: not _of(call).joins,
+    samples=Samples.CONVOLUTION,
+    flops=_flops,
+    workspace=_workspace,
 )
 
 __all__ = ["Geometry", "convolution", "geometry"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node
-from dag_hesse.rules.base import Call, Linearized, Pairs, Rule, Saved, added, no_pairs, own_pair
+from dag_hesse.rules.base import Call, Linearized, Pairs, Rule, Samples, Saved, added, no_pairs, own_pair
 from dag_hesse.rules.single import Single
 
 
@@ -97,8 +97,8 @@ def _slogdet_pairs(node: Node) -> Pairs:
 
 
 TABLE: dict[str, Rule] = {
-    "aten._linalg_det.default": Rule(Kind.ROWWISE, _Determinant, own_pair),
-    "aten._linalg_slogdet.default": Rule(Kind.ROWWISE, _slogdet, _slogdet_pairs),
+    "aten._linalg_det.default": Rule(Kind.ROWWISE, _Determinant, own_pair, Samples.UNKNOWN),
+    "aten._linalg_slogdet.default": Rule(Kind.ROWWISE, _slogdet, _slogdet_pairs, Samples.UNKNOWN),
 }
 
 __all__ = ["TABLE"]

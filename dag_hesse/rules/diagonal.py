@@ -17,6 +17,7 @@ from dag_hesse.rules.base import (
     Pairs,
     Partials,
     Rule,
+    Samples,
     Saved,
     Tangents,
     bent,
@@ -95,12 +96,20 @@ class _Diagonal(Linearized):
         return {slot: x.reshape(len(x), *self.shapes[slot]) for slot, x in found.items()}
 
 
-def diagonal(kind: Kind, partials: Partials, pairs: Callable[[Node], Pairs], align: Align | None = None) -> Rule:
+def diagonal(
+    kind: Kind,
+    partials: Partials,
+    pairs: Callable[[Node], Pairs],
+    align: Align | None = None,
+    *,
+    samples: Samples = Samples.ELEMENTWISE,
+    linear: bool = False,
+) -> Rule:
     """An elementwise op (with broadcasting) given by its first and second partials.
 
     ``align(call, slot)`` is the shape in which an input broadcasts, where that is not its own.
     """
-    return Rule(kind, lambda call: _Diagonal(call, partials, align), pairs, partials, align)
+    return Rule(kind, lambda call: _Diagonal(call, partials, align), pairs, samples, partials, align, linear=linear)
 
 
 Derivative = Callable[[Call], Coefficient]
@@ -121,9 +130,9 @@ def pointwise_jointly(derivatives: Callable[[Call], tuple[Tensor, Tensor]]) -> R
     return diagonal(Kind.POINTWISE, partials, own_pair)
 
 
-def piecewise_linear(d1: Derivative) -> Rule:
+def piecewise_linear(d1: Derivative, *, linear: bool = False) -> Rule:
     """A unary op with second derivative 0 almost everywhere."""
-    return diagonal(Kind.PIECEWISE_LINEAR, lambda c: ({0: d1(c)}, {}), no_pairs)
+    return diagonal(Kind.PIECEWISE_LINEAR, lambda c: ({0: d1(c)}, {}), no_pairs, linear=linear)
 
 
 def _like(value: Any, y: Tensor) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Ref, bind
 from dag_hesse.kernels.pool import empty_as, is_dense
-from dag_hesse.rules.base import Call, Rule, Saved, no_pairs
+from dag_hesse.rules.base import Call, Rule, Samples, Saved, no_pairs
 from dag_hesse.rules.linear import linear, shell
 from dag_hesse.rules.single import Single
 from dag_hesse.rules.structural import axes
@@ -200,49 +200,36 @@ class _Extremum(Single):
         return self.share * g.reshape(len(g), *self.kept_shape)
 
 
-_picked = Rule(Kind.PIECEWISE_LINEAR, _Picked, no_pairs)
-_extremum = Rule(Kind.PIECEWISE_LINEAR, _Extremum, no_pairs)
-_max_pool = Rule(Kind.PIECEWISE_LINEAR, _MaxPool, no_pairs)
+def _piecewise(linearize: type[Single], samples: Samples) -> Rule:
+    return Rule(Kind.PIECEWISE_LINEAR, linearize, no_pairs, samples)
 
 
-def _rows(transpose: Any, **options: Any) -> Rule:
-    return linear(transpose, kind=Kind.GATHER, **options)
+def _by_index(transpose: Any, samples: Samples = Samples.INDEX, **options: Any) -> Rule:
+    return linear(transpose, samples, kind=Kind.GATHER, **options)
 
+
+_PICKED = ("max.dim", "min.dim", "sort.default", "topk.default", "kthvalue.default", "median.dim", "mode.default")
 
 TABLE: dict[str, Rule] = {
-    "aten.index.Tensor": _rows(_index, prepare=_without_masks),
-    "aten._unsafe_index.Tensor": _rows(_index, prepare=_without_masks),
-    "aten.index_select.default": _rows(_index_select),
-    "aten.gather.default": _rows(_gather),
-    "aten.embedding.default": _rows(_embedding, forward=_embedding_forward),
-    "aten.scatter.src": _rows(_scatter),
-    "aten.scatter.value": _rows(_scatter_value, forward=_scatter_value_forward),
-    "aten.scatter_add.default": _rows(_scatter_add),
-    "aten.index_add.default": _rows(_index_add),
-    "aten.index_put.default": _rows(_index_put, prepare=_without_masks),
-    "aten._unsafe_index_put.default": _rows(_index_put, prepare=_without_masks),
-    "aten.slice_scatter.default": _rows(_slice_scatter),
-    "aten.select_scatter.default": _rows(_select_scatter),
-    **{
-        f"aten.{name}": _picked
-        for name in (
-            "max.dim",
-            "min.dim",
-            "sort.default",
-            "topk.default",
-            "kthvalue.default",
-            "median.dim",
-            "mode.default",
-        )
-    },
-    "aten.amax.default": _extremum,
-    "aten.amin.default": _extremum,
-    "aten.max.default": _extremum,
-    "aten.min.default": _extremum,
-    "aten.max_pool2d_with_indices.default": _max_pool,
-    "aten.max_pool3d_with_indices.default": _max_pool,
-    "aten.adaptive_max_pool2d.default": _max_pool,
-    "aten.adaptive_max_pool3d.default": _max_pool,
+    "aten.index.Tensor": _by_index(_index, prepare=_without_masks),
+    "aten._unsafe_index.Tensor": _by_index(_index, prepare=_without_masks),
+    "aten.index_select.default": _by_index(_index_select),
+    "aten.gather.default": _by_index(_gather),
+    "aten.embedding.default": _by_index(_embedding, Samples.ROWS, forward=_embedding_forward),
+    "aten.scatter.src": _by_index(_scatter),
+    "aten.scatter.value": _by_index(_scatter_value, forward=_scatter_value_forward),
+    "aten.scatter_add.default": _by_index(_scatter_add),
+    "aten.index_add.default": _by_index(_index_add),
+    "aten.index_put.default": _by_index(_index_put, prepare=_without_masks),
+    "aten._unsafe_index_put.default": _by_index(_index_put, prepare=_without_masks),
+    "aten.slice_scatter.default": _by_index(_slice_scatter, Samples.SLICE_WRITE),
+    "aten.select_scatter.default": _by_index(_select_scatter, Samples.SELECT_WRITE),
+    **{f"aten.{name}": _piecewise(_Picked, Samples.SEQUENCE) for name in _PICKED},
+    **{f"aten.{name}.default": _piecewise(_Extremum, Samples.REDUCTION) for name in ("amax", "amin", "max", "min")},
+    "aten.max_pool2d_with_indices.default": _piecewise(_MaxPool, Samples.SPATIAL),
+    "aten.max_pool3d_with_indices.default": _piecewise(_MaxPool, Samples.SPATIAL),
+    "aten.adaptive_max_pool2d.default": _piecewise(_MaxPool, Samples.SPATIAL),
+    "aten.adaptive_max_pool3d.default": _piecewise(_MaxPool, Samples.SPATIAL),
 }
 
 __all__ = ["TABLE"]

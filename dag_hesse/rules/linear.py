@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import final
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, execute
 from dag_hesse.kernels.pool import empty_as
-from dag_hesse.rules.base import Buffers, Call, Linearized, Rule, Saved, Tangents, no_pairs
+from dag_hesse.rules.base import NOTHING, Buffers, Call, Linearized, Moves, Rule, Samples, Saved, Tangents, no_pairs
 
 Transpose = Callable[[Call, Tensor, int], Tensor]
 Forward = Callable[[Call, tuple[Tensor, ...]], Tensor]
@@ -94,7 +94,10 @@ def _as_it_is(call: Call) -> Call:
 
 def linear(
     transpose: Transpose,
+    samples: Samples,
     forward: Forward = _run,
+    *,
+    moves: Moves = NOTHING,
     kind: Kind = Kind.STRUCTURAL,
     prepare: Callable[[Call], Call] = _as_it_is,
 ) -> Rule:
@@ -103,12 +106,13 @@ def linear(
     Both maps are written for one probe; they must not read the values of active inputs, only their shapes.
     ``prepare(call)`` is the same call, written so that its products read no values on the host.
     """
-    return Rule(kind, lambda call: _Linear(prepare(call), forward, transpose), no_pairs)
+    made = partial(_Linear, forward=forward, transpose=transpose)
+    return Rule(kind, lambda call: made(prepare(call)), no_pairs, samples, moves=moves, linear=kind is Kind.STRUCTURAL)
 
 
-def part() -> Rule:
+def part(samples: Samples, moves: Moves = Moves.VIEW) -> Rule:
     """An op whose result is a view of some elements of its only input: cotangents are written to that view."""
-    return Rule(Kind.STRUCTURAL, lambda call: _Linear(call, _run, None), no_pairs)
+    return Rule(Kind.STRUCTURAL, lambda call: _Linear(call, _run, None), no_pairs, samples, moves=moves, linear=True)
 
 
 __all__ = ["linear", "part", "shell"]

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from dag_hesse.errors import NonDifferentiableError, out_of_memory
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Saved, Tangents
+from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Samples, Saved, Tangents
 
 _Tensors = Sequence[Tensor]
 
@@ -317,6 +317,6 @@ def _all_pairs(node: Node) -> Pairs:
     return frozenset((i, j) for i in slots for j in slots)
 
 
-OPAQUE = Rule(Kind.OPAQUE, _Opaque, _all_pairs)
+OPAQUE = Rule(Kind.OPAQUE, _Opaque, _all_pairs, Samples.UNKNOWN)
 
 __all__ = ["OPAQUE", "second_order_fault"]

@@ -132,13 +132,13 @@ def _power_pairs(node: Node) -> Pairs:
     return frozenset() if node.args[1] in (0, 1) else frozenset({(0, 0)})
 
 
-def _constant(value: float) -> Rule:
-    return piecewise_linear(lambda c: value)
+def _constant(value: float, *, linear: bool = False) -> Rule:
+    return piecewise_linear(lambda c: value, linear=linear)
 
 
 def _scalar_multiple(sign: int) -> Rule:
     """x times (or over) the number in argument 1."""
-    return piecewise_linear(lambda c: float(c.argument(1, "other")) ** sign)
+    return piecewise_linear(lambda c: float(c.argument(1, "other")) ** sign, linear=True)
 
 
 SMOOTH: dict[str, Rule] = {
@@ -197,11 +197,11 @@ PIECEWISE: dict[str, Rule] = {
     "aten.clamp_min.default": piecewise_linear(lambda c: _between(_x(c), c.argument(1, "min"), None, closed=True)),
     "aten.clamp_max.default": piecewise_linear(lambda c: _between(_x(c), None, c.argument(1, "max"), closed=True)),
     "aten.threshold.default": piecewise_linear(lambda c: _mask(_x(c) > c.argument(1, "threshold"), c.out)),
-    "aten.neg.default": _constant(-1.0),
+    "aten.neg.default": _constant(-1.0, linear=True),
     "aten.mul.Scalar": _scalar_multiple(1),
     "aten.div.Scalar": _scalar_multiple(-1),
-    "aten.add.Scalar": _constant(1.0),
-    "aten.sub.Scalar": _constant(1.0),
+    "aten.add.Scalar": _constant(1.0, linear=True),
+    "aten.sub.Scalar": _constant(1.0, linear=True),
     # Constant almost everywhere: autograd gives them a zero derivative, and so do we.
     "aten.sign.default": _constant(0.0),
     "aten.floor.default": _constant(0.0),
@@ -232,7 +232,7 @@ def _scaled_sum(sign: float) -> Rule:
         scales = (1.0, sign * float(c.node.kwargs.get("alpha", 1)))
         return {slot: k for slot, k in zip(slots, scales, strict=True) if slot is not None}, {}
 
-    return diagonal(Kind.PIECEWISE_LINEAR, partials, lambda node: frozenset())
+    return diagonal(Kind.PIECEWISE_LINEAR, partials, lambda node: frozenset(), linear=True)
 
 
 def _where(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:

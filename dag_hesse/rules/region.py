@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
 from dag_hesse.kernels.pointwise import Coefficient, add_times, adjoint, reduce_to, tangent, times
-from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Saved, Tangents
+from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Samples, Saved, Tangents
 from dag_hesse.rules.chain import Collapsed, collapse, is_active, rule_of
 from dag_hesse.rules.diagonal import adjoints, residual
 
@@ -156,6 +156,6 @@ def linearize(call: Call) -> Linearized:
     )
 
 
-REGION = Rule(Kind.POINTWISE, linearize, _pairs)
+REGION = Rule(Kind.POINTWISE, linearize, _pairs, Samples.ELEMENTWISE)
 
 __all__ = ["REGION", "Region"]

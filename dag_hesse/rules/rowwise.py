@@ -12,7 +12,7 @@ from dag_hesse.ir.node import Kind, Node, Ref, execute
 from dag_hesse.ir.ops import normalized_shape
 from dag_hesse.kernels.pointwise import times
 from dag_hesse.kernels.pool import empty
-from dag_hesse.rules.base import Call, Linearized, Rule, Run, Saved, added, own_pair
+from dag_hesse.rules.base import Call, Rule, Run, Samples, Saved, added, own_pair
 from dag_hesse.rules.single import Single
 from dag_hesse.rules.structural import axes
 
@@ -182,16 +182,16 @@ def _safely(node: Node, inputs: Sequence[Tensor]) -> Tensor:
     return y.masked_fill_(masked, 0.0) if bool(masked.any()) else y
 
 
-def _rowwise(linearize: type[Linearized], run: Run = execute) -> Rule:
-    return Rule(Kind.ROWWISE, linearize, own_pair, run=run)  # type: ignore[arg-type]
+def _rowwise(linearize: type[Single], samples: Samples, run: Run = execute, shifted: int | None = None) -> Rule:
+    return Rule(Kind.ROWWISE, linearize, own_pair, samples, run=run, shifted=shifted)
 
 
 TABLE: dict[str, Rule] = {
-    "aten._softmax.default": _rowwise(_Softmax, _where_it_lies),
-    "aten._safe_softmax.default": _rowwise(_Softmax, _safely),
-    "aten._log_softmax.default": _rowwise(_LogSoftmax, _where_it_lies),
-    "aten.logsumexp.default": _rowwise(_LogSumExp),
-    "dag_hesse.standardize.default": _rowwise(_Standardize),
+    "aten._softmax.default": _rowwise(_Softmax, Samples.SEQUENCE, _where_it_lies, shifted=1),
+    "aten._safe_softmax.default": _rowwise(_Softmax, Samples.SEQUENCE, _safely, shifted=1),
+    "aten._log_softmax.default": _rowwise(_LogSoftmax, Samples.SEQUENCE, _where_it_lies, shifted=1),
+    "aten.logsumexp.default": _rowwise(_LogSumExp, Samples.REDUCTION),
+    "dag_hesse.standardize.default": _rowwise(_Standardize, Samples.SEQUENCE),
 }
 
 __all__ = ["TABLE"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import execute
-from dag_hesse.rules.base import Call, Rule
+from dag_hesse.rules.base import NOTHING, Call, Moves, Rule, Samples
 from dag_hesse.rules.linear import linear, part
 
 aten = torch.ops.aten
@@ -77,7 +78,7 @@ def _padding_backward(name: str) -> Rule:
     def transpose(c: Call, g: Tensor, slot: int) -> Tensor:
         return backward(g, g.new_zeros(c.shape()), c.argument(1, "padding"))
 
-    return linear(transpose)
+    return linear(transpose, Samples.SPATIAL)
 
 
 def _cast(c: Call, g: Tensor, slot: int) -> Tensor:
@@ -129,7 +130,7 @@ def _pool(backward: Callable[..., Tensor], parameters: Sequence[tuple[int, str, 
     def transpose(c: Call, g: Tensor, slot: int) -> Tensor:
         return backward(g, g.new_zeros(c.shape()), *(c.argument(*parameter) for parameter in parameters))
 
-    return linear(transpose)
+    return linear(transpose, Samples.SPATIAL)
 
 
 _AVERAGE: list[tuple[int, str, Any]] = [
@@ -151,7 +152,7 @@ def _resample(name: str, parameters: int) -> Rule:
         rest = [c.node.args[k] if k < len(c.node.args) else None for k in range(2, 2 + parameters)]
         return backward(g.contiguous(), size, list(c.shape()), *rest)
 
-    return linear(transpose)
+    return linear(transpose, Samples.SPATIAL)
 
 
 def _col2im(c: Call, g: Tensor, slot: int) -> Tensor:
@@ -162,68 +163,72 @@ def _im2col(c: Call, g: Tensor, slot: int) -> Tensor:
     return aten.col2im(g, list(c.shape()[-2:]), *c.node.args[1:])
 
 
-_VIEWS = [
-    "view",
-    "_unsafe_view",
-    "reshape",
-    "clone",
-    "alias",
-    "lift_fresh_copy",
-    "squeeze",
-    "unsqueeze",
-    "_reshape_alias",
-]
+def _copy() -> Rule:
+    return linear(_reshape, Samples.ELEMENTWISE, moves=Moves.SAME | Moves.ORDERED)
+
+
+def _view() -> Rule:
+    return linear(_reshape, Samples.RESHAPE, moves=Moves.SAME | Moves.ORDERED | Moves.VIEW)
+
+
+def _identity() -> Rule:
+    """An op of ours that marks a tensor."""
+    return linear(_reshape, Samples.ELEMENTWISE, lambda c, inputs: inputs[0], moves=Moves.SAME | Moves.ORDERED)
+
+
+_VIEWS = ("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "_reshape_alias")
 
 TABLE: dict[str, Rule] = {
-    **{f"aten.{name}.default": linear(_reshape) for name in _VIEWS},
-    "aten.squeeze.dim": linear(_reshape),
-    "aten.squeeze.dims": linear(_reshape),
-    "aten.permute.default": linear(_permute),
-    "aten.transpose.int": linear(lambda c, g, slot: g.transpose(c.argument(1), c.argument(2))),
-    "aten.t.default": linear(lambda c, g, slot: g.t()),
-    "aten.expand.default": linear(_expand),
-    "aten.repeat.default": linear(_repeat),
-    "aten.slice.Tensor": part(),
-    "aten.select.int": part(),
-    "aten.cat.default": linear(_cat),
-    "aten.stack.default": linear(_stack),
-    "aten.flip.default": linear(_flip),
-    "aten.roll.default": linear(_roll),
-    "aten.constant_pad_nd.default": linear(_pad, _pad_forward),
+    **{f"aten.{name}.default": _view() for name in _VIEWS},
+    "aten.squeeze.dim": _view(),
+    "aten.squeeze.dims": _view(),
+    "aten.clone.default": _copy(),
+    "aten.alias.default": _copy(),
+    "aten.lift_fresh_copy.default": linear(_reshape, Samples.ELEMENTWISE),
+    "aten.permute.default": linear(_permute, Samples.PERMUTE, moves=Moves.VIEW),
+    "aten.transpose.int": linear(
+        lambda c, g, slot: g.transpose(c.argument(1), c.argument(2)), Samples.TRANSPOSE, moves=Moves.VIEW
+    ),
+    "aten.t.default": linear(lambda c, g, slot: g.t(), Samples.TRANSPOSE, moves=Moves.VIEW),
+    "aten.expand.default": linear(_expand, Samples.EXPAND, moves=Moves.SAME | Moves.VIEW),
+    "aten.repeat.default": linear(_repeat, Samples.REPEAT),
+    "aten.slice.Tensor": part(Samples.SLICE, Moves.SAME | Moves.VIEW),
+    "aten.select.int": part(Samples.SELECT),
+    "aten.cat.default": linear(_cat, Samples.CAT, moves=Moves.SAME),
+    "aten.stack.default": linear(_stack, Samples.STACK),
+    "aten.flip.default": linear(_flip, Samples.FLIP),
+    "aten.roll.default": linear(_roll, Samples.ROLL),
+    "aten.constant_pad_nd.default": linear(_pad, Samples.PAD, _pad_forward),
     **{
         f"aten.{mode}_pad{n}d.default": _padding_backward(f"{mode}_pad{n}d")
         for mode in ("reflection", "replication")
         for n in (1, 2, 3)
     },
-    "aten._to_copy.default": linear(_cast),
-    "aten.diagonal.default": linear(_diagonal),
-    "aten.diagonal_scatter.default": linear(_diagonal_scatter),
-    "aten.unfold.default": linear(_unfold),
-    "aten.tril.default": linear(_same_op),
-    "aten.triu.default": linear(_same_op),
-    "aten.sum.default": linear(_sum),
-    "aten.sum.dim_IntList": linear(_sum),
-    "aten.mean.default": linear(_mean),
-    "aten.mean.dim": linear(_mean),
-    "aten.cumsum.default": linear(_cumsum),
+    "aten._to_copy.default": linear(_cast, Samples.ELEMENTWISE),
+    "aten.diagonal.default": linear(_diagonal, Samples.INDEX, moves=Moves.VIEW),
+    "aten.diagonal_scatter.default": linear(_diagonal_scatter, Samples.UNKNOWN),
+    "aten.unfold.default": linear(_unfold, Samples.UNFOLD, moves=Moves.VIEW),
+    "aten.tril.default": linear(_same_op, Samples.ELEMENTWISE),
+    "aten.triu.default": linear(_same_op, Samples.ELEMENTWISE),
+    "aten.sum.default": linear(_sum, Samples.SUM),
+    "aten.sum.dim_IntList": linear(_sum, Samples.SUM),
+    "aten.mean.default": linear(_mean, Samples.SUM),
+    "aten.mean.dim": linear(_mean, Samples.SUM),
+    "aten.cumsum.default": linear(_cumsum, Samples.SEQUENCE),
     "aten.avg_pool2d.default": _pool(aten.avg_pool2d_backward, _AVERAGE),
     "aten.avg_pool3d.default": _pool(aten.avg_pool3d_backward, _AVERAGE),
     "aten._adaptive_avg_pool2d.default": _pool(aten._adaptive_avg_pool2d_backward, []),
     "aten._adaptive_avg_pool3d.default": _pool(aten._adaptive_avg_pool3d_backward, []),
-    **{
-        f"aten.upsample_{mode}{n}d.default": _resample(f"upsample_{mode}{n}d", n)
-        for mode in ("nearest",)
-        for n in (1, 2, 3)
-    },
+    **{f"aten.upsample_nearest{n}d.default": _resample(f"upsample_nearest{n}d", n) for n in (1, 2, 3)},
     **{f"aten._upsample_nearest_exact{n}d.default": _resample(f"_upsample_nearest_exact{n}d", n) for n in (1, 2, 3)},
     "aten.upsample_linear1d.default": _resample("upsample_linear1d", 2),
     "aten.upsample_bilinear2d.default": _resample("upsample_bilinear2d", 3),
     "aten.upsample_bicubic2d.default": _resample("upsample_bicubic2d", 3),
     "aten.upsample_trilinear3d.default": _resample("upsample_trilinear3d", 4),
-    "aten.im2col.default": linear(_im2col),
-    "aten.col2im.default": linear(_col2im),
-    "dag_hesse.tap.default": linear(_reshape, lambda c, inputs: inputs[0]),
-    "dag_hesse.assigned.default": linear(_reshape, lambda c, inputs: inputs[0]),
+    "aten.im2col.default": linear(_im2col, Samples.LEADING),
+    "aten.col2im.default": linear(_col2im, Samples.LEADING),
+    "dag_hesse.tap.default": _identity(),
+    "dag_hesse.assigned.default": replace(_identity(), moves=NOTHING, samples=Samples.UNKNOWN),
 }
 
 __all__ = ["TABLE", "axes"]

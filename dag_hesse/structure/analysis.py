@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dag_hesse import _core
 from dag_hesse.ir import Coupling, CurvatureGraph, Kind
-from dag_hesse.rules.table import pairs_of
+from dag_hesse.rules.table import pairs_of, rule_for
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _interaction_pairs(graph: CurvatureGraph, *, loss_side: bool) -> tuple[NDArr
 
 
 def _loss_rank(graph: CurvatureGraph) -> int:
-    """Bound on rank ∇²L of one sample: K−1 a row for softmax cross-entropy over K classes, else the size of out."""
+    """Bound on rank ∇²L of one sample: K−1 a row where a softmax over K classes follows, else the size of out."""
     size = sum(graph.per_sample_numel(index) for index in graph.out)
     if len(graph.out) != 1:
         return size
@@ -88,8 +88,9 @@ def _loss_rank(graph: CurvatureGraph) -> int:
         if len(readers) != 1:
             return size
         node = graph.nodes[readers[0]]
-        if node.op == "aten._log_softmax.default":
-            classes = node.shape[node.args[1]]
+        shifted = rule_for(node).shifted if node.is_differentiable else None
+        if shifted is not None:
+            classes = node.shape[node.args[shifted]]
             return graph.per_sample_numel(node.index) // classes * (classes - 1)
         if node.kind is not Kind.STRUCTURAL:
             return size

@@ -16,7 +16,7 @@ _LEAST = 1 << 12  # elements; a pass over fewer costs less than to set a program
 
 def refusal(operands: Sequence[Tensor], like: Tensor) -> str | None:
     """Why a program cannot be run on these tensors, or is not worth it; None if it can."""
-    if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
+    if like.device.type not in ("cpu", "meta") or like.dtype not in (torch.float32, torch.float64):
         return f"programs run on CPU tensors of float32 or float64, not {like.device.type} and {like.dtype}"
     if any(x.dtype != like.dtype or x.device != like.device for x in operands):
         return "operands differ in dtype or device"
@@ -28,6 +28,8 @@ def refusal(operands: Sequence[Tensor], like: Tensor) -> str | None:
 def run(program: Program, operands: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     """Results of a program on ``operands``, which broadcast to ``like``; shaped and laid out as that."""
     results = [blank(like) for _ in range(program.results)]
+    if like.is_meta:  # shapes are all that is wanted
+        return results
     order = sorted(range(like.ndim), key=lambda axis: -like.stride(axis))  # as elements lie in memory
     spread = [x.expand(like.shape) for x in operands]
     given = [(x.data_ptr(), [x.stride(axis) for axis in order]) for x in spread]
