@@ -187,11 +187,11 @@ def test_model_and_rng_come_out_as_they_went_in(options: dict[str, Any], fails: 
 
 
 def test_running_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dag_hesse.sweep import problem
+    from dag_hesse.sweep import runner
 
     model, batch = mlp([3, 20, 20, 3], nn.SiLU), _batch()
     expected = dh.analyze(model, batch, mode="exact").resonance
-    sweep, chunks = problem.sweep, []
+    sweep, chunks = runner.sweep, []
 
     def short_of_memory(lin: Any, seeds: dict[int, Tensor], *args: Any, **options: Any) -> Any:
         size = next(iter(seeds.values())).shape[0]
@@ -200,7 +200,7 @@ def test_running_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch)
         chunks.append(size)
         return sweep(lin, seeds, *args, **options)
 
-    monkeypatch.setattr(problem, "sweep", short_of_memory)
+    monkeypatch.setattr(runner, "sweep", short_of_memory)
     found = dh.analyze(model, batch, mode="exact").resonance
     assert max(chunks) <= 3
     assert torch.allclose(torch.tensor(found), torch.tensor(expected), rtol=1e-6)

@@ -93,7 +93,7 @@ def test_products_of_linearizations_that_are_kept_read_nothing() -> None:
 def test_without_room_for_linearizations_every_product_reads_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     loader = Passes(_batches())
     H = dh.HessianOperator(_net(), loader, memory=SMALL, reduction="mean")
-    monkeypatch.setattr("dag_hesse.sweep.problem.available_memory", lambda: 0)
+    monkeypatch.setattr("dag_hesse.sweep.kept.available_memory", lambda: 0)
     v = torch.ones(H.shape[0]).double()
     assert torch.equal(H @ v, H @ v)
     assert loader.passes == 3

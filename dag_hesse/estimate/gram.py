@@ -21,7 +21,7 @@ from dag_hesse.ir import CurvatureGraph
 from dag_hesse.plan.planner import gram_in_blocks
 from dag_hesse.sweep import Linearization, Problem, pullback, sweep
 from dag_hesse.sweep.embed import joined, reader, to_tensor, to_vector
-from dag_hesse.sweep.problem import Entry
+from dag_hesse.sweep.meaning import Entry
 
 
 def _sizes(graph: CurvatureGraph, how: str) -> list[int]:
@@ -96,7 +96,7 @@ def _rows(
     problem: Problem, entry: Entry, lin: Linearization, progress: Callable[[int], None] | None
 ) -> tuple[list[Tensor], Tensor]:
     """Per point S_v (groups, rows, dim), and signs (groups, rows)."""
-    graph, points = entry.graph, problem.points_of(entry)
+    graph, points = entry.graph, entry.points
     separable = graph.separable_loss
     roots, signs = _factor(loss_hessian(graph, lin, 4 * problem.chunk))
     unbatched = any(p.kind == "parameter" or any(graph.layouts[k] is None for k in p.sites) for p in points)

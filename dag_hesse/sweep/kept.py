@@ -1,0 +1,115 @@
+"""The linearization of every batch: made when it is swept, kept for the next pass while there is room."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import nn
+
+from dag_hesse.capture import Batch, Batches
+from dag_hesse.errors import CaptureError
+from dag_hesse.ir import CurvatureGraph
+from dag_hesse.kernels.pool import Pool
+from dag_hesse.measure import available_memory
+from dag_hesse.plan.fuse import fuse
+from dag_hesse.plan.memory import linearization_bytes
+from dag_hesse.randomness import RandomState, preserved
+from dag_hesse.sweep.linearize import Linearization
+from dag_hesse.sweep.meaning import Entry
+
+
+class Linearizations:
+    """Iterate to have each entry with its linearization, in order.
+
+    Args:
+        model: the module whose parameters are read.
+        batches: what is linearized at.
+        entries: which batches and samples; the graph of one whose forward goes another way is replaced.
+        tensor_part: whether the T channel is wanted.
+        with_out: linearize from ``out`` on as well.
+        again: captures a batch whose values lead the forward another way than its graph goes (it is told once).
+
+    Attributes:
+        pool: where linearizations and sweeps have their memory from.
+        losses: per batch that was linearized, its loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        entries: Sequence[Entry],
+        *,
+        tensor_part: bool,
+        with_out: bool,
+        again: Callable[[Batch], CurvatureGraph] | None,
+    ) -> None:
+        self.model, self.batches, self.entries = model, batches, entries
+        self.tensor_part, self.with_out, self.again = tensor_part, with_out, again
+        self.pool = Pool()
+        self.losses: dict[int, float] = {}
+        self._kept: dict[int, Linearization] = {}
+        # Random draws are made anew in every linearization, and must agree. Batches draw one after the other.
+        self._rng = {0: RandomState.now()}
+        self._told = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether all are kept: the next pass makes none."""
+        return len(self._kept) == len(self.entries)
+
+    def release(self) -> None:
+        """Let those that are kept go; the next pass makes them anew."""
+        self._kept.clear()
+
+    def __iter__(self) -> Iterator[tuple[Entry, Linearization]]:
+        if self.complete:
+            yield from ((entry, self._kept[place]) for place, entry in enumerate(self.entries))
+            return
+        waiting = deque(enumerate(self.entries))
+        for number, batch in enumerate(self.batches):
+            while waiting and waiting[0][1].batch == number:
+                place, entry = waiting.popleft()
+                yield entry, self._kept.get(place) or self._made(place, entry, batch)
+
+    def _made(self, place: int, entry: Entry, batch: Batch) -> Linearization:
+        with preserved(), self.pool.use():
+            start = self._rng[max(k for k in self._rng if k <= entry.batch)]  # a batch that counts nothing is left out
+            start.restore()
+            try:
+                lin = self._linearized(entry, batch)
+            except CaptureError as error:
+                if self.again is None:
+                    raise
+                self._tell(error)
+                start.restore()
+                entry.graph = fuse(self.again(batch))
+                start.restore()
+                lin = self._linearized(entry, batch, checked=False)
+            self._rng.setdefault(entry.batch + 1, RandomState.now())
+        self.losses[entry.batch] = float(lin.loss)
+        if len(self.entries) == 1 or linearization_bytes(entry.graph, self._sites(entry)) < available_memory() // 4:
+            self._kept[place] = lin
+        return lin
+
+    def _linearized(self, entry: Entry, batch: Batch, *, checked: bool = True) -> Linearization:
+        return Linearization(
+            entry.graph,
+            self.model,
+            batch.tensors,
+            self._sites(entry),
+            tensor_part=self.tensor_part,
+            sample=entry.sample,
+            checked=checked,
+        )
+
+    def _sites(self, entry: Entry) -> set[int]:
+        sites = {k for point in entry.points for k in point.sites}
+        return sites | set(entry.graph.out) if self.with_out else sites
+
+    def _tell(self, error: CaptureError) -> None:
+        if not self._told:
+            warnings.warn(f"captured anew, as the forward takes another way now: {error}", stacklevel=2)
+        self._told = True
