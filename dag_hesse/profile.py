@@ -20,7 +20,7 @@ from dag_hesse.measure import Phase, measured
 from dag_hesse.plan import Plan, fuse_all, path_cost, plan
 from dag_hesse.plan.edges import Edge, as_rows, dearest, edges, render_edges
 from dag_hesse.plan.memory import linearization_bytes, sweep_bytes
-from dag_hesse.plan.planner import sweep_cost
+from dag_hesse.plan.sources import sweep_cost
 from dag_hesse.rules import Linearized
 from dag_hesse.structure import analyze_structure
 from dag_hesse.sweep import Linearization, Problem, Request

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 import dag_hesse as dh
 from dag_hesse.experiments.attention import PAPER, SEEDS, train_and_measure
 from dag_hesse.experiments.models import mlp, resnet18, resnet50
-from dag_hesse.plan import plan
+from dag_hesse.plan import Method, plan
 from tests.models.zoo import case
 
 
@@ -103,6 +105,9 @@ def test_the_plan_is_data() -> None:
     schedule = plan([dh.structure(graph)], probes=16)
     assert schedule.gram_columns > 0
     assert {s.method for s in schedule.sources} <= {"exact", "probes"}
+    for methods in (schedule.method, schedule.gn_method, schedule.tensor_method):
+        assert all(isinstance(method, Method) for method in methods.flat)
+    assert json.loads(json.dumps(schedule.to_dict()))["gn_method"] == [["gram"] * 5] * 5
     pairs = {frozenset((s.point, k)) for s in schedule.sources for k in s.reads}
     assert len(pairs) == 10  # all unordered pairs but those at layer4, each from one end
     assert schedule.flops > 0

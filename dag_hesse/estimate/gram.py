@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dag_hesse.estimate.norms import Array, NormTable
 from dag_hesse.ir import CurvatureGraph
-from dag_hesse.plan.planner import gram_in_blocks
+from dag_hesse.plan.gram import gram_in_blocks
 from dag_hesse.sweep import Linearization, Problem, pullback, sweep
 from dag_hesse.sweep.embed import joined, reader, to_tensor, to_vector
 from dag_hesse.sweep.meaning import Entry

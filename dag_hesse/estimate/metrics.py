@@ -9,16 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dag_hesse.estimate.norms import Array, Norm, NormTable
-from dag_hesse.plan import Plan
+from dag_hesse.plan import Method, Plan
+from dag_hesse.plan.schedule import Methods
 
 METRICS = ("resonance", "coupling", "stable_rank", "gn_gap", "gn_norm", "tensor_norm")
 _EPSILON = 1e-30  # keeps the GN-gap of a block without GN part finite
-_RANK = {"zero": 0, "gram": 1, "exact": 2, "probes": 3}
+_RANK = {method: rank for rank, method in enumerate(Method)}
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """n×n arrays by metric name: values, standard errors (0.0 where exact), and methods."""
+    """n×n arrays by metric name: values, standard errors (0.0 where exact), and names of methods."""
 
     values: dict[str, Array]
     stderr: dict[str, Array]
@@ -84,23 +85,25 @@ def assemble(table: NormTable, plan: Plan) -> Metrics:
     return Metrics(values, stderr, _methods(plan))
 
 
-def _worst(*methods: NDArray[np.str_]) -> NDArray[np.str_]:
+def _worst(*methods: Methods) -> Methods:
     """Elementwise the least exact of the methods."""
     ranks = np.stack([np.vectorize(_RANK.__getitem__)(m) for m in methods])
-    return np.array(list(_RANK))[ranks.max(0)]
+    return np.array(list(Method), dtype=object)[ranks.max(0)]
 
 
 def _methods(plan: Plan) -> dict[str, NDArray[np.str_]]:
     full, gn, tensor = plan.method, plan.gn_method, plan.tensor_method
     ends = np.diag(full)
     coupling = _worst(full, np.broadcast_to(ends[:, None], full.shape), np.broadcast_to(ends[None, :], full.shape))
-    coupling = np.where(full == "zero", "zero", coupling)
-    np.fill_diagonal(coupling, np.where(ends == "probes", "exact", ends))  # C(v, v) = 1 by definition
-    return {
+    coupling = np.where(full == Method.ZERO, full, coupling)
+    for v in np.flatnonzero(ends == Method.PROBES):
+        coupling[v, v] = Method.EXACT  # C(v, v) = 1 by definition
+    found = {
         "resonance": full,
         "coupling": coupling,
         "stable_rank": full,
-        "gn_gap": np.where(tensor == "zero", "zero", _worst(tensor, gn)),
+        "gn_gap": np.where(tensor == Method.ZERO, tensor, _worst(tensor, gn)),
         "gn_norm": gn,
         "tensor_norm": tensor,
     }
+    return {name: methods.astype(str) for name, methods in found.items()}

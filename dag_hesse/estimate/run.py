@@ -14,8 +14,8 @@ from dag_hesse.estimate.hutchinson import Sketch
 from dag_hesse.estimate.krylov import spectral_norms
 from dag_hesse.estimate.norms import PARTS, Array, NormTable
 from dag_hesse.estimate.products import Products
-from dag_hesse.plan import Plan
-from dag_hesse.plan.planner import SPECTRAL_STEPS
+from dag_hesse.plan import Method, Plan
+from dag_hesse.plan.schedule import SPECTRAL_STEPS
 from dag_hesse.sweep import Problem
 
 Progress = Callable[[str, int, int], None]  # (stage, sweeps done, sweeps foreseen)
@@ -77,14 +77,14 @@ def estimate(
     gn_known: dict[tuple[int, int], Array] = {}
     factors = None
     if plan.gram_columns:
-        full = {pair for pair in pairs if plan.method[pair] == "gram"}
+        full = {pair for pair in pairs if plan.method[pair] is Method.GRAM}
         factors = gram_factors(problem, _Counter("gram", plan.gram_columns, progress))
         gn_known = factors.enter(table, full)
-    exact = [s for s in plan.sources if s.method == "exact"]
+    exact = [s for s in plan.sources if s.method is Method.EXACT]
     counter = _Counter("exact", sum(s.probes for s in exact), progress) if exact else None
     for source in exact:
         enter(problem, table, source.point, exact_blocks(problem, source.point, source.reads, counter))
-    sampled = [s for s in plan.sources if s.method == "probes"]
+    sampled = [s for s in plan.sources if s.method is Method.PROBES]
     if not sampled:
         return table
     counter = _Counter("probes", sum(s.probes for s in sampled), progress)

@@ -3,12 +3,13 @@
 from dag_hesse.plan.cost import Cost, path_cost
 from dag_hesse.plan.edges import Edge, edges, render_edges
 from dag_hesse.plan.fuse import fuse, fuse_all
-from dag_hesse.plan.planner import METHODS, Plan, Source, plan
+from dag_hesse.plan.planner import plan
+from dag_hesse.plan.schedule import Method, Plan, Source
 
 __all__ = [
-    "METHODS",
     "Cost",
     "Edge",
+    "Method",
     "Plan",
     "Source",
     "edges",
