@@ -15,7 +15,7 @@ from torch import nn
 from dag_hesse.capture import Batches, capture, capture_all, needs_split, points_like, unwrapped
 from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.reduction import Option, find_reduction
-from dag_hesse.errors import BatchError, OptionError, choose
+from dag_hesse.errors import OptionError, choose
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.estimate.run import Progress
 from dag_hesse.plan import Plan, fuse_all, plan
@@ -92,8 +92,7 @@ def analyze(
     choose("verify", verify, VERIFY)
     clock = {"start": time.perf_counter()}
     batches = Batches(batch, memory)
-    if batch_mode == "joint" and len(batches) > 1:
-        raise BatchError("batch_mode='joint' holds one batch; concatenate the stream, or use 'shared' or 'per_sample'.")
+    batches.check_mode(batch_mode)
     model = unwrapped(model)
     graphs = capture_all(model, batches, loss=loss, output=output, points=points, space=space)
     needs_split(graphs)

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from dag_hesse import __version__
 from dag_hesse.analyze import analyze
-from dag_hesse.errors import DagHesseError, OptionError, suggest
+from dag_hesse.errors import DagHesseError, DependencyError, OptionError, suggest
 from dag_hesse.experiments import models
 from dag_hesse.plan import render_edges
 from dag_hesse.plan.planner import BATCH_MODES, MODES
@@ -36,7 +36,10 @@ def _sequence(model: nn.Module, batch: int) -> Built:
 
 
 def _gpt2(batch: int, side: int) -> Built:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError as error:
+        raise DependencyError("SPEC 'gpt2' needs transformers: pip install transformers.") from error
 
     ids = torch.randint(0, 1000, (batch, side))
     config = GPT2Config(n_layer=4, n_embd=256, n_head=4, vocab_size=1000, n_positions=max(side, 128))

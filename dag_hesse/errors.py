@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import torch
 
@@ -45,7 +46,7 @@ class NonFiniteError(DagHesseError, ValueError):
 
 
 class PointError(DagHesseError, ValueError):
-    """A requested point does not exist, is not differentiable, or is not on a path to the loss."""
+    """A point, block or parameter that was asked for does not exist, or is not on a differentiable path to the loss."""
 
 
 class NonDifferentiableError(PointError):
@@ -57,7 +58,7 @@ class BatchCouplingError(DagHesseError, ValueError):
 
 
 class OptionError(DagHesseError, ValueError):
-    """An option has a value that is not among its choices."""
+    """An argument has another type than it may have, or a value that is not among its choices."""
 
 
 class VectorError(DagHesseError, ValueError):
@@ -65,7 +66,15 @@ class VectorError(DagHesseError, ValueError):
 
 
 class StaleError(DagHesseError, RuntimeError):
-    """Parameters or batch changed under an operator or a report."""
+    """What an operator or a report was made from has changed, or is not with it any more (a loaded report)."""
+
+
+class MissingFileError(DagHesseError, FileNotFoundError):
+    """There is no such file."""
+
+
+class ReportFileError(DagHesseError, ValueError):
+    """A file is not a report of this package."""
 
 
 class DependencyError(DagHesseError, ImportError):
@@ -96,6 +105,22 @@ def suggest(name: str, known: Iterable[str], limit: int = 4) -> str:
     names = near or known[:limit]
     head = "Near names" if near else "Known names begin with"
     return f"{head}: {', '.join(repr(n) for n in names)}." if names else "There are no names to choose from."
+
+
+def position(name: object, names: Sequence[str], where: str) -> int:
+    """The place of a point that is given by its name or by its place (negative: from the end).
+
+    Raises:
+        PointError: there is no such point in ``where``.
+
+    >>> position("head", ["stem", "head"], "this report"), position(-2, ["stem", "head"], "this report")
+    (1, 0)
+    """
+    if isinstance(name, Integral) and not isinstance(name, bool) and -len(names) <= int(name) < len(names):
+        return int(name) % len(names)
+    if isinstance(name, str) and name in names:
+        return names.index(name)
+    raise PointError(f"point {name!r} is not in {where}. {suggest(str(name), names)}")
 
 
 def choose(option: str, value: object, choices: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 import dag_hesse as dh
 from dag_hesse import errors
+from dag_hesse.cli import load_spec
+from dag_hesse.experiments.digits import load_digits
 from dag_hesse.experiments.models import mlp
 
 
@@ -92,7 +95,7 @@ CASES: dict[str, Case] = {
     "a string": (lambda: dh.analyze(_net(), "batch"), errors.BatchError, "str"),
     "a triple": (lambda: dh.analyze(_net(), (torch.zeros(5, 3),) * 3), errors.BatchError, r"\(inputs, targets\)"),
     "no tensors": (lambda: dh.analyze(_net(), (3, 4)), errors.BatchError, "no tensor"),
-    "not a module": (lambda: dh.analyze(F.relu, _batch()), errors.BatchError, "Module"),
+    "not a module": (lambda: dh.analyze(F.relu, _batch()), errors.OptionError, "Module"),
     "other device": (lambda: dh.analyze(_net().to("meta"), _batch()), errors.BatchError, "meta"),
     "wrong input shape": (lambda: dh.analyze(_net(), (torch.zeros(5, 7), _batch()[1])), errors.CaptureError, "Sequential"),
     "label out of range": (lambda: dh.analyze(_net().eval(), (_batch()[0], torch.full((5,), 9))), errors.CaptureError, "nll_loss|gather|index"),
@@ -106,7 +109,8 @@ CASES: dict[str, Case] = {
         lambda: dh.analyze(mlp([3, 400, 400, 3], nn.SiLU), _batch(), mode="exact", memory=100_000), errors.MemoryBudgetError, "GiB.*blocks.*about",
     ),
     "joint stream": (lambda: dh.analyze(_net(), [_batch(), _batch()], batch_mode="joint"), errors.BatchError, "concatenate"),
-    "output": (lambda: dh.analyze(_net(), _batch(), output="nowhere"), errors.DagHesseError, "nowhere"),
+    "joint stream of an operator": (lambda: dh.GGNOperator(_net(), [_batch(), _batch()], space="activation", batch_mode="joint"), errors.BatchError, "concatenate"),
+    "output": (lambda: dh.analyze(_net(), _batch(), output="nowhere"), errors.PointError, "nowhere"),
 }  # fmt: skip
 
 
@@ -115,6 +119,78 @@ def test_bad_input_is_refused_with_a_reason(name: str) -> None:
     call, kind, message = CASES[name]
     with pytest.raises(kind, match=f"(?s){message}"):
         call()
+
+
+FAULTS: dict[str, tuple[type[errors.DagHesseError], list[Callable[[], Any]]]] = {
+    "a point that there is not": (errors.PointError, [
+        lambda: dh.analyze(_net(), _batch(), points=["nowhere"]),
+        lambda: dh.analyze(_net(), _batch()).block("nowhere", "0"),
+        lambda: dh.analyze(_net(), _batch()).block(99, 0),
+        lambda: dh.structure(_net(), _batch(), points=["nowhere"]),
+        lambda: dh.profile(_net(), _batch(), points=["nowhere"]),
+        lambda: dh.capture(_net(), _batch(), output="nowhere"),
+        lambda: dh.HessianOperator(_net(), _batch(), points=["nowhere"]),
+        lambda: dh.HessianOperator(_net(), _batch(), params=["nowhere"]),
+        lambda: dh.HessianOperator(_net(), _batch(), params=[torch.zeros(3)]),
+        lambda: dh.HessianOperator(_net(), _batch()).block("nowhere", "0.weight"),
+        lambda: dh.HessianOperator(_net(), _batch()).block("0.weight", 99),
+    ]),
+    "no point at all": (errors.PointError, [
+        lambda: dh.analyze(_net(), _batch(), points=[]),
+        lambda: dh.HessianOperator(_net(), _batch(), params=[]),
+        lambda: dh.HessianOperator(_net(), _batch(), param_filter="nowhere*"),
+    ]),
+    "a point of another type than a name": (errors.OptionError, [
+        lambda: dh.analyze(_net(), _batch(), points=3),
+        lambda: dh.analyze(_net(), _batch(), points=[3]),
+        lambda: dh.capture(_net(), _batch(), output=3),
+        lambda: dh.HessianOperator(_net(), _batch(), params=3),
+        lambda: dh.HessianOperator(_net(), _batch(), params=[3]),
+    ]),
+    "no model": (errors.OptionError, [
+        lambda: dh.analyze(3, _batch()),
+        lambda: dh.capture(3, _batch()),
+        lambda: dh.structure(3, _batch()),
+        lambda: dh.profile(3, _batch()),
+        lambda: dh.HessianOperator(3, _batch()),
+    ]),
+    "what it was made from is gone": (errors.StaleError, [
+        lambda: copy.copy(dh.analyze(_net(), _batch())).block(0, 0),
+        lambda: _trained(dh.analyze).block(0, 0),
+        lambda: _trained(dh.HessianOperator).trace(),
+    ]),
+}  # fmt: skip
+
+
+def _trained(make: Callable[..., Any]) -> Any:
+    """What is made of a model that changes afterwards."""
+    model = _net()
+    made = make(model, _batch())
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    return made
+
+
+@pytest.mark.parametrize("fault, number", [(name, k) for name, (_, calls) in FAULTS.items() for k in range(len(calls))])
+def test_a_fault_has_one_type_wherever_it_is_met(fault: str, number: int) -> None:
+    kind, calls = FAULTS[fault]
+    with pytest.raises(errors.DagHesseError) as raised:
+        calls[number]()
+    assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize("library", ["matplotlib.figure", "pandas", "transformers", "sklearn.datasets"])
+def test_an_optional_library_that_is_not_there_is_named(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = dh.analyze(_net(), _batch())
+    use: dict[str, Callable[[], Any]] = {
+        "matplotlib.figure": report.plot,
+        "pandas": report.to_dataframe,
+        "transformers": lambda: load_spec("gpt2", 2, 8, 0),
+        "sklearn.datasets": load_digits,
+    }
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(errors.DependencyError, match="pip install"):
+        use[library]()
 
 
 def test_a_non_differentiable_op_is_named_with_module_and_line() -> None:
@@ -211,7 +287,7 @@ def test_parameters_that_changed_are_noticed_by_a_report() -> None:
     report = dh.analyze(model, _batch())
     with torch.no_grad():
         model[0].weight.add_(1.0)
-    with pytest.raises(errors.DagHesseError, match="analyze it again"):
+    with pytest.raises(errors.StaleError, match="analyze it again"):
         report.block(report.names[0], report.names[0])
 
 

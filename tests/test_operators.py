@@ -192,15 +192,15 @@ def test_vectors_that_do_not_fit(vector: Any, message: str) -> None:
 
 def test_bad_operators() -> None:
     c, _, _ = _problem()
-    with pytest.raises(errors.OptionError, match="no parameter is left"):
+    with pytest.raises(errors.PointError, match="no parameter is left"):
         dh.HessianOperator(c.model, c.batch, param_filter="layer*")
-    with pytest.raises(errors.OptionError, match="not a parameter of the model"):
+    with pytest.raises(errors.PointError, match="not a parameter of the model"):
         dh.HessianOperator(c.model, c.batch, params=[torch.zeros(3)])
     with pytest.raises(errors.OptionError, match="params="):
         dh.HessianOperator(lambda p, x: x, c.batch)
     with pytest.raises(errors.BatchError, match="empty"):
         dh.HessianOperator(c.model, [])
-    with pytest.raises(errors.OptionError, match=r"'0.weight'"):
+    with pytest.raises(errors.PointError, match=r"'0.weight'"):
         dh.HessianOperator(c.model, c.batch).block("0.weigth", "0.weight")
 
 
@@ -291,7 +291,7 @@ def test_vectors_go_as_parameters_do_whether_read_or_not() -> None:
     assert only.names == ("unused.weight", "a.bias")
     assert float(only.block("unused.weight", "a.bias").dense().norm()) == 0.0
     assert float(only.block("a.bias", "unused.weight").dense().norm()) == 0.0
-    with pytest.raises(errors.OptionError, match="reads none"):
+    with pytest.raises(errors.PointError, match="reads none"):
         dh.HessianOperator(model, (x, y), params=[model.unused.weight])
 
 

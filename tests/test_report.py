@@ -21,7 +21,7 @@ from torch import nn
 
 import dag_hesse as dh
 from dag_hesse.cli import BUILT_IN, main
-from dag_hesse.errors import DagHesseError, DependencyError, OptionError, PointError
+from dag_hesse.errors import DependencyError, MissingFileError, OptionError, PointError, ReportFileError, StaleError
 from dag_hesse.experiments.models import mlp
 from dag_hesse.report.files import write_whole
 
@@ -73,7 +73,7 @@ def test_save_and_load(report: dh.CurvatureReport, tmp_path: Path) -> None:
         assert (report.method[name] == loaded.method[name]).all()
     assert loaded.facts == report.facts
     assert str(loaded) == str(report)
-    with pytest.raises(DagHesseError, match="analyze"):
+    with pytest.raises(StaleError, match="analyze"):
         loaded.block("1", "1")
 
 
@@ -90,9 +90,9 @@ def test_json_and_html(report: dh.CurvatureReport, tmp_path: Path) -> None:
 
 def test_files_that_are_no_reports(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"nonsense")
-    with pytest.raises(OptionError, match="not a report"):
+    with pytest.raises(ReportFileError, match="not a report"):
         dh.load(tmp_path / "a")
-    with pytest.raises(FileNotFoundError, match="no report"):
+    with pytest.raises(MissingFileError, match="no report"):
         dh.load(tmp_path / "b")
 
 
@@ -129,7 +129,7 @@ def test_a_report_is_pickled_and_copied_without_its_model(report: dh.CurvatureRe
         assert np.array_equal(other.resonance, report.resonance)
         assert str(other) == str(report)
         assert other.facts == report.facts
-        with pytest.raises(PointError, match="analyze"):
+        with pytest.raises(StaleError, match="analyze"):
             other.block("1", "1")
     assert report.block("1", "1").shape == (40, 40)
 

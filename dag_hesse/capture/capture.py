@@ -16,7 +16,7 @@ from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.points import default_points, points_like, resolve_points
 from dag_hesse.capture.record import record
 from dag_hesse.capture.stream import Batches
-from dag_hesse.errors import BatchError, CaptureError, NonDifferentiableError, PointError
+from dag_hesse.errors import BatchError, CaptureError, NonDifferentiableError, OptionError
 from dag_hesse.ir import CurvatureGraph, Node, Point, verify
 from dag_hesse.randomness import preserved
 from dag_hesse.rules.table import pairs_of
@@ -31,7 +31,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _check(model: nn.Module, batch: Batch) -> None:
     if not isinstance(model, nn.Module):
-        raise BatchError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
+        raise OptionError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
     check_no_transform()
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -71,7 +71,7 @@ def trace(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: str
     """Trace, type, verify and annotate; the graph has no points yet."""
     batch, model = one_batch(batch), unwrapped(model)
     if output is not None and not isinstance(output, str):
-        raise PointError(f"output is a {type(output).__name__}; expected the name of a module or tap.")
+        raise OptionError(f"output is a {type(output).__name__}; expected the name of a module or tap.")
     _check(model, batch)
     graph = verify(convert(record(model, batch, loss), batch.size, output))
     _check_rules(graph)
@@ -102,7 +102,7 @@ def capture(
         The graph; ``print(graph)`` is readable, ``graph.points`` are its points in topological order.
 
     Raises:
-        CaptureError, NonDeterministicError, LossError, BatchError, PointError, NonFiniteError: see
+        CaptureError, NonDeterministicError, LossError, BatchError, PointError, OptionError, NonFiniteError: see
             :mod:`dag_hesse.errors`.
 
     Example:

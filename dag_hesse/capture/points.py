@@ -9,7 +9,7 @@ from math import prod
 
 from torch import nn
 
-from dag_hesse.errors import NonDifferentiableError, PointError, choose, suggest
+from dag_hesse.errors import NonDifferentiableError, OptionError, PointError, choose, suggest
 from dag_hesse.ir import Coupling, CurvatureGraph, Kind, Node, Point
 
 MOST = 16
@@ -138,14 +138,15 @@ def resolve_points(
 
     Raises:
         PointError: a name that matches nothing (near names are suggested), or that the loss does not depend on.
+        OptionError: what is no name.
     """
     choose("space", space, SPACES)
     if not isinstance(names, Iterable):
-        raise PointError(f"points is a {type(names).__name__}; expected names or glob patterns.")
+        raise OptionError(f"points is a {type(names).__name__}; expected names or glob patterns.")
     alive, points = _alive(graph), []
     for name in [names] if isinstance(names, str) else list(names):
         if not isinstance(name, str):
-            raise PointError(f"points must be names, got {type(name).__name__}.")
+            raise OptionError(f"points holds a {type(name).__name__}; expected names or glob patterns.")
         exact = _named(graph, model, name, space)
         if exact is not None:
             points.append(exact)

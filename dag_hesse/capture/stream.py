@@ -102,6 +102,14 @@ class Batches:
         """Where the batches lie."""
         return next(iter(self.examples.values())).tensors[0].device
 
+    def check_mode(self, batch_mode: str) -> None:
+        """Raise :class:`BatchError` where the batch mode holds one batch, and there are more."""
+        if batch_mode == "joint" and len(self) > 1:
+            raise BatchError(
+                f"batch_mode='joint' perturbs all samples of one batch together, and there are {len(self)} batches: "
+                "concatenate them, or use 'shared' (or analyze()'s 'per_sample')."
+            )
+
     def _take(self, batch: Batch) -> None:
         where = f"batch {len(self.sizes)}: tensor" if self.sizes else "batch tensor"
         if all(x.layout is torch.strided and not x.is_meta for x in batch.tensors):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dag_hesse.analyze import analyze
-from dag_hesse.errors import OptionError
+from dag_hesse.errors import DependencyError
 from dag_hesse.experiments.models import resnet18
 from dag_hesse.report import CurvatureReport
 from dag_hesse.report.files import write_whole
@@ -27,7 +27,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
-        raise OptionError("the digits ship with scikit-learn: pip install 'dag-hesse[demo]'.") from error
+        raise DependencyError("the digits ship with scikit-learn: pip install 'dag-hesse[demo]'.") from error
     data = load()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1)
     images = F.interpolate(images, (32, 32), mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dag_hesse.capture import parameter_points, unwrapped
-from dag_hesse.errors import OptionError, suggest
+from dag_hesse.errors import OptionError, PointError, suggest
 from dag_hesse.ir import CurvatureGraph, Point
 
 
@@ -58,7 +58,8 @@ def chosen_parameters(model: nn.Module, params: Any, param_filter: Any) -> list[
     """Names of ``params``, or of all that require gradients; thinned by ``param_filter``.
 
     Raises:
-        OptionError: ``params`` names or holds a stranger, or nothing is left.
+        OptionError: ``params`` or ``param_filter`` have another type than they may have.
+        PointError: ``params`` names or holds a stranger, or nothing is left.
     """
     named, keys = dict(model.named_parameters()), model.user_keys if isinstance(model, FunctionModule) else {}
     if params is not None:
@@ -68,7 +69,7 @@ def chosen_parameters(model: nn.Module, params: Any, param_filter: Any) -> list[
     if param_filter is not None:
         chosen = [name for name in chosen if _passes(param_filter, keys.get(name, name), named[name])]
     if not chosen:
-        raise OptionError(f"no parameter is left to differentiate by. {suggest(str(param_filter or ''), named)}")
+        raise PointError(f"no parameter is left to differentiate by. {suggest(str(param_filter or ''), named)}")
     return chosen
 
 
@@ -76,11 +77,11 @@ def read_parameters(chosen: Sequence[str], model: nn.Module, graph: CurvatureGra
     """The chosen parameters as points; the blocks of those that the loss does not read are zero.
 
     Raises:
-        OptionError: it reads none.
+        PointError: it reads none.
     """
     alive = graph.ancestors([graph.loss])
     if not any(name in graph.parameters and alive[graph.parameters[name]] for name in chosen):
-        raise OptionError(f"no parameter is left to differentiate by: the loss reads none of {list(chosen)[:4]}.")
+        raise PointError(f"no parameter is left to differentiate by: the loss reads none of {list(chosen)[:4]}.")
     return parameter_points(chosen, model, graph)
 
 
@@ -95,7 +96,7 @@ def _own(named: Mapping[str, nn.Parameter], params: Any) -> list[str]:
         name = p if isinstance(p, str) else names.get(id(p), "")
         if name not in named:
             what = repr(p) if isinstance(p, str) else f"a tensor of shape {tuple(p.shape)}"
-            raise OptionError(f"params holds {what}, which is not a parameter of the model. {suggest(name, named)}")
+            raise PointError(f"params holds {what}, which is not a parameter of the model. {suggest(name, named)}")
         if name in found:
             raise OptionError(f"params holds '{name}' twice; expected each parameter once.")
         found.append(name)

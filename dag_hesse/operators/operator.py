@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dag_hesse.capture import Batches, capture, capture_all, needs_split, points_like
 from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.reduction import Option, find_reduction
-from dag_hesse.errors import OptionError, choose
+from dag_hesse.errors import OptionError, choose, position
 from dag_hesse.measure import available_memory
 from dag_hesse.operators.base import SymmetricOperator, dense, to_scipy
 from dag_hesse.operators.functional import FunctionModule, as_module, chosen_parameters, read_parameters
@@ -80,6 +80,7 @@ class CurvatureOperator(SymmetricOperator):
                 "params= and param_filter= pick among all parameters: not with points= or space='activation'."
             )
         batches = Batches(batch, memory)
+        batches.check_mode(batch_mode)
         wanted: Any = points
         own = chosen_parameters(module, params, param_filter) if points is None and space == "parameter" else []
         if own:
@@ -193,13 +194,13 @@ class CurvatureOperator(SymmetricOperator):
         self._problem.release()
         watch.note(settings)
 
-    def block(self, v: str, w: str) -> Block:
-        """The rectangular block [v, w] of two points."""
-        return Block(self, self._index(v), self._index(w))
+    def block(self, v: str | int, w: str | int) -> Block:
+        """The rectangular block [v, w] of two points, given by name or position.
 
-    def _index(self, name: str) -> int:
-        choose("block", name, self.layout.names)
-        return self.layout.names.index(name)
+        Raises:
+            PointError: there is no such point.
+        """
+        return Block(self, *(position(name, self.layout.names, "this operator") for name in (v, w)))
 
 
 @final

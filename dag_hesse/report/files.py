@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from dag_hesse.errors import OptionError
+from dag_hesse.errors import MissingFileError, OptionError, ReportFileError
 from dag_hesse.estimate import METRICS
 from dag_hesse.ir import Point
 from dag_hesse.report.report import CurvatureReport
@@ -103,19 +103,19 @@ def load(path: str | Path) -> CurvatureReport:
     """Read a report written by :meth:`CurvatureReport.save`.
 
     Raises:
-        FileNotFoundError: no such file.
-        OptionError: the file is not a report of this package.
+        MissingFileError: no such file.
+        ReportFileError: the file is not a report of this package.
     """
     check_path(path)
     if not Path(path).exists():
-        raise FileNotFoundError(f"there is no report at '{path}'.")
+        raise MissingFileError(f"there is no report at '{path}': expected a file written by report.save().")
     try:
         with safe_open(path, framework="numpy") as file:
             header, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
-        raise OptionError(f"'{path}' is not a report: expected a file written by report.save() ({error}).") from error
+        raise ReportFileError(f"'{path}' is not a report: expected a file written by report.save() ({error}).") from error
     if header.get("format") != FORMAT:
-        raise OptionError(f"'{path}' has format {header.get('format')!r}; expected {FORMAT!r}.")
+        raise ReportFileError(f"'{path}' has format {header.get('format')!r}; expected {FORMAT!r}.")
     points = tuple(
         Point(p["name"], tuple(p["shape"]), p["dim"], p["kind"], tuple(p["sites"]))
         for p in json.loads(header["points"])

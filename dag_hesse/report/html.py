@@ -6,7 +6,7 @@ import io
 from html import escape
 from pathlib import Path
 
-from dag_hesse.errors import OptionError
+from dag_hesse.errors import DependencyError
 from dag_hesse.estimate import METRICS
 from dag_hesse.report.files import write_text
 from dag_hesse.report.report import CurvatureReport
@@ -23,7 +23,7 @@ td.probes{color:#8a4b00}td.zero{color:#999}svg{max-width:100%;height:auto}.wide{
 def _svg(report: CurvatureReport) -> str:
     try:
         figure = report.plot()
-    except OptionError:
+    except DependencyError:
         return ""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")

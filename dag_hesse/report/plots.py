@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dag_hesse.errors import OptionError
+from dag_hesse.errors import DependencyError
 from dag_hesse.report.report import CurvatureReport
 
 TITLES = {
@@ -25,7 +25,7 @@ def _figure(**options: Any) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise OptionError("plots need matplotlib: pip install 'dag-hesse[plot]'.") from error
+        raise DependencyError("plots need matplotlib: pip install 'dag-hesse[plot]'.") from error
     return Figure(layout="constrained", **options)
 
 

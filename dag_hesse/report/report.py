@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dag_hesse.errors import DependencyError, OptionError, PointError, choose, suggest
+from dag_hesse.errors import DependencyError, OptionError, StaleError, choose, position
 from dag_hesse.estimate import METRICS
 from dag_hesse.ir import Point
 
@@ -91,11 +91,7 @@ class CurvatureReport:
         Raises:
             PointError: no such point; near names are suggested.
         """
-        if isinstance(point, int) and -len(self.points) <= point < len(self.points):
-            return point % len(self.points)
-        if isinstance(point, str) and point in self.names:
-            return self.names.index(point)
-        raise PointError(f"point {point!r} is not in this report. {suggest(str(point), self.names)}")
+        return position(point, self.names, "this report")
 
     def block(self, v: str | int, w: str | int, part: str = "full") -> Tensor:
         """The exact block H[v, w], computed now.
@@ -108,12 +104,13 @@ class CurvatureReport:
             ``shared``: (d_v, d_w); ``per_sample``: (batch, d_v, d_w); ``joint``: (batch·d_v, batch·d_w).
 
         Raises:
-            PointError: the report was loaded, unpickled or copied, the model changed since, or there is no such point.
+            PointError: there is no such point.
+            StaleError: the report was loaded, unpickled or copied, or the model changed since.
         """
         choose("part", part, ("full", "gn", "tensor"))
         i, j = self.index(v), self.index(w)
         if self._reader is None:
-            raise PointError(
+            raise StaleError(
                 "a loaded or copied report holds maps, not blocks: run analyze() again for report.block()."
             )
         return self._reader(i, j, part)
