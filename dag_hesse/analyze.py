@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,7 @@ from torch import nn
 from dag_hesse.capture import Batches, capture, capture_all, needs_split, points_like, unwrapped
 from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.reduction import Option, find_reduction
-from dag_hesse.errors import OptionError, choose
+from dag_hesse.errors import OptionError, choose, integer
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.estimate.run import Progress
 from dag_hesse.plan import Plan, fuse_all, plan
@@ -88,8 +89,11 @@ def analyze(
         >>> report.names, report.resonance.shape, bool((report.tensor_norm == 0.0).all())
         (('1', '3'), (2, 2), True)
     """
-    _check_options(mode, batch_mode, probes, rtol, seed)
+    choose("mode", mode, MODES)
+    choose("batch_mode", batch_mode, BATCH_MODES)
     choose("verify", verify, VERIFY)
+    probes, seed = integer("probes", probes, 2, "a standard error needs two"), integer("seed", seed)
+    _check_rtol(rtol)
     clock = {"start": time.perf_counter()}
     batches = Batches(batch, memory)
     batches.check_mode(batch_mode)
@@ -136,14 +140,8 @@ def analyze(
     )
 
 
-def _check_options(mode: str, batch_mode: str, probes: int, rtol: float | None, seed: int) -> None:
-    choose("mode", mode, MODES)
-    choose("batch_mode", batch_mode, BATCH_MODES)
-    if not isinstance(probes, int) or probes < 2:
-        raise OptionError(f"probes={probes!r}; expected an integer of at least 2 (a standard error needs two).")
-    if not isinstance(seed, int):
-        raise OptionError(f"seed={seed!r}; expected an integer.")
-    if rtol is not None and not (isinstance(rtol, (int, float)) and 0 < rtol < 1):
+def _check_rtol(rtol: Any) -> None:
+    if rtol is not None and not (isinstance(rtol, Real) and 0 < rtol < 1):
         raise OptionError(f"rtol={rtol!r}; expected a relative error between 0 and 1, or None.")
 
 

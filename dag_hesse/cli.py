@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from dag_hesse import __version__
 from dag_hesse.analyze import analyze
-from dag_hesse.errors import DagHesseError, DependencyError, OptionError, suggest
+from dag_hesse.errors import DagHesseError, DependencyError, OptionError, integer, suggest
 from dag_hesse.experiments import models
 from dag_hesse.plan import render_edges
 from dag_hesse.plan.planner import BATCH_MODES, MODES
@@ -74,7 +74,7 @@ def load_spec(spec: str, batch: int | None, side: int | None, seed: int) -> tupl
     torch.manual_seed(seed)
     if spec in BUILT_IN:
         build, usual_batch, usual_side = BUILT_IN[spec]
-        return build(batch or usual_batch, side or usual_side)
+        return build(usual_batch if batch is None else batch, usual_side if side is None else side)
     module_name, colon, name = spec.partition(":")
     if not colon:
         raise OptionError(
@@ -91,6 +91,20 @@ def load_spec(spec: str, batch: int | None, side: int | None, seed: int) -> tupl
             f"SPEC '{spec}' returned {type(made).__name__}; expected (model, batch) or (model, batch, loss)."
         )
     return made
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected an integer of at least 1")
+    return int(text)
+
+
+def _gibibytes(text: str) -> int:
+    """As bytes."""
+    try:
+        return integer("memory", int(float(text) * 2**30), 1)
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a positive number of GiB") from error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument("--mode", choices=MODES, default="auto", help="how norms are obtained")
     a.add_argument("--probes", type=int, default=32, metavar="N", help="Rademacher probes per source (default: 32)")
     a.add_argument("--rtol", type=float, metavar="X", help="probe until relative standard errors are below X")
-    a.add_argument("--memory", type=float, metavar="GIB", help="memory that results and sweeps may take")
+    a.add_argument("--memory", type=_gibibytes, metavar="GIB", help="memory that results and sweeps may take")
     a.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     a.add_argument("--out", type=Path, metavar="DIR", help="write report.json, .safetensors, .html and .png there")
     a.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -138,8 +152,8 @@ def _add_spec(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--space", choices=("activation", "parameter"), default="activation", help="what module names stand for"
     )
-    command.add_argument("--batch", type=int, metavar="N", help="batch size of a built-in SPEC")
-    command.add_argument("--image", type=int, metavar="N", help="image side or sequence length of a built-in SPEC")
+    command.add_argument("--batch", type=_positive, metavar="N", help="batch size of a built-in SPEC")
+    command.add_argument("--image", type=_positive, metavar="N", help="image side or sequence length of a built-in SPEC")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of probes and built-in models (default: 0)")
     command.add_argument("--device", default="cpu", help="where to run (default: cpu)")
 
@@ -182,7 +196,7 @@ def _analyze(options: argparse.Namespace) -> None:
         mode=options.mode,
         probes=options.probes,
         rtol=options.rtol,
-        memory=int(options.memory * 2**30) if options.memory else None,
+        memory=options.memory,
         seed=options.seed,
         progress=sys.stderr.isatty(),
     )

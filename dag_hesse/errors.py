@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -107,7 +108,29 @@ def suggest(name: str, known: Iterable[str], limit: int = 4) -> str:
     return f"{head}: {', '.join(repr(n) for n in names)}." if names else "There are no names to choose from."
 
 
-def position(name: object, names: Sequence[str], where: str) -> int:
+def is_integer(value: object) -> bool:
+    """Whether this is an integer, Python's or NumPy's; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def integer(option: str, value: Any, least: int | None = None, why: str = "") -> int:
+    """``value`` as Python's int.
+
+    Raises:
+        OptionError: it is no integer, or less than ``least``; ``why`` that is too little.
+
+    >>> import numpy as np
+    >>> integer("probes", np.int64(32), least=2)
+    32
+    """
+    if not is_integer(value) or (least is not None and value < least):
+        received = f"{option}={value!r}" + ("" if is_integer(value) else f" is a {type(value).__name__}")
+        bound = "" if least is None else f" of at least {least}"
+        raise OptionError(f"{received}; expected an integer{bound}{f' ({why})' if why else ''}.")
+    return int(value)
+
+
+def position(name: Any, names: Sequence[str], where: str) -> int:
     """The place of a point that is given by its name or by its place (negative: from the end).
 
     Raises:
@@ -116,7 +139,7 @@ def position(name: object, names: Sequence[str], where: str) -> int:
     >>> position("head", ["stem", "head"], "this report"), position(-2, ["stem", "head"], "this report")
     (1, 0)
     """
-    if isinstance(name, Integral) and not isinstance(name, bool) and -len(names) <= int(name) < len(names):
+    if is_integer(name) and -len(names) <= int(name) < len(names):
         return int(name) % len(names)
     if isinstance(name, str) and name in names:
         return names.index(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 import sys
 import time
@@ -177,6 +178,35 @@ def test_a_fault_has_one_type_wherever_it_is_met(fault: str, number: int) -> Non
     with pytest.raises(errors.DagHesseError) as raised:
         calls[number]()
     assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int32, np.uint8])
+def test_integers_of_numpy_are_integers(number: type[np.integer]) -> None:
+    report = dh.analyze(_net(), _batch(), mode="probes", probes=number(4), seed=number(3), memory=np.int64(1 << 30))
+    plain = dh.analyze(_net(), _batch(), mode="probes", probes=4, seed=3, memory=1 << 30)
+    assert np.array_equal(report.resonance, plain.resonance)
+    assert json.loads(json.dumps(report.to_dict()))["facts"]["seed"] == 3
+    assert torch.equal(report.block(number(0), number(0)), plain.block(0, 0))
+    H = dh.HessianOperator(_net(), [_batch()], memory=np.int64(1 << 30))
+    assert torch.equal(H.trace(number(5), seed=number(3)), H.trace(5, seed=3))
+    assert torch.equal(H.diagonal(number(5), seed=number(3)), H.diagonal(5, seed=3))
+    assert len(H.eigsh(number(2))[0]) == 2
+    assert len(H.spectral_density(number(5), seed=number(3))[0]) == len(H.spectral_density(5, seed=3)[0])
+    assert dh.profile(_net(), _batch(), probes=number(4)).plan.chunk <= 4
+
+
+@pytest.mark.parametrize("wrong", [True, 2.0, "2", np.float64(2.0), np.bool_(True), torch.tensor(2)])
+@pytest.mark.parametrize("option", ["probes", "seed", "memory", "k", "ncv", "matvecs", "plan"])
+def test_what_is_no_integer_is_refused_by_name(option: str, wrong: Any) -> None:
+    calls: dict[str, Callable[[], Any]] = {
+        "k": lambda: dh.HessianOperator(_net(), _batch()).eigsh(wrong),
+        "ncv": lambda: dh.HessianOperator(_net(), _batch()).spectral_density(wrong),
+        "matvecs": lambda: dh.HessianOperator(_net(), _batch()).trace(wrong),
+        "plan": lambda: dh.profile(_net(), _batch(), probes=wrong),
+    }
+    name = option if option != "plan" else "probes"
+    with pytest.raises(errors.OptionError, match=f"{name}=.* is a {type(wrong).__name__}; expected an integer"):
+        calls.get(option, lambda: dh.analyze(_net(), _batch(), **{option: wrong}))()
 
 
 @pytest.mark.parametrize("library", ["matplotlib.figure", "pandas", "transformers", "sklearn.datasets"])

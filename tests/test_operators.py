@@ -320,7 +320,7 @@ def test_arrays_numbers_and_the_other_side() -> None:
         assert error(torch.from_numpy(found), dense @ V) < 1e-10
     assert error(V[:, 0] @ H, dense @ V[:, 0]) < 1e-10
     assert error(V.T @ H, V.T @ dense) < 1e-10
-    for scaled in (2 * H, H * np.float64(2.0), H / 0.5, -(H * -2), torch.tensor(2.0) * H):
+    for scaled in (2 * H, H * np.float64(2.0), H / 0.5, -(H * -2), torch.tensor(2.0) * H, H / torch.tensor(0.5)):
         assert scaled.shape == H.shape
         assert error(scaled @ V, 2 * dense @ V) < 1e-10
     assert error((2 * H).dense(), 2 * dense) < 1e-10

@@ -200,7 +200,7 @@ def test_refusals_exit_with_1(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["analyze"], ["analyze", "mlp", "--mode", "exakt"], ["analyse", "mlp"]])
+@pytest.mark.parametrize("arguments", [[], ["analyze"], ["analyze", "mlp", "--mode", "exakt"], ["analyse", "mlp"], *(["analyze", "mlp", option, "0"] for option in ("--memory", "--batch", "--image"))])
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.capture.batch import NO_BATCHES, Batch, check_finite, check_no_transform, is_one, one_batch
-from dag_hesse.errors import BatchError, MemoryBudgetError, OptionError, UnstableLoaderError
+from dag_hesse.errors import BatchError, MemoryBudgetError, UnstableLoaderError, integer
 from dag_hesse.measure import available_memory
 from dag_hesse.randomness import RandomState, preserved
 
@@ -38,7 +38,7 @@ class Batches:
         held: the batches in memory; None where the loader is read again.
 
     Raises:
-        OptionError: ``memory`` is not a number of bytes.
+        OptionError: ``memory`` is no positive integer.
         BatchError: a batch of an unknown form, or none at all.
         MemoryBudgetError: an iterator, which can be read once only, gives more than may be held.
 
@@ -52,8 +52,7 @@ class Batches:
     """
 
     def __init__(self, source: Any, memory: int | None = None) -> None:
-        if memory is not None and (not isinstance(memory, int) or memory <= 0):
-            raise OptionError(f"memory={memory!r}; expected a positive number of bytes, or None.")
+        memory = None if memory is None else integer("memory", memory, 1, "a positive number of bytes, or None")
         check_no_transform()
         self.sizes: list[int] = []
         self.signatures: list[Any] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from typing import Any, Protocol, final
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from dag_hesse.errors import MemoryBudgetError, OptionError
+from dag_hesse.errors import MemoryBudgetError, OptionError, integer
 from dag_hesse.measure import available_memory
 from dag_hesse.operators import estimates
 from dag_hesse.operators.interop import estimate, to_curvlinops
@@ -92,21 +93,25 @@ class SymmetricOperator(ABC):
         Raises:
             OptionError: it is no real number.
         """
-        if isinstance(factor, (Tensor, np.ndarray, np.generic)) and factor.ndim == 0:
-            factor = factor.item()
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+        number = _number(factor)
+        if number is None:
             raise OptionError(
                 f"an operator is multiplied by a {type(factor).__name__}; expected a real number (use @ for vectors)."
             )
-        return Scaled(self, float(factor))
+        return Scaled(self, number)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> Scaled:
-        """The operator divided by a number."""
-        if not isinstance(divisor, (int, float)) or divisor == 0:
+        """The operator divided by a number.
+
+        Raises:
+            OptionError: it is no real number, or 0.
+        """
+        number = _number(divisor)
+        if not number:
             raise OptionError(f"an operator is divided by {divisor!r}; expected a number other than 0.")
-        return self * (1.0 / divisor)
+        return self * (1.0 / number)
 
     def __neg__(self) -> Scaled:
         return self * -1.0
@@ -125,10 +130,7 @@ class SymmetricOperator(ABC):
 
     def eigsh(self, k: int = 6, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """k extreme eigenvalues and eigenvectors (n, k), by :func:`scipy.sparse.linalg.eigsh`."""
-        if not isinstance(k, int) or not 1 <= k < self.shape[0]:
-            raise OptionError(
-                f"k={k!r}; expected an integer from 1 to {self.shape[0] - 1}, one below the operator's size."
-            )
+        k = estimates.checked_count("k", k, self.shape[0], least=1)
         return eigsh(self.to_scipy(), k=k, **options)
 
     def __reduce__(self) -> Any:
@@ -167,8 +169,15 @@ class SymmetricOperator(ABC):
             OptionError: ``ncv`` is no integer from 2 to n - 1.
             DependencyError: curvlinops is not installed.
         """
-        estimates.check_count("ncv", ncv, self.shape[0])
+        ncv, seed = estimates.checked_count("ncv", ncv, self.shape[0]), integer("seed", seed)
         return estimate(self, "lanczos_approximate_spectrum", ncv, seed, **options)
+
+
+def _number(value: Any) -> float | None:
+    """A real number of Python, NumPy or PyTorch; None for anything else."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)) and value.ndim == 0:
+        value = value.item()
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
 
 
 @final

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dag_hesse.errors import OptionError
+from dag_hesse.errors import OptionError, integer
 
 if TYPE_CHECKING:
     from dag_hesse.operators.base import SymmetricOperator
@@ -16,20 +16,25 @@ if TYPE_CHECKING:
 _USUAL = 64
 
 
-def check_count(name: str, count: object, size: int) -> None:
-    """Raise :class:`OptionError` unless ``count`` is an integer from 2 to ``size`` - 1."""
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise OptionError(f"{name}={count!r} is a {type(count).__name__}; expected an integer.")
-    if not 2 <= count < size:
-        more = " With as many products as rows dense() is exact." if count >= size else ""
-        raise OptionError(f"{name}={count}; expected at least 2 and fewer than the operator's {size} rows.{more}")
+def checked_count(name: str, count: object, size: int, least: int = 2) -> int:
+    """``count`` as an int from ``least`` to ``size`` - 1.
+
+    Raises:
+        OptionError: it is none.
+    """
+    number = integer(name, count)
+    if not least <= number < size:
+        more = " With as many products as rows dense() is exact." if number >= size else ""
+        raise OptionError(
+            f"{name}={number}; expected at least {least} and fewer than the operator's {size} rows.{more}"
+        )
+    return number
 
 
 def trace(operator: SymmetricOperator, matvecs: int | None, seed: int) -> Tensor:
     """Σ_i H_ii, or the mean of zᵀ H z over random signs z (Hutchinson)."""
     total = torch.zeros((), dtype=operator.dtype, device=operator.device)
-    exact = _is_exact(operator, matvecs)
-    count = operator.shape[0] if exact else matvecs or _USUAL
+    count, exact = _count(operator, matvecs)
     for z in _units(operator) if exact else _signs(operator, count, seed):
         total += sum((a * b).sum() for a, b in zip(z, _product(operator, z), strict=True))
     return total if exact else total / count
@@ -37,8 +42,7 @@ def trace(operator: SymmetricOperator, matvecs: int | None, seed: int) -> Tensor
 
 def diagonal(operator: SymmetricOperator, matvecs: int | None, seed: int) -> Tensor:
     """The H_ii, or the mean of z ∘ H z over random signs z."""
-    exact = _is_exact(operator, matvecs)
-    count = operator.shape[0] if exact else matvecs or _USUAL
+    count, exact = _count(operator, matvecs)
     total = torch.zeros(operator.shape[0], dtype=operator.dtype, device=operator.device)
     for z in _units(operator) if exact else _signs(operator, count, seed):
         parts = [(a * b).sum(0) for a, b in zip(z, _product(operator, z), strict=True)]
@@ -46,10 +50,12 @@ def diagonal(operator: SymmetricOperator, matvecs: int | None, seed: int) -> Ten
     return total if exact else total / count
 
 
-def _is_exact(operator: SymmetricOperator, matvecs: int | None) -> bool:
+def _count(operator: SymmetricOperator, matvecs: int | None) -> tuple[int, bool]:
+    """How many products are taken, and whether they are of all unit vectors."""
+    size = operator.shape[0]
     if matvecs is not None:
-        check_count("matvecs", matvecs, operator.shape[0])
-    return matvecs is None and operator.shape[0] <= _USUAL
+        return checked_count("matvecs", matvecs, size), False
+    return min(size, _USUAL), size <= _USUAL
 
 
 def _product(operator: SymmetricOperator, z: list[Tensor]) -> list[Tensor]:
@@ -68,9 +74,7 @@ def _units(operator: SymmetricOperator) -> Iterator[list[Tensor]]:
 
 def _signs(operator: SymmetricOperator, count: int, seed: int) -> Iterator[list[Tensor]]:
     """Random signs by their blocks, a chunk at a time. They do not hang on how large chunks are, nor on the device."""
-    if not isinstance(seed, int):
-        raise OptionError(f"seed={seed!r}; expected an integer.")
-    generator, left = torch.Generator().manual_seed(seed), count
+    generator, left = torch.Generator().manual_seed(integer("seed", seed)), count
     while left:
         now = min(operator.chunk, left)
         rows = torch.empty(now, operator.shape[0], dtype=torch.int8, device="cpu")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dag_hesse.errors import BatchCouplingError, MemoryBudgetError, choose
+from dag_hesse.errors import BatchCouplingError, MemoryBudgetError, choose, integer
 from dag_hesse.measure import available_memory
 from dag_hesse.plan.cost import Cost
 from dag_hesse.plan.gram import GramRoute, can_gram, gram_route
@@ -43,14 +43,15 @@ def plan(
         memory: bytes that results and sweeps may take; None: half of what is free.
 
     Raises:
-        OptionError: unknown mode or batch mode.
+        OptionError: unknown mode or batch mode, or no count of probes or bytes.
         BatchCouplingError: ``per_sample`` where samples interact.
         MemoryBudgetError: ``mode="exact"`` beyond memory.
     """
     choose("mode", mode, MODES)
     choose("batch_mode", batch_mode, BATCH_MODES)
     counts = [1] * len(structures) if counts is None else counts
-    budget = available_memory() // 2 if memory is None else memory
+    probes = integer("probes", probes, 1)
+    budget = available_memory() // 2 if memory is None else integer("memory", memory, 1, "a positive number of bytes, or None")
     task = Task(structures, counts, mode, batch_mode, probes, budget)
     _check_separable(task)
     route = _chosen_route(task)
@@ -61,7 +62,7 @@ def plan(
     first, method = task.first, _methods(task, sources)
     gn_method = method if route is None else _everywhere(Method.GRAM, method.shape)
     per_probe = _bytes_per_probe(task)
-    chunk = min(probe_chunk(per_probe, budget), max(probes, 1))
+    chunk = min(probe_chunk(per_probe, budget), probes)
     return Plan(
         structure=first,
         method=method,
