@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument("--mode", choices=MODES, default="auto", help="how norms are obtained")
     a.add_argument("--probes", type=int, default=32, metavar="N", help="Rademacher probes per source (default: 32)")
     a.add_argument("--rtol", type=float, metavar="X", help="probe until relative standard errors are below X")
-    a.add_argument("--memory", type=_gibibytes, metavar="GIB", help="memory that results and sweeps may take")
+    a.add_argument("--memory", type=_gibibytes, metavar="GIB", help="memory that may be used (default: what is free)")
     a.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     a.add_argument("--out", type=Path, metavar="DIR", help="write report.json, .safetensors, .html and .png there")
     a.add_argument("--quiet", action="store_true", help="print nothing but errors")

@@ -14,10 +14,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dag_hesse as dh
 from dag_hesse import errors
+from dag_hesse.budget import Budget
 from dag_hesse.capture import Batches
-from dag_hesse.plan import plan
+from dag_hesse.experiments.models import mlp
+from dag_hesse.plan import fuse, plan
+from dag_hesse.plan.memory import linearization_bytes, sweep_bytes
+from dag_hesse.sweep import Problem
 
-SMALL = 100  # bytes: less than a batch takes
+SMALL = 100  # bytes: a quarter of it is less than a batch takes
 
 
 def _net() -> nn.Module:
@@ -77,7 +81,42 @@ def test_what_is_held_is_read_once_and_what_is_not_in_every_pass() -> None:
         assert loader.passes == passes
 
 
-def test_products_of_linearizations_that_are_kept_read_nothing() -> None:
+@pytest.mark.parametrize("call", ["operator", "analyze"])
+def test_a_quarter_of_memory_is_for_batches_whoever_asks(call: str) -> None:
+    taken = sum(t.nbytes for batch in _batches() for t in batch)
+    for memory, held in ((4 * taken, True), (4 * taken - 1, False)):
+        loader, options = Passes(_batches()), {"memory": memory, "reduction": "sum", "verify": "none"}
+        if call == "operator":
+            dh.HessianOperator(_net(), loader, **options).trace(2)
+        else:
+            dh.analyze(_net(), loader, **options)
+        assert (loader.passes == 1) is held
+
+
+def test_half_of_memory_is_for_sweeps_whoever_asks() -> None:
+    model, batch = mlp([3, 40, 40, 3], nn.SiLU), (torch.randn(6, 3), torch.arange(6) % 3)
+    graph = fuse(dh.capture(model, batch))
+    sites = [k for point in graph.points for k in point.sites]
+    size = sweep_bytes(graph, sites, sites)
+    structure = dh.structure(graph)
+    assert [plan([structure], memory=2 * k * size).chunk for k in (1, 3)] == [1, 3]
+    # An operator's vectors, which come and go, have as much of it as its sweeps.
+    chunks = [dh.HessianOperator(model, batch, space="activation", memory=4 * k * size).chunk for k in (1, 3)]
+    assert chunks == [1, 3]
+
+
+def test_linearizations_are_kept_in_a_quarter_of_memory() -> None:
+    graph = fuse(dh.capture(_net(), _batches()[0], space="parameter"))
+    sites = [k for point in graph.points for k in point.sites]
+    size = linearization_bytes(graph, sites)
+    for memory, kept in ((12 * size, 3), (12 * size - 1, 2), (8 * size, 2), (4 * size, 1), (4 * size - 1, 0)):
+        problem = Problem(_net(), [graph] * 3, Batches(_batches(12)), "shared", with_out=False, memory=memory)
+        first, second = ([lin for _, lin in problem.linearizations()] for _ in range(2))
+        assert sum(a is b for a, b in zip(first, second, strict=True)) == kept
+
+
+def test_products_of_linearizations_that_are_kept_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Budget, "keeps", lambda *asked: True)
     loader = Passes(_batches())
     H = dh.HessianOperator(_net(), loader, memory=SMALL, reduction="mean")
     v = torch.ones(H.shape[0]).double()
@@ -90,17 +129,18 @@ def test_products_of_linearizations_that_are_kept_read_nothing() -> None:
     assert loader.passes == 3
 
 
-def test_without_room_for_linearizations_every_product_reads_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_for_linearizations_every_product_reads_the_loader() -> None:
     loader = Passes(_batches())
     H = dh.HessianOperator(_net(), loader, memory=SMALL, reduction="mean")
-    monkeypatch.setattr("dag_hesse.sweep.kept.available_memory", lambda: 0)
     v = torch.ones(H.shape[0]).double()
     assert torch.equal(H @ v, H @ v)
     assert loader.passes == 3
 
 
 @pytest.mark.parametrize("draw", ["sampler", "augmentation"])
-def test_a_loader_that_draws_from_the_global_generators_repeats_itself(draw: str) -> None:
+def test_a_loader_that_draws_from_the_global_generators_repeats_itself(
+    draw: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, data = _net(), _data()
 
     class Noisy(torch.utils.data.Dataset):
@@ -114,7 +154,9 @@ def test_a_loader_that_draws_from_the_global_generators_repeats_itself(draw: str
     loader = DataLoader(data if draw == "sampler" else Noisy(), batch_size=4, shuffle=draw == "sampler")
     torch.manual_seed(5)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    streamed = dh.HessianOperator(model, loader, memory=SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(Budget, "batches", 0)
+        streamed = dh.HessianOperator(model, loader)
     first = streamed.dense()
     streamed.refresh()
     assert torch.equal(streamed.dense(), first)

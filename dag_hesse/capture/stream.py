@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dag_hesse.budget import Budget
 from dag_hesse.capture.batch import NO_BATCHES, Batch, check_finite, check_no_transform, is_one, one_batch
-from dag_hesse.errors import BatchError, MemoryBudgetError, UnstableLoaderError, integer
-from dag_hesse.measure import available_memory
+from dag_hesse.errors import BatchError, MemoryBudgetError, UnstableLoaderError
 from dag_hesse.randomness import RandomState, preserved
 
 _END = object()
@@ -25,9 +25,9 @@ _ADVICE = (
 class Batches:
     """The batches of one loss, in order; iterate to have them.
 
-    One batch, and those of a list, stay where they are. A loader's are held while they take no more than ``memory``
-    bytes (None: a quarter of what is free). A larger loader is read again in every pass, from the state that the global
-    random generators had in the first one, and must give what it gave then.
+    One batch, and those of a list, stay where they are. A loader's are held while they take no more than a quarter of
+    ``memory`` bytes (None: of what is free). A larger loader is read again in every pass, from the state that the
+    global random generators had in the first one, and must give what it gave then.
 
     Args:
         source: a batch, or an iterable of batches (:func:`~dag_hesse.capture.batch.one_batch` says of what form).
@@ -52,7 +52,7 @@ class Batches:
     """
 
     def __init__(self, source: Any, memory: int | None = None) -> None:
-        memory = None if memory is None else integer("memory", memory, 1, "a positive number of bytes, or None")
+        budget = Budget.of(memory)
         check_no_transform()
         self.sizes: list[int] = []
         self.signatures: list[Any] = []
@@ -66,7 +66,7 @@ class Batches:
             for item in source:
                 self._take(one_batch(item))
         else:
-            self._read_first(available_memory() // 4 if memory is None else memory)
+            self._read_first(budget.batches)
         if not self.sizes:
             raise BatchError(NO_BATCHES)
 
@@ -128,8 +128,8 @@ class Batches:
             if used > limit and isinstance(self._source, Iterator):
                 raise MemoryBudgetError(
                     f"an iterator can be read once only, and {len(self)} of its batches already take "
-                    f"{used / 2**30:.2f} GiB of the {limit / 2**30:.2f} GiB allowed: pass what can be iterated again "
-                    "(a DataLoader, say), or raise memory=."
+                    f"{used / 2**30:.2f} GiB of the {limit / 2**30:.2f} GiB allowed (a quarter of memory=, or of what is "
+                    "free): pass what can be iterated again (a DataLoader, say), or raise memory=."
                 )
             if used > limit:
                 self.held = None

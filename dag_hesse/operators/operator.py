@@ -12,11 +12,11 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
+from dag_hesse.budget import Budget
 from dag_hesse.capture import Batches, capture, capture_all, needs_split, points_like
 from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.reduction import Option, find_reduction
 from dag_hesse.errors import OptionError, choose, position
-from dag_hesse.measure import available_memory
 from dag_hesse.operators.base import SymmetricOperator, dense, to_scipy
 from dag_hesse.operators.functional import FunctionModule, as_module, chosen_parameters, read_parameters
 from dag_hesse.operators.vectors import Layout, to_numpy
@@ -43,8 +43,7 @@ class CurvatureOperator(SymmetricOperator):
         reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
             a callable that gives a batch's weight; None: found by evaluating the loss on parts of a batch (for a mean,
             a loader that is not held is read once more).
-        memory: bytes that a loader's batches may take (None: a quarter of what is free). Beyond, the loader is read
-            again in every product.
+        memory: as for :func:`~dag_hesse.analyze`: bytes that each product may use, and what is kept between them.
         verify: as for :func:`~dag_hesse.analyze`: what the captured graph is held against, once.
 
     Raises:
@@ -86,7 +85,9 @@ class CurvatureOperator(SymmetricOperator):
         if own:
             wanted = partial(read_parameters, own, module)
         self.model = module
-        self._set_up = partial(self._captured, batches, own, wanted, loss, space, output, batch_mode, reduction, verify)
+        self._set_up = partial(
+            self._captured, batches, own, wanted, loss, space, output, batch_mode, reduction, verify, Budget.of(memory)
+        )
         self._set_up()
 
     def _captured(
@@ -100,6 +101,7 @@ class CurvatureOperator(SymmetricOperator):
         batch_mode: str,
         reduction: Option,
         verify: str,
+        budget: Budget,
     ) -> None:
         """Capture, prove and pose the problem."""
         module = self.model
@@ -112,10 +114,18 @@ class CurvatureOperator(SymmetricOperator):
         graphs = fuse_all(graphs)
         again = partial(capture, module, loss=loss, output=output, points=like, space=space)
         self._problem = Problem(
-            module, graphs, batches, batch_mode, reduction=self.reduction, with_out=False, again=again, loss=loss
+            module,
+            graphs,
+            batches,
+            batch_mode,
+            reduction=self.reduction,
+            with_out=False,
+            again=again,
+            loss=loss,
+            memory=budget.total,
         )
         sites = [k for point in graphs[0].points for k in point.sites]
-        cap = available_memory() // 4
+        cap = budget.sweeps // 2  # vectors that come and go take as much
         per_probe = max(1, sweep_bytes(graphs[0], sites, sites, batch_mode=batch_mode))
         self._problem.chunk = probe_chunk(per_probe, cap)
         if space == "parameter":  # vectors are large themselves, and chunks of them are copied together again

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dag_hesse.budget import Budget
 from dag_hesse.errors import BatchCouplingError, MemoryBudgetError, choose, integer
-from dag_hesse.measure import available_memory
 from dag_hesse.plan.cost import Cost
 from dag_hesse.plan.gram import GramRoute, can_gram, gram_route
 from dag_hesse.plan.memory import probe_chunk, sweep_bytes
@@ -40,7 +40,7 @@ def plan(
             everywhere. ``"gram"``: Gram for the GN parts whatever it costs. ``"probes"``: estimates everywhere.
         batch_mode: meaning of the batch axis.
         probes: Rademacher probes per source.
-        memory: bytes that results and sweeps may take; None: half of what is free.
+        memory: bytes that the call may use, half of them for sweeps and results; None: what is free.
 
     Raises:
         OptionError: unknown mode or batch mode, or no count of probes or bytes.
@@ -51,7 +51,7 @@ def plan(
     choose("batch_mode", batch_mode, BATCH_MODES)
     counts = [1] * len(structures) if counts is None else counts
     probes = integer("probes", probes, 1)
-    budget = available_memory() // 2 if memory is None else integer("memory", memory, 1, "a positive number of bytes, or None")
+    budget = Budget.of(memory).sweeps
     task = Task(structures, counts, mode, batch_mode, probes, budget)
     _check_separable(task)
     route = _chosen_route(task)
@@ -149,8 +149,8 @@ def _check_exact(task: Task, pairs: Sequence[Pair]) -> None:
         side = int((task.budget / element) ** 0.5)
         raise MemoryBudgetError(
             f"mode='exact' needs {need / 2**30:.1f} GiB for the blocks of '{task.first.names[source]}' (block "
-            f"{dims[worst[0]]} × {dims[worst[1]]}), {task.budget / 2**30:.1f} GiB are allowed, which is enough for "
-            f"blocks of about {side} × {side}: raise memory=, choose smaller points, or use mode='auto' or 'probes'."
+            f"{dims[worst[0]]} × {dims[worst[1]]}), {task.budget / 2**30:.1f} GiB are allowed (half of "
+            f"memory=, or of what is free), which is enough for blocks of about {side} × {side}: raise memory=, choose smaller points, or use mode='auto' or 'probes'."
         )
 
 

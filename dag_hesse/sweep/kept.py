@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
+from dag_hesse.budget import Budget
 from dag_hesse.capture import Batch, Batches
 from dag_hesse.errors import CaptureError
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.pool import Pool
-from dag_hesse.measure import available_memory
 from dag_hesse.plan.fuse import fuse
 from dag_hesse.plan.memory import linearization_bytes
 from dag_hesse.randomness import RandomState, preserved
@@ -30,6 +30,7 @@ class Linearizations:
         tensor_part: whether the T channel is wanted.
         with_out: linearize from ``out`` on as well.
         again: captures a batch whose values lead the forward another way than its graph goes (it is told once).
+        budget: says how many are kept; the one of a single entry always is.
 
     Attributes:
         pool: where linearizations and sweeps have their memory from.
@@ -45,12 +46,14 @@ class Linearizations:
         tensor_part: bool,
         with_out: bool,
         again: Callable[[Batch], CurvatureGraph] | None,
+        budget: Budget,
     ) -> None:
         self.model, self.batches, self.entries = model, batches, entries
-        self.tensor_part, self.with_out, self.again = tensor_part, with_out, again
+        self.tensor_part, self.with_out, self.again, self.budget = tensor_part, with_out, again, budget
         self.pool = Pool()
         self.losses: dict[int, float] = {}
         self._kept: dict[int, Linearization] = {}
+        self._bytes = 0  # of those
         # Random draws are made anew in every linearization, and must agree. Batches draw one after the other.
         self._rng = {0: RandomState.now()}
         self._told = False
@@ -63,6 +66,7 @@ class Linearizations:
     def release(self) -> None:
         """Let those that are kept go; the next pass makes them anew."""
         self._kept.clear()
+        self._bytes = 0
 
     def __iter__(self) -> Iterator[tuple[Entry, Linearization]]:
         if self.complete:
@@ -90,8 +94,11 @@ class Linearizations:
                 lin = self._linearized(entry, batch, checked=False)
             self._rng.setdefault(entry.batch + 1, RandomState.now())
         self.losses[entry.batch] = float(lin.loss)
-        if len(self.entries) == 1 or linearization_bytes(entry.graph, self._sites(entry)) < available_memory() // 4:
+        alone = len(self.entries) == 1  # then it is needed whatever it takes
+        size = 0 if alone else linearization_bytes(entry.graph, self._sites(entry))
+        if self.budget.keeps(self._bytes, size):
             self._kept[place] = lin
+            self._bytes += size
         return lin
 
     def _linearized(self, entry: Entry, batch: Batch, *, checked: bool = True) -> Linearization:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dag_hesse.budget import Budget
 from dag_hesse.capture import Batch, Batches
 from dag_hesse.capture.reduction import Reduction
 from dag_hesse.errors import StaleError
@@ -34,6 +35,7 @@ class Problem:
         chunk: most probes in one sweep; halved when memory runs out.
         again: captures a batch whose values lead the forward another way than its graph goes (it is told once).
         loss: what the loss was asked of; watched for changes.
+        memory: bytes that may be used, a quarter of them for linearizations that are kept; None: what is free.
 
     Attributes:
         points, groups, mode, how, entries, separate_groups: as of :class:`~dag_hesse.sweep.meaning.Meaning`.
@@ -53,13 +55,20 @@ class Problem:
         chunk: int = 8,
         again: Callable[[Batch], CurvatureGraph] | None = None,
         loss: Any = None,
+        memory: int | None = None,
     ) -> None:
         self.model, self.batches, self.reduction, self.mode = model, batches, reduction, batch_mode
         self._meaning = meaning = read_meaning(graphs, batches.sizes, batch_mode, reduction)
         self.points, self.groups, self.how = meaning.points, meaning.groups, meaning.how
         self.entries, self.separate_groups = meaning.entries, meaning.separate_groups
         self._kept = Linearizations(
-            model, batches, meaning.entries, tensor_part=tensor_part, with_out=with_out, again=again
+            model,
+            batches,
+            meaning.entries,
+            tensor_part=tensor_part,
+            with_out=with_out,
+            again=again,
+            budget=Budget.of(memory),
         )
         self._runner = Runner(meaning, self._kept, chunk)
         self.watch = Watch(model, self.graphs, batches, loss)
