@@ -121,10 +121,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_spec(a)
     a.add_argument("--batch-mode", choices=BATCH_MODES, default="shared", help="meaning of the batch axis")
-    a.add_argument("--mode", choices=MODES, default="auto", help="how norms are obtained")
-    a.add_argument("--probes", type=int, default=32, metavar="N", help="Rademacher probes per source (default: 32)")
     a.add_argument("--rtol", type=float, metavar="X", help="probe until relative standard errors are below X")
-    a.add_argument("--memory", type=_gibibytes, metavar="GIB", help="memory that may be used (default: what is free)")
     a.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     a.add_argument("--out", type=Path, metavar="DIR", help="write report.json, .safetensors, .html and .png there")
     a.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -152,6 +149,10 @@ def _add_spec(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--space", choices=("activation", "parameter"), default="activation", help="what module names stand for"
     )
+    command.add_argument("--output", metavar="NAME", help="what the loss consumes, where it cannot be inferred")
+    command.add_argument("--mode", choices=MODES, default="auto", help="how norms are obtained")
+    command.add_argument("--probes", type=int, default=32, metavar="N", help="Rademacher probes per source (default: 32)")
+    command.add_argument("--memory", type=_gibibytes, metavar="GIB", help="what may be used (default: what is free)")
     command.add_argument("--batch", type=_positive, metavar="N", help="batch size of a built-in SPEC")
     command.add_argument("--image", type=_positive, metavar="N", help="image side or sequence length of a built-in SPEC")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of probes and built-in models (default: 0)")
@@ -173,10 +174,15 @@ def _built(options: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
     return model, batch, loss[0] if loss else None
 
 
+def _common(options: argparse.Namespace) -> dict[str, Any]:
+    """What analyze() and profile() are given alike."""
+    return {name: getattr(options, name) for name in ("output", "points", "space", "mode", "probes", "memory")}
+
+
 def _profile(options: argparse.Namespace) -> None:
     model, batch, loss = _built(options)
     trace = str(options.trace) if options.trace else None
-    found = profile(model, batch, loss=loss, points=options.points, space=options.space, trace=trace, whole=options.map)
+    found = profile(model, batch, loss=loss, trace=trace, whole=options.map, **_common(options))
     print(found)
     if options.edges:
         print(f"\nevery edge\n{render_edges(found.edges)}")
@@ -190,15 +196,11 @@ def _analyze(options: argparse.Namespace) -> None:
         model,
         batch,
         loss=loss,
-        points=options.points,
-        space=options.space,
         batch_mode=options.batch_mode,
-        mode=options.mode,
-        probes=options.probes,
         rtol=options.rtol,
-        memory=options.memory,
         seed=options.seed,
         progress=sys.stderr.isatty(),
+        **_common(options),
     )
     if not options.quiet:
         print(report)

@@ -138,16 +138,20 @@ def profile(
     batch: Any,
     *,
     loss: Loss | None = None,
+    output: str | None = None,
     points: Sequence[str] | str | None = None,
     space: str = "activation",
+    mode: str = "auto",
     probes: int = 32,
+    memory: int | None = None,
     trace: str | None = None,
     whole: bool = False,
 ) -> Profile:
     """Linearize once, sweep one probe from the first point to all, and say where time and memory went.
 
     Args:
-        model, batch, loss, points, space, probes: as for :func:`~dag_hesse.analyze`; a stream's first batch is taken.
+        model, batch, loss, output, points, space, mode, probes, memory: as for :func:`~dag_hesse.analyze`; a stream's
+            first batch is taken.
         trace: file for a Chrome trace of the sweep with node names (``chrome://tracing``, Perfetto).
         whole: make the whole map as well, to compare it with what is foreseen.
 
@@ -161,15 +165,17 @@ def profile(
         >>> sorted(found.phases), found.nodes[0].op
         (['capture', 'linearize', 'sweep'], 'mm_bias')
     """
-    model, batches = unwrapped(model), Batches(first_batch(batch))
+    one = first_batch(batch)
+    model, batches = unwrapped(model), Batches(one, memory)
     phases: dict[str, Phase] = {}
     device = batches.device
     with measured(device) as phases["capture"]:
-        captured = capture_all(model, batches, loss=loss, output=None, points=points, space=space)
+        captured = capture_all(model, batches, loss=loss, output=output, points=points, space=space)
         graphs = fuse_all(captured)
-        schedule = plan([replace(analyze_structure(captured[0]), graph=graphs[0])], probes=probes)
+        structure = replace(analyze_structure(captured[0]), graph=graphs[0])
+        schedule = plan([structure], mode=mode, probes=probes, memory=memory)
     every = tuple(range(len(graphs[0].points)))
-    problem = Problem(model, graphs, batches, "shared", with_out=False, chunk=schedule.chunk)
+    problem = Problem(model, graphs, batches, "shared", with_out=False, chunk=schedule.chunk, memory=memory)
     with measured(device) as phases["linearize"]:
         _, lin = next(iter(problem.linearizations()))
 
@@ -177,23 +183,24 @@ def profile(
         z = torch.randn(count, 1, problem.dim(0), generator=torch.Generator().manual_seed(0), device="cpu")
         return [Request({0: z.to(device, problem.dtype)}, every)]
 
-    one, chunk = request(1), request(schedule.chunk)
+    single, chunk = request(1), request(schedule.chunk)
     problem.run(chunk)  # warm
     with measured(device) as together:
         problem.run(chunk)
     lin.calls = {k: _Timed(call, f"%{k} {graphs[0].nodes[k].where}") for k, call in lin.calls.items()}
     problem.pool = Pool()  # the old one has pages already
     with measured(device) as phases["sweep"]:
-        problem.run(one)
+        problem.run(single)
     found = edges(graphs[0])
     nodes = _node_profiles(graphs[0], lin, found)
     if trace is not None:
         with torch.profiler.profile() as recorded:
-            problem.run(one)
+            problem.run(single)
         recorded.export_chrome_trace(trace)
     if whole:
         with measured(device) as phases["map"]:
-            analyze(model, batch, loss=loss, points=points, space=space, probes=probes)
+            options: dict[str, Any] = {"mode": mode, "probes": probes, "memory": memory}
+            analyze(model, one, loss=loss, output=output, points=points, space=space, **options)
     rate = schedule.chunk * sweep_cost(schedule.structure, 0, every).flops / together.seconds
     return Profile(phases, _foreseen(schedule, rate, phases), nodes, found, schedule)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dag_hesse as dh
 from dag_hesse.cli import main
+from dag_hesse.errors import OptionError
 from dag_hesse.plan import edges, fuse
 from dag_hesse.plan.cost import product_flops
 from tests.models.zoo import CASES, case
@@ -41,9 +42,38 @@ def test_profile_measures_every_swept_node() -> None:
     assert "the ten dearest edges" in str(found)
 
 
+class OwnLoss(nn.Module):
+    """Returns its own loss, from which the part that Gauss-Newton keeps cannot be told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.head(self.body(x).tanh()).pow(4).mean()}
+
+
+def test_profile_takes_the_options_of_analyze() -> None:
+    model, batch = OwnLoss(), {"x": torch.randn(5, 3)}
+    found = dh.profile(model, batch, points=["body"], output="head", whole=True)
+    assert found.plan.structure.graph.split and "map" in found.phases
+    found = dh.profile(model, batch, points=["body"], output="head", mode="probes", probes=4, memory=1, whole=True)
+    assert found.plan.chunk == 1 and not found.plan.gram_columns
+    assert [source.probes for source in found.plan.sources] == [4]
+    with pytest.raises(OptionError, match="mode="):
+        dh.profile(model, batch, output="head", mode="exakt")
+
+
+def test_the_whole_map_of_a_profile_is_of_the_batch_that_is_profiled() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    batches = ((torch.randn(5, 3), torch.arange(5) % 2) for _ in range(1))
+    assert "map" in dh.profile(model, batches, whole=True).phases
+
+
 def test_profile_command_writes_json_and_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [tmp_path / "profile.json", tmp_path / "trace.json"]
-    assert main(["profile", "mlp", "--edges", "--json", str(files[0]), "--trace", str(files[1])]) == 0
+    options = ["--mode", "probes", "--probes", "2", "--memory", "0.5"]
+    assert main(["profile", "mlp", *options, "--edges", "--json", str(files[0]), "--trace", str(files[1])]) == 0
     shown = capsys.readouterr().out
     assert "every edge" in shown and "whole map" in shown
     data = json.loads(files[0].read_text())
