@@ -394,17 +394,37 @@ def test_options_that_do_not_go_together_and_other_mistakes() -> None:
         assert (H.block("0.weight", "2.bias") @ z).shape == (12, 3)
 
 
+def _callable_hessian(f: Callable[..., Tensor], p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """By all entries of ``p``, each a tensor of its own."""
+    rows = torch.autograd.functional.hessian(
+        lambda *q: F.mse_loss(f(dict(zip(p, q, strict=True)), x), y), tuple(v.detach() for v in p.values())
+    )
+    pairs = zip(p.values(), rows, strict=True)
+    return torch.cat([torch.cat([b.reshape(r.numel(), -1) for b in row], 1) for r, row in pairs])
+
+
 def test_names_of_a_callable_models_parameters_are_free() -> None:
     x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
-    p = {"b.c": torch.randn(3, 2).double(), "b__c": torch.randn(3, 2).double(), "training": torch.ones(2).double()}
-    f = lambda q, x: torch.tanh(x @ q["b.c"]) + (x @ q["b__c"]) ** 2 * q["training"]  # noqa: E731
-    H = dh.HessianOperator(f, (x, y), params=p)
-    rows = torch.autograd.functional.hessian(
-        lambda *q: F.mse_loss(f(dict(zip(p, q, strict=True)), x), y), tuple(p.values())
-    )
-    expected = torch.cat(
-        [torch.cat([b.reshape(r.numel(), -1) for b in row], 1) for r, row in zip(p.values(), rows, strict=True)]
-    )
-    assert H.names == tuple(p)
+    keys = ("b", "b.c", "b__c", "training")
+    p = {key: torch.randn(2 if key == "training" else (3, 2)).double() for key in keys}
+    f = lambda q, x: torch.tanh(x @ q["b.c"]) + (x @ q["b__c"]) ** 2 * q["training"] * (x @ q["b"]).exp()  # noqa: E731
+    H, expected = dh.HessianOperator(f, (x, y), params=p), _callable_hessian(f, p, x, y)
+    assert H.names == keys
     assert error(H.dense(), expected) < 1e-12
+    assert set(H @ dict(p)) == set(keys)
     assert dh.HessianOperator(f, (x, y), params=p, param_filter="b.*").names == ("b.c",)
+    named = dh.HessianOperator(f, (x, y), params=p, points=["b", "b__c"])
+    assert named.names == ("b", "b__c")
+    both = [*range(6), *range(12, 18)]
+    assert error(named.dense(), expected[both][:, both]) < 1e-12
+    with pytest.raises(errors.NonFiniteError, match=r"'b\.c'"):
+        dh.HessianOperator(f, (x, y), params={**p, "b.c": p["b.c"] * float("nan")})
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, torch.Tensor.detach])
+def test_one_tensor_under_two_names_is_two_parameters(kind: Callable[[Tensor], Tensor]) -> None:
+    x, y, w = torch.randn(5, 2).double(), torch.randn(5, 2).double(), kind(torch.randn(2, 2).double())
+    f = lambda q, x: torch.tanh(x @ q["a"]) @ q["b"]  # noqa: E731
+    H = dh.HessianOperator(f, (x, y), params={"a": w, "b": w})
+    assert H.names == ("a", "b")
+    assert error(H.dense(), _callable_hessian(f, {"a": w, "b": w}, x, y)) < 1e-12

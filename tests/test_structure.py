@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import dag_hesse as dh
+from dag_hesse.errors import PointError
 from dag_hesse.experiments.attention import PAPER, SEEDS, train_and_measure
 from dag_hesse.experiments.models import mlp, resnet18, resnet50
 from dag_hesse.plan import Method, plan
@@ -33,6 +34,32 @@ def test_default_points() -> None:
     assert names_of(gpt.model, gpt.batch) == ["transformer.h.0", "transformer.h.1"]
     deep = mlp([3] * 40)
     assert len(names_of(deep, (torch.randn(4, 3), torch.randn(4, 3)))) == 16
+
+
+class Named(nn.Module):
+    """Returns tensors under keys whose paths could be mistaken for each other, and taps one more."""
+
+    def __init__(self, tap: str) -> None:
+        super().__init__()
+        self.layer, self.tap = nn.Linear(3, 2), tap
+
+    def forward(self, x: Tensor) -> dict[object, object]:
+        x = dh.tap(self.layer(x), self.tap)
+        return {"a": {"b": x.tanh()}, "a.b": x.exp(), 1: x.sin(), "1": x.cos()}
+
+
+def test_names_of_points_are_of_one_tensor_each() -> None:
+    def loss(found: dict[object, object], targets: Tensor) -> Tensor:
+        return ((found["a"]["b"] + found["a.b"] * found[1] + found["1"] - targets) ** 2).mean()  # type: ignore[index, operator]
+
+    batch = (torch.randn(5, 3), torch.randn(5, 2))
+    names = ["output.a.b", "output.'a.b'", "output.1", "output.'1'"]
+    graph = dh.capture(Named("inner"), batch, loss=loss, points=["inner", *names])
+    assert sorted(p.name for p in graph.points) == sorted(["inner", *names])
+    assert all(len(p.sites) == 1 for p in graph.points)
+    for tap, kind in (("layer", "module"), ("layer.weight", "parameter")):
+        with pytest.raises(PointError, match=f"'{tap}' has the name of a {kind}"):
+            dh.capture(Named(tap), batch, loss=loss)
 
 
 def test_points_by_glob_call_and_tap() -> None:

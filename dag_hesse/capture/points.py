@@ -82,11 +82,9 @@ def _call(graph: CurvatureGraph, name: str) -> tuple[str, int] | None:
 def _members(graph: CurvatureGraph, model: nn.Module, prefix: str) -> list[str]:
     """The used parameters of the module at ``prefix``, or the parameter itself (tied names are resolved)."""
     canonical = {id(p): n for n, p in model.named_parameters()}
-    found = [
-        canonical[id(p)]
-        for n, p in model.named_parameters(remove_duplicate=False)
-        if n == prefix or n.startswith(prefix + ".")
-    ]
+    every = list(model.named_parameters(remove_duplicate=False))
+    itself = [canonical[id(p)] for n, p in every if n == prefix]
+    found = itself or [canonical[id(p)] for n, p in every if n.startswith(prefix + ".")]
     return [name for name in dict.fromkeys(found) if name in graph.parameters]
 
 

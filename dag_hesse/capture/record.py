@@ -24,7 +24,7 @@ from dag_hesse.capture.state import restored
 from dag_hesse.capture.tap import Marker, map_tensors, marking
 from dag_hesse.capture.trail import Trail, is_internal
 from dag_hesse.capture.writes import Written
-from dag_hesse.errors import CaptureError, DagHesseError
+from dag_hesse.errors import CaptureError, DagHesseError, PointError
 from dag_hesse.randomness import RandomState
 
 OUTPUT = "<output>"  # tap on the model's output; "<output>.logits" on a part of it
@@ -132,6 +132,21 @@ def _mark_outputs(output: Any, name: str, marker: Marker) -> Any:
     return map_tensors(output, mark)
 
 
+class _Taps:
+    """What :func:`~dag_hesse.tap` is given: a name that a module or a parameter has would stand for two tensors."""
+
+    def __init__(self, marker: Marker, model: nn.Module) -> None:
+        self.marker = marker
+        self.kinds = dict.fromkeys(dict(model.named_parameters()), "parameter")
+        self.kinds |= {name: "module" for name, _ in model.named_modules() if name}
+
+    def tap(self, x: Tensor, name: str) -> Tensor:
+        """Mark ``x``, unless the name is taken."""
+        if name in self.kinds:
+            raise PointError(f"tap '{name}' has the name of a {self.kinds[name]}: give it another one.")
+        return self.marker.tap(x, name)
+
+
 class Forward:
     """Model and loss on copies of the batch's tensors (one for one), in which the model may write as it likes."""
 
@@ -210,7 +225,7 @@ def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bo
 
         for context in (
             _hooked(model, recorder, enter, leave),
-            marking(recorder),
+            marking(_Taps(recorder, model)),
             torch.enable_grad(),
             _plain_attention(),
             _eager(),

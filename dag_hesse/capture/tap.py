@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -33,6 +34,9 @@ def tap(x: Tensor, name: str) -> Tensor:
     Returns:
         A tensor equal to ``x``: use it in place of ``x`` from here on.
 
+    Raises:
+        PointError: a module or a parameter has that name.
+
     Example:
         >>> import torch, dag_hesse
         >>> x = torch.ones(2)
@@ -53,12 +57,25 @@ def marking(marker: Marker) -> Iterator[None]:
         _marker.reset(token)
 
 
+def _labels(tree: Mapping[Any, Any]) -> dict[Any, str]:
+    """What stands for a key in a path: a key with a dot, or with another's text (1 and "1"), is quoted."""
+    text = {key: str(key) for key in tree}
+    often = Counter(text.values())
+    return {key: repr(key) if "." in label or often[label] > 1 else label for key, label in text.items()}
+
+
 def map_tensors(tree: T, fn: Callable[[Tensor, str], Tensor], path: str = "") -> T:
-    """Apply ``fn(tensor, path)`` to the tensors of nested tuples, lists, mappings and dataclasses."""
+    """Apply ``fn(tensor, path)`` to the tensors of nested tuples, lists, mappings and dataclasses.
+
+    No two tensors have the same path.
+    """
     if isinstance(tree, Tensor):
         return fn(tree, path)  # type: ignore[return-value]
     if isinstance(tree, Mapping):
-        items = {key: map_tensors(value, fn, f"{path}.{key}" if path else str(key)) for key, value in tree.items()}
+        labels = _labels(tree)
+        items = {
+            key: map_tensors(value, fn, f"{path}.{labels[key]}" if path else labels[key]) for key, value in tree.items()
+        }
         if all(items[key] is tree[key] for key in items):
             return tree
         return type(tree)(**items) if dataclasses.is_dataclass(tree) else type(tree)(items)  # type: ignore[call-arg]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,13 +14,18 @@ from dag_hesse.ir import CurvatureGraph, Point
 
 
 class FunctionModule(nn.Module):
-    """A callable of (parameters, inputs) as a module; the parameters keep their container's form."""
+    """A callable of (parameters, inputs) as a module; the parameters keep their container's form, and their names.
+
+    Names of a module's attributes are not free (no dots, none that the class has), so :meth:`named_parameters` gives the
+    user's. Every entry is a parameter of its own, also where the same tensor stands under two names.
+    """
 
     def __init__(self, function: Callable[..., Any], params: Mapping[str, Tensor] | Sequence[Tensor]) -> None:
         super().__init__()
         self.function, self.keyed = function, isinstance(params, Mapping)
         items = params.items() if isinstance(params, Mapping) else ((str(k), p) for k, p in enumerate(params))
-        self.user_keys: dict[str, str] = {}  # by parameter name
+        self.user_keys: dict[str, str] = {}  # by attribute
+        seen = set[int]()
         for number, (key, value) in enumerate(items):
             if not isinstance(key, str) or not isinstance(value, Tensor) or not value.is_floating_point():
                 raise OptionError(
@@ -28,8 +33,16 @@ class FunctionModule(nn.Module):
                     "dict), or a list of them."
                 )
             self.user_keys[f"p{number}"] = key
-            own = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach())
-            self.register_parameter(f"p{number}", own)
+            known = isinstance(value, nn.Parameter) and id(value) not in seen
+            seen.add(id(value))
+            self.register_parameter(f"p{number}", value if known else nn.Parameter(value.detach()))  # type: ignore[arg-type]
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Under the user's names."""
+        for attribute, key in self.user_keys.items():
+            yield (f"{prefix}.{key}" if prefix else key), getattr(self, attribute)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         values = {key: getattr(self, name) for name, key in self.user_keys.items()}
@@ -61,13 +74,13 @@ def chosen_parameters(model: nn.Module, params: Any, param_filter: Any) -> list[
         OptionError: ``params`` or ``param_filter`` have another type than they may have.
         PointError: ``params`` names or holds a stranger, or nothing is left.
     """
-    named, keys = dict(model.named_parameters()), model.user_keys if isinstance(model, FunctionModule) else {}
+    named = dict(model.named_parameters())
     if params is not None:
         chosen = _own(named, params)
     else:
         chosen = [name for name in named if named[name].requires_grad and named[name].is_floating_point()]
     if param_filter is not None:
-        chosen = [name for name in chosen if _passes(param_filter, keys.get(name, name), named[name])]
+        chosen = [name for name in chosen if _passes(param_filter, name, named[name])]
     if not chosen:
         raise PointError(f"no parameter is left to differentiate by. {suggest(str(param_filter or ''), named)}")
     return chosen

@@ -18,7 +18,7 @@ from dag_hesse.capture.losses import Loss
 from dag_hesse.capture.reduction import Option, find_reduction
 from dag_hesse.errors import OptionError, choose, position
 from dag_hesse.operators.base import SymmetricOperator, dense, to_scipy
-from dag_hesse.operators.functional import FunctionModule, as_module, chosen_parameters, read_parameters
+from dag_hesse.operators.functional import as_module, chosen_parameters, read_parameters
 from dag_hesse.operators.vectors import Layout, to_numpy
 from dag_hesse.plan import fuse_all
 from dag_hesse.plan.memory import probe_chunk, shared_chunk, sweep_bytes
@@ -135,9 +135,9 @@ class CurvatureOperator(SymmetricOperator):
         every = [name for name, _ in module.named_parameters()]
         rest = sorted(found, key=lambda name: every.index(name) if name in every else found[name])
         self._order = [found.get(name) for name in own or rest]
-        self.layout = self._make_layout(own or rest, module.user_keys if isinstance(module, FunctionModule) else {})
+        self.layout = self._make_layout(own or rest)
 
-    def _make_layout(self, names: Sequence[str], keys: Mapping[str, str]) -> Layout:
+    def _make_layout(self, names: Sequence[str]) -> Layout:
         problem, parameters = self._problem, dict(self.model.named_parameters())
         shapes, dtypes = [], []
         for name, k in zip(names, self._order, strict=True):
@@ -150,8 +150,7 @@ class CurvatureOperator(SymmetricOperator):
             shape = (problem.dim(k),) if whole else point.shape
             shapes.append(shape if problem.groups == 1 else (problem.groups, *shape))
             dtypes.append(problem.dtype_of(k))
-        named = tuple(keys.get(name, name) for name in names)
-        return Layout(named, tuple(shapes), problem.dtype, problem.device, tuple(dtypes))
+        return Layout(tuple(names), tuple(shapes), problem.dtype, problem.device, tuple(dtypes))
 
     @property
     def chunk(self) -> int:
