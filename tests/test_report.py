@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import json
 import os
 import pickle
@@ -17,13 +18,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 import dag_hesse as dh
 from dag_hesse.cli import BUILT_IN, main
+from dag_hesse.estimate import METRICS
 from dag_hesse.errors import DependencyError, MissingFileError, OptionError, PointError, ReportFileError, StaleError
 from dag_hesse.experiments.models import mlp
+from dag_hesse.ir import Point
+from dag_hesse.plan import Method
 from dag_hesse.report.files import write_whole
+from dag_hesse.report.text import cells
 
 SPEC = """
 import torch
@@ -61,6 +68,45 @@ def test_the_text_shows_every_metric_with_errors(report: dh.CurvatureReport) -> 
     for word in ("R  ‖H‖_F", "C  coupling", "D  stable rank", "GN-gap", "±", "Sequential", "probes", *report.names):
         assert word in text
     assert max(map(len, text.splitlines())) <= 110
+
+
+def _large(count: int) -> dh.CurvatureReport:
+    """A map of random numbers, with some of every kind of cell."""
+    random = np.random.default_rng(0)
+    points = tuple(Point(f"層{k}.weight", (3,), 3, "parameter", (k,)) for k in range(count))
+    shape = (count, count)
+    values = {name: random.lognormal(0.0, 9.0, shape) for name in METRICS}
+    stderr = {name: value * random.uniform(0.0, 0.1, shape).round(1) for name, value in values.items()}
+    method = {name: random.choice([str(method) for method in Method], shape) for name in METRICS}
+    for value in values.values():
+        value[random.random(shape) < 0.1] = float("nan")
+    facts = {"model": "Net", "space": "parameter", "loss": 1.0, "batch_size": 2, "batch_mode": "shared", "sweeps": 3}
+    whole = {**facts, "seconds": {"total": 1.0}, "opaque": [], "lost": []}
+    zeros = np.zeros(shape, dtype=np.int64)
+    return dh.CurvatureReport(points, values, stderr, method, zeros, zeros, whole)
+
+
+def test_tables_are_drawn_as_rich_would() -> None:
+    report, buffer = _large(9), io.StringIO()
+    for metric in ("resonance", "coupling", "stable_rank", "gn_gap"):
+        table = Table(show_edge=False, pad_edge=False)
+        table.add_column("", no_wrap=True)
+        for name in report.names:
+            table.add_column(name, justify="right", no_wrap=True)
+        for name, row in zip(report.names, cells(report, metric), strict=True):
+            table.add_row(name, *(text for text, _ in row))
+        Console(file=buffer, width=500, color_system=None).print(table)
+    expected = [line.rstrip() for line in buffer.getvalue().splitlines()]
+    assert [line for line in str(report).splitlines() if "┃" in line or "│" in line or "━" in line] == expected
+    assert {"0", "-"} <= {text for row in cells(report, "resonance") for text, _ in row}
+
+
+def test_a_map_of_many_points_is_shown_at_once() -> None:
+    report = _large(161)
+    for show, seconds in ((str, 2.0), (dh.CurvatureReport._repr_html_, 2.0), (dh.CurvatureReport.rows, 4.0)):
+        start = time.process_time()
+        assert report.names[-1] in str(show(report))
+        assert time.process_time() - start < seconds
 
 
 def test_save_and_load(report: dh.CurvatureReport, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from dag_hesse.errors import DependencyError
 from dag_hesse.estimate import METRICS
 from dag_hesse.report.files import write_text
 from dag_hesse.report.report import CurvatureReport
-from dag_hesse.report.text import facts, number
+from dag_hesse.report.text import cells, facts
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1c1c1c}
@@ -34,13 +34,9 @@ def _svg(report: CurvatureReport) -> str:
 def _table(report: CurvatureReport, metric: str) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in report.names)
     rows = []
-    for i, name in enumerate(report.names):
-        cells = []
-        for j in range(len(report.names)):
-            method = str(report.method[metric][i, j])
-            shown = number(report.values[metric][i, j], report.stderr[metric][i, j], method)
-            cells.append(f'<td class="{method}" title="{method}">{escape(shown)}</td>')
-        rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
+    for name, row in zip(report.names, cells(report, metric), strict=True):
+        shown = "".join(f'<td class="{method}" title="{method}">{escape(text)}</td>' for text, method in row)
+        rows.append(f"<tr><th>{escape(name)}</th>{shown}</tr>")
     return f'<h2>{metric}</h2><div class="wide"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
 
 

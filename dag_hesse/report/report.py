@@ -142,9 +142,9 @@ class CurvatureReport:
 
     def rows(self) -> list[dict[str, Any]]:
         """What :meth:`to_dataframe` tabulates, as plain data."""
-        found = []
+        found, names = [], self.names
         for i, j in zip(*np.triu_indices(len(self.points)), strict=True):
-            row: dict[str, Any] = {"v": self.names[i], "w": self.names[j]}
+            row: dict[str, Any] = {"v": names[i], "w": names[j]}
             row |= {"distance": int(self.distance[i, j]), "rank_bound": int(self.rank_bound[i, j])}
             for name in METRICS:
                 row[name] = float(self.values[name][i, j])

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
+from math import isnan
 
-import numpy as np
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
+from rich.cells import cell_len
 
 from dag_hesse.report.report import CurvatureReport
 
@@ -21,24 +18,35 @@ _TITLES = {
 
 def number(value: float, error: float, method: str) -> str:
     """``1.23e-2 ±4%`` for an estimate, ``1.23e-2`` for an exact value, ``0`` for a structural zero."""
-    if method == "zero" and not np.isnan(value):
+    if method == "zero" and not isnan(value):
         return "0"
-    if np.isnan(value):
+    if isnan(value):
         return "-"
     shown = f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
     return f"{shown} ±{error / abs(value):.0%}" if error > 0 and value else shown
 
 
-def _table(report: CurvatureReport, metric: str) -> Table:
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("", no_wrap=True)
-    for name in report.names:
-        table.add_column(name, justify="right", no_wrap=True)
-    values, errors, methods = report.values[metric], report.stderr[metric], report.method[metric]
-    for i, name in enumerate(report.names):
-        cells = [number(values[i, j], errors[i, j], str(methods[i, j])) for j in range(len(report.names))]
-        table.add_row(name, *cells)
-    return table
+def cells(report: CurvatureReport, metric: str) -> list[list[tuple[str, str]]]:
+    """n×n pairs of a number as text and its method."""
+    grids = (report.values[metric], report.stderr[metric], report.method[metric])
+    rows = zip(*(grid.tolist() for grid in grids), strict=True)  # numbers of Python are formatted faster
+    return [[(number(*cell), cell[2]) for cell in zip(*row, strict=True)] for row in rows]
+
+
+def _table(report: CurvatureReport, metric: str) -> list[str]:
+    """A map as lines, a row and a column per point."""
+    names = report.names
+    columns = [
+        [name, *(text for text, _ in column)] for name, column in zip(names, zip(*cells(report, metric)), strict=True)
+    ]
+    first = max(map(cell_len, names), default=0)
+    padded = [[name + " " * (first - cell_len(name)) for name in ("", *names)]]
+    for column in columns:
+        width = max(cell_len(column[0]), *map(len, column[1:]))
+        padded.append([" " * (width - cell_len(column[0])) + column[0], *(text.rjust(width) for text in column[1:])])
+    head, *rows = zip(*padded, strict=True)
+    rule = "━╇━".join("━" * cell_len(cell) for cell in head)
+    return [" ┃ ".join(head), rule, *(" │ ".join(row) for row in rows)]
 
 
 def facts(report: CurvatureReport) -> list[str]:
@@ -61,12 +69,9 @@ def facts(report: CurvatureReport) -> list[str]:
     return lines
 
 
-def render(report: CurvatureReport, width: int | None = None) -> str:
+def render(report: CurvatureReport) -> str:
     """The whole report as plain text; ± gives the relative standard error of an estimate."""
-    parts: list[Text | Table] = [Text(line) for line in facts(report)]
+    lines = facts(report)
     for metric, title in _TITLES.items():
-        parts += [Text(""), Text(title), _table(report, metric)]
-    buffer = io.StringIO()
-    wide = width or 24 + 16 * (len(report.points) + 1)
-    Console(file=buffer, width=wide, color_system=None, legacy_windows=False).print(Group(*parts))
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+        lines += ["", title, *_table(report, metric)]
+    return "\n".join(line.rstrip() for line in lines)

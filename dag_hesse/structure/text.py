@@ -9,7 +9,8 @@ def render(structure: Structure) -> str:
     """One line of facts, then one row a pair: H, H_T, rank bounds, distance."""
     graph, names = structure.graph, structure.names
     width = max(len(name) for name in names)
-    dead_h, dead_t = int((~structure.alive).sum()), int((~structure.tensor_alive).sum())
+    alive = structure.alive
+    dead_h, dead_t = int((~alive).sum()), int((~structure.tensor_alive).sum())
     coupling = structure.coupled
     lines = [
         f"{len(names)} points, {len(graph.nodes)} nodes, batch {graph.batch_size}",
@@ -23,7 +24,7 @@ def render(structure: Structure) -> str:
     for i, v in enumerate(names):
         for j in range(i, len(names)):
             lines.append(
-                f"{v:<{width}}  {names[j]:<{width}}  {'alive' if structure.alive[i, j] else 'zero':>5} "
+                f"{v:<{width}}  {names[j]:<{width}}  {'alive' if alive[i, j] else 'zero':>5} "
                 f"{'alive' if structure.tensor_alive[i, j] else 'zero':>5}  {structure.rank_bound[i, j]:>10}  "
                 f"{structure.shared_rank_bound[i, j]:>8}  {structure.distance[i, j]:>8}"
             )
