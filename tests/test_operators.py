@@ -243,10 +243,10 @@ def test_a_missing_curvlinops_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_vectors_in_chunks_are_as_vectors_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     c, names, truth = _problem()
-    assert dh.HessianOperator(c.model, c.batch)._problem.chunk > 8
+    assert dh.HessianOperator(c.model, c.batch).chunk > 8
     monkeypatch.setattr("dag_hesse.plan.memory._SHARED_BYTES", 1)
     H = dh.HessianOperator(c.model, c.batch)
-    assert H._problem.chunk == 1
+    assert H.chunk == 1
     assert error(H.dense(), _assembled(truth, names, "full")) < 1e-10
 
 

@@ -175,17 +175,20 @@ def test_opaque_ops_are_exact_and_named() -> None:
         assert error(report.block("a", "a"), truth.block("a", "a", "full", "shared")) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["attention", "relu-mlp"])
-def test_experiment_5(name: str) -> None:
-    """Table 7: the gap of (Q, K) at init is the paper's; the ReLU network's is exactly zero, whatever it has learnt.
-
-    After training the paper's gap cannot be had by its own protocol; ``experiments/attention.py`` says why.
-    """
-    runs = [train_and_measure(name, seed) for seed in SEEDS]
-    if name == "relu-mlp":
-        assert all(gap.gap == 0.0 and gap.tensor == 0.0 and gap.gn > 0 for run in runs for gap in run.values())
-        return
+def test_experiment_5_at_init() -> None:
+    """Table 7: the gap of (Q, K) at init is the paper's."""
     mean, std = PAPER["init"]
-    assert abs(np.mean([run["init"].gap for run in runs]) - mean) <= 2 * std
-    assert all(run["final"].gap > 0.5 for run in runs)  # still of the order of the GN part, after training
-    assert all(run["final"].loss < 0.57 for run in runs)  # below the paper's loss
+    assert abs(np.mean([train_and_measure("attention", seed, epochs=0)["init"].gap for seed in SEEDS]) - mean) <= 2 * std
+
+
+def test_experiment_5_after_training() -> None:
+    """The ReLU network's gap is exactly zero, whatever it has learnt, and attention's of the order of its GN part.
+
+    The paper's gap after training cannot be had by its own protocol; ``experiments/attention.py`` says why.
+    """
+    relu = train_and_measure("relu-mlp", SEEDS[0])
+    assert set(relu) == {"init", "mid", "final"}
+    assert all(gap.gap == 0.0 and gap.tensor == 0.0 and gap.gn > 0 for gap in relu.values())
+    final = train_and_measure("attention", SEEDS[0])["final"]
+    assert final.gap > 0.5
+    assert final.loss < 0.57  # below the paper's
