@@ -17,3 +17,18 @@ def min_cut(
     starts: NDArray[int64],
     sinks: NDArray[int64],
 ) -> int: ...
+
+class Program:
+    """An elementwise program: (name, slots, number) a row."""
+
+    def __init__(
+        self, rows: list[tuple[str, list[int], float]], operands: int, results: int, registers: int
+    ) -> None: ...
+    def run(
+        self,
+        is_double: bool,
+        sizes: list[int],
+        operands: list[tuple[int, list[int]]],
+        results: list[int],
+        threads: int,
+    ) -> None: ...

@@ -143,7 +143,7 @@ def analyze(
 
 
 def _check_rtol(rtol: Any) -> None:
-    if rtol is not None and not (isinstance(rtol, Real) and 0 < rtol < 1):
+    if rtol is not None and not (isinstance(rtol, Real) and 0 < float(rtol) < 1):
         raise OptionError(f"rtol={rtol!r}; expected a relative error between 0 and 1, or None.")
 
 

@@ -151,10 +151,14 @@ def _add_spec(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--output", metavar="NAME", help="what the loss consumes, where it cannot be inferred")
     command.add_argument("--mode", choices=MODES, default="auto", help="how norms are obtained")
-    command.add_argument("--probes", type=int, default=32, metavar="N", help="Rademacher probes per source (default: 32)")
+    command.add_argument(
+        "--probes", type=int, default=32, metavar="N", help="Rademacher probes per source (default: 32)"
+    )
     command.add_argument("--memory", type=_gibibytes, metavar="GIB", help="what may be used (default: what is free)")
     command.add_argument("--batch", type=_positive, metavar="N", help="batch size of a built-in SPEC")
-    command.add_argument("--image", type=_positive, metavar="N", help="image side or sequence length of a built-in SPEC")
+    command.add_argument(
+        "--image", type=_positive, metavar="N", help="image side or sequence length of a built-in SPEC"
+    )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of probes and built-in models (default: 0)")
     command.add_argument("--device", default="cpu", help="where to run (default: cpu)")
 

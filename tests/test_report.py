@@ -24,8 +24,8 @@ from torch import nn
 
 import dag_hesse as dh
 from dag_hesse.cli import BUILT_IN, main
-from dag_hesse.estimate import METRICS
 from dag_hesse.errors import DependencyError, MissingFileError, OptionError, PointError, ReportFileError, StaleError
+from dag_hesse.estimate import METRICS
 from dag_hesse.experiments.models import mlp
 from dag_hesse.ir import Point
 from dag_hesse.plan import Method
@@ -251,7 +251,16 @@ def test_refusals_exit_with_1(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["analyze"], ["analyze", "mlp", "--mode", "exakt"], ["analyse", "mlp"], *(["analyze", "mlp", option, "0"] for option in ("--memory", "--batch", "--image"))])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["analyze"],
+        ["analyze", "mlp", "--mode", "exakt"],
+        ["analyse", "mlp"],
+        *(["analyze", "mlp", option, "0"] for option in ("--memory", "--batch", "--image")),
+    ],
+)
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)

@@ -178,7 +178,9 @@ def test_opaque_ops_are_exact_and_named() -> None:
 def test_experiment_5_at_init() -> None:
     """Table 7: the gap of (Q, K) at init is the paper's."""
     mean, std = PAPER["init"]
-    assert abs(np.mean([train_and_measure("attention", seed, epochs=0)["init"].gap for seed in SEEDS]) - mean) <= 2 * std
+    assert (
+        abs(np.mean([train_and_measure("attention", seed, epochs=0)["init"].gap for seed in SEEDS]) - mean) <= 2 * std
+    )
 
 
 def test_experiment_5_after_training() -> None:

@@ -128,8 +128,8 @@ class Batches:
             if used > limit and isinstance(self._source, Iterator):
                 raise MemoryBudgetError(
                     f"an iterator can be read once only, and {len(self)} of its batches already take "
-                    f"{used / 2**30:.2f} GiB of the {limit / 2**30:.2f} GiB allowed (a quarter of memory=, or of what is "
-                    "free): pass what can be iterated again (a DataLoader, say), or raise memory=."
+                    f"{used / 2**30:.2f} GiB of the {limit / 2**30:.2f} GiB allowed (a quarter of memory=, or of "
+                    "what is free): pass what can be iterated again (a DataLoader, say), or raise memory=."
                 )
             if used > limit:
                 self.held = None

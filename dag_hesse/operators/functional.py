@@ -16,8 +16,8 @@ from dag_hesse.ir import CurvatureGraph, Point
 class FunctionModule(nn.Module):
     """A callable of (parameters, inputs) as a module; the parameters keep their container's form, and their names.
 
-    Names of a module's attributes are not free (no dots, none that the class has), so :meth:`named_parameters` gives the
-    user's. Every entry is a parameter of its own, also where the same tensor stands under two names.
+    Names of a module's attributes are not free (no dots, none that the class has), so :meth:`named_parameters` gives
+    the user's. Every entry is a parameter of its own, also where the same tensor stands under two names.
     """
 
     def __init__(self, function: Callable[..., Any], params: Mapping[str, Tensor] | Sequence[Tensor]) -> None:

@@ -149,8 +149,9 @@ def _check_exact(task: Task, pairs: Sequence[Pair]) -> None:
         side = int((task.budget / element) ** 0.5)
         raise MemoryBudgetError(
             f"mode='exact' needs {need / 2**30:.1f} GiB for the blocks of '{task.first.names[source]}' (block "
-            f"{dims[worst[0]]} × {dims[worst[1]]}), {task.budget / 2**30:.1f} GiB are allowed (half of "
-            f"memory=, or of what is free), which is enough for blocks of about {side} × {side}: raise memory=, choose smaller points, or use mode='auto' or 'probes'."
+            f"{dims[worst[0]]} × {dims[worst[1]]}), {task.budget / 2**30:.1f} GiB are allowed (half of memory=, or "
+            f"of what is free), which is enough for blocks of about {side} × {side}: raise memory=, choose smaller "
+            "points, or use mode='auto' or 'probes'."
         )
 
 

@@ -47,9 +47,7 @@ class Task:
     def dims(self) -> list[int]:
         """Lengths of the points' vectors, per group."""
         nodes, whole = self.graph.nodes, self.batch_mode == "joint" and not self.graph.separable
-        return [
-            nodes[p.sites[0]].numel if whole and p.kind == "activation" else p.dim for p in self.graph.points
-        ]
+        return [nodes[p.sites[0]].numel if whole and p.kind == "activation" else p.dim for p in self.graph.points]
 
     @cached_property
     def cheap(self) -> list[bool]:

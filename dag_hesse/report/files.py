@@ -113,7 +113,9 @@ def load(path: str | Path) -> CurvatureReport:
         with safe_open(path, framework="numpy") as file:
             header, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
-        raise ReportFileError(f"'{path}' is not a report: expected a file written by report.save() ({error}).") from error
+        raise ReportFileError(
+            f"'{path}' is not a report: expected a file written by report.save() ({error})."
+        ) from error
     if header.get("format") != FORMAT:
         raise ReportFileError(f"'{path}' has format {header.get('format')!r}; expected {FORMAT!r}.")
     points = tuple(

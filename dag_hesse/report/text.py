@@ -37,7 +37,8 @@ def _table(report: CurvatureReport, metric: str) -> list[str]:
     """A map as lines, a row and a column per point."""
     names = report.names
     columns = [
-        [name, *(text for text, _ in column)] for name, column in zip(names, zip(*cells(report, metric)), strict=True)
+        [name, *(text for text, _ in column)]
+        for name, column in zip(names, zip(*cells(report, metric), strict=True), strict=True)
     ]
     first = max(map(cell_len, names), default=0)
     padded = [[name + " " * (first - cell_len(name)) for name in ("", *names)]]

@@ -72,7 +72,9 @@ class Runner:
             self.sweeps += count
             if progress is not None:
                 progress(count)
-        return {v: Blocks(in_a_row(gn, entry.scale), in_a_row(tensor, entry.scale)) for v, (gn, tensor) in parts.items()}
+        return {
+            v: Blocks(in_a_row(gn, entry.scale), in_a_row(tensor, entry.scale)) for v, (gn, tensor) in parts.items()
+        }
 
     def _chunks(
         self, entry: Entry, lin: Linearization, z: Mapping[int, Tensor], reads: Sequence[int], channels: str

@@ -139,7 +139,8 @@ def empty_as(probes: Tensor, value: Tensor) -> Tensor:
     """Uninitialized, (probes, *value), each laid out as ``value`` (in order of the axes, where that has gaps)."""
     if not is_dense(value):
         return empty(probes, len(probes), *value.shape)
-    order = sorted(range(value.ndim), key=lambda axis: -value.stride(axis))
+    strides = value.stride()
+    order = sorted(range(value.ndim), key=lambda axis: -strides[axis])
     places = [order.index(axis) + 1 for axis in range(value.ndim)]
     return empty(probes, len(probes), *(value.shape[axis] for axis in order)).permute(0, *places)
 

@@ -30,7 +30,8 @@ def run(program: Program, operands: Sequence[Tensor], like: Tensor) -> list[Tens
     results = [blank(like) for _ in range(program.results)]
     if like.is_meta:  # shapes are all that is wanted
         return results
-    order = sorted(range(like.ndim), key=lambda axis: -like.stride(axis))  # as elements lie in memory
+    strides = like.stride()
+    order = sorted(range(like.ndim), key=lambda axis: -strides[axis])  # as elements lie in memory
     spread = [x.expand(like.shape) for x in operands]
     given = [(x.data_ptr(), [x.stride(axis) for axis in order]) for x in spread]
     program.compiled.run(

@@ -1,0 +1,1 @@
+"""Fused kernels, one folder each; ``naive.py`` is the definition in plain torch."""
