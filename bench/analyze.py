@@ -20,12 +20,12 @@ from torch import Tensor, nn
 import dag_hesse as dh
 from bench.pairwise import PairwiseBaseline, measure
 from bench.timing import interleaved, median, peak_bytes, spread, write_json
-from dag_hesse.capture import Batches
+from dag_hesse._capture import Batches
+from dag_hesse._structure import analyze_structure
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.experiments.models import resnet18
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.plan import fuse, plan
-from dag_hesse.structure import analyze_structure
 from dag_hesse.sweep import Problem, Request
 
 BATCH, SIDE, CLASSES = 32, 32, 10

@@ -8,14 +8,14 @@
 ('1', '3')
 """
 
-from dag_hesse.analyze import analyze
-from dag_hesse.capture import capture, tap
+from dag_hesse._analyze import analyze
+from dag_hesse._capture import capture, tap
+from dag_hesse._profile import Profile, profile
+from dag_hesse._structure import Structure, structure
 from dag_hesse.errors import DagHesseError
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.operators import GGNOperator, HessianOperator, TensorOperator, hvp
-from dag_hesse.profile import Profile, profile
 from dag_hesse.report import CurvatureReport, load
-from dag_hesse.structure import Structure, structure
 
 __version__ = "0.1.0"
 

@@ -15,12 +15,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from dag_hesse import __version__
-from dag_hesse.analyze import analyze
+from dag_hesse._analyze import analyze
+from dag_hesse._profile import profile
 from dag_hesse.errors import DagHesseError, DependencyError, OptionError, integer, suggest
 from dag_hesse.experiments import models
 from dag_hesse.plan import render_edges
 from dag_hesse.plan.planner import BATCH_MODES, MODES
-from dag_hesse.profile import profile
 from dag_hesse.report.files import write_text, write_whole
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130

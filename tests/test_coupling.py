@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dag_hesse as dh
-from dag_hesse.capture import labels
+from dag_hesse._capture import labels
 from dag_hesse.ir import BatchLayout, Coupling, CurvatureGraph
 
 B = 3

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dag_hesse as dh
-from dag_hesse.capture import Batches
+from dag_hesse._capture import Batches
 from dag_hesse.experiments.models import resnet18
 from dag_hesse.ir import CurvatureGraph, Kind, verify
 from dag_hesse.kernels import elementwise

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import dag_hesse as dh
 from bench.timing import peak_bytes
-from dag_hesse.capture import Batches
+from dag_hesse._capture import Batches
 from dag_hesse.plan import fuse
 from dag_hesse.plan.memory import kept_bytes, sweep_bytes
 from dag_hesse.rules.footprint import tensors

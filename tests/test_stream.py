@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dag_hesse as dh
 from dag_hesse import errors
+from dag_hesse._capture import Batches
 from dag_hesse.budget import Budget
-from dag_hesse.capture import Batches
 from dag_hesse.experiments.models import mlp
 from dag_hesse.plan import fuse, plan
 from dag_hesse.plan.memory import linearization_bytes, sweep_bytes

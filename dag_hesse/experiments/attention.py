@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from dag_hesse.analyze import analyze
+from dag_hesse._analyze import analyze
 from dag_hesse.experiments.models import ToyAttention, ToyReluMLP
 from dag_hesse.randomness import preserved
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dag_hesse.analyze import analyze
+from dag_hesse._analyze import analyze
 from dag_hesse.errors import DependencyError
 from dag_hesse.experiments.models import resnet18
 from dag_hesse.report import CurvatureReport

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dag_hesse.capture import parameter_points, unwrapped
+from dag_hesse._capture import parameter_points, unwrapped
 from dag_hesse.errors import OptionError, PointError, suggest
 from dag_hesse.ir import CurvatureGraph, Point
 

@@ -12,10 +12,10 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
+from dag_hesse._capture import Batches, capture, capture_all, needs_split, points_like
+from dag_hesse._capture.losses import Loss
+from dag_hesse._capture.reduction import Option, find_reduction
 from dag_hesse.budget import Budget
-from dag_hesse.capture import Batches, capture, capture_all, needs_split, points_like
-from dag_hesse.capture.losses import Loss
-from dag_hesse.capture.reduction import Option, find_reduction
 from dag_hesse.errors import OptionError, choose, position
 from dag_hesse.operators.base import SymmetricOperator, dense, to_scipy
 from dag_hesse.operators.functional import as_module, chosen_parameters, read_parameters

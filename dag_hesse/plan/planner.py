@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dag_hesse._structure import Structure
 from dag_hesse.budget import Budget
 from dag_hesse.errors import BatchCouplingError, MemoryBudgetError, choose, integer
 from dag_hesse.plan.cost import Cost
@@ -15,7 +16,6 @@ from dag_hesse.plan.memory import probe_chunk, sweep_bytes
 from dag_hesse.plan.schedule import Method, Methods, Plan, Source
 from dag_hesse.plan.sources import sources_of, spectral_cost
 from dag_hesse.plan.task import Pair, Task
-from dag_hesse.structure import Structure
 
 MODES = ("auto", "exact", "gram", "probes")
 BATCH_MODES = ("shared", "per_sample", "joint")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dag_hesse._structure import Structure
 from dag_hesse.plan.cost import Cost
-from dag_hesse.structure import Structure
 
 # Golub–Kahan steps that a pair's spectral norm takes, as a rule; each is a product and its transpose
 SPECTRAL_STEPS = 5

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from dag_hesse._structure import Structure
 from dag_hesse.plan.cost import Cost, path_cost
 from dag_hesse.plan.schedule import SPECTRAL_STEPS, Method, Source
 from dag_hesse.plan.task import Pair, Task
-from dag_hesse.structure import Structure
 
 
 def sweep_cost(structure: Structure, source: int, reads: Iterable[int]) -> Cost:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from dag_hesse._structure import Structure
 from dag_hesse.ir import CurvatureGraph
-from dag_hesse.structure import Structure
 
 Pair = tuple[int, int]  # of point indices, the smaller first
 

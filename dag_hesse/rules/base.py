@@ -128,7 +128,7 @@ def is_fresh(x: Tensor, *others: Tensor) -> bool:
 
 
 class Samples(Enum):
-    """What an op does to the axis of the samples, as :mod:`dag_hesse.capture.families` follows it."""
+    """What an op does to the axis of the samples, as :mod:`dag_hesse._capture.families` follows it."""
 
     AFFINE = auto()  # per channel, along axis 1, by statistics that are given
     BAGS = auto()  # sums of rows of a table, a bag each

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, final
+from typing import Any, cast, final
 
 from torch import Tensor
 
@@ -239,7 +239,8 @@ class _Recorded(Collapsed):
         given = [*self.operands.values(), *([] if lam is None else [lam])]
         made = elementwise.run(recording.program, given, self.like) if recording.program.results else []
         found: dict[str, dict[Any, Coefficient]] = {"first": {}, "second": {}, "pulled": {}}
-        for (what, *numbers), result in recording.results.items():  # type: ignore[misc]
+        for key, result in recording.results.items():
+            what, *numbers = cast(tuple[Any, ...], key)
             value: Any = result.number
             if result.computed is not None:
                 value = made[result.computed]

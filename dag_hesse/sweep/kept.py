@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
+from dag_hesse._capture import Batch, Batches
 from dag_hesse.budget import Budget
-from dag_hesse.capture import Batch, Batches
 from dag_hesse.errors import CaptureError
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.pool import Pool
-from dag_hesse.plan.fuse import fuse
+from dag_hesse.plan.fusion import fuse
 from dag_hesse.plan.memory import linearization_bytes
 from dag_hesse.randomness import RandomState, preserved
 from dag_hesse.sweep.linearize import Linearization

@@ -8,7 +8,7 @@ from functools import reduce
 
 import torch
 
-from dag_hesse.capture.reduction import Reduction
+from dag_hesse._capture.reduction import Reduction
 from dag_hesse.ir import CurvatureGraph, Point
 
 

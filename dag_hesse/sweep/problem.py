@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dag_hesse._capture import Batch, Batches
+from dag_hesse._capture.reduction import Reduction
 from dag_hesse.budget import Budget
-from dag_hesse.capture import Batch, Batches
-from dag_hesse.capture.reduction import Reduction
 from dag_hesse.errors import StaleError
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.pool import Pool

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dag_hesse.capture.batch import Batch
-from dag_hesse.capture.capture import capture, trace
-from dag_hesse.capture.losses import Loss
-from dag_hesse.capture.record import Evidence, gradients, product, slope
-from dag_hesse.capture.stream import Batches
+from dag_hesse._capture.batch import Batch
+from dag_hesse._capture.losses import Loss
+from dag_hesse._capture.record import Evidence, gradients, product, slope
+from dag_hesse._capture.run import capture, trace
+from dag_hesse._capture.stream import Batches
 from dag_hesse.errors import NonDeterministicError, NonDifferentiableError, NonFiniteError, UnfaithfulCaptureError
 from dag_hesse.ir import CurvatureGraph, Point
-from dag_hesse.plan.fuse import fuse
+from dag_hesse.plan.fusion import fuse
 from dag_hesse.randomness import preserved
 from dag_hesse.rules import Call
 from dag_hesse.rules.opaque import second_order_fault

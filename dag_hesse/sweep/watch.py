@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dag_hesse.capture import Batches
+from dag_hesse._capture import Batches
 from dag_hesse.ir import CurvatureGraph
 
 _SAMPLES = 64  # elements of a tensor that are looked at

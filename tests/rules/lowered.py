@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dag_hesse.capture.lower import Given, Made, recipe
+from dag_hesse._capture.lower import Given, Made, recipe
 from dag_hesse.ir import Kind, Node, Ref
 from dag_hesse.ir.node import execute
 from dag_hesse.rules import RULES, Call, Linearized, rule_for

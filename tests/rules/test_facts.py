@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dag_hesse.capture.families import FOLLOW
+from dag_hesse._capture.families import FOLLOW
 from dag_hesse.ir.node import execute
 from dag_hesse.rules import RULES, Call
 from dag_hesse.rules.base import Moves, Samples

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.kernels.elementwise.program import Builder, Program
-from dag_hesse.kernels.elementwise.record import Recording, Refused, record
+from dag_hesse.kernels.elementwise.recorder import Recording, Refused, record
 from dag_hesse.kernels.pool import blank, is_dense
 
 _LEAST = 1 << 12  # elements; a pass over fewer costs less than to set a program up

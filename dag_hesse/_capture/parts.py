@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dag_hesse.capture.batch import Batch
-from dag_hesse.capture.layout import Place
-from dag_hesse.capture.losses import Loss, evaluate
-from dag_hesse.capture.record import as_it_is
-from dag_hesse.capture.tap import map_tensors
+from dag_hesse._capture.batch import Batch
+from dag_hesse._capture.layout import Place
+from dag_hesse._capture.losses import Loss, evaluate
+from dag_hesse._capture.record import as_it_is
+from dag_hesse._capture.taps import map_tensors
 from dag_hesse.ir import CurvatureGraph
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from dag_hesse.capture import capture
+from dag_hesse._capture import capture
+from dag_hesse._structure.analysis import Structure, analyze_structure
 from dag_hesse.ir import CurvatureGraph
-from dag_hesse.structure.analysis import Structure, analyze_structure
 
 
 def structure(model: nn.Module | CurvatureGraph, batch: Any = None, **options: Any) -> Structure:

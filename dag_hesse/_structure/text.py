@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dag_hesse.structure.analysis import Structure
+from dag_hesse._structure.analysis import Structure
 
 
 def render(structure: Structure) -> str:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dag_hesse.capture.layout import FREE, Place, along, found, spread
+from dag_hesse._capture.layout import FREE, Place, along, found, spread
 from dag_hesse.ir import CurvatureGraph, Kind, Node
 from dag_hesse.ir.node import execute
 from dag_hesse.randomness import preserved
 from dag_hesse.rules.structural import axes
 
 if TYPE_CHECKING:
-    from dag_hesse.capture.coupling import Walker
+    from dag_hesse._capture.coupling import Walker
 
 _RANDOM = re.compile(r"rand|bernoulli|multinomial|dropout|_\.")
 _MOST_TRIED = 1 << 22  # elements of an op that is tried

@@ -12,7 +12,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils.checkpoint import CheckpointFunction
 
-from dag_hesse.capture.recorder import Recorder
+from dag_hesse._capture.recorder import Recorder
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class Structure:
         return self.gn_alive | self.tensor_alive
 
     def __str__(self) -> str:
-        from dag_hesse.structure.text import render
+        from dag_hesse._structure.text import render
 
         return render(self)
 

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from dag_hesse.analyze import analyze
-from dag_hesse.capture import Batches, capture_all, first_batch, unwrapped
-from dag_hesse.capture.losses import Loss
+from dag_hesse._analyze import analyze
+from dag_hesse._capture import Batches, capture_all, first_batch, unwrapped
+from dag_hesse._capture.losses import Loss
+from dag_hesse._structure import analyze_structure
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.pool import Pool
 from dag_hesse.measure import Phase, measured
 from dag_hesse.plan import Plan, fuse_all, path_cost, plan
-from dag_hesse.plan.edges import Edge, as_rows, dearest, edges, render_edges
+from dag_hesse.plan.edge_table import Edge, as_rows, dearest, edges, render_edges
 from dag_hesse.plan.memory import linearization_bytes, sweep_bytes
 from dag_hesse.plan.sources import sweep_cost
 from dag_hesse.rules import Linearized
-from dag_hesse.structure import analyze_structure
 from dag_hesse.sweep import Linearization, Problem, Request
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dag_hesse.capture.aliases import At, Like
-from dag_hesse.capture.state import Snapshot
-from dag_hesse.capture.writes import drawn
+from dag_hesse._capture.aliases import At, Like
+from dag_hesse._capture.state import Snapshot
+from dag_hesse._capture.writes import drawn
 from dag_hesse.errors import CaptureError
 from dag_hesse.ir import Guard, Kind, Node, Ref
 from dag_hesse.rules import RULES
@@ -31,13 +31,13 @@ _COMPLEX = re.compile(
 )
 _INTERNAL = (
     "/torch/",
-    "/dag_hesse/capture/",
+    "/dag_hesse/_capture/",
     "/dag_hesse/rules/",
     "/dag_hesse/sweep/",
     "/dag_hesse/operators/",
-    "/dag_hesse/analyze.py",
-    "/dag_hesse/profile.py",
-    "/dag_hesse/structure/",
+    "/dag_hesse/_analyze.py",
+    "/dag_hesse/_profile.py",
+    "/dag_hesse/_structure/",
     "contextlib.py",
 )
 _PROMOTING = {name for name, rule in RULES.items() if rule.partials is not None} | {"aten.cat.default"}

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from dag_hesse.capture import Batches, capture, capture_all, needs_split, points_like, unwrapped
-from dag_hesse.capture.losses import Loss
-from dag_hesse.capture.reduction import Option, find_reduction
+from dag_hesse._capture import Batches, capture, capture_all, needs_split, points_like, unwrapped
+from dag_hesse._capture.losses import Loss
+from dag_hesse._capture.reduction import Option, find_reduction
+from dag_hesse._structure import analyze_structure
 from dag_hesse.errors import OptionError, choose, integer
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.estimate.run import Progress
@@ -24,7 +25,6 @@ from dag_hesse.plan.planner import BATCH_MODES, MODES
 from dag_hesse.report import CurvatureReport
 from dag_hesse.report.blocks import BlockReader
 from dag_hesse.report.progress import shown
-from dag_hesse.structure import analyze_structure
 from dag_hesse.sweep import VERIFY, Problem, prove_all
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dag_hesse.capture.writes import Written
+from dag_hesse._capture.writes import Written
 from dag_hesse.randomness import preserved
 
 _MOST = 200_000  # objects looked at
@@ -71,7 +71,7 @@ class Snapshot:
     """Contents of all containers, attributes, closures and referenced globals that a model's forward can reach.
 
     Tensors are noted by the memory they lie in; what is written into that memory is noted when it is written
-    (:class:`~dag_hesse.capture.writes.Written`).
+    (:class:`~dag_hesse._capture.writes.Written`).
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:

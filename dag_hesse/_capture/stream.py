@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dag_hesse._capture.batch import NO_BATCHES, Batch, check_finite, check_no_transform, is_one, one_batch
 from dag_hesse.budget import Budget
-from dag_hesse.capture.batch import NO_BATCHES, Batch, check_finite, check_no_transform, is_one, one_batch
 from dag_hesse.errors import BatchError, MemoryBudgetError, UnstableLoaderError
 from dag_hesse.randomness import RandomState, preserved
 
@@ -30,7 +30,7 @@ class Batches:
     global random generators had in the first one, and must give what it gave then.
 
     Args:
-        source: a batch, or an iterable of batches (:func:`~dag_hesse.capture.batch.one_batch` says of what form).
+        source: a batch, or an iterable of batches (:func:`~dag_hesse._capture.batch.one_batch` says of what form).
 
     Attributes:
         sizes, signatures: samples, and shapes and dtypes, per batch.
@@ -44,7 +44,7 @@ class Batches:
 
     Example:
         >>> import torch
-        >>> from dag_hesse.capture import Batches
+        >>> from dag_hesse._capture import Batches
         >>> data = torch.utils.data.TensorDataset(torch.randn(10, 3), torch.arange(10))
         >>> found = Batches(torch.utils.data.DataLoader(data, batch_size=4), memory=1)
         >>> found.sizes, found.held, len(list(found))

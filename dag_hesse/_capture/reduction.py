@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dag_hesse.capture.batch import Batch
-from dag_hesse.capture.labels import Constants
-from dag_hesse.capture.layout import Place
-from dag_hesse.capture.losses import Loss
-from dag_hesse.capture.parts import OnOutputs, Piece, parameter_gradient, part_of, put_together
-from dag_hesse.capture.state import restored
-from dag_hesse.capture.stream import Batches
+from dag_hesse._capture.batch import Batch
+from dag_hesse._capture.labels import Constants
+from dag_hesse._capture.layout import Place
+from dag_hesse._capture.losses import Loss
+from dag_hesse._capture.parts import OnOutputs, Piece, parameter_gradient, part_of, put_together
+from dag_hesse._capture.state import restored
+from dag_hesse._capture.stream import Batches
 from dag_hesse.errors import DagHesseError, OptionError, ReductionError
 from dag_hesse.ir import CurvatureGraph, Kind
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dag_hesse.capture.batch import Batch
+from dag_hesse._capture.batch import Batch
 from dag_hesse.errors import LossError
 
 Loss = Callable[[Any, Any], Tensor]

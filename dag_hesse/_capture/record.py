@@ -16,14 +16,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from dag_hesse.capture.batch import Batch
-from dag_hesse.capture.functions import custom_functions
-from dag_hesse.capture.losses import Calls, Loss, evaluate
-from dag_hesse.capture.recorder import Recorder
-from dag_hesse.capture.state import restored
-from dag_hesse.capture.tap import Marker, map_tensors, marking
-from dag_hesse.capture.trail import Trail, is_internal
-from dag_hesse.capture.writes import Written
+from dag_hesse._capture.batch import Batch
+from dag_hesse._capture.functions import custom_functions
+from dag_hesse._capture.losses import Calls, Loss, evaluate
+from dag_hesse._capture.recorder import Recorder
+from dag_hesse._capture.state import restored
+from dag_hesse._capture.taps import Marker, map_tensors, marking
+from dag_hesse._capture.trail import Trail, is_internal
+from dag_hesse._capture.writes import Written
 from dag_hesse.errors import CaptureError, DagHesseError, PointError
 from dag_hesse.randomness import RandomState
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dag_hesse.capture.batch import Batch, check_devices, check_finite, check_no_transform, check_tensors, one_batch
-from dag_hesse.capture.convert import convert
-from dag_hesse.capture.coupling import annotate
-from dag_hesse.capture.losses import Loss
-from dag_hesse.capture.points import default_points, points_like, resolve_points
-from dag_hesse.capture.record import record
-from dag_hesse.capture.stream import Batches
+from dag_hesse._capture.batch import Batch, check_devices, check_finite, check_no_transform, check_tensors, one_batch
+from dag_hesse._capture.convert import convert
+from dag_hesse._capture.coupling import annotate
+from dag_hesse._capture.losses import Loss
+from dag_hesse._capture.points import default_points, points_like, resolve_points
+from dag_hesse._capture.record import record
+from dag_hesse._capture.stream import Batches
 from dag_hesse.errors import BatchError, CaptureError, NonDifferentiableError, OptionError
 from dag_hesse.ir import CurvatureGraph, Node, Point, verify
 from dag_hesse.randomness import preserved

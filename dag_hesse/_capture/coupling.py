@@ -14,9 +14,9 @@ from dataclasses import replace
 
 import torch
 
-from dag_hesse.capture import labels
-from dag_hesse.capture.batch import Batch
-from dag_hesse.capture.families import (
+from dag_hesse._capture import labels
+from dag_hesse._capture.batch import Batch
+from dag_hesse._capture.families import (
     ARITHMETIC,
     FOLLOW,
     GONE,
@@ -27,7 +27,7 @@ from dag_hesse.capture.families import (
     samples_of,
     separate,
 )
-from dag_hesse.capture.layout import FREE, Place
+from dag_hesse._capture.layout import FREE, Place
 from dag_hesse.ir import Coupling, CurvatureGraph, Kind, Node
 from dag_hesse.rules.base import Samples
 

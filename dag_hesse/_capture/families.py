@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dag_hesse.capture import labels
-from dag_hesse.capture.layout import FREE, Place, along, reshaped
+from dag_hesse._capture import labels
+from dag_hesse._capture.layout import FREE, Place, along, reshaped
 from dag_hesse.ir import Coupling, Node
 from dag_hesse.rules.base import Samples
 from dag_hesse.rules.structural import axes
 from dag_hesse.rules.table import RULES
 
 if TYPE_CHECKING:
-    from dag_hesse.capture.coupling import Walker
+    from dag_hesse._capture.coupling import Walker
 
 
 @dataclass(frozen=True, slots=True)
