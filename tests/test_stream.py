@@ -97,9 +97,9 @@ def test_half_of_memory_is_for_sweeps_whoever_asks() -> None:
     model, batch = mlp([3, 40, 40, 3], nn.SiLU), (torch.randn(6, 3), torch.arange(6) % 3)
     graph = fuse(dh.capture(model, batch))
     sites = [k for point in graph.points for k in point.sites]
-    size = sweep_bytes(graph, sites, sites)
+    both, size = sweep_bytes(graph, sites, sites, 2), sweep_bytes(graph, sites, sites)
     structure = dh.structure(graph)
-    assert [plan([structure], memory=2 * k * size).chunk for k in (1, 3)] == [1, 3]
+    assert [plan([structure], memory=2 * k * both).chunk for k in (1, 3)] == [1, 3]
     # An operator's vectors, which come and go, have as much of it as its sweeps.
     chunks = [dh.HessianOperator(model, batch, space="activation", memory=4 * k * size).chunk for k in (1, 3)]
     assert chunks == [1, 3]
