@@ -14,13 +14,12 @@ SETUP = """
 import torch, dag_hesse as dh
 import torch.nn.functional as F
 from bench.workloads import WORKLOADS
-from dag_hesse.kernels.pool import Pool
 torch.manual_seed(0)
 work = WORKLOADS[{name!r}]()
 H = dh.HessianOperator(work.model, (work.x, work.y), loss=F.cross_entropy, space="activation")
 v = torch.randn(H.shape[0])
 H.parts(v)
-H._problem.pool = Pool()
+H._problem.arena.retire()
 """
 # Memory is measured in a process of its own, where freed memory goes back at once.
 RUNS = {

@@ -16,7 +16,6 @@ from dag_hesse._capture import Batches, capture_all, first_batch, unwrapped
 from dag_hesse._capture.losses import Loss
 from dag_hesse._structure import analyze_structure
 from dag_hesse.ir import CurvatureGraph
-from dag_hesse.kernels.pool import Pool
 from dag_hesse.measure import Phase, measured
 from dag_hesse.plan import Plan, fuse_all, path_cost, plan
 from dag_hesse.plan.edge_table import Edge, as_rows, dearest, edges, render_edges
@@ -188,7 +187,7 @@ def profile(
     with measured(device) as together:
         problem.run(chunk)
     lin.calls = {k: _Timed(call, f"%{k} {graphs[0].nodes[k].where}") for k, call in lin.calls.items()}
-    problem.pool = Pool()  # the old one has pages already
+    problem.arena.retire()  # what it has lent has pages already
     with measured(device) as phases["sweep"]:
         problem.run(single)
     found = edges(graphs[0])

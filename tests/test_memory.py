@@ -38,7 +38,6 @@ def test_linearizations_keep_what_is_foreseen(name: str) -> None:
 
 SETUP = """
 import torch, dag_hesse as dh
-from dag_hesse.kernels.pool import Pool
 from torch import nn
 layers = [layer for _ in range(6) for layer in (nn.Linear(512, 512), nn.SiLU())]
 model = nn.Sequential(*layers, nn.Linear(512, 10))
@@ -46,7 +45,7 @@ batch = (torch.randn(2048, 512), torch.arange(2048) % 10)
 H = dh.HessianOperator(model, batch, loss=nn.functional.cross_entropy, space={space!r})
 v = torch.randn(H.shape[0])
 H @ v  # linearizes
-H._problem.pool = Pool()
+H._problem.arena.retire()
 """
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any, Protocol, final
 
@@ -14,6 +13,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from dag_hesse.errors import MemoryBudgetError, OptionError, integer
+from dag_hesse.kernels.arena import FRESH, Arena
 from dag_hesse.measure import available_memory
 from dag_hesse.operators import estimates
 from dag_hesse.operators.interop import estimate, to_curvlinops
@@ -34,8 +34,10 @@ class SymmetricOperator(ABC):
     def chunk(self) -> int:
         """How many vectors profit from being multiplied together."""
 
-    def _working(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    @property
+    def _arena(self) -> Arena:
+        """Where products are written."""
+        return FRESH
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,9 +81,8 @@ class SymmetricOperator(ABC):
         Raises:
             VectorError: it does not fit.
         """
-        blocks, unpack = self.layout.pack(v)
-        with self._working():
-            return unpack(self._products(blocks))
+        blocks, unpack = self.layout.pack(v, self._arena)
+        return unpack(self._products(blocks))
 
     def __rmatmul__(self, v: Any) -> Any:
         """``v @ H`` for (n,) or rows (k, n): the operator is symmetric."""
@@ -192,8 +193,9 @@ class Scaled(SymmetricOperator):
         """As that of the operator."""
         return self.of.chunk
 
-    def _working(self) -> AbstractContextManager[None]:
-        return self.of._working()
+    @property
+    def _arena(self) -> Arena:
+        return self.of._arena
 
     def _products(self, blocks: list[Tensor]) -> list[Tensor]:
         return [self.factor * block for block in self.of._products(blocks)]

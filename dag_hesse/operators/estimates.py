@@ -36,7 +36,7 @@ def trace(operator: SymmetricOperator, matvecs: int | None, seed: int) -> Tensor
     total = torch.zeros((), dtype=operator.dtype, device=operator.device)
     count, exact = _count(operator, matvecs)
     for z in _units(operator) if exact else _signs(operator, count, seed):
-        total += sum((a * b).sum() for a, b in zip(z, _product(operator, z), strict=True))
+        total += sum((a * b).sum() for a, b in zip(z, operator._products(z), strict=True))
     return total if exact else total / count
 
 
@@ -45,7 +45,7 @@ def diagonal(operator: SymmetricOperator, matvecs: int | None, seed: int) -> Ten
     count, exact = _count(operator, matvecs)
     total = torch.zeros(operator.shape[0], dtype=operator.dtype, device=operator.device)
     for z in _units(operator) if exact else _signs(operator, count, seed):
-        parts = [(a * b).sum(0) for a, b in zip(z, _product(operator, z), strict=True)]
+        parts = [(a * b).sum(0) for a, b in zip(z, operator._products(z), strict=True)]
         total += torch.cat(parts)
     return total if exact else total / count
 
@@ -56,11 +56,6 @@ def _count(operator: SymmetricOperator, matvecs: int | None) -> tuple[int, bool]
     if matvecs is not None:
         return checked_count("matvecs", matvecs, size), False
     return min(size, _USUAL), size <= _USUAL
-
-
-def _product(operator: SymmetricOperator, z: list[Tensor]) -> list[Tensor]:
-    with operator._working():
-        return operator._products(z)
 
 
 def _units(operator: SymmetricOperator) -> Iterator[list[Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar, final
 
@@ -17,6 +16,7 @@ from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.reduction import Option, find_reduction
 from dag_hesse.budget import Budget
 from dag_hesse.errors import OptionError, choose, position
+from dag_hesse.kernels.arena import Arena
 from dag_hesse.operators.base import SymmetricOperator, dense, to_scipy
 from dag_hesse.operators.functional import as_module, chosen_parameters, read_parameters
 from dag_hesse.operators.vectors import Layout, to_numpy
@@ -157,8 +157,9 @@ class CurvatureOperator(SymmetricOperator):
         """How many vectors are swept together."""
         return self._problem.chunk
 
-    def _working(self) -> AbstractContextManager[None]:
-        return self._problem.pool.use()
+    @property
+    def _arena(self) -> Arena:
+        return self._problem.arena
 
     def _products(self, blocks: list[Tensor]) -> list[Tensor]:
         return self._apply(blocks)[0]
@@ -229,10 +230,9 @@ class HessianOperator(CurvatureOperator):
     def parts(self, v: Any) -> tuple[Any, Any]:
         """(GGN · v, tensor part · v) from one sweep, in the form of ``v``."""
         needs_split(self._problem.graphs)
-        blocks, unpack = self.layout.pack(v)
-        with self._problem.pool.use():
-            gn, tensor = self._apply(blocks, ("gn", "tensor"), "both")
-            return unpack(gn), unpack(tensor)
+        blocks, unpack = self.layout.pack(v, self._arena)
+        gn, tensor = self._apply(blocks, ("gn", "tensor"), "both")
+        return unpack(gn), unpack(tensor)
 
 
 @final
@@ -282,7 +282,7 @@ class Block:
 
     def __matmul__(self, z: Any) -> Any:
         """The product (d_v,) or (d_v, k) with z (d_w,) or (d_w, k); of an array, an array."""
-        blocks, _ = self._only(self.w).pack(z)
+        blocks, _ = self._only(self.w).pack(z, self.parent._arena)
         found = self.parent._run(blocks, self.parent.channels, [self.w], [self.v])
         rows = self.parent._collect(found, "full", len(blocks[0]), [self.v])[0]
         first = next(iter(z.values())) if isinstance(z, Mapping) else z[0] if isinstance(z, (list, tuple)) else None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.errors import VectorError
-from dag_hesse.kernels.pool import empty
+from dag_hesse.kernels.arena import FRESH, Arena
 
 _BLOCK = 1 << 16  # elements
 _DETACHED = (
@@ -43,16 +43,17 @@ class Layout:
         """Elements of the whole vector."""
         return sum(self.sizes)
 
-    def pack(self, v: Any) -> tuple[list[Tensor], Unpack]:
+    def pack(self, v: Any, arena: Arena = FRESH) -> tuple[list[Tensor], Unpack]:
         """Cut any accepted form into blocks of rows (k, size), and say how to turn such blocks back into that form.
 
-        Nothing is copied but columns that do not lie one behind the other in memory.
+        Nothing is copied but columns that do not lie one behind the other in memory; what is put together again lies in
+        ``arena``.
 
         Raises:
             VectorError: wrong size, dtype, device or keys.
         """
         if isinstance(v, np.ndarray):
-            blocks, unpack = self.pack(self._from_numpy(v))
+            blocks, unpack = self.pack(self._from_numpy(v), arena)
             return blocks, lambda out: to_numpy(unpack(out))
         if isinstance(v, Tensor):
             if v.layout is not torch.strided:
@@ -66,7 +67,7 @@ class Layout:
                 raise VectorError(f"the vector has shape {tuple(v.shape)}: there is no column to multiply with.")
             v = v.detach()
             rows = v.unsqueeze(0) if v.ndim == 1 else _rows(v)
-            return list(rows.split(self.sizes, dim=1)), lambda out: _flat(out, v.ndim == 1)
+            return list(rows.split(self.sizes, dim=1)), lambda out: _flat(arena, out, v.ndim == 1)
         if isinstance(v, Mapping):
             if set(v) != set(self.names):
                 missing, extra = sorted(set(self.names) - set(v)), sorted(set(v) - set(self.names))
@@ -136,7 +137,7 @@ def _rows(columns: Tensor) -> Tensor:
     return rows
 
 
-def _flat(blocks: list[Tensor], single: bool) -> Tensor:
+def _flat(arena: Arena, blocks: list[Tensor], single: bool) -> Tensor:
     count, size = len(blocks[0]), sum(block.shape[1] for block in blocks)
-    rows = torch.cat(blocks, dim=1, out=empty(blocks[0], count, size)) if len(blocks) > 1 else blocks[0]
+    rows = torch.cat(blocks, dim=1, out=arena.empty(blocks[0], count, size)) if len(blocks) > 1 else blocks[0]
     return rows[0] if single else rows.T

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref, execute
+from dag_hesse.kernels.arena import FRESH, Arena
 from dag_hesse.kernels.pointwise import Coefficient
 
 Tangents = Mapping[int, Tensor]
@@ -22,7 +23,7 @@ Pairs = frozenset[tuple[int, int]]
 Buffers = Mapping[int, Tensor]  # per slot, what a result may be added to
 Saved = Any  # a residual: what a call keeps of a tangent pass for the adjoint pass that follows
 ALL = slice(None)
-Run = Callable[[Node, Sequence[Tensor]], Tensor]
+Run = Callable[[Node, Sequence[Tensor], Arena], Tensor]
 Partials = Callable[["Call"], tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]]
 
 
@@ -36,6 +37,7 @@ class Call:
         out: the node's own value.
         active: per slot, whether a point reaches that input.
         curved: whether its second-order term will be asked for.
+        arena: where products are written.
     """
 
     node: Node
@@ -43,6 +45,7 @@ class Call:
     out: Tensor
     active: tuple[bool, ...]
     curved: bool = True
+    arena: Arena = FRESH
 
     def shape(self, slot: int = 0) -> torch.Size:
         """Shape of the ``slot``-th tensor input."""
@@ -173,6 +176,11 @@ NOTHING = Moves(0)
 Shapes = Sequence[tuple[int, ...]]
 
 
+def as_it_is(node: Node, inputs: Sequence[Tensor], arena: Arena) -> Tensor:
+    """Run the op itself."""
+    return execute(node, inputs)
+
+
 def per_element(node: Node, shapes: Shapes) -> int:
     """FLOPs of an op that takes one for every element of its result."""
     return node.numel
@@ -209,7 +217,7 @@ class Rule:
     samples: Samples
     partials: Partials | None = None
     align: Callable[[Call, int], tuple[int, ...]] | None = None
-    run: Run = execute
+    run: Run = as_it_is
     moves: Moves = NOTHING
     linear: bool = False
     shifted: int | None = None

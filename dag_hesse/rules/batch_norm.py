@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref
 from dag_hesse.kernels.pointwise import Coefficient, add_times, plus_times, times
-from dag_hesse.kernels.pool import room
 from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Samples, Saved, Tangents
 from dag_hesse.rules.diagonal import diagonal
 
@@ -74,7 +73,7 @@ class _FixedStatistics(Linearized):
         self.r = torch.rsqrt(self.var + self.eps)
         self.gamma = call.argument(1)
         self.gain = self._spread((self.r * self.gamma)[None])
-        self.curved = call.curved
+        self.curved, self.arena = call.curved, call.arena
         self.lam: Tensor | None = None  # or μ; λ r is factor times that
 
     def _spread(self, x: Tensor) -> Tensor:
@@ -118,7 +117,7 @@ class _FixedStatistics(Linearized):
         if scale is not None:
             turned = scale * self.r
             offset = -self.mean * turned if shift is None else shift - self.mean * turned
-            place = room(self.x[None]) if len(turned) == 1 else None
+            place = self.arena.room(self.x[None]) if len(turned) == 1 else None
             total = torch.addcmul(self._spread(offset), self.x, self._spread(turned), out=place)
         elif shift is not None:
             total = self._spread(shift)
@@ -126,9 +125,9 @@ class _FixedStatistics(Linearized):
             assert total is not None
             return total.expand(len(total), *self.x.shape)
         if total is None:
-            return times(self.gain, xdot)
+            return times(self.arena, self.gain, xdot)
         own = total.shape == xdot.shape  # then it is a new tensor
-        return add_times(total, self.gain, xdot) if own else plus_times(total, self.gain, xdot)
+        return add_times(self.arena, total, self.gain, xdot) if own else plus_times(self.arena, total, self.gain, xdot)
 
     def pull(
         self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
@@ -137,7 +136,7 @@ class _FixedStatistics(Linearized):
         x, scale, shift = self.slots["x"], self.slots["γ"], self.slots.get("β")
         found: dict[int, Tensor] = {}
         if x in slots and grad is not None:
-            found[x] = times(self.gain, grad)
+            found[x] = times(self.arena, self.gain, grad)
         if x in slots and share is not None:
             assert self.lam is not None
             if grad is None:

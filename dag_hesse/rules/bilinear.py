@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from torch import Tensor
 
-from dag_hesse.ir.node import Kind, Node, execute
+from dag_hesse.ir.node import Kind, Node
 from dag_hesse.rules.base import (
     ALL,
     Buffers,
@@ -21,6 +21,7 @@ from dag_hesse.rules.base import (
     Saved,
     Shapes,
     Tangents,
+    as_it_is,
     no_workspace,
 )
 from dag_hesse.rules.linear import shell
@@ -51,7 +52,7 @@ class _Bilinear(Linearized):
     ) -> None:
         a_on, b_on = call.active[0], call.active[1]
         self.early = a_on and b_on and early(call)
-        self.call = Call(call.node, tuple(shell(v) for v in call.values), shell(call.out), call.active, call.curved)
+        self.call = replace(call, values=tuple(shell(v) for v in call.values), out=shell(call.out))
         self.a = keep(call, 0, call.values[0]) if b_on else None
         self.b = keep(call, 1, call.values[1]) if a_on else None
         self.product, self.left, self.right = product, left, right
@@ -141,7 +142,7 @@ def bilinear(
     left: Product,
     right: Outer,
     keep: Keep = _as_it_is,
-    run: Run = execute,
+    run: Run = as_it_is,
     early: Callable[[Call], bool] = _smaller,
     *,
     samples: Samples = Samples.PRODUCT,

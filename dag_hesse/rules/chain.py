@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
 from dag_hesse.kernels import elementwise
+from dag_hesse.kernels.arena import FRESH, Arena
 from dag_hesse.kernels.pointwise import Coefficient, plus_product, product
 from dag_hesse.rules.base import Call, Rule
 
@@ -61,17 +62,19 @@ def is_active(member: Node) -> bool:
     return member.kind is not Kind.CONST
 
 
-def collapse(members: Members, known: Known, sources: Sequence[int]) -> Collapsed:
+def collapse(members: Members, known: Known, sources: Sequence[int], arena: Arena = FRESH) -> Collapsed:
     """The last of ``members`` as a function of the values at ``sources``."""
     if any(rule_of(node).pairs(node) for _, node in _live(members, sources)):
-        recorded = _Recorded.of(members, known, sources)
+        recorded = _Recorded.of(members, known, sources, arena)
         if recorded is not None:
             return recorded
-    return _by_op(members, known, sources)
+    return _by_op(members, known, sources, arena)
 
 
-def _by_op(members: Members, known: Known, sources: Sequence[int]) -> _ByOp:
-    return _OfOne(members, known, sources[0]) if len(sources) == 1 else _OfSeveral(members, known, sources)
+def _by_op(members: Members, known: Known, sources: Sequence[int], arena: Arena) -> _ByOp:
+    if len(sources) == 1:
+        return _OfOne(members, known, sources[0], arena)
+    return _OfSeveral(members, known, sources, arena)
 
 
 def _live(members: Members, sources: Iterable[int]) -> Iterator[tuple[int, Node]]:
@@ -83,23 +86,25 @@ def _live(members: Members, sources: Iterable[int]) -> Iterator[tuple[int, Node]
             yield place, node
 
 
-def _steps(members: Members, known: Known, sources: Sequence[int]) -> Iterator[_Step]:
+def _steps(members: Members, known: Known, sources: Sequence[int], arena: Arena) -> Iterator[_Step]:
     reached = set(sources)
     for place, node in _live(members, sources):
         on = tuple(k in reached for k in node.inputs)
         partials = rule_of(node).partials
         assert partials is not None
         reached.add(place)
-        yield node, place, *partials(Call(node, tuple(known[k] for k in node.inputs), known[place], on))
+        yield node, place, *partials(Call(node, tuple(known[k] for k in node.inputs), known[place], on, arena=arena))
 
 
 class _ByOp(Collapsed):
+    arena: Arena
+
     @abstractmethod
     def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
         """h_ij."""
 
     def descend(self, lam: Tensor, wanted: Sequence[int]) -> Descent:
-        pulled = {i: product(self.first[i], lam) for i in wanted}
+        pulled = {i: product(self.arena, self.first[i], lam) for i in wanted}
         return Descent(self.first, self.curvature(lam), pulled)  # type: ignore[arg-type]  # λ is a tensor
 
 
@@ -107,20 +112,21 @@ class _ByOp(Collapsed):
 class _OfOne(_ByOp):
     """φ(z): φ' and φ'' by the chain rule, member by member; then h = λ φ''."""
 
-    def __init__(self, members: Members, known: Known, source: int) -> None:
+    def __init__(self, members: Members, known: Known, source: int, arena: Arena) -> None:
+        self.arena = arena
         d1: dict[int, Coefficient] = {source: 1.0}
         d2: dict[int, Coefficient] = {}
         place = source
-        for member, place, first, second in _steps(members, known, [source]):
+        for member, place, first, second in _steps(members, known, [source], arena):
             sources = [(slot, k) for slot, k in enumerate(member.inputs) if k in d1]
-            d1[place] = _sum_of_products((first[slot], d1[k]) for slot, k in sources)
+            d1[place] = _sum_of_products(arena, ((first[slot], d1[k]) for slot, k in sources))
             terms = [(first[slot], d2[k]) for slot, k in sources if k in d2]
             for (p, q), h in second.items():
                 i, j = member.inputs[p], member.inputs[q]
                 if i in d1 and j in d1 and p <= q:
-                    terms.append((product(product(2.0 if p < q else 1.0, h), d1[i]), d1[j]))
+                    terms.append((product(arena, product(arena, 2.0 if p < q else 1.0, h), d1[i]), d1[j]))
             if terms:
-                d2[place] = _sum_of_products(terms)
+                d2[place] = _sum_of_products(arena, terms)
         self._first, self.second = {0: d1[place]}, d2.get(place)
 
     @property
@@ -128,13 +134,13 @@ class _OfOne(_ByOp):
         return self._first
 
     def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
-        return {} if self.second is None else {(0, 0): product(self.second, lam)}
+        return {} if self.second is None else {(0, 0): product(self.arena, self.second, lam)}
 
 
-def _sum_of_products(terms: Iterable[tuple[Coefficient, Coefficient]]) -> Coefficient:
+def _sum_of_products(arena: Arena, terms: Iterable[tuple[Coefficient, Coefficient]]) -> Coefficient:
     total: Coefficient | None = None
     for a, b in terms:
-        total = product(a, b) if total is None else plus_product(total, a, b)
+        total = product(arena, a, b) if total is None else plus_product(arena, total, a, b)
     assert total is not None
     return total
 
@@ -143,14 +149,17 @@ def _sum_of_products(terms: Iterable[tuple[Coefficient, Coefficient]]) -> Coeffi
 class _OfSeveral(_ByOp):
     """φ(x_1 … x_k): D_u of every member u, then Σ_u λ_u φ_u'' D_u D_uᵀ."""
 
-    def __init__(self, members: Members, known: Known, sources: Sequence[int]) -> None:
+    def __init__(self, members: Members, known: Known, sources: Sequence[int], arena: Arena) -> None:
+        self.arena = arena
         self.own: dict[int, dict[int, Coefficient]] = {k: {i: 1.0} for i, k in enumerate(sources)}
-        self.steps = list(_steps(members, known, sources))
+        self.steps = list(_steps(members, known, sources, arena))
         for member, place, first, _ in self.steps:
             total: dict[int, Coefficient] = {}
             for slot, k in enumerate(member.inputs):
                 for i, c in self.own.get(k, {}).items():
-                    total[i] = plus_product(total[i], first[slot], c) if i in total else product(first[slot], c)
+                    total[i] = (
+                        plus_product(arena, total[i], first[slot], c) if i in total else product(arena, first[slot], c)
+                    )
             self.own[place] = total
         self.last = members[-1][0]
 
@@ -168,15 +177,21 @@ class _OfSeveral(_ByOp):
                 continue
             for (p, q), h in second.items():
                 left, right = self.own.get(member.inputs[p], {}), self.own.get(member.inputs[q], {})
-                weighted = product(h, mine)
+                weighted = product(self.arena, h, mine)
                 for (i, a), (j, b) in ((x, y) for x in left.items() for y in right.items()):
                     if i <= j:
-                        term = product(weighted, a)
-                        found[i, j] = plus_product(found[i, j], term, b) if (i, j) in found else product(term, b)
+                        term = product(self.arena, weighted, a)
+                        found[i, j] = (
+                            plus_product(self.arena, found[i, j], term, b)
+                            if (i, j) in found
+                            else product(self.arena, term, b)
+                        )
             for slot, k in enumerate(member.inputs):
                 if k in inner:
                     adjoints[k] = (
-                        plus_product(adjoints[k], first[slot], mine) if k in adjoints else product(first[slot], mine)
+                        plus_product(self.arena, adjoints[k], first[slot], mine)
+                        if k in adjoints
+                        else product(self.arena, first[slot], mine)
                     )
         return found | {(j, i): h for (i, j), h in found.items()}
 
@@ -189,11 +204,12 @@ _RECORDINGS: dict[Hashable, elementwise.Recording | None] = {}
 class _Recorded(Collapsed):
     """Programs that make all partials in one pass over the values of the sources, whenever they are asked for."""
 
-    def __init__(self, members: Members, operands: Known, sources: Sequence[int], like: Tensor) -> None:
+    def __init__(self, members: Members, operands: Known, sources: Sequence[int], like: Tensor, arena: Arena) -> None:
+        self.arena = arena
         self.members, self.operands, self.sources, self.like = members, operands, sources, like
 
     @classmethod
-    def of(cls, members: Members, known: Known, sources: Sequence[int]) -> _Recorded | None:
+    def of(cls, members: Members, known: Known, sources: Sequence[int], arena: Arena) -> _Recorded | None:
         """None where there is no program for these members and values."""
         live = dict(_live(members, sources))
         places = dict.fromkeys(k for node in live.values() for k in node.inputs if k not in live)
@@ -201,7 +217,7 @@ class _Recorded(Collapsed):
         like = next((x for x in operands.values() if x.shape == out.shape), None)
         if like is None or elementwise.refusal(list(operands.values()), like):
             return None
-        made = cls(list(live.items()), operands, sources, like)
+        made = cls(list(live.items()), operands, sources, like, arena)
         return None if made._recording() is None or made._recording(like) is None else made
 
     def _code(self, wanted: Sequence[int], *tensors: Tensor) -> dict[Hashable, Any]:
@@ -209,7 +225,7 @@ class _Recorded(Collapsed):
         known = dict(zip(self.operands, tensors, strict=False))
         for place, node in self.members:
             known[place] = execute(node, [known[k] for k in node.inputs])
-        found = _by_op(self.members, known, self.sources)
+        found = _by_op(self.members, known, self.sources, FRESH)
         named: dict[Hashable, Any] = {("first", i): c for i, c in found.first.items()}
         if len(tensors) == len(self.operands):
             return named
@@ -237,7 +253,7 @@ class _Recorded(Collapsed):
         recording = self._recording(lam, wanted)
         assert recording is not None
         given = [*self.operands.values(), *([] if lam is None else [lam])]
-        made = elementwise.run(recording.program, given, self.like) if recording.program.results else []
+        made = elementwise.run(self.arena, recording.program, given, self.like) if recording.program.results else []
         found: dict[str, dict[Any, Coefficient]] = {"first": {}, "second": {}, "pulled": {}}
         for key, result in recording.results.items():
             what, *numbers = cast(tuple[Any, ...], key)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dag_hesse.ir.node import Node, execute
-from dag_hesse.kernels.pool import empty, laid_out
+from dag_hesse.kernels.arena import Arena
 from dag_hesse.rules.base import Call, Samples, Shapes, added
 from dag_hesse.rules.bilinear import Product, Terms, bilinear
 
@@ -172,9 +172,9 @@ def _apart(x: Tensor, probes: int) -> Tensor:
     return x.unflatten(1, (probes, -1)).transpose(0, 1)
 
 
-def _stacked(rows: Sequence[Tensor]) -> Tensor:
+def _stacked(arena: Arena, rows: Sequence[Tensor]) -> Tensor:
     """Weights one behind the other, contiguous whatever their own layout: so vectors have them."""
-    return torch.stack(list(rows), out=empty(rows[0], len(rows), *rows[0].shape))
+    return torch.stack(list(rows), out=arena.empty(rows[0], len(rows), *rows[0].shape))
 
 
 def _crop(geo: Geometry, w: Tensor) -> Tensor:
@@ -182,10 +182,10 @@ def _crop(geo: Geometry, w: Tensor) -> Tensor:
     return w if w.shape[-len(geo.taps) :] == geo.kernel else w[geo.live]
 
 
-def _uncrop(geo: Geometry, w: Tensor) -> Tensor:
+def _uncrop(arena: Arena, geo: Geometry, w: Tensor) -> Tensor:
     if geo.kernel == geo.weight[2:]:
         return w
-    full = empty(w, *w.shape[: -len(geo.taps)], *geo.weight[2:]).zero_()
+    full = arena.empty(w, *w.shape[: -len(geo.taps)], *geo.weight[2:]).zero_()
     full[geo.live] = w
     return full
 
@@ -218,29 +218,31 @@ def _spread(geo: Geometry, rows: Tensor) -> Tensor:
     return x
 
 
-def _forward(geo: Geometry, x: Tensor, w: Tensor) -> Tensor:
+def _forward(arena: Arena, geo: Geometry, x: Tensor, w: Tensor) -> Tensor:
     if geo.is_matrix(len(x)):
         return _grid(_patches(geo, x) @ w.reshape(w.shape[:2]).T, geo.out)
-    y = aten.convolution(laid_out(x, geo.inside(len(x))), w, None, *geo.arguments)
-    return laid_out(y, geo.outside)
+    y = aten.convolution(arena.laid_out(x, geo.inside(len(x))), w, None, *geo.arguments)
+    return arena.laid_out(y, geo.outside)
 
 
-def _input_adjoint(geo: Geometry, g: Tensor, w: Tensor) -> Tensor:
+def _input_adjoint(arena: Arena, geo: Geometry, g: Tensor, w: Tensor) -> Tensor:
     if geo.is_matrix(len(g)):
         return _spread(geo, _rows(g) @ w.reshape(w.shape[:2]))
     layout, channels = geo.inside(len(g)), w.shape[0] if geo.transposed else w.shape[1] * geo.groups
-    g = laid_out(g, layout)
+    g = arena.laid_out(g, layout)
     like = torch.empty(len(g), channels, *geo.side, dtype=g.dtype, device=g.device, memory_format=layout)  # a shape
     x = aten.convolution_backward(g, like, w, [0], *geo.arguments, [True, False, False])[0]
-    return laid_out(x, geo.outside)
+    return arena.laid_out(x, geo.outside)
 
 
-def _weight_adjoint(geo: Geometry, terms: Sequence[tuple[Tensor, ...]]) -> Tensor:
+def _weight_adjoint(arena: Arena, geo: Geometry, terms: Sequence[tuple[Tensor, ...]]) -> Tensor:
     """Of the sum of convolutions with cotangents g and inputs x, ``terms`` = [(g, x), …]."""
     if len(terms) > 1 and not geo.joins:
-        return sum((_weight_adjoint(geo, [term]) for term in terms[1:]), start=_weight_adjoint(geo, terms[:1]))
+        return sum(
+            (_weight_adjoint(arena, geo, [term]) for term in terms[1:]), start=_weight_adjoint(arena, geo, terms[:1])
+        )
     layout = geo.inside(sum(len(g) for g, _ in terms))
-    sides = [[laid_out(t, layout) for t in side] for side in zip(*terms, strict=True)]
+    sides = [[arena.laid_out(t, layout) for t in side] for side in zip(*terms, strict=True)]
     g, x = (side[0] if len(side) == 1 else torch.cat(side) for side in sides)
     inner, outer = x.shape[1] // geo.groups, g.shape[1]
     shape = (inner * geo.groups, outer // geo.groups) if geo.transposed else (outer, inner)
@@ -248,18 +250,20 @@ def _weight_adjoint(geo: Geometry, terms: Sequence[tuple[Tensor, ...]]) -> Tenso
     return aten.convolution_backward(g, x, like, [0], *geo.arguments, [False, True, False])[1]
 
 
-def _with_weight(run: Callable[[Geometry, Tensor, Tensor], Tensor], aside: Callable[[Tensor], Tensor]) -> Product:
+def _with_weight(
+    run: Callable[[Arena, Geometry, Tensor, Tensor], Tensor], aside: Callable[[Tensor], Tensor]
+) -> Product:
     """``run(geometry, activation, weight)`` for all probes; ``aside`` lays their weights along what ``run`` returns."""
 
     def product(c: Call, x: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
         geo, probes = _of(c), max(len(x), len(w))
         w = _crop(geo, w)
         if len(w) == 1:
-            y = run(geo, _fold(x), w[0])
+            y = run(c.arena, geo, _fold(x), w[0])
             return added(y.reshape(probes, -1, *y.shape[1:]), into)
         if geo.folds and len(x) == 1:
-            return added(_apart(run(geo, x[0], aside(w)), probes), into)
-        return added(torch.stack([run(geo, x[min(k, len(x) - 1)], w[k]) for k in range(probes)]), into)
+            return added(_apart(run(c.arena, geo, x[0], aside(w)), probes), into)
+        return added(torch.stack([run(c.arena, geo, x[min(k, len(x) - 1)], w[k]) for k in range(probes)]), into)
 
     return product
 
@@ -268,15 +272,18 @@ def _right(c: Call, terms: Terms, into: Tensor | None) -> Tensor:
     geo, probes = _of(c), max(len(t) for term in terms for t in term)
     if probes > 1 and geo.folds and all(len(g) == 1 or len(x) == 1 for g, x in terms):
         for g, x in terms:
-            into = _add(geo, _folded(geo, g, x), into)
+            into = _add(c.arena, geo, _folded(c.arena, geo, g, x), into)
         return into  # type: ignore[return-value]  # there is a term
     if geo.is_patches(geo.batch * (len(terms) if geo.joins else 1)):
-        return _add(geo, _of_patches(geo, terms, probes), into)
-    rows = [_weight_adjoint(geo, [tuple(t[min(k, len(t) - 1)] for t in term) for term in terms]) for k in range(probes)]
-    return _add(geo, _stacked(rows), into)
+        return _add(c.arena, geo, _of_patches(c.arena, geo, terms, probes), into)
+    rows = [
+        _weight_adjoint(c.arena, geo, [tuple(t[min(k, len(t) - 1)] for t in term) for term in terms])
+        for k in range(probes)
+    ]
+    return _add(c.arena, geo, _stacked(c.arena, rows), into)
 
 
-def _of_patches(geo: Geometry, terms: Terms, probes: int) -> Tensor:
+def _of_patches(arena: Arena, geo: Geometry, terms: Terms, probes: int) -> Tensor:
     """:func:`_weight_adjoint` of all probes as one batch of matrix products."""
 
     def side(tensors: Sequence[Tensor], lay: Callable[[Tensor], Tensor]) -> Tensor:
@@ -285,20 +292,20 @@ def _of_patches(geo: Geometry, terms: Terms, probes: int) -> Tensor:
 
     g, x = (list(tensors) for tensors in zip(*terms, strict=True))
     left, right = side(g, _rows).mT, side(x, lambda t: _patches(geo, t))
-    found = torch.bmm(left, right, out=empty(left, probes, left.shape[1], right.shape[2]))
+    found = torch.bmm(left, right, out=arena.empty(left, probes, left.shape[1], right.shape[2]))
     return found.reshape(probes, *geo.weight[:2], *geo.kernel)
 
 
-def _folded(geo: Geometry, g: Tensor, x: Tensor) -> Tensor:
+def _folded(arena: Arena, geo: Geometry, g: Tensor, x: Tensor) -> Tensor:
     """Weight adjoints of several probes as one: those of the cotangent, or of the input, side by side."""
     if len(x) == 1:
-        return _weight_adjoint(geo, [(_beside(g), x[0])]).unflatten(0, (len(g), -1))
-    return _apart(_weight_adjoint(geo, [(g[0], _beside(x))]), len(x))
+        return _weight_adjoint(arena, geo, [(_beside(g), x[0])]).unflatten(0, (len(g), -1))
+    return _apart(_weight_adjoint(arena, geo, [(g[0], _beside(x))]), len(x))
 
 
-def _add(geo: Geometry, w: Tensor, into: Tensor | None) -> Tensor:
+def _add(arena: Arena, geo: Geometry, w: Tensor, into: Tensor | None) -> Tensor:
     if into is None:
-        return _uncrop(geo, w)
+        return _uncrop(arena, geo, w)
     _crop(geo, into).add_(w)
     return into
 
@@ -308,16 +315,16 @@ def _kept(c: Call, slot: int, value: Tensor) -> Tensor:
     geo = _of(c)
     if slot == 1:
         return _crop(geo, value).contiguous()[None]
-    return laid_out(value, geo.inside(len(value)))[None]
+    return c.arena.laid_out(value, geo.inside(len(value)))[None]
 
 
-def _run(node: Node, inputs: Sequence[Tensor]) -> Tensor:
+def _run(node: Node, inputs: Sequence[Tensor], arena: Arena) -> Tensor:
     """As the model itself runs it, to the bit, so that every ReLU decides as it does there; laid out for the sweeps."""
     x, *rest = inputs
     if x.is_cuda:  # layouts are algorithms there, which round each in their own way
         return execute(node, inputs)
-    y = execute(node, [laid_out(x, torch.contiguous_format), *rest])
-    return laid_out(y, _CHANNELS_LAST.get(y.ndim - 2, torch.contiguous_format))
+    y = execute(node, [arena.laid_out(x, torch.contiguous_format), *rest])
+    return arena.laid_out(y, _CHANNELS_LAST.get(y.ndim - 2, torch.contiguous_format))
 
 
 def _flops(node: Node, shapes: Shapes) -> int:

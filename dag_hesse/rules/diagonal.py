@@ -9,6 +9,7 @@ from typing import Any, final
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref
+from dag_hesse.kernels.arena import Arena
 from dag_hesse.kernels.pointwise import Coefficient, adjoint, curvature, tangent, times
 from dag_hesse.rules.base import (
     Buffers,
@@ -35,6 +36,7 @@ def residual(seconds: Seconds, tangents: Tangents, bend: Sequence[int]) -> Saved
 
 
 def adjoints(
+    arena: Arena,
     first: Sequence[Coefficient | None],
     seconds: Seconds,
     grad: Tensor | None,
@@ -46,7 +48,7 @@ def adjoints(
     """Per slot in ``shapes``, c_i ∘ ā and, in its ``rows``, Σ_j h_ij ∘ ẋ_j, summed to that shape."""
     found: dict[int, Tensor] = {}
     for slot, shape in shapes.items():
-        second = partial(curvature, seconds, saved or {}, slot, shape, out_shape)
+        second = partial(curvature, arena, seconds, saved or {}, slot, shape, out_shape)
         if grad is None:
             term = second(None)
             if term is not None:
@@ -54,7 +56,7 @@ def adjoints(
             continue
         c = first[slot]
         assert c is not None
-        x = adjoint(c, grad, shape)
+        x = adjoint(arena, c, grad, shape)
         found[slot] = x if saved is None else bent(x, grad, rows, second)
     return found
 
@@ -63,7 +65,7 @@ def adjoints(
 class _Diagonal(Linearized):
     def __init__(self, call: Call, partials: Partials, align: Align | None) -> None:
         first, self.raw = partials(call)
-        self.curved = call.curved
+        self.curved, self.arena = call.curved, call.arena
         self.first = [first.get(slot) for slot in range(len(call.values))]
         self.shapes = [value.shape for value in call.values]
         self.out_shape = call.out.shape
@@ -79,20 +81,20 @@ class _Diagonal(Linearized):
 
     def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
         if lam is not None and self.curved:
-            self.seconds = {pair: times(h, lam[0]) for pair, h in self.raw.items()}
+            self.seconds = {pair: times(self.arena, h, lam[0]) for pair, h in self.raw.items()}
         self.raw = {}
         return super().bind(lam, slots, into)
 
     def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
         tangents = self._align(tangents)
-        moved = tangent(self.first, tangents, self.out_shape) if out else None
+        moved = tangent(self.arena, self.first, tangents, self.out_shape) if out else None
         return moved, residual(self.seconds, tangents, bend)
 
     def pull(
         self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         shapes = {slot: self.aligned[slot] for slot in slots}
-        found = adjoints(self.first, self.seconds, grad, saved, rows, shapes, self.out_shape)
+        found = adjoints(self.arena, self.first, self.seconds, grad, saved, rows, shapes, self.out_shape)
         return {slot: x.reshape(len(x), *self.shapes[slot]) for slot, x in found.items()}
 
 

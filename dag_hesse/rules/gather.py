@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Ref, bind
-from dag_hesse.kernels.pool import empty_as, is_dense
+from dag_hesse.kernels.arena import is_dense
 from dag_hesse.rules.base import Call, Rule, Samples, Saved, no_pairs
 from dag_hesse.rules.linear import linear, shell
 from dag_hesse.rules.single import Single
@@ -172,7 +172,7 @@ class _MaxPool(Single):
         return picked.reshape(len(x), *self.out_shape), None
 
     def transpose(self, g: Tensor) -> Tensor:
-        found = empty_as(g, self.like).zero_()
+        found = self.arena.empty_as(g, self.like).zero_()
         lead, cells = found.shape[: -self.spatial], prod(found.shape[-self.spatial :])
         index = self.index.expand(len(g), *self.index.shape)
         found.view(*lead, cells).scatter_add_(-1, index, g.flatten(-self.spatial))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import final
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, execute
-from dag_hesse.kernels.pool import empty_as
 from dag_hesse.rules.base import NOTHING, Buffers, Call, Linearized, Moves, Rule, Samples, Saved, Tangents, no_pairs
 
 Transpose = Callable[[Call, Tensor, int], Tensor]
@@ -26,7 +26,7 @@ class _Linear(Linearized):
     def __init__(self, call: Call, forward: Forward, transpose: Transpose | None) -> None:
         # Shapes and strides are all that is needed of the active inputs.
         kept = tuple(shell(v) if on else v for v, on in zip(call.values, call.active, strict=True))
-        self.call = Call(call.node, kept, shell(call.out), call.active)
+        self.call = replace(call, values=kept, out=shell(call.out))
         self.forward, self.transpose = forward, transpose
 
     def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
@@ -61,7 +61,7 @@ class _Linear(Linearized):
         if into is not None:
             self._part(into).add_(grad)
             return into
-        whole = empty_as(grad, self.call.values[0]).zero_()
+        whole = self.call.arena.empty_as(grad, self.call.values[0]).zero_()
         self._part(whole).copy_(grad)
         return whole
 

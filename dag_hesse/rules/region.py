@@ -66,7 +66,7 @@ class _Meeting(Linearized):
     """z = Σ a_i x_i, y = φ(z): c = φ'(z), h = λ φ''(z)."""
 
     def __init__(self, call: Call, shares: dict[int, Coefficient], tail: Collapsed | None) -> None:
-        self.shares, self.tail, self.curved = shares, tail, call.curved
+        self.shares, self.tail, self.curved, self.arena = shares, tail, call.curved, call.arena
         self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.out.shape
         self.c: Coefficient = 1.0
         self.h: Coefficient | None = None
@@ -83,18 +83,18 @@ class _Meeting(Linearized):
         return self._apart(descent.pulled[0][None], slots) if slots else {}
 
     def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
-        met = tangent([self.shares.get(slot) for slot in range(len(self.shapes))], tangents, self.out_shape)
-        return times(self.c, met) if out else None, met if bend and self.h is not None else None
+        met = tangent(self.arena, [self.shares.get(slot) for slot in range(len(self.shapes))], tangents, self.out_shape)
+        return times(self.arena, self.c, met) if out else None, met if bend and self.h is not None else None
 
     def pull(
         self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         if grad is None:
-            return self._apart(times(self._curvature(), saved), slots)
-        at_z = times(self.c, grad)
+            return self._apart(times(self.arena, self._curvature(), saved), slots)
+        at_z = times(self.arena, self.c, grad)
         if saved is not None:
             at_z = grad.clone() if at_z is grad else at_z
-            add_times(at_z[rows], self._curvature(), saved)
+            add_times(self.arena, at_z[rows], self._curvature(), saved)
         return self._apart(at_z, slots)
 
     def _curvature(self) -> Coefficient:
@@ -102,7 +102,7 @@ class _Meeting(Linearized):
         return self.h
 
     def _apart(self, at_z: Tensor, slots: Sequence[int]) -> dict[int, Tensor]:
-        return {slot: adjoint(self.shares[slot], at_z, self.shapes[slot]) for slot in slots}
+        return {slot: adjoint(self.arena, self.shares[slot], at_z, self.shapes[slot]) for slot in slots}
 
 
 @final
@@ -112,7 +112,7 @@ class _Dense(Linearized):
     def __init__(self, call: Call, sources: Sequence[int], collapsed: Collapsed) -> None:
         self.sources, self.number = sources, {slot: i for i, slot in enumerate(sources)}
         self.collapsed: Collapsed | None = collapsed
-        self.curved = call.curved
+        self.curved, self.arena = call.curved, call.arena
         self.first: list[Coefficient | None] = []
         self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.out.shape
         self.seconds: dict[tuple[int, int], Coefficient] = {}
@@ -132,14 +132,14 @@ class _Dense(Linearized):
         return [first.get(self.number.get(slot, -1)) for slot in range(len(self.shapes))]
 
     def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
-        moved = tangent(self.first, tangents, self.out_shape) if out else None
+        moved = tangent(self.arena, self.first, tangents, self.out_shape) if out else None
         return moved, residual(self.seconds, tangents, bend)
 
     def pull(
         self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         shapes = {slot: self.shapes[slot] for slot in slots}
-        return adjoints(self.first, self.seconds, grad, saved, rows, shapes, self.out_shape)
+        return adjoints(self.arena, self.first, self.seconds, grad, saved, rows, shapes, self.out_shape)
 
 
 def linearize(call: Call) -> Linearized:
@@ -148,12 +148,10 @@ def linearize(call: Call) -> Linearized:
     members = list(enumerate(region.members, region.inputs))
     active = [slot for slot, on in enumerate(call.active) if on]
     if region.meet is None:
-        return _Dense(call, active, collapse(members, known, active))
+        return _Dense(call, active, collapse(members, known, active, call.arena))
     front, tail = members[: region.meet + 1], members[region.meet + 1 :]
-    shares = collapse(front, known, active).first
-    return _Meeting(
-        call, {active[i]: a for i, a in shares.items()}, collapse(tail, known, [front[-1][0]]) if tail else None
-    )
+    shares = {active[i]: a for i, a in collapse(front, known, active, call.arena).first.items()}
+    return _Meeting(call, shares, collapse(tail, known, [front[-1][0]], call.arena) if tail else None)
 
 
 REGION = Rule(Kind.POINTWISE, linearize, _pairs, Samples.ELEMENTWISE)

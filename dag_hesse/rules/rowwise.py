@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref, execute
 from dag_hesse.ir.ops import normalized_shape
+from dag_hesse.kernels.arena import Arena
 from dag_hesse.kernels.pointwise import times
-from dag_hesse.kernels.pool import empty
-from dag_hesse.rules.base import Call, Rule, Run, Samples, Saved, added, own_pair
+from dag_hesse.rules.base import Call, Rule, Run, Samples, Saved, added, as_it_is, own_pair
 from dag_hesse.rules.single import Single
 from dag_hesse.rules.structural import axes
 
@@ -27,9 +27,9 @@ def _trailing(call: Call, dims: object) -> list[int]:
     return [d - ndim for d in axes(dims, ndim)] if ndim else []
 
 
-def _less_mean(x: Tensor, weights: Tensor, dims: list[int]) -> Tensor:
+def _less_mean(arena: Arena, x: Tensor, weights: Tensor, dims: list[int]) -> Tensor:
     """x − ⟨weights, x⟩, in the memory that the products took."""
-    products = times(weights, x)
+    products = times(arena, weights, x)
     return torch.sub(x, products.sum(dims, keepdim=True), out=products)
 
 
@@ -45,7 +45,7 @@ class _Softmax(Single):
         self.y, self.dim = call.out, _trailing(call, call.argument(1))
 
     def _center(self, x: Tensor) -> Tensor:
-        return _less_mean(x, self.y, self.dim)
+        return _less_mean(self.arena, x, self.y, self.dim)
 
     def move(self, x: Tensor) -> tuple[Tensor, Saved]:
         centered = self._center(x)
@@ -54,7 +54,7 @@ class _Softmax(Single):
     def transpose(self, g: Tensor) -> Tensor:
         if len(g) > 1 and self.y.numel() < _MANY:
             return self._center(g).mul_(self.y)
-        found = empty(g, *g.shape)
+        found = self.arena.empty(g, *g.shape)
         for one, row in zip(g, found, strict=True):  # y (g − ⟨y,g⟩) in one pass
             aten._softmax_backward_data.out(one, self.y, self.dim[0], g.dtype, grad_input=row)
         return found
@@ -76,7 +76,7 @@ class _LogSoftmax(Single):
         self.p, self.dim = call.out.exp(), _trailing(call, call.argument(1))
 
     def move(self, x: Tensor) -> tuple[Tensor, Saved]:
-        moved = _less_mean(x, self.p, self.dim)
+        moved = _less_mean(self.arena, x, self.p, self.dim)
         return moved, moved
 
     def transpose(self, g: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class _LogSoftmax(Single):
         self.total = lam.sum(self.dim, keepdim=True)
 
     def second(self, saved: Saved, into: Tensor | None) -> Tensor:
-        return added(times(self.p, saved).mul_(-self.total), into)
+        return added(times(self.arena, self.p, saved).mul_(-self.total), into)
 
 
 @final
@@ -142,7 +142,7 @@ class _Standardize(Single):
             centered = g - self._mean(g) if self.center else g
             return torch.addcmul(centered, self.y, self._mean(self.y * g), value=-1).mul_(self.r)
         zero, one = torch.zeros_like(self.r), torch.ones_like(self.r)  # mean and scale of y
-        found = empty(g, *g.shape)
+        found = self.arena.empty(g, *g.shape)
         for x, row in zip(g, found, strict=True):
             project = aten.native_layer_norm_backward(x, self.y, self.inner, zero, one, None, None, _INPUT_ONLY)[0]
             torch.mul(project, self.r, out=row)
@@ -164,7 +164,7 @@ class _Standardize(Single):
         return total.addcmul_(moved, self.overlap).addcmul_(self.y, of_y)
 
 
-def _where_it_lies(node: Node, inputs: Sequence[Tensor]) -> Tensor:
+def _where_it_lies(node: Node, inputs: Sequence[Tensor], arena: Arena) -> Tensor:
     """A softmax where its input lies: one along an axis that is innermost in memory comes out in that layout."""
     x, dim = inputs[0], node.args[1]
     if x.ndim < 2 or x.stride(dim) != 1 or not isinstance(node.args[0], Ref):
@@ -173,7 +173,7 @@ def _where_it_lies(node: Node, inputs: Sequence[Tensor]) -> Tensor:
     return target(x.movedim(dim, -1), -1, *node.args[2:], **node.kwargs).movedim(-1, dim)
 
 
-def _safely(node: Node, inputs: Sequence[Tensor]) -> Tensor:
+def _safely(node: Node, inputs: Sequence[Tensor], arena: Arena) -> Tensor:
     """A softmax, 0 in rows of −∞; the op itself looks at every element three times for such rows."""
     x, dim = inputs[0], node.args[1]
     if x.device.type != "cpu" or node.kwargs or len(node.args) > 2 or x.numel() == 0:
@@ -182,7 +182,7 @@ def _safely(node: Node, inputs: Sequence[Tensor]) -> Tensor:
     return y.masked_fill_(masked, 0.0) if bool(masked.any()) else y
 
 
-def _rowwise(linearize: type[Single], samples: Samples, run: Run = execute, shifted: int | None = None) -> Rule:
+def _rowwise(linearize: type[Single], samples: Samples, run: Run = as_it_is, shifted: int | None = None) -> Rule:
     return Rule(Kind.ROWWISE, linearize, own_pair, samples, run=run, shifted=shifted)
 
 

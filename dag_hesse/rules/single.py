@@ -15,7 +15,7 @@ class Single(Linearized):
     """A call of one input. A linear one moves and transposes; others keep something of λ, and have a second term."""
 
     def __init__(self, call: Call) -> None:
-        self.curved, self.bound = call.curved, False
+        self.curved, self.arena, self.bound = call.curved, call.arena, False
 
     @abstractmethod
     def move(self, x: Tensor) -> tuple[Tensor, Saved]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dag_hesse.kernels.pool import empty
+from dag_hesse.kernels.arena import Arena
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Blocks:
         return Blocks(part(self.gn, other.gn), part(self.tensor, other.tensor))
 
 
-def in_a_row(chunks: Sequence[Tensor | None], scale: float) -> Tensor | None:
+def in_a_row(arena: Arena, chunks: Sequence[Tensor | None], scale: float) -> Tensor | None:
     """Chunks of probes, one behind the other. Whether a part is zero is structural, so it is the same for all."""
     tensors = [chunk for chunk in chunks if chunk is not None]
     if not tensors:
         return None
     joined = tensors[0]
     if len(tensors) > 1:
-        joined = torch.cat(tensors, out=empty(joined, sum(map(len, tensors)), *joined.shape[1:]))
+        joined = torch.cat(tensors, out=arena.empty(joined, sum(map(len, tensors)), *joined.shape[1:]))
     return joined if scale == 1.0 else joined * scale

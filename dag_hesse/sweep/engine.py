@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir import Node
-from dag_hesse.kernels.pool import room
+from dag_hesse.kernels.arena import Arena
 from dag_hesse.rules.base import ALL, Saved, is_fresh
 from dag_hesse.sweep.linearize import Linearization
 
@@ -44,14 +44,14 @@ class Adjoint:
         """Whether terms of these channels can be added in place."""
         return self.owned and (self.gn, self.tensor) == (gn, tensor)
 
-    def add(self, other: Adjoint) -> Adjoint:
+    def add(self, other: Adjoint, arena: Arena) -> Adjoint:
         """Return the sum, in place where one of the two is owned."""
         if (self.gn, self.tensor) == (other.gn, other.tensor):
             for one, term in ((self, other), (other, self)):
                 if one.takes(term.gn, term.tensor):
                     one.data.add_(term.data)
                     return one
-            return Adjoint(_sum(self.data, other.data), self.gn, self.tensor, owned=True)
+            return Adjoint(_sum(arena, self.data, other.data), self.gn, self.tensor, owned=True)
         wide, narrow = (self, other) if self.gn and self.tensor else (other, self)
         if not (wide.gn and wide.tensor):
             first, second = (wide, narrow) if wide.gn else (narrow, wide)
@@ -63,8 +63,8 @@ class Adjoint:
         return wide
 
 
-def _sum(x: Tensor, y: Tensor) -> Tensor:
-    return torch.add(x, y, out=room(x, y))
+def _sum(arena: Arena, x: Tensor, y: Tensor) -> Tensor:
+    return torch.add(x, y, out=arena.room(x, y))
 
 
 def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], channels: str) -> dict[int, Saved]:
@@ -79,7 +79,7 @@ def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], c
         if call is not None and given and (out or bend):
             moved, saved = call.push(given, out, bend)
             if moved is not None:
-                tangents[node.index] = _sum(moved, seeds[node.index]) if node.index in seeds else moved
+                tangents[node.index] = _sum(lin.arena, moved, seeds[node.index]) if node.index in seeds else moved
             if saved is not None:
                 residuals[node.index] = saved
         for k in set(node.inputs):
@@ -148,7 +148,7 @@ def _pull(
                 continue
             k, term = node.inputs[slot], Adjoint(data, gn, tensor, own[slot])
             del data
-            adjoints[k] = adjoints[k].add(term) if k in adjoints else term
+            adjoints[k] = adjoints[k].add(term, lin.arena) if k in adjoints else term
             del term
     return found
 

@@ -12,7 +12,7 @@ from dag_hesse._capture import Batch, Batches
 from dag_hesse.budget import Budget
 from dag_hesse.errors import CaptureError
 from dag_hesse.ir import CurvatureGraph
-from dag_hesse.kernels.pool import Pool
+from dag_hesse.kernels.arena import Pool
 from dag_hesse.plan.fusion import fuse
 from dag_hesse.plan.memory import linearization_bytes
 from dag_hesse.randomness import RandomState, preserved
@@ -33,7 +33,7 @@ class Linearizations:
         budget: says how many are kept; the one of a single entry always is.
 
     Attributes:
-        pool: where linearizations and sweeps have their memory from.
+        arena: where linearizations and sweeps have their memory from.
         losses: per batch that was linearized, its loss.
     """
 
@@ -50,7 +50,7 @@ class Linearizations:
     ) -> None:
         self.model, self.batches, self.entries = model, batches, entries
         self.tensor_part, self.with_out, self.again, self.budget = tensor_part, with_out, again, budget
-        self.pool = Pool()
+        self.arena = Pool()
         self.losses: dict[int, float] = {}
         self._kept: dict[int, Linearization] = {}
         self._bytes = 0  # of those
@@ -79,7 +79,7 @@ class Linearizations:
                 yield entry, self._kept.get(place) or self._made(place, entry, batch)
 
     def _made(self, place: int, entry: Entry, batch: Batch) -> Linearization:
-        with preserved(), self.pool.use():
+        with preserved():
             start = self._rng[max(k for k in self._rng if k <= entry.batch)]  # a batch that counts nothing is left out
             start.restore()
             try:
@@ -110,6 +110,7 @@ class Linearizations:
             tensor_part=self.tensor_part,
             sample=entry.sample,
             checked=checked,
+            arena=self.arena,
         )
 
     def _sites(self, entry: Entry) -> set[int]:

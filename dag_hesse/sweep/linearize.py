@@ -9,6 +9,7 @@ from torch import Tag, Tensor, nn
 
 from dag_hesse.errors import CaptureError, LossError, NonDifferentiableError, out_of_memory
 from dag_hesse.ir import CurvatureGraph, Kind, Node
+from dag_hesse.kernels.arena import FRESH, Arena
 from dag_hesse.rules import Call, Linearized, rule_for
 from dag_hesse.rules.base import is_fresh
 from dag_hesse.rules.table import evaluate, pairs_of
@@ -35,6 +36,7 @@ class Linearization:
         sample: restrict the loss to this sample (design §2.3); None: the whole batch.
         checked: whether values that Python looked at must be those of the capture.
         inspect: is shown every call that autograd differentiates.
+        arena: where values and products are written.
 
     Raises:
         OtherGraphError: they are not.
@@ -56,8 +58,9 @@ class Linearization:
         sample: int | None = None,
         checked: bool = True,
         inspect: Callable[[Call], None] = lambda call: None,
+        arena: Arena = FRESH,
     ) -> None:
-        self.graph, self.sample, self.tensor_part = graph, sample, tensor_part
+        self.graph, self.sample, self.tensor_part, self.arena = graph, sample, tensor_part, arena
         self.inspect, self.guards = inspect, {guard.node: guard for guard in graph.guards} if checked else {}
         self.active = graph.active(sites)
         self.in_loss = graph.loss_subgraph
@@ -103,7 +106,8 @@ class Linearization:
             if self.active[node.index] and node.is_differentiable:
                 on = tuple(self.active[k] for k in node.inputs)
                 if any(on):
-                    self.calls[node.index] = self._linearize(Call(node, known, out, on, node.index in self.curved))
+                    call = Call(node, known, out, on, node.index in self.curved, self.arena)
+                    self.calls[node.index] = self._linearize(call)
             for k in set(node.inputs):
                 readers[k] -= 1
                 if readers[k] == 0 and k != self.graph.loss:
@@ -123,10 +127,9 @@ class Linearization:
         ):
             raise OtherGraphError(f"{node.where} gives {tuple(out.shape)} now; it gave {node.shape} at capture.")
 
-    @staticmethod
-    def _evaluate(node: Node, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _evaluate(self, node: Node, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         try:
-            return evaluate(node, inputs)
+            return evaluate(node, inputs, self.arena)
         except (IndexError, RuntimeError) as error:
             if out_of_memory(error):
                 raise

@@ -13,7 +13,7 @@ from dag_hesse._capture.reduction import Reduction
 from dag_hesse.budget import Budget
 from dag_hesse.errors import StaleError
 from dag_hesse.ir import CurvatureGraph
-from dag_hesse.kernels.pool import Pool
+from dag_hesse.kernels.arena import Pool
 from dag_hesse.sweep.blocks import Blocks, Request
 from dag_hesse.sweep.kept import Linearizations
 from dag_hesse.sweep.linearize import Linearization
@@ -119,13 +119,9 @@ class Problem:
         return self._runner.sweeps
 
     @property
-    def pool(self) -> Pool:
+    def arena(self) -> Pool:
         """Where linearizations and sweeps have their memory from."""
-        return self._kept.pool
-
-    @pool.setter
-    def pool(self, pool: Pool) -> None:
-        self._kept.pool = pool
+        return self._kept.arena
 
     def release(self) -> None:
         """Let the kept linearizations go; the next sweep makes them anew."""

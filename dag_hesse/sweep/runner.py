@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -72,9 +73,8 @@ class Runner:
             self.sweeps += count
             if progress is not None:
                 progress(count)
-        return {
-            v: Blocks(in_a_row(gn, entry.scale), in_a_row(tensor, entry.scale)) for v, (gn, tensor) in parts.items()
-        }
+        joined = partial(in_a_row, lin.arena, scale=entry.scale)
+        return {v: Blocks(joined(gn), joined(tensor)) for v, (gn, tensor) in parts.items()}
 
     def _chunks(
         self, entry: Entry, lin: Linearization, z: Mapping[int, Tensor], reads: Sequence[int], channels: str
@@ -101,9 +101,8 @@ class Runner:
         """One sweep: per read point, (GN, T)."""
         graph, how, like = entry.graph, self.meaning.how, next(iter(z.values()))
         sites = {k for v in reads for k in entry.points[v].sites}
-        with self.kept.pool.use():
-            found = sweep(lin, self._seeds(entry, z), sites, channels, reader(graph, how))
-            return {v: read_parts(graph, entry.points[v], found, like, how) for v in reads}
+        found = sweep(lin, self._seeds(entry, z), sites, channels, reader(graph, how))
+        return {v: read_parts(graph, entry.points[v], found, like, how) for v in reads}
 
     def _seeds(self, entry: Entry, z: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Perturbations of all nodes of the sources; points that share a node are added there."""

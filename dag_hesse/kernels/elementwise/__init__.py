@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dag_hesse.kernels.arena import Arena, is_dense
 from dag_hesse.kernels.elementwise.program import Builder, Program
 from dag_hesse.kernels.elementwise.recorder import Recording, Refused, record
-from dag_hesse.kernels.pool import blank, is_dense
 
 _LEAST = 1 << 12  # elements; a pass over fewer costs less than to set a program up
 
@@ -25,9 +25,9 @@ def refusal(operands: Sequence[Tensor], like: Tensor) -> str | None:
     return None if like.numel() >= _LEAST else f"there are fewer than {_LEAST} elements"
 
 
-def run(program: Program, operands: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+def run(arena: Arena, program: Program, operands: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     """Results of a program on ``operands``, which broadcast to ``like``; shaped and laid out as that."""
-    results = [blank(like) for _ in range(program.results)]
+    results = [arena.blank(like) for _ in range(program.results)]
     if like.is_meta:  # shapes are all that is wanted
         return results
     strides = like.stride()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dag_hesse.kernels.pool import room
+from dag_hesse.kernels.arena import Arena
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +48,21 @@ def reduce_to(x: Tensor, shape: Sequence[int]) -> Tensor:
     return x.reshape(x.shape[0], *shape)
 
 
-def times(c: Coefficient, x: Tensor) -> Tensor:
+def times(arena: Arena, c: Coefficient, x: Tensor) -> Tensor:
     """Return ``c ∘ x``, without a copy where c is the number 1."""
     if isinstance(c, Gate):
-        place = room(x, c.value)
+        place = arena.room(x, c.value)
         if place is None:
             return torch.ops.aten.threshold_backward(x, c.value, 0)
         return torch.ops.aten.threshold_backward.grad_input(x, c.value, 0, grad_input=place)
-    return x if isinstance(c, float) and c == 1 else torch.mul(x, c, out=room(x, c))
+    return x if isinstance(c, float) and c == 1 else torch.mul(x, c, out=arena.room(x, c))
 
 
-def plus_times(total: Tensor, c: Coefficient, x: Tensor) -> Tensor:
+def plus_times(arena: Arena, total: Tensor, c: Coefficient, x: Tensor) -> Tensor:
     """Return ``total + c ∘ x``, in one pass where there is such a kernel."""
     if isinstance(c, Gate):
-        return total + times(c, x)
-    place = room(total, c, x)
+        return total + times(arena, c, x)
+    place = arena.room(total, c, x)
     if isinstance(c, Tensor):
         return torch.addcmul(total, c, x, out=place)
     return torch.add(total, x, alpha=c, out=place)
@@ -72,48 +72,51 @@ def _plain(c: Coefficient) -> Tensor | float:
     return c.dense() if isinstance(c, Gate) else c
 
 
-def product(a: Coefficient, b: Coefficient) -> Coefficient:
+def product(arena: Arena, a: Coefficient, b: Coefficient) -> Coefficient:
     """Return the coefficient ``a ∘ b``."""
     for one, other in ((a, b), (b, a)):
         if isinstance(one, float) and one == 1:
             return other
         if isinstance(one, Tensor):
-            return times(other, one)
+            return times(arena, other, one)
     return _plain(a) * _plain(b)
 
 
-def plus_product(total: Coefficient, a: Coefficient, b: Coefficient) -> Coefficient:
+def plus_product(arena: Arena, total: Coefficient, a: Coefficient, b: Coefficient) -> Coefficient:
     """Return the coefficient ``total + a ∘ b``, in one pass where all are tensors."""
     total, a, b = _plain(total), _plain(a), _plain(b)
     if isinstance(total, Tensor) and isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.addcmul(total, a, b)
-    return total + _plain(product(a, b))
+    return total + _plain(product(arena, a, b))
 
 
-def tangent(partials: Sequence[Coefficient | None], tangents: Mapping[int, Tensor], shape: Sequence[int]) -> Tensor:
+def tangent(
+    arena: Arena, partials: Sequence[Coefficient | None], tangents: Mapping[int, Tensor], shape: Sequence[int]
+) -> Tensor:
     """Return ȧ = Σ_i c_i ∘ ẋ_i of shape (probes, *shape)."""
     total: Tensor | None = None
     for slot, xdot in tangents.items():
         c, x = partials[slot], lift(xdot, len(shape))
         assert c is not None
-        total = times(c, x) if total is None else plus_times(total, c, x)
+        total = times(arena, c, x) if total is None else plus_times(arena, total, c, x)
     assert total is not None
     return total.expand(total.shape[0], *shape)
 
 
-def adjoint(partial: Coefficient, cotangent: Tensor, shape: Sequence[int]) -> Tensor:
+def adjoint(arena: Arena, partial: Coefficient, cotangent: Tensor, shape: Sequence[int]) -> Tensor:
     """Return x̄_i = c_i ∘ ā summed to the input's ``shape``."""
-    return reduce_to(times(partial, cotangent), shape)
+    return reduce_to(times(arena, partial, cotangent), shape)
 
 
-def add_times(into: Tensor, c: Coefficient, x: Tensor) -> Tensor:
+def add_times(arena: Arena, into: Tensor, c: Coefficient, x: Tensor) -> Tensor:
     """into += c ∘ x."""
     if isinstance(c, Gate):
-        return into.add_(times(c, x))
+        return into.add_(times(arena, c, x))
     return into.addcmul_(c, x) if isinstance(c, Tensor) else into.add_(x, alpha=c)
 
 
 def curvature(
+    arena: Arena,
     seconds: Mapping[tuple[int, int], Coefficient],
     tangents: Mapping[int, Tensor],
     slot: int,
@@ -130,8 +133,8 @@ def curvature(
         return None
     if into is not None and torch.Size(shape) == torch.Size(out_shape):
         for other, xdot in row.items():
-            add_times(into, seconds[slot, other], lift(xdot, len(out_shape)))
+            add_times(arena, into, seconds[slot, other], lift(xdot, len(out_shape)))
         return into
     partials = [seconds.get((slot, other)) for other in range(max(row) + 1)]
-    found = reduce_to(tangent(partials, row, out_shape), shape)
+    found = reduce_to(tangent(arena, partials, row, out_shape), shape)
     return found if into is None else into.add_(found)

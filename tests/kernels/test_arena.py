@@ -1,9 +1,8 @@
-"""The pool: cuts never overlap, come back when nobody holds them, and products over it are the same."""
+"""The pool: blocks never overlap, come back when nobody holds them, and products over it are the same."""
 
 from __future__ import annotations
 
 import gc
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dag_hesse as dh
-from dag_hesse.kernels import pool as pool_module
-from dag_hesse.kernels.pool import Pool, empty, room
+from dag_hesse.kernels import arena as arena_module
+from dag_hesse.kernels.arena import FRESH, Pool
 
 LIKE = torch.zeros(1)
 
@@ -22,7 +21,7 @@ LIKE = torch.zeros(1)
 def test_no_two_tensors_share_memory(steps: list[tuple[int, bool, int]]) -> None:
     pool, alive = Pool(), dict[int, torch.Tensor]()
     for mark, (size, drop, which) in enumerate(steps):
-        alive[mark] = pool.empty(size).fill_(mark)
+        alive[mark] = pool.take(size).fill_(mark)
         if drop and alive:
             alive.pop(sorted(alive)[which % len(alive)])
     assert all((tensor == mark).all() and tensor.data_ptr() % 64 == 0 for mark, tensor in alive.items())
@@ -33,18 +32,16 @@ def test_no_two_tensors_share_memory(steps: list[tuple[int, bool, int]]) -> None
 
 def test_a_view_keeps_its_memory() -> None:
     pool = Pool()
-    with pool.use():
-        view = empty(LIKE, 1 << 23)[7:9]
-        view.fill_(3.0)
-        gc.collect()
-        assert empty(LIKE, 1 << 23).fill_(0.0).data_ptr() != view.data_ptr()
+    view = pool.empty(LIKE, 1 << 23)[7:9]
+    view.fill_(3.0)
+    gc.collect()
+    assert pool.empty(LIKE, 1 << 23).fill_(0.0).data_ptr() != view.data_ptr()
     assert view.tolist() == [3.0, 3.0]
 
 
 def test_results_outlive_the_pool() -> None:
     pool = Pool()
-    with pool.use():
-        x = empty(LIKE, 1 << 23).fill_(2.0)
+    x = pool.empty(LIKE, 1 << 23).fill_(2.0)
     del pool
     gc.collect()
     assert float(x.sum()) == 2.0 * (1 << 23)
@@ -52,14 +49,14 @@ def test_results_outlive_the_pool() -> None:
 
 def test_room_keeps_the_layout_and_knows_where_there_is_none() -> None:
     x = torch.empty(1, 8, 1 << 12, 1 << 8, memory_format=torch.channels_last)
-    assert room(x) is None  # no pool is in use
-    with Pool().use():
-        place = room(x, torch.zeros(1, 8, 1, 1), 2.0)
-        assert place is not None
-        assert (place.shape, place.stride()) == (x.shape, x.stride())
-        assert room(x[..., :1], x) is None  # the result would be larger
-        assert room(x[:, :4]) is None  # its elements do not fill what they span
-        assert room(torch.zeros(3)) is None
+    pool = Pool()
+    assert FRESH.room(x) is None  # PyTorch finds the place
+    place = pool.room(x, torch.zeros(1, 8, 1, 1), 2.0)
+    assert place is not None
+    assert (place.shape, place.stride()) == (x.shape, x.stride())
+    assert pool.room(x[..., :1], x) is None  # the result would be larger
+    assert pool.room(x[:, :4]) is None  # its elements do not fill what they span
+    assert pool.room(torch.zeros(3)) is None
 
 
 @pytest.mark.parametrize("space", ["parameter", "activation"])
@@ -71,9 +68,19 @@ def test_products_are_the_same(space: str, monkeypatch: pytest.MonkeyPatch) -> N
     ).double().eval()  # fmt: skip
     H = dh.HessianOperator(net, (torch.randn(4, 3, 8, 8).double(), torch.tensor([0, 1, 2, 0])), space=space)
     v = torch.randn(H.shape[0], 3).double()
-    monkeypatch.setattr(pool_module, "_LARGE", 0)
+    monkeypatch.setattr(arena_module, "_LARGE", 0)
     pooled = [H @ v for _ in range(3)]
-    assert H._problem.pool.size > 0
-    monkeypatch.setattr(H._problem.pool, "use", nullcontext)
+    assert H._problem.arena.size > 0
+    monkeypatch.setattr(arena_module, "_LARGE", 1 << 60)
     assert all(torch.equal(x, pooled[0]) for x in pooled)
     torch.testing.assert_close(pooled[0], H @ v, rtol=1e-12, atol=1e-14)
+
+
+def test_blocks_multiply_in_the_operators_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    H = dh.HessianOperator(net, (torch.randn(5, 3).double(), torch.tensor([0, 1, 1, 0, 1])))
+    monkeypatch.setattr(arena_module, "_LARGE", 0)
+    before = H._problem.arena.size
+    product = H.block("0.weight", "2.weight") @ torch.ones(8).double()
+    assert product.shape == (12,)
+    assert H._problem.arena.size > before

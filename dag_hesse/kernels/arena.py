@@ -1,0 +1,172 @@
+"""Memory that products write to, handed from problem to engine to kernels.
+
+A system hands out large blocks as fresh pages, and those cost more than what is written to them. The products of an
+operator therefore take them from a pool of its own, to which they come back by themselves.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LARGE = 1 << 22  # bytes; smaller blocks are reused by the system's allocator as they are
+_ALIGNED = 64  # bytes
+_STAGGER = 17 * _ALIGNED  # between blocks: operands that lie a power of two apart evict each other from the caches
+_CELLS = 1 << 10
+_FIRST = 1 << 26  # bytes of the first slab; the next ones are as large as all before
+
+
+class Arena:
+    """Where results are written. This one takes fresh memory for each; a :class:`Pool` uses what others gave back."""
+
+    def _taken(self, like: Tensor, count: int) -> Tensor | None:
+        """Memory for ``count`` elements, flat; None where PyTorch is to find it."""
+        return None
+
+    def empty(self, like: Tensor, *shape: int) -> Tensor:
+        """An uninitialized tensor of the dtype and device of ``like``."""
+        place = self._taken(like, prod(shape))
+        return like.new_empty(shape) if place is None else place.view(shape)
+
+    def room(self, x: Tensor, *others: object) -> Tensor | None:
+        """Where an elementwise function of ``x`` and ``others``, laid out as x is, can be written.
+
+        None where PyTorch is to find the place: the result is small, or of another shape.
+        """
+        if not is_dense(x):
+            return None
+        shapes = [t.shape for t in others if isinstance(t, Tensor)]
+        if torch.broadcast_shapes(x.shape, *shapes) != x.shape:
+            return None
+        place = self._taken(x, x.numel())
+        return None if place is None else place.as_strided(x.shape, x.stride())
+
+    def blank(self, like: Tensor) -> Tensor:
+        """An uninitialized tensor laid out as ``like``, which is dense."""
+        place = self.room(like)
+        return torch.empty_like(like) if place is None else place
+
+    def empty_as(self, probes: Tensor, value: Tensor) -> Tensor:
+        """Uninitialized, (probes, *value), each laid out as ``value`` (in order of the axes, where that has gaps)."""
+        if not is_dense(value):
+            return self.empty(probes, len(probes), *value.shape)
+        strides = value.stride()
+        order = sorted(range(value.ndim), key=lambda axis: -strides[axis])
+        places = [order.index(axis) + 1 for axis in range(value.ndim)]
+        return self.empty(probes, len(probes), *(value.shape[axis] for axis in order)).permute(0, *places)
+
+    def laid_out(self, x: Tensor, layout: torch.memory_format) -> Tensor:
+        """``x`` in a memory layout: itself where it has that, else a copy."""
+        if x.is_contiguous(memory_format=layout):
+            return x
+        if layout is torch.contiguous_format:
+            found = self.empty(x, *x.shape)
+            if x.ndim < 4 or not x.movedim(1, -1).is_contiguous():
+                return found.copy_(x)
+            # A channel's cells lie far apart: as many as the caches hold until the next channel, beside it, is read.
+            for to, cells in zip(found.flatten(2).split(_CELLS, 2), x.flatten(2).split(_CELLS, 2), strict=True):
+                to.copy_(cells)
+            return found
+        lead, channels, *side = x.shape
+        return self.empty(x, lead, *side, channels).movedim(-1, 1).copy_(x)
+
+
+FRESH = Arena()
+
+
+class Pool(Arena):
+    """CPU memory in slabs, given out in blocks. A block is free again when the last tensor in it is gone.
+
+    What is asked for lies as low as it can, so that pages above the most that was ever in use are never touched.
+
+    Example:
+        >>> pool, like = Pool(), torch.zeros(1)
+        >>> place = pool.empty(like, 1024, 1024).data_ptr()
+        >>> pool.empty(like, 2048, 1024).data_ptr() == place
+        True
+    """
+
+    def __init__(self) -> None:
+        self._slabs: list[_Slab] = []
+        self._returned: list[tuple[_Slab, int, int]] = []  # tensors end at any time, even while gaps are looked through
+
+    @property
+    def size(self) -> int:
+        """Bytes of all slabs."""
+        return sum(slab.size for slab in self._slabs)
+
+    def _taken(self, like: Tensor, count: int) -> Tensor | None:
+        size = count * like.itemsize
+        return None if like.device.type != "cpu" or size < _LARGE else self.take(size).view(like.dtype)
+
+    def take(self, size: int) -> Tensor:
+        """``size`` uninitialized bytes."""
+        self._collect()
+        taken = size + -size % _ALIGNED + _STAGGER
+        for slab in self._slabs:
+            start = slab.cut(taken)
+            if start is not None:
+                break
+        else:
+            slab = _Slab(max(taken, _FIRST, self.size))
+            self._slabs.append(slab)
+            start = slab.cut(taken) or 0
+        lent = slab.memory[start : start + size]
+        weakref.finalize(lent, self._returned.append, (slab, start, start + taken)).atexit = False
+        return torch.from_numpy(lent)
+
+    def retire(self) -> None:
+        """Start anew, as if nothing had been lent yet: what comes back of old slabs is not lent again."""
+        self._slabs.clear()
+
+    def _collect(self) -> None:
+        while self._returned:
+            slab, start, stop = self._returned.pop()
+            slab.join(start, stop)
+
+
+class _Slab:
+    """One piece of memory, and what of it is free: gaps (start, stop), ascending, none beside another."""
+
+    def __init__(self, size: int) -> None:
+        whole = np.empty(size + _ALIGNED, np.uint8)  # on huge pages, where the system has them
+        first = -whole.ctypes.data % _ALIGNED
+        self.memory, self.size, self.gaps = whole[first : first + size], size, [(0, size)]
+
+    def cut(self, size: int) -> int | None:
+        """Start of ``size`` bytes in the lowest gap that has them; None if there is none."""
+        for k, (start, stop) in enumerate(self.gaps):
+            if stop - start >= size:
+                self.gaps[k : k + 1] = [(start + size, stop)] if stop - start > size else []
+                return start
+        return None
+
+    def join(self, start: int, stop: int) -> None:
+        """Free a cut, as one gap with its neighbours."""
+        k = bisect(self.gaps, (start, stop))
+        if k < len(self.gaps) and self.gaps[k][0] == stop:
+            stop = self.gaps.pop(k)[1]
+        if k and self.gaps[k - 1][1] == start:
+            k -= 1
+            start = self.gaps.pop(k)[0]
+        self.gaps.insert(k, (start, stop))
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether every place of the memory that ``x`` spans is one of its elements, once."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, count in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= count
+    return True
+
+
+__all__ = ["FRESH", "Arena", "Pool", "is_dense"]
