@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import dag_hesse as dh
-from dag_hesse.kernels import elementwise
+from dag_hesse.kernels import machine
 from tests.models.zoo import CASES, Case, case
 
 KINDS: dict[str, tuple[Any, Callable[[Any, Tensor], Iterable[Tensor]]]] = {
@@ -25,12 +25,12 @@ KINDS: dict[str, tuple[Any, Callable[[Any, Tensor], Iterable[Tensor]]]] = {
 @contextmanager
 def _programs(on: bool) -> Iterator[None]:
     """Elementwise programs for tensors of any size, or for none."""
-    least = elementwise._LEAST
-    elementwise._LEAST = 0 if on else 1 << 60
+    least = machine.CPU.program
+    machine.CPU.program = 0 if on else 1 << 60
     try:
         yield
     finally:
-        elementwise._LEAST = least
+        machine.CPU.program = least
 
 
 def _of(one: Case, space: str, kind: str, count: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from dag_hesse._capture import Batches, capture_all, first_batch, unwrapped
 from dag_hesse._capture.losses import Loss
 from dag_hesse._structure import analyze_structure
 from dag_hesse.ir import CurvatureGraph
+from dag_hesse.kernels.dispatch import refusals
 from dag_hesse.measure import Phase, measured
 from dag_hesse.plan import Plan, fuse_all, path_cost, plan
 from dag_hesse.plan.edge_table import Edge, as_rows, dearest, edges, render_edges
@@ -46,6 +47,7 @@ class Profile:
         phases: measured: ``capture``, ``linearize``, ``sweep`` (one probe), ``map`` where it was asked for.
         foreseen: what the plan says of ``linearize``, ``sweep`` and ``map``; seconds at the measured rate of a sweep.
         nodes, edges, plan: in detail.
+        refusals: (kernel, implementation, reason, how often): what did not run as fast as it may, and why.
     """
 
     phases: dict[str, Phase]
@@ -53,6 +55,7 @@ class Profile:
     nodes: list[NodeProfile]
     edges: list[Edge]
     plan: Plan
+    refusals: list[tuple[str, str, str, int]] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
@@ -76,6 +79,7 @@ class Profile:
             "nodes": [asdict(node) for node in self.nodes],
             "edges": as_rows(self.edges),
             "plan": self.plan.to_dict(),
+            "refusals": self.refusals,
         }
 
     def __str__(self) -> str:
@@ -95,6 +99,10 @@ class Profile:
                 f"{name[:34]:<36}{flops / 1e6:>10.1f}{moved / 2**20:>9.1f}{seconds * 1e3:>9.2f}"
                 f"{flops / self.rate * 1e3:>14.2f}"
             )
+        lines += (
+            [f"\nkernels that refused\n{'kernel':<28}{'implementation':<16}{'times':>8}  why"] if self.refusals else []
+        )
+        lines += [f"{kernel:<28}{name:<16}{count:>8}  {reason}" for kernel, name, reason, count in self.refusals]
         lines.append("\nthe ten dearest edges\n" + render_edges(dearest(self.edges)))
         return "\n".join(lines)
 
@@ -201,7 +209,7 @@ def profile(
             options: dict[str, Any] = {"mode": mode, "probes": probes, "memory": memory}
             analyze(model, one, loss=loss, output=output, points=points, space=space, **options)
     rate = schedule.chunk * sweep_cost(schedule.structure, 0, every).flops / together.seconds
-    return Profile(phases, _foreseen(schedule, rate, phases), nodes, found, schedule)
+    return Profile(phases, _foreseen(schedule, rate, phases), nodes, found, schedule, list(refusals()))
 
 
 def _foreseen(schedule: Plan, rate: float, phases: dict[str, Phase]) -> dict[str, Phase]:

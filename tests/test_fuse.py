@@ -13,7 +13,7 @@ import dag_hesse as dh
 from dag_hesse._capture import Batches
 from dag_hesse.experiments.models import resnet18
 from dag_hesse.ir import CurvatureGraph, Kind, verify
-from dag_hesse.kernels import elementwise
+from dag_hesse.kernels import machine
 from dag_hesse.plan import fuse
 from dag_hesse.rules.region import Region
 from dag_hesse.sweep import Problem, Request
@@ -150,7 +150,7 @@ def test_biases_join_the_products_they_are_added_to(points: list[str]) -> None:
 def test_a_linearization_leaves_nothing_nonlinear_for_the_sweeps(
     operator: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(elementwise, "_LEAST", 0)
+    monkeypatch.setattr(machine.CPU, "program", 0)
     model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.SiLU(), nn.Linear(4, 2))
     H = operator(model.eval(), (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])))
     ((_, lin),) = H._problem.linearizations()

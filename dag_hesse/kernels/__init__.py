@@ -1,1 +1,29 @@
-"""Fused kernels, one folder each; ``naive.py`` is the definition in plain torch."""
+"""What sweeps compute, a folder a kernel: ``reference.py`` is its definition, the other modules run it faster."""
+
+from dag_hesse.kernels import (
+    arena,
+    batch_affine,
+    contraction,
+    convolution,
+    diagonal,
+    dispatch,
+    layout,
+    machine,
+    program,
+    rowwise,
+)
+
+dispatch.check_forced()
+
+__all__ = [
+    "arena",
+    "batch_affine",
+    "contraction",
+    "convolution",
+    "diagonal",
+    "dispatch",
+    "layout",
+    "machine",
+    "program",
+    "rowwise",
+]

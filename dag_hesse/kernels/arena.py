@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect
+from collections.abc import Callable
 from math import prod
 
 import numpy as np
@@ -17,7 +18,6 @@ from torch import Tensor
 _LARGE = 1 << 22  # bytes; smaller blocks are reused by the system's allocator as they are
 _ALIGNED = 64  # bytes
 _STAGGER = 17 * _ALIGNED  # between blocks: operands that lie a power of two apart evict each other from the caches
-_CELLS = 1 << 10
 _FIRST = 1 << 26  # bytes of the first slab; the next ones are as large as all before
 
 
@@ -59,21 +59,6 @@ class Arena:
         order = sorted(range(value.ndim), key=lambda axis: -strides[axis])
         places = [order.index(axis) + 1 for axis in range(value.ndim)]
         return self.empty(probes, len(probes), *(value.shape[axis] for axis in order)).permute(0, *places)
-
-    def laid_out(self, x: Tensor, layout: torch.memory_format) -> Tensor:
-        """``x`` in a memory layout: itself where it has that, else a copy."""
-        if x.is_contiguous(memory_format=layout):
-            return x
-        if layout is torch.contiguous_format:
-            found = self.empty(x, *x.shape)
-            if x.ndim < 4 or not x.movedim(1, -1).is_contiguous():
-                return found.copy_(x)
-            # A channel's cells lie far apart: as many as the caches hold until the next channel, beside it, is read.
-            for to, cells in zip(found.flatten(2).split(_CELLS, 2), x.flatten(2).split(_CELLS, 2), strict=True):
-                to.copy_(cells)
-            return found
-        lead, channels, *side = x.shape
-        return self.empty(x, lead, *side, channels).movedim(-1, 1).copy_(x)
 
 
 FRESH = Arena()
@@ -169,4 +154,27 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
-__all__ = ["FRESH", "Arena", "Pool", "is_dense"]
+def is_fresh(x: Tensor, *others: Tensor) -> bool:
+    """Whether ``x`` can be written to: it has memory of its own, apart from these tensors, once for every element.
+
+    A product is linear in what it is given, so it is new, or a view of that.
+    """
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        return False
+    place = x.untyped_storage().data_ptr()
+    return all(place != other.untyped_storage().data_ptr() for other in others)
+
+
+def plus_term(x: Tensor, grad: Tensor, rows: slice, second: Callable[[Tensor | None], Tensor | None]) -> Tensor:
+    """``x``, which came of ``grad``, with a term added to its ``rows``; ``second(into)`` makes or adds it."""
+    if is_fresh(x, grad):
+        second(x[rows])
+        return x
+    term = second(None)
+    if term is not None:
+        x = x.clone(memory_format=torch.contiguous_format)
+        x[rows] += term
+    return x
+
+
+__all__ = ["FRESH", "Arena", "Pool", "is_dense", "is_fresh", "plus_term"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref, execute
 from dag_hesse.kernels.arena import FRESH, Arena
-from dag_hesse.kernels.pointwise import Coefficient
+from dag_hesse.kernels.diagonal import Coefficient
 
 Tangents = Mapping[int, Tensor]
 Pairs = frozenset[tuple[int, int]]
@@ -102,32 +102,9 @@ class Linearized(ABC):
         """
 
 
-def bent(x: Tensor, grad: Tensor, rows: slice, second: Callable[[Tensor | None], Tensor | None]) -> Tensor:
-    """``x``, which came of ``grad``, with a second-order term in its ``rows``; ``second(into)`` makes or adds it."""
-    if is_fresh(x, grad):
-        second(x[rows])
-        return x
-    term = second(None)
-    if term is not None:
-        x = x.clone(memory_format=torch.contiguous_format)
-        x[rows] += term
-    return x
-
-
 def added(x: Tensor, into: Tensor | None) -> Tensor:
     """``x``, or ``into`` with ``x`` added to it."""
     return x if into is None else into.add_(x)
-
-
-def is_fresh(x: Tensor, *others: Tensor) -> bool:
-    """Whether ``x`` can be written to: it has memory of its own, apart from these tensors, once for every element.
-
-    A product is linear in what it is given, so it is new, or a view of that.
-    """
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        return False
-    place = x.untyped_storage().data_ptr()
-    return all(place != other.untyped_storage().data_ptr() for other in others)
 
 
 class Samples(Enum):

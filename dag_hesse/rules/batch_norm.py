@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref
-from dag_hesse.kernels.pointwise import Coefficient, add_times, plus_times, times
+from dag_hesse.kernels.batch_affine import sums
+from dag_hesse.kernels.diagonal import Coefficient, add_times, plus_times, times
 from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Samples, Saved, Tangents
 from dag_hesse.rules.diagonal import diagonal
 
-aten = torch.ops.aten
 _ARGUMENTS = "xγβmv"
 _TINY = 1e-15  # λ is not found again from γ r λ where γ r is smaller
 
@@ -81,18 +81,7 @@ class _FixedStatistics(Linearized):
         return x.reshape(len(x), 1, -1, *(1,) * (self.x.ndim - 2))
 
     def _sums(self, g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """(Σ g (x − mean) r, Σ g) per channel for each probe; g or x may be the same for all probes."""
-        count = max(len(g), len(x))
-        rows = [self._sums_of_one(g[min(k, len(g) - 1)], x[min(k, len(x) - 1)], mean) for k in range(count)]
-        turned, total = zip(*rows, strict=True)
-        return torch.stack(turned), torch.stack(total)
-
-    def _sums_of_one(self, g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-        if _kernel_is_right(g, x):  # one pass over both
-            mask = [False, True, True]
-            return aten.native_batch_norm_backward(g, x, None, mean, self.var, None, None, False, self.eps, mask)[1:]
-        over = [0, *range(2, g.ndim)]
-        return (g * (x - self._spread(mean[None])[0])).sum(over) * self.r, g.sum(over)
+        return sums(self.arena, g, x, mean, self.r, self.var, self.eps)
 
     def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
         found, x = super().bind(lam, slots, into), self.slots["x"]
@@ -151,15 +140,6 @@ class _FixedStatistics(Linearized):
         elif turned is not None and scale in slots:
             found[scale] = turned
         return found
-
-
-def _kernel_is_right(g: Tensor, x: Tensor) -> bool:
-    """Whether PyTorch's backward in evaluation mode gives a scale's gradient here.
-
-    CUDA's wants the statistics of training for some layouts; the CPU's reads a single sample as if it were contiguous.
-    """
-    contiguous = g.is_contiguous() and x.is_contiguous()
-    return x.device.type == "cpu" and (x.shape[0] > 1 or contiguous)
 
 
 _DIAGONAL = diagonal(Kind.POINTWISE, _partials, _pairs, _channels, samples=Samples.AFFINE)

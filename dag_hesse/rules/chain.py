@@ -1,6 +1,6 @@
 """The chain rule through elementwise ops in a row: partials of the last one by some sources.
 
-Recorded as a program and run in one pass where that can be done (:mod:`dag_hesse.kernels.elementwise`), else op by op.
+Recorded as a program and run in one pass where that can be done (:mod:`dag_hesse.kernels.program`), else op by op.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, cast, final
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.kernels import elementwise
+from dag_hesse.kernels import program
 from dag_hesse.kernels.arena import FRESH, Arena
-from dag_hesse.kernels.pointwise import Coefficient, plus_product, product
+from dag_hesse.kernels.diagonal import Coefficient, plus_product, product
 from dag_hesse.rules.base import Call, Rule
 
 _LOG = logging.getLogger("dag_hesse")
@@ -197,7 +197,7 @@ class _OfSeveral(_ByOp):
 
 
 # Recordings by what they were made of; None where the code was refused.
-_RECORDINGS: dict[Hashable, elementwise.Recording | None] = {}
+_RECORDINGS: dict[Hashable, program.Recording | None] = {}
 
 
 @final
@@ -215,7 +215,7 @@ class _Recorded(Collapsed):
         places = dict.fromkeys(k for node in live.values() for k in node.inputs if k not in live)
         operands, out = {k: known[k] for k in places}, known[members[-1][0]]
         like = next((x for x in operands.values() if x.shape == out.shape), None)
-        if like is None or elementwise.refusal(list(operands.values()), like):
+        if like is None or program.refuse(None, list(operands.values()), like):
             return None
         made = cls(list(live.items()), operands, sources, like, arena)
         return None if made._recording() is None or made._recording(like) is None else made
@@ -233,15 +233,15 @@ class _Recorded(Collapsed):
         named |= {("second", *pair): h for pair, h in descent.second.items()}
         return named | {("pulled", i): x for i, x in descent.pulled.items()}
 
-    def _recording(self, lam: Tensor | None = None, wanted: Sequence[int] = ()) -> elementwise.Recording | None:
+    def _recording(self, lam: Tensor | None = None, wanted: Sequence[int] = ()) -> program.Recording | None:
         given = [*self.operands.values(), *([] if lam is None else [lam])]
         code = [(k, node.op, repr(node.args), repr(node.kwargs), node.inputs) for k, node in self.members]
         kinds = [(x.dtype, tuple(size == 1 for size in x.shape)) for x in given]
         key = tuple(tuple(part) for part in (code, self.operands, self.sources, kinds, wanted))
         if key not in _RECORDINGS:
             try:
-                recording = elementwise.record(partial(self._code, wanted), given, self.like)
-            except elementwise.Refused as refused:
+                recording = program.record(partial(self._code, wanted), given, self.like)
+            except program.Refused as refused:
                 _LOG.info("no program for %s: %s", " ".join(node.op for _, node in self.members), refused)
                 _RECORDINGS[key] = None
             else:  # partials that are operands or numbers cost nothing as they are
@@ -253,7 +253,7 @@ class _Recorded(Collapsed):
         recording = self._recording(lam, wanted)
         assert recording is not None
         given = [*self.operands.values(), *([] if lam is None else [lam])]
-        made = elementwise.run(self.arena, recording.program, given, self.like) if recording.program.results else []
+        made = program.run(self.arena, recording.program, given, self.like) if recording.program.results else []
         found: dict[str, dict[Any, Coefficient]] = {"first": {}, "second": {}, "pulled": {}}
         for key, result in recording.results.items():
             what, *numbers = cast(tuple[Any, ...], key)

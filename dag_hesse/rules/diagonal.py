@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, final
 
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref
-from dag_hesse.kernels.arena import Arena
-from dag_hesse.kernels.pointwise import Coefficient, adjoint, curvature, tangent, times
+from dag_hesse.kernels.diagonal import Coefficient, adjoints, tangent, times
 from dag_hesse.rules.base import (
     Buffers,
     Call,
@@ -21,7 +19,6 @@ from dag_hesse.rules.base import (
     Samples,
     Saved,
     Tangents,
-    bent,
     no_pairs,
     own_pair,
 )
@@ -33,32 +30,6 @@ Seconds = Mapping[tuple[int, int], Coefficient]
 def residual(seconds: Seconds, tangents: Tangents, bend: Sequence[int]) -> Saved:
     """The tangents that second partials of the slots in ``bend`` meet; None where there are none."""
     return {j: x for j, x in tangents.items() if any((i, j) in seconds for i in bend)} or None
-
-
-def adjoints(
-    arena: Arena,
-    first: Sequence[Coefficient | None],
-    seconds: Seconds,
-    grad: Tensor | None,
-    saved: Saved,
-    rows: slice,
-    shapes: Mapping[int, Sequence[int]],
-    out_shape: Sequence[int],
-) -> dict[int, Tensor]:
-    """Per slot in ``shapes``, c_i ∘ ā and, in its ``rows``, Σ_j h_ij ∘ ẋ_j, summed to that shape."""
-    found: dict[int, Tensor] = {}
-    for slot, shape in shapes.items():
-        second = partial(curvature, arena, seconds, saved or {}, slot, shape, out_shape)
-        if grad is None:
-            term = second(None)
-            if term is not None:
-                found[slot] = term
-            continue
-        c = first[slot]
-        assert c is not None
-        x = adjoint(arena, c, grad, shape)
-        found[slot] = x if saved is None else bent(x, grad, rows, second)
-    return found
 
 
 @final
@@ -94,7 +65,7 @@ class _Diagonal(Linearized):
         self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         shapes = {slot: self.aligned[slot] for slot in slots}
-        found = adjoints(self.arena, self.first, self.seconds, grad, saved, rows, shapes, self.out_shape)
+        found = adjoints(self.arena, self.first, self.seconds, grad, saved or {}, rows, shapes, self.out_shape)
         return {slot: x.reshape(len(x), *self.shapes[slot]) for slot, x in found.items()}
 
 
@@ -177,4 +148,4 @@ def binary(
     return diagonal(kind, partials, pairs)
 
 
-__all__ = ["adjoints", "binary", "diagonal", "piecewise_linear", "pointwise", "pointwise_jointly", "residual"]
+__all__ = ["binary", "diagonal", "piecewise_linear", "pointwise", "pointwise_jointly", "residual"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node
-from dag_hesse.kernels.pointwise import Coefficient, Gate
+from dag_hesse.kernels.diagonal import Coefficient, Gate
 from dag_hesse.rules.base import Call, Pairs, Rule
 from dag_hesse.rules.diagonal import binary, diagonal, piecewise_linear, pointwise, pointwise_jointly
 

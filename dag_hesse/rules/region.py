@@ -13,10 +13,10 @@ from typing import final
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.kernels.pointwise import Coefficient, add_times, adjoint, reduce_to, tangent, times
+from dag_hesse.kernels.diagonal import Coefficient, add_times, adjoint, adjoints, reduce_to, tangent, times
 from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Samples, Saved, Tangents
 from dag_hesse.rules.chain import Collapsed, collapse, is_active, rule_of
-from dag_hesse.rules.diagonal import adjoints, residual
+from dag_hesse.rules.diagonal import residual
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class _Dense(Linearized):
         self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         shapes = {slot: self.shapes[slot] for slot in slots}
-        return adjoints(self.arena, self.first, self.seconds, grad, saved, rows, shapes, self.out_shape)
+        return adjoints(self.arena, self.first, self.seconds, grad, saved or {}, rows, shapes, self.out_shape)
 
 
 def linearize(call: Call) -> Linearized:

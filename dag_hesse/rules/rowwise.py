@@ -11,26 +11,20 @@ from torch import Tensor
 from dag_hesse.ir.node import Kind, Node, Ref, execute
 from dag_hesse.ir.ops import normalized_shape
 from dag_hesse.kernels.arena import Arena
-from dag_hesse.kernels.pointwise import times
+from dag_hesse.kernels.diagonal import times
+from dag_hesse.kernels.rowwise import softmax, standardize
+from dag_hesse.kernels.rowwise.torch import less_mean
 from dag_hesse.rules.base import Call, Rule, Run, Samples, Saved, added, as_it_is, own_pair
 from dag_hesse.rules.single import Single
 from dag_hesse.rules.structural import axes
 
 aten = torch.ops.aten
-_INPUT_ONLY = [True, False, False]  # what a norm's backward is to return
-_MANY = 1 << 14  # elements: from here on the call of a kernel is cheap beside its work
 
 
 def _trailing(call: Call, dims: object) -> list[int]:
     """Axes counted from the end, so that they hold with a probe axis in front."""
     ndim = len(call.shape())
     return [d - ndim for d in axes(dims, ndim)] if ndim else []
-
-
-def _less_mean(arena: Arena, x: Tensor, weights: Tensor, dims: list[int]) -> Tensor:
-    """x − ⟨weights, x⟩, in the memory that the products took."""
-    products = times(arena, weights, x)
-    return torch.sub(x, products.sum(dims, keepdim=True), out=products)
 
 
 @final
@@ -45,19 +39,14 @@ class _Softmax(Single):
         self.y, self.dim = call.out, _trailing(call, call.argument(1))
 
     def _center(self, x: Tensor) -> Tensor:
-        return _less_mean(self.arena, x, self.y, self.dim)
+        return less_mean(self.arena, x, self.y, self.dim)
 
     def move(self, x: Tensor) -> tuple[Tensor, Saved]:
         centered = self._center(x)
         return self.y * centered, centered
 
     def transpose(self, g: Tensor) -> Tensor:
-        if len(g) > 1 and self.y.numel() < _MANY:
-            return self._center(g).mul_(self.y)
-        found = self.arena.empty(g, *g.shape)
-        for one, row in zip(g, found, strict=True):  # y (g − ⟨y,g⟩) in one pass
-            aten._softmax_backward_data.out(one, self.y, self.dim[0], g.dtype, grad_input=row)
-        return found
+        return softmax(self.arena, self.y, g, self.dim)
 
     def keep(self, lam: Tensor, mu: Tensor | None) -> None:
         self.mu = self.transpose(lam[None])[0] if mu is None else mu
@@ -76,7 +65,7 @@ class _LogSoftmax(Single):
         self.p, self.dim = call.out.exp(), _trailing(call, call.argument(1))
 
     def move(self, x: Tensor) -> tuple[Tensor, Saved]:
-        moved = _less_mean(self.arena, x, self.p, self.dim)
+        moved = less_mean(self.arena, x, self.p, self.dim)
         return moved, moved
 
     def transpose(self, g: Tensor) -> Tensor:
@@ -138,15 +127,7 @@ class _Standardize(Single):
         return x.mean(self.dims, keepdim=True)
 
     def transpose(self, g: Tensor) -> Tensor:
-        if self.inner is None or (len(g) > 1 and self.y.numel() < _MANY):
-            centered = g - self._mean(g) if self.center else g
-            return torch.addcmul(centered, self.y, self._mean(self.y * g), value=-1).mul_(self.r)
-        zero, one = torch.zeros_like(self.r), torch.ones_like(self.r)  # mean and scale of y
-        found = self.arena.empty(g, *g.shape)
-        for x, row in zip(g, found, strict=True):
-            project = aten.native_layer_norm_backward(x, self.y, self.inner, zero, one, None, None, _INPUT_ONLY)[0]
-            torch.mul(project, self.r, out=row)
-        return found
+        return standardize(self.arena, self.y, self.r, g, self.dims, self.center, self.inner)
 
     def move(self, x: Tensor) -> tuple[Tensor, Saved]:
         moved = self.transpose(x)  # the Jacobian is symmetric

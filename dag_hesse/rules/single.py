@@ -8,7 +8,8 @@ from functools import partial
 
 from torch import Tensor
 
-from dag_hesse.rules.base import Buffers, Call, Linearized, Saved, Tangents, bent
+from dag_hesse.kernels.arena import plus_term
+from dag_hesse.rules.base import Buffers, Call, Linearized, Saved, Tangents
 
 
 class Single(Linearized):
@@ -53,7 +54,7 @@ class Single(Linearized):
         if grad is None:
             return {0: self.second(saved, None)}
         x = self.transpose(grad)
-        return {0: x if saved is None else bent(x, grad, rows, partial(self.second, saved))}
+        return {0: x if saved is None else plus_term(x, grad, rows, partial(self.second, saved))}
 
 
 __all__ = ["Single"]

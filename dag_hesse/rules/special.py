@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind
-from dag_hesse.kernels.pointwise import Coefficient
+from dag_hesse.kernels.diagonal import Coefficient
 from dag_hesse.rules.base import Call, Rule, own_pair
 from dag_hesse.rules.diagonal import binary, diagonal, piecewise_linear, pointwise, pointwise_jointly
 

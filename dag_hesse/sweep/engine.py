@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir import Node
-from dag_hesse.kernels.arena import Arena
-from dag_hesse.rules.base import ALL, Saved, is_fresh
+from dag_hesse.kernels.arena import Arena, is_fresh
+from dag_hesse.rules.base import ALL, Saved
 from dag_hesse.sweep.linearize import Linearization
 
 Read = Callable[[int, Tensor], Tensor]

@@ -9,9 +9,8 @@ from torch import Tag, Tensor, nn
 
 from dag_hesse.errors import CaptureError, LossError, NonDifferentiableError, out_of_memory
 from dag_hesse.ir import CurvatureGraph, Kind, Node
-from dag_hesse.kernels.arena import FRESH, Arena
+from dag_hesse.kernels.arena import FRESH, Arena, is_fresh
 from dag_hesse.rules import Call, Linearized, rule_for
-from dag_hesse.rules.base import is_fresh
 from dag_hesse.rules.table import evaluate, pairs_of
 
 # What a sweep is to return: GN and T apart, their sum, or one alone.

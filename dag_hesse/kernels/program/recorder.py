@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dag_hesse.kernels.elementwise.program import Builder, Program, Scalar, Value
+from dag_hesse.kernels.program.build import Builder, Program, Scalar, Value
 
 
 class Refused(Exception):

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dag_hesse.kernels.elementwise.program import Program
+from dag_hesse.kernels.arena import Arena
+from dag_hesse.kernels.program.build import Program
 
 INSTRUCTIONS: Mapping[str, Callable[..., Tensor]] = {
     "add": lambda k, a, b: a + b,
@@ -34,7 +35,7 @@ INSTRUCTIONS: Mapping[str, Callable[..., Tensor]] = {
 }
 
 
-def run(program: Program, operands: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+def run(arena: Arena, program: Program, operands: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     """Results of a program, shaped and laid out as ``like``."""
     at = dict(enumerate(x.expand(like.shape) for x in operands))
     for name, (to, *arguments), number in program.rows:

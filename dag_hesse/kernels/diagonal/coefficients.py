@@ -1,13 +1,8 @@
-"""Plain torch definition of the diagonal contraction.
-
-A node a = φ(x_1 … x_k), elementwise with broadcasting, is linearized once into first partials ``c_i = ∂φ/∂x_i`` and
-λ-weighted second partials ``h_ij = λ ∂²φ/∂x_i∂x_j`` (tensors broadcastable to a's shape, or numbers). Tangents and
-adjoints carry one leading probe axis.
-"""
+"""Coefficients of elementwise nodes: tensors that broadcast to the node's shape, numbers, or gates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,24 +85,6 @@ def plus_product(arena: Arena, total: Coefficient, a: Coefficient, b: Coefficien
     return total + _plain(product(arena, a, b))
 
 
-def tangent(
-    arena: Arena, partials: Sequence[Coefficient | None], tangents: Mapping[int, Tensor], shape: Sequence[int]
-) -> Tensor:
-    """Return ȧ = Σ_i c_i ∘ ẋ_i of shape (probes, *shape)."""
-    total: Tensor | None = None
-    for slot, xdot in tangents.items():
-        c, x = partials[slot], lift(xdot, len(shape))
-        assert c is not None
-        total = times(arena, c, x) if total is None else plus_times(arena, total, c, x)
-    assert total is not None
-    return total.expand(total.shape[0], *shape)
-
-
-def adjoint(arena: Arena, partial: Coefficient, cotangent: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return x̄_i = c_i ∘ ā summed to the input's ``shape``."""
-    return reduce_to(times(arena, partial, cotangent), shape)
-
-
 def add_times(arena: Arena, into: Tensor, c: Coefficient, x: Tensor) -> Tensor:
     """into += c ∘ x."""
     if isinstance(c, Gate):
@@ -115,26 +92,4 @@ def add_times(arena: Arena, into: Tensor, c: Coefficient, x: Tensor) -> Tensor:
     return into.addcmul_(c, x) if isinstance(c, Tensor) else into.add_(x, alpha=c)
 
 
-def curvature(
-    arena: Arena,
-    seconds: Mapping[tuple[int, int], Coefficient],
-    tangents: Mapping[int, Tensor],
-    slot: int,
-    shape: Sequence[int],
-    out_shape: Sequence[int],
-    into: Tensor | None = None,
-) -> Tensor | None:
-    """Return Σ_j h_ij ∘ ẋ_j summed to input i's ``shape``, added to ``into`` where that is given.
-
-    None where no tangent meets a second partial.
-    """
-    row = {other: xdot for other, xdot in tangents.items() if (slot, other) in seconds}
-    if not row:
-        return None
-    if into is not None and torch.Size(shape) == torch.Size(out_shape):
-        for other, xdot in row.items():
-            add_times(arena, into, seconds[slot, other], lift(xdot, len(out_shape)))
-        return into
-    partials = [seconds.get((slot, other)) for other in range(max(row) + 1)]
-    found = reduce_to(tangent(arena, partials, row, out_shape), shape)
-    return found if into is None else into.add_(found)
+__all__ = ["Coefficient", "Gate", "add_times", "lift", "plus_product", "plus_times", "product", "reduce_to", "times"]

@@ -1,4 +1,4 @@
-"""Elementwise programs in one pass over memory; recorded from plain torch code, run by the C++ extension."""
+"""By the C++ extension: one pass over memory, in all threads."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena, is_dense
-from dag_hesse.kernels.elementwise.program import Builder, Program
-from dag_hesse.kernels.elementwise.recorder import Recording, Refused, record
-
-_LEAST = 1 << 12  # elements; a pass over fewer costs less than to set a program up
+from dag_hesse.kernels.machine import machine
+from dag_hesse.kernels.program.build import Program
 
 
-def refusal(operands: Sequence[Tensor], like: Tensor) -> str | None:
+def refuse(program: Program | None, operands: Sequence[Tensor], like: Tensor) -> str | None:
     """Why a program cannot be run on these tensors, or is not worth it; None if it can."""
     if like.device.type not in ("cpu", "meta") or like.dtype not in (torch.float32, torch.float64):
         return f"programs run on CPU tensors of float32 or float64, not {like.device.type} and {like.dtype}"
@@ -22,7 +20,8 @@ def refusal(operands: Sequence[Tensor], like: Tensor) -> str | None:
         return "operands differ in dtype or device"
     if not is_dense(like):
         return "the results' layout has gaps"
-    return None if like.numel() >= _LEAST else f"there are fewer than {_LEAST} elements"
+    least = machine(like.device).program
+    return None if like.numel() >= least else f"there are fewer than {least} elements"
 
 
 def run(arena: Arena, program: Program, operands: Sequence[Tensor], like: Tensor) -> list[Tensor]:
@@ -42,6 +41,3 @@ def run(arena: Arena, program: Program, operands: Sequence[Tensor], like: Tensor
         torch.get_num_threads(),
     )
     return results
-
-
-__all__ = ["Builder", "Program", "Recording", "Refused", "record", "refusal", "run"]

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dag_hesse as dh
-from dag_hesse.kernels import elementwise
+from dag_hesse.kernels import machine
 from dag_hesse.kernels.arena import FRESH, Arena
-from dag_hesse.kernels.elementwise import Builder, Program, Refused, naive, record, run
+from dag_hesse.kernels.program import Builder, Program, Refused, record, reference, run
 from dag_hesse.rules import RULES, chain, special
 from tests.oracle import error
 from tests.rules.samples import SAMPLES
@@ -61,7 +61,7 @@ def _one(name: str, number: float) -> tuple[Program, int]:
 
 @TYPES
 @pytest.mark.parametrize("size", [1, 7, 511, 512, 513, 100_001])
-@pytest.mark.parametrize("name", [*naive.INSTRUCTIONS, "fill"])
+@pytest.mark.parametrize("name", [*reference.INSTRUCTIONS, "fill"])
 def test_an_instruction_does_what_its_definition_does(name: str, size: int, dtype: torch.dtype, poisoned: None) -> None:
     torch.manual_seed(0)
     program, arity = _one(name, 0.3)
@@ -69,7 +69,7 @@ def test_an_instruction_does_what_its_definition_does(name: str, size: int, dtyp
     if name in ("log", "sqrt"):
         operands = [x.abs() + 0.1 for x in operands]
     like = torch.empty(size, dtype=dtype)
-    exact = naive.run(program, [x.double() for x in operands], like.double())[0]
+    exact = reference.run(FRESH, program, [x.double() for x in operands], like.double())[0]
     assert error(run(FRESH, program, operands, like)[0].double(), exact, 1.0) < TOLERANCE[dtype]
 
 
@@ -79,7 +79,7 @@ def test_special_points_are_torchs(name: str, dtype: torch.dtype) -> None:
     program, arity = _one(name, 0.0)
     x = torch.tensor(SPECIAL, dtype=dtype)
     operands = [x, x.flip(0), -x][:arity]
-    found, expected = run(FRESH, program, operands, x)[0], naive.run(program, operands, x)[0]
+    found, expected = run(FRESH, program, operands, x)[0], reference.run(FRESH, program, operands, x)[0]
     torch.testing.assert_close(found, expected, rtol=3e-6, atol=1e-37, equal_nan=True)
 
 
@@ -87,7 +87,7 @@ def test_special_points_are_torchs(name: str, dtype: torch.dtype) -> None:
 def test_functions_are_good_to_some_ulps(name: str) -> None:
     program, _ = _one(name, 0.0)
     x = torch.cat([torch.linspace(-20, 20, 400_001), torch.logspace(-30, 0, 1000), -torch.logspace(-30, 0, 1000)])
-    exact = naive.run(program, [x.double()], x.double())[0]
+    exact = reference.run(FRESH, program, [x.double()], x.double())[0]
     off = (run(FRESH, program, [x], x)[0].double() - exact).abs() / exact.abs()
     assert off.max() < 4 * 2**-23
 
@@ -116,7 +116,7 @@ def test_operands_of_any_layout(
     total = b.fused(b.operand(0), b.operand(1), b.operand(2))
     program = b.program([b.dense(b.multiply(total, 2.0)), b.dense(total)])
     found = run(FRESH, program, [like, spread, wide], like)
-    for x, y in zip(found, naive.run(program, [like, spread, wide], like), strict=True):
+    for x, y in zip(found, reference.run(FRESH, program, [like, spread, wide], like), strict=True):
         assert x.stride() == like.stride()
         torch.testing.assert_close(x, y)
 
@@ -185,7 +185,7 @@ def test_partials_of_rules_recorded_and_op_by_op(
     place = len(call.values)
     found = []
     for least, one in ((0, call), (1 << 60, exact)):
-        monkeypatch.setattr(elementwise, "_LEAST", least)
+        monkeypatch.setattr(machine.CPU, "program", least)
         monkeypatch.setattr(chain, "_RECORDINGS", {})
         values = tuple(v.double() if least and v.is_floating_point() else v for v in call.values)
         known = dict(enumerate([*values, call.out.double() if least else call.out]))
@@ -226,7 +226,7 @@ def test_products_with_programs_are_those_without(space: str, monkeypatch: pytes
     products, recordings = [], dict[object, object]()
     monkeypatch.setattr(chain, "_RECORDINGS", recordings)
     for least in (1 << 60, 0):
-        monkeypatch.setattr(elementwise, "_LEAST", least)
+        monkeypatch.setattr(machine.CPU, "program", least)
         H = dh.HessianOperator(model, batch, space=space)
         v = torch.randn(H.shape[1], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         products.append(H.parts(v))

@@ -1,0 +1,9 @@
+"""Matrix products of operands with a leading axis of rows, of size 1 where all rows share the operand."""
+
+from dag_hesse.kernels.contraction import reference, torch
+from dag_hesse.kernels.dispatch import Implementation, Kernel
+
+product = Kernel("contraction.product", reference.product, (Implementation("torch", torch.product),))
+outer = Kernel("contraction.outer", reference.outer, (Implementation("torch", torch.outer),))
+
+__all__ = ["outer", "product"]

@@ -1,0 +1,189 @@
+"""By the vendor's convolutions and by matrix products: the shapes decide.
+
+Activations lie channels last, so that matrix products and elementwise ops need no copies; where the weight is the
+larger operand, the vendor's kernels get them otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dag_hesse.kernels.arena import Arena
+from dag_hesse.kernels.convolution.sizes import Geometry, crop
+from dag_hesse.kernels.layout import laid_out
+
+aten = torch.ops.aten
+Terms = Sequence[tuple[Tensor, Tensor]]
+
+
+def _added(x: Tensor, into: Tensor | None) -> Tensor:
+    return x if into is None else into.add_(x)
+
+
+def _fold(x: Tensor) -> Tensor:
+    """(probes, batch, …) -> (probes·batch, …)."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _beside(x: Tensor) -> Tensor:
+    """(probes, n, c, …) -> (n, probes·c, …): probes side by side along the channels; channels last where they were."""
+    if len(x) == 1:
+        return x[0]
+    last = x.movedim(2, -1)
+    if last.is_contiguous():
+        return last.movedim(0, -2).flatten(-2).movedim(-1, 1)
+    return x.transpose(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+
+
+def _apart(x: Tensor, probes: int) -> Tensor:
+    """(n, probes·c, …) -> (probes, n, c, …): the inverse of :func:`_beside`."""
+    return x.unflatten(1, (probes, -1)).transpose(0, 1)
+
+
+def _stacked(arena: Arena, rows: Sequence[Tensor]) -> Tensor:
+    """Weights one behind the other, contiguous whatever their own layout: so vectors have them."""
+    return torch.stack(list(rows), out=arena.empty(rows[0], len(rows), *rows[0].shape))
+
+
+def _uncrop(arena: Arena, geo: Geometry, w: Tensor) -> Tensor:
+    if geo.kernel == geo.weight[2:]:
+        return w
+    full = arena.empty(w, *w.shape[: -len(geo.taps)], *geo.weight[2:]).zero_()
+    full[geo.live] = w
+    return full
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(batch, c, *S) -> (batch·S, c)."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def _grid(rows: Tensor, side: tuple[int, ...]) -> Tensor:
+    """(batch·S, c) -> (batch, c, *S): the inverse of :func:`_rows`."""
+    return rows.reshape(-1, *side, rows.shape[1]).movedim(-1, 1)
+
+
+def _patches(geo: Geometry, x: Tensor) -> Tensor:
+    """(batch, C, *side) -> (batch·out, C·kernel): what each output reads."""
+    if geo.unit:
+        return _rows(x[geo.strided])
+    columns = F.unfold(x, geo.kernel, geo.dilation, geo.padding, geo.stride)
+    return columns.mT.reshape(-1, columns.shape[1])
+
+
+def _spread(geo: Geometry, rows: Tensor) -> Tensor:
+    """(batch·out, C) -> (batch, C, *side): the transpose of :func:`_patches` where outputs read one position."""
+    inner = _grid(rows, geo.out)
+    if geo.out == geo.side:
+        return inner
+    x = rows.new_zeros(len(inner), *geo.side, rows.shape[1]).movedim(-1, 1)
+    x[geo.strided] = inner
+    return x
+
+
+def _forward(arena: Arena, geo: Geometry, x: Tensor, w: Tensor) -> Tensor:
+    if geo.is_matrix(len(x)):
+        return _grid(_patches(geo, x) @ w.reshape(w.shape[:2]).T, geo.out)
+    y = aten.convolution(laid_out(arena, x, geo.inside(len(x))), w, None, *geo.arguments)
+    return laid_out(arena, y, geo.outside)
+
+
+def _input_adjoint(arena: Arena, geo: Geometry, g: Tensor, w: Tensor) -> Tensor:
+    if geo.is_matrix(len(g)):
+        return _spread(geo, _rows(g) @ w.reshape(w.shape[:2]))
+    layout, channels = geo.inside(len(g)), w.shape[0] if geo.transposed else w.shape[1] * geo.groups
+    g = laid_out(arena, g, layout)
+    like = torch.empty(len(g), channels, *geo.side, dtype=g.dtype, device=g.device, memory_format=layout)  # a shape
+    x = aten.convolution_backward(g, like, w, [0], *geo.arguments, [True, False, False])[0]
+    return laid_out(arena, x, geo.outside)
+
+
+def _weight_adjoint(arena: Arena, geo: Geometry, terms: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """Of the sum of convolutions with cotangents g and inputs x, ``terms`` = [(g, x), …]."""
+    if len(terms) > 1 and not geo.joins:
+        return sum(
+            (_weight_adjoint(arena, geo, [term]) for term in terms[1:]), start=_weight_adjoint(arena, geo, terms[:1])
+        )
+    layout = geo.inside(sum(len(g) for g, _ in terms))
+    sides = [[laid_out(arena, t, layout) for t in side] for side in zip(*terms, strict=True)]
+    g, x = (side[0] if len(side) == 1 else torch.cat(side) for side in sides)
+    inner, outer = x.shape[1] // geo.groups, g.shape[1]
+    shape = (inner * geo.groups, outer // geo.groups) if geo.transposed else (outer, inner)
+    like = g.new_empty(*shape, *geo.kernel)  # only its shape is read
+    return aten.convolution_backward(g, x, like, [0], *geo.arguments, [False, True, False])[1]
+
+
+Single = Callable[[Arena, Geometry, Tensor, Tensor], Tensor]
+
+
+def _with_weight(
+    arena: Arena,
+    geo: Geometry,
+    x: Tensor,
+    w: Tensor,
+    into: Tensor | None,
+    run: Single,
+    aside: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """``run(arena, geometry, activation, weight)`` for all rows; ``aside`` lays their weights along what it returns."""
+    probes, w = max(len(x), len(w)), crop(geo, w)
+    if len(w) == 1:
+        y = run(arena, geo, _fold(x), w[0])
+        return _added(y.reshape(probes, -1, *y.shape[1:]), into)
+    if geo.folds and len(x) == 1:
+        return _added(_apart(run(arena, geo, x[0], aside(w)), probes), into)
+    return _added(torch.stack([run(arena, geo, x[min(k, len(x) - 1)], w[k]) for k in range(probes)]), into)
+
+
+def forward(arena: Arena, geo: Geometry, x: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
+    return _with_weight(arena, geo, x, w, into, _forward, _fold)
+
+
+def input_adjoint(arena: Arena, geo: Geometry, g: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
+    return _with_weight(arena, geo, g, w, into, _input_adjoint, _beside)
+
+
+def weight_adjoint(arena: Arena, geo: Geometry, terms: Terms, into: Tensor | None) -> Tensor:
+    probes = max(len(t) for term in terms for t in term)
+    if probes > 1 and geo.folds and all(len(g) == 1 or len(x) == 1 for g, x in terms):
+        for g, x in terms:
+            into = _add(arena, geo, _folded(arena, geo, g, x), into)
+        return into  # type: ignore[return-value]  # there is a term
+    if geo.is_patches(geo.batch * (len(terms) if geo.joins else 1)):
+        return _add(arena, geo, _of_patches(arena, geo, terms, probes), into)
+    rows = [
+        _weight_adjoint(arena, geo, [tuple(t[min(k, len(t) - 1)] for t in term) for term in terms])
+        for k in range(probes)
+    ]
+    return _add(arena, geo, _stacked(arena, rows), into)
+
+
+def _of_patches(arena: Arena, geo: Geometry, terms: Terms, probes: int) -> Tensor:
+    """:func:`_weight_adjoint` of all probes as one batch of matrix products."""
+
+    def side(tensors: Sequence[Tensor], lay: Callable[[Tensor], Tensor]) -> Tensor:
+        laid = [lay(_fold(t)).unflatten(0, (len(t), -1)).expand(probes, -1, -1) for t in tensors]
+        return laid[0] if len(laid) == 1 else torch.cat(laid, dim=1)
+
+    g, x = (list(tensors) for tensors in zip(*terms, strict=True))
+    left, right = side(g, _rows).mT, side(x, lambda t: _patches(geo, t))
+    found = torch.bmm(left, right, out=arena.empty(left, probes, left.shape[1], right.shape[2]))
+    return found.reshape(probes, *geo.weight[:2], *geo.kernel)
+
+
+def _folded(arena: Arena, geo: Geometry, g: Tensor, x: Tensor) -> Tensor:
+    """Weight adjoints of several probes as one: those of the cotangent, or of the input, side by side."""
+    if len(x) == 1:
+        return _weight_adjoint(arena, geo, [(_beside(g), x[0])]).unflatten(0, (len(g), -1))
+    return _apart(_weight_adjoint(arena, geo, [(g[0], _beside(x))]), len(x))
+
+
+def _add(arena: Arena, geo: Geometry, w: Tensor, into: Tensor | None) -> Tensor:
+    if into is None:
+        return _uncrop(arena, geo, w)
+    crop(geo, into).add_(w)
+    return into

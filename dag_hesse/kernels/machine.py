@@ -1,0 +1,37 @@
+"""Sizes from which one way of computing beats another, per device. Measured; nothing depends on them but speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Machine:
+    """Thresholds of one kind of device.
+
+    Attributes:
+        program: elements from which a program is worth setting up.
+        row_kernel: elements of a probe from which the vendor's kernel is called for each, rather than once for all.
+        product: multiply-adds of a probe's matrix product from which it is taken by itself: batched ones are slow then.
+        cells: of a channel, copied at a time between layouts, so that the caches hold them until the next is read.
+    """
+
+    program: int
+    row_kernel: int
+    product: int
+    cells: int
+
+
+_NEVER = 1 << 62
+CPU = Machine(program=1 << 12, row_kernel=1 << 14, product=1 << 20, cells=1 << 10)
+CUDA = Machine(program=_NEVER, row_kernel=_NEVER, product=_NEVER, cells=_NEVER)
+
+
+def machine(device: torch.device) -> Machine:
+    """The thresholds of a device; shapes alone are planned for the CPU."""
+    return CPU if device.type in ("cpu", "meta") else CUDA
+
+
+__all__ = ["CPU", "CUDA", "Machine", "machine"]

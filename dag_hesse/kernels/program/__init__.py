@@ -1,0 +1,11 @@
+"""Elementwise programs in one pass over memory, recorded from plain torch code."""
+
+from dag_hesse.kernels.dispatch import Implementation, Kernel
+from dag_hesse.kernels.program import cpp, reference
+from dag_hesse.kernels.program.build import Builder, Program
+from dag_hesse.kernels.program.cpp import refuse
+from dag_hesse.kernels.program.recorder import Recording, Refused, record
+
+run = Kernel("program", reference.run, (Implementation("cpp", cpp.run, cpp.refuse),))
+
+__all__ = ["Builder", "Program", "Recording", "Refused", "record", "refuse", "run"]

@@ -1,0 +1,61 @@
+"""Which implementation of a kernel runs, and what is said of those that refuse."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import dag_hesse as dh
+from dag_hesse.kernels.arena import FRESH
+from dag_hesse.kernels.batch_affine import sums
+
+PRODUCT = """
+import torch, dag_hesse as dh
+from dag_hesse.kernels import contraction
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+H = dh.HessianOperator(net, (torch.randn(5, 3).double(), torch.tensor([0, 1, 1, 0, 1])))
+print(*(H @ torch.ones(26).double()).tolist(), sep=",")
+print(len(contraction.product._chosen), len(contraction.outer._chosen))
+"""
+
+
+def run(forced: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DAG_HESSE_KERNELS": forced}
+    return subprocess.run([sys.executable, "-c", PRODUCT], capture_output=True, text=True, env=environment)
+
+
+def test_the_environment_forces_an_implementation() -> None:
+    (free, chosen), (forced, bare) = (
+        run(text).stdout.split("\n")[:2] for text in ("", "contraction.product=reference")
+    )
+    assert (chosen, bare) == ("1 1", "0 1")
+    a, b = (torch.tensor([float(x) for x in text.split(",")]) for text in (free, forced))
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "forced, message",
+    [
+        ("contraction.product=fast", "no implementation 'fast'; it has reference, torch"),
+        ("contractions=torch", "no kernel 'contractions'"),
+        ("contraction.product", "expected kernel=implementation"),
+    ],
+)
+def test_what_cannot_be_forced_is_named(forced: str, message: str) -> None:
+    done = run(forced)
+    assert done.returncode != 0
+    assert "OptionError" in done.stderr and message in done.stderr
+
+
+def test_refusals_are_counted_and_shown() -> None:
+    g = torch.randn(1, 1, 3, 5, 7).double().movedim(2, -1).contiguous().movedim(-1, 2)
+    before = sum(sums.refusals.get("torch", {}).values())
+    sums(FRESH, g, g, torch.zeros(3).double(), torch.ones(3).double(), torch.ones(3).double(), 0.0)
+    assert sum(sums.refusals["torch"].values()) == before + 1
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    assert "as if it were contiguous" in str(dh.profile(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1]))))
