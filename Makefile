@@ -39,11 +39,11 @@ $(VENV)/bin/python:
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet "$(TORCH)"
 
-$(VENV)/demo: pyproject.toml setup.py csrc/core.cpp | $(VENV)/bin/python
+$(VENV)/demo: pyproject.toml setup.py csrc/reachability.cpp | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --editable ".[demo]"
 	touch $@
 
-$(VENV)/test: pyproject.toml setup.py csrc/core.cpp bench/peers.txt | $(VENV)/bin/python
+$(VENV)/test: pyproject.toml setup.py csrc/reachability.cpp bench/peers.txt | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --editable ".[test,lint]"
 	$(RUN) -m pip install --quiet --no-deps --requirement bench/peers.txt
 	touch $@

@@ -13,7 +13,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "dag_hesse._core",
-            ["csrc/core.cpp", "csrc/elementwise.cpp"],
+            ["csrc/reachability.cpp", "csrc/elementwise.cpp"],
             depends=["csrc/elementwise.hpp"],
             cxx_std=17,
             extra_compile_args=flags,

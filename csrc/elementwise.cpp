@@ -33,13 +33,37 @@ namespace py = pybind11;
 
 namespace {
 
-enum Op : std::int64_t {
-    FILL, ADD, SUB, MUL, DIV, FMA, ADD_I, MUL_I, RSUB_I, RDIV_I, GT_I, GE_I, LT_I, LE_I, WHERE,
-    EXP, LOG, SQRT, TANH, SIGMOID, ERF, ABS, OPS
-};
-const char* const NAMES[OPS] = {"fill", "add", "sub", "mul", "div", "fma", "add_i", "mul_i", "rsub_i",
-                                "rdiv_i", "gt_i", "ge_i", "lt_i", "le_i", "where", "exp", "log", "sqrt", "tanh",
-                                "sigmoid", "erf", "abs"};
+// The instructions: name, and what element i of the result is, of arguments a, b, c and a number k.
+#define INSTRUCTIONS(X)                      \
+    X(fill, k)                               \
+    X(add, a[i] + b[i])                      \
+    X(sub, a[i] - b[i])                      \
+    X(mul, a[i] * b[i])                      \
+    X(div, a[i] / b[i])                      \
+    X(fma, a[i] * b[i] + c[i])               \
+    X(add_i, a[i] + k)                       \
+    X(mul_i, a[i] * k)                       \
+    X(rsub_i, k - a[i])                      \
+    X(rdiv_i, k / a[i])                      \
+    X(gt_i, a[i] > k ? T(1) : T(0))          \
+    X(ge_i, a[i] >= k ? T(1) : T(0))         \
+    X(lt_i, a[i] < k ? T(1) : T(0))          \
+    X(le_i, a[i] <= k ? T(1) : T(0))         \
+    X(where, a[i] != T(0) ? b[i] : c[i])     \
+    X(exp, exp_of(a[i]))                     \
+    X(log, std::log(a[i]))                   \
+    X(sqrt, std::sqrt(a[i]))                 \
+    X(tanh, tanh_of(a[i]))                   \
+    X(sigmoid, sigmoid_of(a[i]))             \
+    X(erf, erf_of(a[i]))                     \
+    X(abs, a[i] < 0 ? -a[i] : a[i])
+
+#define NUMBER(name, value) OP_##name,
+enum Op : std::int64_t { INSTRUCTIONS(NUMBER) OPS };
+#undef NUMBER
+#define NAME(name, value) #name,
+const char* const NAMES[OPS] = {INSTRUCTIONS(NAME)};
+#undef NAME
 
 struct Instruction {
     std::int64_t op, to, a, b, c;
@@ -118,12 +142,6 @@ INLINE double tanh_of(double x) { return std::tanh(x); }
 INLINE double sigmoid_of(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 INLINE double erf_of(double x) { return std::erf(x); }
 
-#define EACH(value)                                    \
-    _Pragma("GCC ivdep") for (std::int64_t i = 0; i < n; ++i) { \
-        to[i] = (value);                               \
-    }                                                  \
-    break
-
 template <class T>
 INLINE void execute(const std::vector<Instruction>& program, T* const* at, std::int64_t n) {
     for (const Instruction& one : program) {
@@ -131,28 +149,14 @@ INLINE void execute(const std::vector<Instruction>& program, T* const* at, std::
         const T *a = at[one.a], *b = at[one.b], *c = at[one.c];
         const T k = static_cast<T>(one.number);
         switch (one.op) {
-            case FILL: EACH(k);
-            case ADD: EACH(a[i] + b[i]);
-            case SUB: EACH(a[i] - b[i]);
-            case MUL: EACH(a[i] * b[i]);
-            case DIV: EACH(a[i] / b[i]);
-            case FMA: EACH(a[i] * b[i] + c[i]);
-            case ADD_I: EACH(a[i] + k);
-            case MUL_I: EACH(a[i] * k);
-            case RSUB_I: EACH(k - a[i]);
-            case RDIV_I: EACH(k / a[i]);
-            case GT_I: EACH(a[i] > k ? T(1) : T(0));
-            case GE_I: EACH(a[i] >= k ? T(1) : T(0));
-            case LT_I: EACH(a[i] < k ? T(1) : T(0));
-            case LE_I: EACH(a[i] <= k ? T(1) : T(0));
-            case WHERE: EACH(a[i] != T(0) ? b[i] : c[i]);
-            case EXP: EACH(exp_of(a[i]));
-            case LOG: EACH(std::log(a[i]));
-            case SQRT: EACH(std::sqrt(a[i]));
-            case TANH: EACH(tanh_of(a[i]));
-            case SIGMOID: EACH(sigmoid_of(a[i]));
-            case ERF: EACH(erf_of(a[i]));
-            case ABS: EACH(a[i] < 0 ? -a[i] : a[i]);
+#define CASE(name, value)                                           \
+    case OP_##name:                                                 \
+        _Pragma("GCC ivdep") for (std::int64_t i = 0; i < n; ++i) { \
+            to[i] = (value);                                        \
+        }                                                           \
+        break;
+            INSTRUCTIONS(CASE)
+#undef CASE
             default: break;
         }
     }

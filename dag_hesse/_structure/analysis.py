@@ -1,4 +1,4 @@
-"""Static analysis of a captured graph for its points; the graph algorithms are in ``csrc/core.cpp``."""
+"""Static analysis of a captured graph for its points; the graph algorithms are in ``csrc/reachability.cpp``."""
 
 from __future__ import annotations
 
