@@ -20,7 +20,7 @@ import dag_hesse as dh
 from dag_hesse import errors
 from tests import device
 from tests.oracle import error
-from tests.property.situations import Cube
+from tests.property.steps.parts import Cube
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(5)).double().to(device.NAME)
 Y = torch.tensor([0, 1, 2, 0], device=device.NAME)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.property.situations import ACROSS, ACROSS_TWO, WIDTH, WITHIN, Parts
+from tests.property.situations import ACROSS, ACROSS_TWO, WITHIN
+from tests.property.steps.parts import WIDTH, Parts
 
 BATCH = 2
 Op = Callable[..., Tensor]
