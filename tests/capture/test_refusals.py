@@ -1,0 +1,57 @@
+"""What cannot be captured is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dag_hesse as dh
+from dag_hesse import errors
+from tests.capture.common import Around, X, Y, module_in_a_list
+from tests.property.steps.parts import Cube
+
+
+class Once(Cube):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return 3 * ctx.factor * g * x**2, None
+
+
+def _hooked(m: Any, z: Tensor) -> Tensor:
+    z = z * 1.0
+    z.register_hook(lambda g: 2 * g)
+    return z
+
+
+def test_a_hook_that_changes_gradients_is_found_out() -> None:
+    with pytest.raises(errors.UnfaithfulCaptureError, match=r"gradient differs from autograd's at 'a\.weight'"):
+        dh.HessianOperator(Around(_hooked), (X, Y))
+    assert dh.HessianOperator(Around(_hooked), (X, Y), verify="none").shape == (31, 31)
+
+
+def test_a_function_that_cannot_be_differentiated_twice_is_named() -> None:
+    with pytest.raises(errors.NonDifferentiableError, match=r"function\.Once.*common\.py:\d+"):
+        dh.HessianOperator(Around(module_in_a_list, fn=Once.apply), (X, Y))
+
+
+def test_a_scripted_module_is_refused_by_name() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Linear(3, 3).double()))
+    with pytest.raises(errors.CaptureError, match="submodule '0' is scripted"):
+        dh.HessianOperator(model, (X, Y))
+
+
+def test_gradients_divided_by_frequencies_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3, scale_grad_by_freq=True))
+    with pytest.raises(errors.CaptureError, match="scale_grad_by_freq"):
+        dh.HessianOperator(model, (torch.tensor([0, 1, 1, 2]), Y))
+
+
+def test_a_tensor_with_a_past_from_outside_is_refused() -> None:
+    outside = torch.ones(4, requires_grad=True).double() * 2
+    with pytest.raises(errors.CaptureError, match=r"computed before, with a gradient.*test_refusals\.py:\d+"):
+        dh.HessianOperator(Around(lambda m, z: z * outside), (X, Y))
