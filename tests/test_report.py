@@ -162,8 +162,19 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_plots(report: dh.CurvatureReport) -> None:
-    figure = report.plot()
-    assert len(figure.axes) >= 8
+    metrics = ("resonance", "coupling", "gn_gap")
+    figure = report.plot(metrics)
+    maps, beside = figure.axes[: len(metrics)], figure.axes[len(metrics) : 2 * len(metrics)]
+    for axes, metric in zip(maps, metrics, strict=True):
+        shown = axes.images[0].get_array().filled(np.nan)
+        assert np.array_equal(shown, np.where(report.values[metric] > 0, report.values[metric], np.nan), equal_nan=True)
+        assert [label.get_text() for label in axes.get_yticklabels()] == list(report.names)
+    for axes in beside:  # a point a pair, and the mean of every distance
+        pairs, means = (line.get_xdata() for line in axes.get_lines()[:2])
+        assert sorted(pairs) == sorted(report.distance[np.triu_indices(3)]) and list(means) == [0, 1, 2]
+    assert len(report.plot().axes) == 4 * 3  # with a bar of colours each
+    with pytest.raises(OptionError, match="'resonance'"):
+        report.plot(["resonanse"])
 
 
 def test_unknown_point_of_a_report(report: dh.CurvatureReport) -> None:
@@ -300,6 +311,10 @@ def test_ctrl_c_leaves_nothing_half_written(here: Path) -> None:
     assert not (here / "out").exists()
 
 
-def test_the_built_in_models(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("mlp", "toy-attention", "gpt2"):
-        assert main(["analyze", name, "--batch", "2", "--image", "8", "--probes", "2", "--quiet"]) == 0
+@pytest.mark.parametrize("name", ["mlp", "toy-attention", "gpt2", "plain-resnet18"])
+def test_the_built_in_models(name: str, tmp_path: Path) -> None:
+    sizes = ["--batch", "2", "--image", "8", "--probes", "2"]
+    assert main(["analyze", name, *sizes, "--quiet", "--json", str(tmp_path / "a.json")]) == 0
+    data = json.loads((tmp_path / "a.json").read_text())
+    assert data["facts"]["batch_size"] == 2 and len(data["points"]) > 1
+    assert all(x > 0 for x in np.diag(np.array(data["metrics"]["resonance"]["value"], dtype=float)))
