@@ -118,7 +118,7 @@ def analyze(
         batches,
         batch_mode,
         reduction=added,
-        tensor_part=bool(structures[0].tensor_alive.any()),
+        tensor_part=bool(schedule.structure.tensor_alive.any()),
         with_out=schedule.gram_columns > 0,
         chunk=schedule.chunk,
         again=partial(
@@ -129,7 +129,7 @@ def analyze(
     with shown(progress) as told:
         metrics = assemble(estimate(problem, schedule, rtol=rtol, seed=seed, progress=told), schedule)
     clock["estimate"] = time.perf_counter()
-    structure = structures[0]
+    structure = schedule.structure
     return CurvatureReport(
         graphs[0].points,
         metrics.values,

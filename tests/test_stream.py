@@ -256,6 +256,38 @@ def test_probes_beside_blocks_of_many_batches() -> None:
     assert (off <= 4 * found.stderr["resonance"] + 1e-9 * exact.resonance).all()
 
 
+class Forks(nn.Module):
+    """Bends or does not, as the batch's values are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.a(x)
+        return self.b(z.tanh() if x.sum() > 0 else z * 1.5)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["bends first", "bends last"])
+@pytest.mark.parametrize("batch_mode", ["shared", "per_sample"])
+def test_what_is_zero_is_zero_in_every_batch(batch_mode: str, order: int) -> None:
+    x, y = torch.randn(5, 3).double().abs(), torch.arange(5) % 2
+    batches = [(x[:2], y[:2]), (-x[2:], y[2:])][::order]
+    options: dict[str, Any] = {"points": ["a"], "mode": "exact", "batch_mode": batch_mode}
+    found, apart = dh.analyze(Forks(), batches, **options), [dh.analyze(Forks(), b, **options) for b in batches]
+    blocks = [report.block(0, 0, "tensor") for report in apart]
+    if batch_mode == "per_sample":
+        expected = torch.cat(blocks)
+        assert found.tensor_norm[0, 0] == pytest.approx(float(expected.flatten(1).norm(dim=1).mean()), rel=1e-10)
+    else:
+        expected = sum(len(b[1]) / 5 * block for b, block in zip(batches, blocks, strict=True))
+        assert found.tensor_norm[0, 0] == pytest.approx(float(expected.norm()), rel=1e-10)
+    assert torch.allclose(found.block(0, 0, "tensor"), expected, rtol=1e-10, atol=1e-14)
+    assert found.method["tensor_norm"][0, 0] == "exact"
+
+
 def test_a_stream_is_planned_over_all_its_batches() -> None:
     model, batches = _digits(nn.SiLU)
     graph = dh.capture(model, batches[0])

@@ -59,15 +59,15 @@ def plan(
     if mode == "exact":
         _check_exact(task, pairs)
     sources = sources_of(task, pairs)
-    first, method = task.first, _methods(task, sources)
+    whole, method = task.structure, _methods(task, sources)
     gn_method = method if route is None else _everywhere(Method.GRAM, method.shape)
     per_probe = _bytes_per_probe(task)
     chunk = min(probe_chunk(per_probe, budget), probes)
     return Plan(
-        structure=first,
+        structure=whole,
         method=method,
-        gn_method=_where(first.gn_alive, gn_method),
-        tensor_method=_where(first.tensor_alive, method),
+        gn_method=_where(whole.gn_alive, gn_method),
+        tensor_method=_where(whole.tensor_alive, method),
         sources=tuple(sources),
         gram_columns=0 if route is None else route.columns,
         gram_cost=Cost() if route is None else route.cost,
@@ -79,7 +79,7 @@ def plan(
 
 def _chosen_route(task: Task) -> GramRoute | None:
     """The Gram route, if it is taken."""
-    if task.mode not in ("auto", "gram") or not task.first.gn_alive.any() or not can_gram(task.graphs):
+    if task.mode not in ("auto", "gram") or not task.structure.gn_alive.any() or not can_gram(task.graphs):
         return None
     route = gram_route(task)
     return route if task.mode == "gram" or _pays(task, route) else None
@@ -100,7 +100,7 @@ def _pays(task: Task, route: GramRoute) -> bool:
 
 def _methods(task: Task, sources: Iterable[Source]) -> Methods:
     """How the full block's norm of every pair is obtained: what is alive and not swept is left to the Gram route."""
-    method = _where(task.first.alive, _everywhere(Method.GRAM, task.first.alive.shape))
+    method = _where(task.structure.alive, _everywhere(Method.GRAM, task.structure.alive.shape))
     for source in sources:
         for v in source.reads:
             method[v, source.point] = method[source.point, v] = source.method
@@ -123,12 +123,12 @@ def _everywhere(method: Method, shape: tuple[int, ...]) -> Methods:
 def _bytes_per_probe(task: Task) -> int:
     """Peak memory of a sweep from all points to all points."""
     every = [site for point in task.graph.points for site in point.sites]
-    return sweep_bytes(task.graph, every, every, 2 if task.first.tensor_alive.any() else 1, task.batch_mode)
+    return sweep_bytes(task.graph, every, every, 2 if task.structure.tensor_alive.any() else 1, task.batch_mode)
 
 
 def _check_separable(task: Task) -> None:
     if task.batch_mode == "per_sample" and not all(graph.separable for graph in task.graphs):
-        where = task.first.coupled or "the loss"
+        where = task.structure.coupled or "the loss"
         raise BatchCouplingError(
             f"batch_mode='per_sample' needs independent samples, but they interact at {where}: put BatchNorm into eval "
             "mode, or use batch_mode='shared' or 'joint'."
@@ -148,7 +148,7 @@ def _check_exact(task: Task, pairs: Sequence[Pair]) -> None:
     if need > task.budget:
         side = int((task.budget / element) ** 0.5)
         raise MemoryBudgetError(
-            f"mode='exact' needs {need / 2**30:.1f} GiB for the blocks of '{task.first.names[source]}' (block "
+            f"mode='exact' needs {need / 2**30:.1f} GiB for the blocks of '{task.structure.names[source]}' (block "
             f"{dims[worst[0]]} × {dims[worst[1]]}), {task.budget / 2**30:.1f} GiB are allowed (half of memory=, or "
             f"of what is free), which is enough for blocks of about {side} × {side}: raise memory=, choose smaller "
             "points, or use mode='auto' or 'probes'."

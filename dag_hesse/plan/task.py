@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+
+import numpy as np
 
 from dag_hesse._structure import Structure
 from dag_hesse.ir import CurvatureGraph
@@ -23,15 +25,15 @@ class Task:
     probes: int
     budget: int
 
-    @property
-    def first(self) -> Structure:
-        """The structure that zeros are read from."""
-        return self.structures[0]
+    @cached_property
+    def structure(self) -> Structure:
+        """Of all batches together, over the first one's graph: zero is what is zero in each of them."""
+        return reduce(_together, self.structures)
 
     @property
     def graph(self) -> CurvatureGraph:
-        """Its graph."""
-        return self.first.graph
+        """The first one."""
+        return self.structure.graph
 
     @property
     def graphs(self) -> list[CurvatureGraph]:
@@ -58,10 +60,22 @@ class Task:
     @cached_property
     def alive_pairs(self) -> list[Pair]:
         """Pairs of points whose block is not zero by structure."""
-        alive, count = self.first.alive, len(self.dims)
+        alive, count = self.structure.alive, len(self.dims)
         return [(v, w) for v in range(count) for w in range(v, count) if alive[v, w]]
 
     @cached_property
     def bent_pairs(self) -> list[Pair]:
         """Those with a tensor part: the Gram route does not settle them."""
-        return [pair for pair in self.alive_pairs if self.first.tensor_alive[pair]]
+        return [pair for pair in self.alive_pairs if self.structure.tensor_alive[pair]]
+
+
+def _together(a: Structure, b: Structure) -> Structure:
+    return replace(
+        a,
+        gn_alive=a.gn_alive | b.gn_alive,
+        tensor_alive=a.tensor_alive | b.tensor_alive,
+        rank_bound=np.maximum(a.rank_bound, b.rank_bound),
+        shared_rank_bound=np.maximum(a.shared_rank_bound, b.shared_rank_bound),
+        distance=np.where(a.distance < 0, b.distance, a.distance),
+        coupled=a.coupled or b.coupled,
+    )
