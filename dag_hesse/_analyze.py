@@ -20,6 +20,7 @@ from dag_hesse._structure import analyze_structure
 from dag_hesse.errors import OptionError, choose, integer
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.estimate.run import Progress
+from dag_hesse.ir import CurvatureGraph
 from dag_hesse.plan import Plan, fuse_all, plan
 from dag_hesse.plan.planner import BATCH_MODES, MODES
 from dag_hesse.report import CurvatureReport
@@ -103,29 +104,36 @@ def analyze(
     needs_split(graphs)
     clock["capture"] = time.perf_counter()
     swept = fuse_all(graphs)
-    distinct = {id(graph): (graph, fused) for graph, fused in zip(graphs, swept, strict=True)}
-    structures = [replace(analyze_structure(graph), graph=fused) for graph, fused in distinct.values()]
-    times = Counter(map(id, graphs))
-    counts = [times[k] for k in distinct]
-    schedule = plan(structures, counts=counts, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory)
+    schedule_of = partial(_plan, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory)
+    schedule = schedule_of(graphs, swept)
     clock["plan"] = time.perf_counter()
     prove_all(graphs, batches, model, loss, output, verify)
     clock["proof"] = time.perf_counter()
     added = find_reduction(model, graphs, batches, loss, reduction, per_sample=batch_mode == "per_sample")
-    problem = Problem(
-        model,
-        swept,
-        batches,
-        batch_mode,
-        reduction=added,
-        tensor_part=bool(schedule.structure.tensor_alive.any()),
-        with_out=schedule.gram_columns > 0,
-        chunk=schedule.chunk,
-        again=partial(
-            capture, model, loss=loss, output=output, points=partial(points_like, graphs[0], model), space=space
-        ),
-        memory=memory,
-    )
+    like = partial(points_like, graphs[0], model)
+
+    def pose(graphs: Sequence[CurvatureGraph], schedule: Plan) -> Problem:
+        return Problem(
+            model,
+            graphs,
+            batches,
+            batch_mode,
+            reduction=added,
+            tensor_part=bool(schedule.structure.tensor_alive.any()),
+            with_out=schedule.gram_columns > 0,
+            chunk=schedule.chunk,
+            again=partial(capture, model, loss=loss, output=output, points=like, space=space),
+            memory=memory,
+        )
+
+    problem = pose(swept, schedule)
+    settled = problem.settled()
+    if any(
+        now is not before for now, before in zip(settled, swept, strict=True)
+    ):  # what was planned is of other graphs
+        needs_split(settled)
+        schedule = schedule_of(settled, settled)
+        problem = pose(settled, schedule)
     with shown(progress) as told:
         metrics = assemble(estimate(problem, schedule, rtol=rtol, seed=seed, progress=told), schedule)
     clock["estimate"] = time.perf_counter()
@@ -140,6 +148,14 @@ def analyze(
         _facts(model, problem, schedule, space, mode, seed, clock),
         BlockReader(problem),
     )
+
+
+def _plan(graphs: Sequence[CurvatureGraph], swept: Sequence[CurvatureGraph], **options: Any) -> Plan:
+    """For graphs as they were captured and as they are swept, one a batch."""
+    distinct = {id(graph): (graph, fused) for graph, fused in zip(graphs, swept, strict=True)}
+    structures = [replace(analyze_structure(graph), graph=fused) for graph, fused in distinct.values()]
+    times = Counter(map(id, graphs))
+    return plan(structures, counts=[times[k] for k in distinct], **options)
 
 
 def _check_rtol(rtol: Any) -> None:

@@ -270,10 +270,13 @@ class Forks(nn.Module):
         return self.b(z.tanh() if x.sum() > 0 else z * 1.5)
 
 
+@pytest.mark.filterwarnings("ignore:captured anew")
 @pytest.mark.parametrize("order", [1, -1], ids=["bends first", "bends last"])
 @pytest.mark.parametrize("batch_mode", ["shared", "per_sample"])
-def test_what_is_zero_is_zero_in_every_batch(batch_mode: str, order: int) -> None:
-    x, y = torch.randn(5, 3).double().abs(), torch.arange(5) % 2
+@pytest.mark.parametrize("last", [2, 3], ids=["one shape", "two shapes"])
+def test_what_is_zero_is_zero_in_every_batch(last: int, batch_mode: str, order: int) -> None:
+    count = 2 + last
+    x, y = torch.randn(count, 3).double().abs(), torch.arange(count) % 2
     batches = [(x[:2], y[:2]), (-x[2:], y[2:])][::order]
     options: dict[str, Any] = {"points": ["a"], "mode": "exact", "batch_mode": batch_mode}
     found, apart = dh.analyze(Forks(), batches, **options), [dh.analyze(Forks(), b, **options) for b in batches]
@@ -282,7 +285,7 @@ def test_what_is_zero_is_zero_in_every_batch(batch_mode: str, order: int) -> Non
         expected = torch.cat(blocks)
         assert found.tensor_norm[0, 0] == pytest.approx(float(expected.flatten(1).norm(dim=1).mean()), rel=1e-10)
     else:
-        expected = sum(len(b[1]) / 5 * block for b, block in zip(batches, blocks, strict=True))
+        expected = sum(len(b[1]) / count * block for b, block in zip(batches, blocks, strict=True))
         assert found.tensor_norm[0, 0] == pytest.approx(float(expected.norm()), rel=1e-10)
     assert torch.allclose(found.block(0, 0, "tensor"), expected, rtol=1e-10, atol=1e-14)
     assert found.method["tensor_norm"][0, 0] == "exact"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ class Problem:
         memory: int | None = None,
     ) -> None:
         self.model, self.batches, self.reduction, self.mode = model, batches, reduction, batch_mode
+        self._given = list(graphs)
         self._meaning = meaning = read_meaning(graphs, batches.sizes, batch_mode, reduction)
         self.points, self.groups, self.how = meaning.points, meaning.groups, meaning.how
         self.entries, self.separate_groups = meaning.entries, meaning.separate_groups
@@ -77,6 +79,15 @@ class Problem:
     def graphs(self) -> list[CurvatureGraph]:
         """The graph of every entry."""
         return [entry.graph for entry in self.entries]
+
+    def settled(self) -> list[CurvatureGraph]:
+        """A graph per batch that goes the batch's way: one that batches share may not go everybody's."""
+        times = Counter(map(id, self._given))
+        if any(graph.guards and times[id(graph)] > 1 for graph in self._given):
+            for _ in self._kept:
+                pass
+        now = {entry.batch: entry.graph for entry in self.entries}
+        return [now.get(number, graph) for number, graph in enumerate(self._given)]
 
     @property
     def dtype(self) -> torch.dtype:
