@@ -274,6 +274,7 @@ class Recorder(TorchDispatchMode):
             values = self._values(op, args, kwargs, nodes, list(enumerate(mutated)), True)
         else:
             given, options = pure.arguments(args, kwargs)
+            nodes = self._on_one_device(pure.op, given, nodes)
             fresh = [(k, Like(tuple(x.shape), _promoted(x, args))) for k, x in enumerate(mutated)]
             values = self._values(pure.op, given, options, nodes, fresh, pure.single)
             values = [self.trail.cast(At(k), x.dtype).node for k, x in zip(values, mutated, strict=True)]
@@ -292,6 +293,15 @@ class Recorder(TorchDispatchMode):
                 self.aliases.write(x, value, seen_by_autograd=seen)
             else:
                 self.aliases.replace(x, value)
+
+    def _on_one_device(self, op: Any, args: Any, nodes: dict[int, int]) -> dict[int, int]:
+        """A copy from another device as one on the spot: lowerings see shapes, and all of them on one device."""
+        if op is not aten.copy.default or args[0].device == args[1].device:
+            return nodes
+        moved = self.trail.emit(
+            aten._to_copy.default, (At(nodes[id(args[1])]),), args[1], kwargs={"device": args[0].device}
+        )
+        return nodes | {id(args[1]): moved}
 
     def _reshape(self, op: Any, x: Tensor) -> None:
         alias = self.aliases.tensors[x]
