@@ -1,4 +1,4 @@
-"""``python -m bench profile``: what the plan foresees of linearization and sweep, against what they take."""
+"""``python -m bench profile``: what the plan predicts of linearization and sweep, against what they take."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ RUNS = {
 def main() -> int:
     """Measure, print and write."""
     table, rows = (
-        Table("workload", "phase", "ms", "foreseen", "peak MiB", "foreseen", title="One probe, all points"),
+        Table("workload", "phase", "ms", "predicted", "peak MiB", "predicted", title="One probe, all points"),
         [],
     )
     for name, make in WORKLOADS.items():
         work = make()
         found = dh.profile(work.model, (work.x, work.y), loss=F.cross_entropy)
         for phase, code in RUNS.items():
-            seconds, foreseen = found.phases[phase].seconds, found.foreseen[phase]
+            seconds, predicted = found.phases[phase].seconds, found.predicted[phase]
             peak = peak_bytes(SETUP.format(name=name) + code)
             rows.append(
                 {
                     "workload": name,
                     "phase": phase,
                     "seconds": seconds,
-                    "seconds foreseen": foreseen.seconds,
+                    "seconds predicted": predicted.seconds,
                     "bytes": peak,
-                    "bytes foreseen": foreseen.peak_bytes,
+                    "bytes predicted": predicted.peak_bytes,
                 }
             )
-            cells = (seconds * 1e3, foreseen.seconds * 1e3, peak / 2**20, foreseen.peak_bytes / 2**20)
+            cells = (seconds * 1e3, predicted.seconds * 1e3, peak / 2**20, predicted.peak_bytes / 2**20)
             table.add_row(name, phase, *(f"{cell:.0f}" for cell in cells))
     Console(width=120).print(table)
     write_json("profile", {"rows": rows})

@@ -70,7 +70,7 @@ def analyze(
             (beyond, they are made anew), and half for sweeps and what they return.
         seed: of the probes. The global RNG is neither read for them nor changed.
         progress: True: a bar on stderr (lines where that is no terminal); a callable: called with (stage, sweeps done,
-            sweeps foreseen).
+            sweeps predicted).
         verify: what the captured graph is held against before any product is given out: ``"gradient"`` (the model's own
             loss and gradient, at the cost of one gradient), ``"product"`` (one H·v by double-backward as well), or
             ``"none"``.

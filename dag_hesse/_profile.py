@@ -19,7 +19,7 @@ from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.dispatch import refusals
 from dag_hesse.measure import Phase, measured
 from dag_hesse.plan import Plan, fuse_all, path_cost, plan
-from dag_hesse.plan.edge_table import Edge, as_rows, dearest, edges, render_edges
+from dag_hesse.plan.edge_table import Edge, as_rows, costliest, edges, render_edges
 from dag_hesse.plan.memory import linearization_bytes, sweep_bytes
 from dag_hesse.plan.sources import sweep_cost
 from dag_hesse.rules import Linearized
@@ -45,13 +45,13 @@ class Profile:
 
     Attributes:
         phases: measured: ``capture``, ``linearize``, ``sweep`` (one probe), ``map`` where it was asked for.
-        foreseen: what the plan says of ``linearize``, ``sweep`` and ``map``; seconds at the measured rate of a sweep.
+        predicted: what the plan says of ``linearize``, ``sweep`` and ``map``; seconds at the measured rate of a sweep.
         nodes, edges, plan: in detail.
         refusals: (kernel, implementation, reason, how often): what did not run as fast as it may, and why.
     """
 
     phases: dict[str, Phase]
-    foreseen: dict[str, Phase]
+    predicted: dict[str, Phase]
     nodes: list[NodeProfile]
     edges: list[Edge]
     plan: Plan
@@ -63,7 +63,7 @@ class Profile:
         return sum(node.flops for node in self.nodes) / max(self.phases["sweep"].seconds, 1e-9)
 
     def modules(self) -> list[tuple[str, float, float, float]]:
-        """(module, FLOPs, bytes, seconds) summed over its nodes, dearest first."""
+        """(module, FLOPs, bytes, seconds) summed over its nodes, costliest first."""
         total: dict[str, list[float]] = {}
         for node in self.nodes:
             row = total.setdefault(node.module or "loss", [0.0, 0.0, 0.0])
@@ -75,7 +75,7 @@ class Profile:
         """Plain data."""
         return {
             "phases": {name: asdict(phase) for name, phase in self.phases.items()},
-            "foreseen": {name: asdict(phase) for name, phase in self.foreseen.items()},
+            "predicted": {name: asdict(phase) for name, phase in self.predicted.items()},
             "nodes": [asdict(node) for node in self.nodes],
             "edges": as_rows(self.edges),
             "plan": self.plan.to_dict(),
@@ -83,11 +83,11 @@ class Profile:
         }
 
     def __str__(self) -> str:
-        lines = [f"{'phase':<12}{'seconds':>10}{'foreseen':>10}{'peak MiB':>10}{'foreseen':>10}"]
-        for name in dict.fromkeys([*self.phases, *self.foreseen]):
+        lines = [f"{'phase':<12}{'seconds':>10}{'predicted':>10}{'peak MiB':>10}{'predicted':>10}"]
+        for name in dict.fromkeys([*self.phases, *self.predicted]):
             cells = [name.ljust(12)]
             for read in (lambda phase: f"{phase.seconds:.3f}", lambda phase: f"{phase.peak_bytes / 2**20:.0f}"):
-                cells += [f"{read(kind[name]) if name in kind else '–':>10}" for kind in (self.phases, self.foreseen)]
+                cells += [f"{read(kind[name]) if name in kind else '–':>10}" for kind in (self.phases, self.predicted)]
             lines.append("".join(cells))
         lines.append(
             f"\nwhole map: {self.plan.flops / 1e9:.1f} GFLOP planned, {self.plan.chunk} probes a sweep; "
@@ -103,7 +103,7 @@ class Profile:
             [f"\nkernels that refused\n{'kernel':<28}{'implementation':<16}{'times':>8}  why"] if self.refusals else []
         )
         lines += [f"{kernel:<28}{name:<16}{count:>8}  {reason}" for kernel, name, reason, count in self.refusals]
-        lines.append("\nthe ten dearest edges\n" + render_edges(dearest(self.edges)))
+        lines.append("\nthe ten costliest edges\n" + render_edges(costliest(self.edges)))
         return "\n".join(lines)
 
 
@@ -160,7 +160,7 @@ def profile(
         model, batch, loss, output, points, space, mode, probes, memory: as for :func:`~dag_hesse.analyze`; a stream's
             first batch is taken.
         trace: file for a Chrome trace of the sweep with node names (``chrome://tracing``, Perfetto).
-        whole: make the whole map as well, to compare it with what is foreseen.
+        whole: make the whole map as well, to compare it with what is predicted.
 
     Returns:
         A :class:`Profile`; ``print`` it. Bytes above the start of each phase, seconds of the wall clock.
@@ -209,10 +209,10 @@ def profile(
             options: dict[str, Any] = {"mode": mode, "probes": probes, "memory": memory}
             analyze(model, one, loss=loss, output=output, points=points, space=space, **options)
     rate = schedule.chunk * sweep_cost(schedule.structure, 0, every).flops / together.seconds
-    return Profile(phases, _foreseen(schedule, rate, phases), nodes, found, schedule, list(refusals()))
+    return Profile(phases, _predicted(schedule, rate, phases), nodes, found, schedule, list(refusals()))
 
 
-def _foreseen(schedule: Plan, rate: float, phases: dict[str, Phase]) -> dict[str, Phase]:
+def _predicted(schedule: Plan, rate: float, phases: dict[str, Phase]) -> dict[str, Phase]:
     """What the plan says of each phase at ``rate`` FLOPs a second."""
     structure = schedule.structure
     sites = [site for point in structure.graph.points for site in point.sites]

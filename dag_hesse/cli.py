@@ -132,9 +132,11 @@ def parser() -> argparse.ArgumentParser:
         description="Time, FLOPs, bytes and peak memory of linearization, one probe and the map: predicted, measured.",
     )
     _add_spec(p)
-    p.add_argument("--edges", action="store_true", help="print the plan edge by edge, not only the dearest")
+    p.add_argument("--edges", action="store_true", help="print the plan edge by edge, not only the costliest")
     p.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace of one sweep with node names")
-    p.add_argument("--map", action="store_true", help="make the whole map as well, to compare it with what is foreseen")
+    p.add_argument(
+        "--map", action="store_true", help="make the whole map as well, to compare it with what is predicted"
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
     p.set_defaults(run=_profile)
     return top

@@ -32,8 +32,8 @@ def test_linearizations_keep_what_is_foreseen(name: str) -> None:
     theirs = {place(x) for x in given}
     kept = {place(x): x.untyped_storage().nbytes() for x in tensors(list(lin.calls.values()))}
     found = sum(size for k, size in kept.items() if k not in theirs)
-    foreseen = kept_bytes(graph, [k for point in graph.points for k in point.sites])
-    assert 0.98 * found <= foreseen <= 1.2 * found  # a reshape that copies is taken for a view of a larger whole
+    predicted = kept_bytes(graph, [k for point in graph.points for k in point.sites])
+    assert 0.98 * found <= predicted <= 1.2 * found  # a reshape that copies is taken for a view of a larger whole
 
 
 SETUP = """

@@ -37,9 +37,9 @@ def test_profile_measures_every_swept_node() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 2))
     found = dh.profile(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["1", "3"], whole=True)
     assert all(node.seconds > 0 for node in found.nodes if node.module)
-    assert found.foreseen["map"].seconds > found.phases["linearize"].seconds and found.rate > 0
-    assert found.foreseen["map"].peak_bytes > found.foreseen["sweep"].peak_bytes > 0
-    assert "the ten dearest edges" in str(found)
+    assert found.predicted["map"].seconds > found.phases["linearize"].seconds and found.rate > 0
+    assert found.predicted["map"].peak_bytes > found.predicted["sweep"].peak_bytes > 0
+    assert "the ten costliest edges" in str(found)
 
 
 class OwnLoss(nn.Module):

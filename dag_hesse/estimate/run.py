@@ -18,7 +18,7 @@ from dag_hesse.plan import Method, Plan
 from dag_hesse.plan.schedule import SPECTRAL_STEPS
 from dag_hesse.sweep import Problem
 
-Progress = Callable[[str, int, int], None]  # (stage, sweeps done, sweeps foreseen)
+Progress = Callable[[str, int, int], None]  # (stage, sweeps done, sweeps predicted)
 MOST_PROBES = 4096
 SPECTRAL_TOLERANCE = 0.02  # of ‖H‖₂, a bound that is rarely attained; what the probes leave of ‖H‖_F is as much
 
@@ -68,7 +68,7 @@ def estimate(
         rtol: double the probes of a source until its relative standard errors are below this, or until it has 4096;
             then a warning says so.
         seed: of the probes; the global RNG is not touched.
-        progress: called with (stage, sweeps done, sweeps foreseen).
+        progress: called with (stage, sweeps done, sweeps predicted).
     """
     table = NormTable(problem.mode)
     _zeros(plan, problem, table)

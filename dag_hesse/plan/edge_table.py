@@ -74,7 +74,7 @@ def edges(graph: CurvatureGraph) -> list[Edge]:
     return found
 
 
-def dearest(found: Iterable[Edge], count: int = 10) -> list[Edge]:
+def costliest(found: Iterable[Edge], count: int = 10) -> list[Edge]:
     """The edges with the most FLOPs."""
     return sorted(found, key=lambda edge: -edge.flops)[:count]
 

@@ -28,7 +28,7 @@ def fuse_all(graphs: Sequence[CurvatureGraph]) -> list[CurvatureGraph]:
     return [fused[id(graph)] for graph in graphs]
 
 
-_LARGEST = 48  # members of a region, beyond which what is saved is little and finding it dear
+_LARGEST = 48  # members of a region, beyond which what is saved is little and finding it costly
 
 
 class _Grower:

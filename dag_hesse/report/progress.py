@@ -10,7 +10,7 @@ from typing import Any
 from dag_hesse.errors import OptionError
 from dag_hesse.randomness import preserved
 
-Report = Callable[[str, int, int], None]  # (stage, sweeps done, sweeps foreseen)
+Report = Callable[[str, int, int], None]  # (stage, sweeps done, sweeps predicted)
 _STEPS = 10  # lines a stage, where there is no terminal
 
 

@@ -196,7 +196,8 @@ class _OfSeveral(_ByOp):
         return found | {(j, i): h for (i, j), h in found.items()}
 
 
-# Recordings by what they were made of; None where the code was refused.
+# Recordings by what they were made of, the oldest first; None where the code was refused.
+_MOST = 1 << 12
 _RECORDINGS: dict[Hashable, program.Recording | None] = {}
 
 
@@ -239,6 +240,8 @@ class _Recorded(Collapsed):
         kinds = [(x.dtype, tuple(size == 1 for size in x.shape)) for x in given]
         key = tuple(tuple(part) for part in (code, self.operands, self.sources, kinds, wanted))
         if key not in _RECORDINGS:
+            if len(_RECORDINGS) >= _MOST:
+                del _RECORDINGS[next(iter(_RECORDINGS))]
             try:
                 recording = program.record(partial(self._code, wanted), given, self.like)
             except program.Refused as refused:

@@ -94,7 +94,7 @@ def pointwise(d1: Derivative, d2: Derivative) -> Rule:
 
 
 def pointwise_jointly(derivatives: Callable[[Call], tuple[Tensor, Tensor]]) -> Rule:
-    """A smooth unary op whose derivatives share what is dear: ``derivatives(call)`` is (d1, d2)."""
+    """A smooth unary op whose derivatives share what is costly: ``derivatives(call)`` is (d1, d2)."""
 
     def partials(call: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
         first, second = derivatives(call)

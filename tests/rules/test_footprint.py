@@ -44,24 +44,24 @@ def test_what_a_rule_keeps(name: str, sample: Sample) -> None:
     torch.manual_seed(0)
     call = make_call(name, sample)
     curved = bool(pairs_of(call.node))
-    foreseen = footprint(call.node, [leaf(x) for x in call.values], call.active, curved)
-    if by_values(call):  # then all that it could keep is foreseen
-        assert foreseen.values.slots == {slot for slot, on in enumerate(call.active) if on} | {OUT}
+    predicted = footprint(call.node, [leaf(x) for x in call.values], call.active, curved)
+    if by_values(call):  # then all that it could keep is predicted
+        assert predicted.values.slots == {slot for slot, on in enumerate(call.active) if on} | {OUT}
         return
     lin = RULES[name].linearize(call)
     slots = [slot for slot, on in enumerate(call.active) if on]
     named = {place(x): slot for slot, x in enumerate(call.values)} | {place(call.out): OUT}
-    assert split(held(lin), named) == (set(foreseen.values.slots), foreseen.values.bytes)
+    assert split(held(lin), named) == (set(predicted.values.slots), predicted.values.bytes)
     lam = torch.randn_like(call.out).unsqueeze(0)
     pulled = lin.bind(lam, slots, {})
     theirs = {place(x): slot for slot, x in pulled.items()} | {place(lam): OUT}
     after = held(lin)
-    assert split(after, theirs)[0] == set(foreseen.adjoints)
+    assert split(after, theirs)[0] == set(predicted.adjoints)
     own = {k: size for k, size in after.items() if k not in theirs or k in named}
-    assert split(own, named) == (set(foreseen.bound.slots), foreseen.bound.bytes)
+    assert split(own, named) == (set(predicted.bound.slots), predicted.bound.bytes)
     tangents = {slot: torch.randn(1, *call.shape(slot), dtype=torch.float64, device=device.NAME) for slot in slots}
     moved, saved = lin.push(tangents, True, slots)
     assert moved is not None
     given = {place(x): slot for slot, x in tangents.items()}
     given.setdefault(place(moved), OUT)
-    assert split(held(saved), given) == (set(foreseen.residual.slots), foreseen.residual.bytes)
+    assert split(held(saved), given) == (set(predicted.residual.slots), predicted.residual.bytes)
