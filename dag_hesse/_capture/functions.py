@@ -8,11 +8,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils.checkpoint import CheckpointFunction
 
 from dag_hesse._capture.recorder import Recorder
+
+
+def _of_library(cls: Any) -> OpOverload | None:
+    """The op that PyTorch made an ``autograd.Function`` for (``torch.library.register_autograd``)."""
+    if not cls.__name__.startswith("GeneratedBackwardFor_"):
+        return None
+    cells = [cell.cell_contents for cell in getattr(cls.forward, "__closure__", None) or ()]
+    return next((x for x in cells if isinstance(x, OpOverload)), None)
 
 
 @contextmanager
@@ -31,7 +40,10 @@ def custom_functions(recorder: Recorder) -> Iterator[None]:
             return args[0](*args[2:])
         if cls is BackwardHookFunction:
             return recorder.copies(run, args)
-        return recorder.function(cls, args, lambda: run(*args, **kwargs))
+        op = _of_library(cls)
+        if op is not None:  # its last argument is PyTorch's, with the op's keywords in it
+            return recorder.function(op, args[:-1], lambda: run(*args, **kwargs), args[-1].keyword_only_args)
+        return recorder.function(cls.apply, args, lambda: run(*args, **kwargs))
 
     _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
     try:

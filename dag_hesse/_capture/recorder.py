@@ -355,19 +355,27 @@ class Recorder(TorchDispatchMode):
             Guard(self.trail.emit(aten.all.default, (At(same),), Like((), torch.bool), constant=True), True)
         )
 
-    def function(self, cls: Any, args: tuple[Any, ...], run: Callable[[], Any]) -> Any:
-        """A custom ``autograd.Function``: one opaque node an output, differentiated through its own backward."""
-        tensors = [x for x in args if isinstance(x, Tensor)]
+    def function(
+        self, target: Any, args: tuple[Any, ...], run: Callable[[], Any], kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """A function with a backward of its own: one node an output, opaque unless there is a rule of its name."""
+        tensors = [x for x in _flat(args) if isinstance(x, Tensor)]
         nodes = {id(x): self.read(x) for x in tensors}
         with self.pause():
             result = run()
         outputs = [result] if isinstance(result, Tensor) else list(result)
-        where = tuple(At(nodes[id(x)]) if isinstance(x, Tensor) else x for x in args)
+
+        def at(arg: Any) -> Any:
+            if isinstance(arg, (list, tuple)):
+                return type(arg)(map(at, arg))
+            return At(nodes[id(arg)]) if isinstance(arg, Tensor) else arg
+
+        where = tuple(map(at, args))
         for number, x in enumerate(outputs):
             if not isinstance(x, Tensor):
                 continue
             output = None if isinstance(result, Tensor) else number
-            node = self.trail.emit(cls.apply, where, x, output=output, constant=not x.requires_grad)
+            node = self.trail.emit(target, where, x, kwargs=kwargs, output=output, constant=not x.requires_grad)
             if any(x is t for t in tensors):
                 self.aliases.write(x, node, seen_by_autograd=True)
             else:

@@ -54,6 +54,7 @@ class Kernel(Generic[Arguments, Result]):
     name: str
     reference: Callable[Concatenate[Arena, Arguments], Result]
     implementations: tuple[Implementation, ...] = ()
+    writes: int = 0  # arguments that it may write to and return: a buffer that is added to
     refusals: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

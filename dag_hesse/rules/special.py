@@ -78,6 +78,28 @@ def _i0e(c: Call) -> tuple[Tensor, Tensor]:
     return i1e - sign * c.out, (1 + sign * sign) * c.out - 2 * sign * i1e - _bessel_over_x(x, i1e)
 
 
+def _i2_over_x(x: Tensor, zeroth: Tensor, ratio: Tensor) -> Tensor:
+    """I₂(x)/x = (I₀ − 2 I₁/x)/x; near zero, where that cancels, by its series (scaled as I₀ is, if that is)."""
+    near, safe = x.abs() < 1, torch.where(x == 0, 1.0, x)
+    series = torch.zeros_like(x)
+    for k in range(9, -1, -1):
+        series = series * (0.25 * x * x) + 1 / (factorial(k) * factorial(k + 2))
+    return torch.where(near, series * x / 4 * (zeroth / torch.special.i0(x)), (zeroth - 2 * ratio) / safe)
+
+
+def _i1(c: Call) -> tuple[Tensor, Tensor]:
+    x = _x(c)
+    zeroth, ratio = torch.special.i0(x), _bessel_over_x(x, c.out)
+    return zeroth - ratio, c.out - _i2_over_x(x, zeroth, ratio)
+
+
+def _i1e(c: Call) -> tuple[Tensor, Tensor]:
+    x, sign = _x(c), torch.sign(_x(c))
+    zeroth, ratio = torch.special.i0e(x), _bessel_over_x(x, c.out)
+    first = zeroth - ratio - sign * c.out
+    return first, c.out - sign * (zeroth - ratio + first) - _i2_over_x(x, zeroth, ratio)
+
+
 def _sinc(c: Call) -> tuple[Tensor, Tensor]:
     """sin(u)/u at u = πx: near zero by its series, which does not cancel."""
     u = math.pi * _x(c)
@@ -121,6 +143,8 @@ UNARY: dict[str, Rule] = {
     "aten.special_ndtri.default": pointwise_jointly(_ndtri),
     "aten.i0.default": pointwise_jointly(_i0),
     "aten.special_i0e.default": pointwise_jointly(_i0e),
+    "aten.special_i1.default": pointwise_jointly(_i1),
+    "aten.special_i1e.default": pointwise_jointly(_i1e),
     "aten.sinc.default": pointwise_jointly(_sinc),
     "aten.logit.default": pointwise_jointly(_logit),
     "aten.lgamma.default": pointwise(lambda c: torch.digamma(_x(c)), lambda c: torch.polygamma(1, _x(c))),

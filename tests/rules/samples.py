@@ -246,6 +246,8 @@ SAMPLES: dict[str, list[Sample]] = {
     "aten.special_ndtri.default": unary(lambda *shape: inside(*shape) / 2 + 0.5),
     "aten.i0.default": unary(special=_KINKS),
     "aten.special_i0e.default": unary(apart, special=_KINKS),
+    "aten.special_i1.default": unary(apart),
+    "aten.special_i1e.default": unary(apart),
     "aten.sinc.default": unary(),
     "aten.logit.default": unary(lambda *shape: inside(*shape) / 2 + 0.5)
     + unary(lambda *shape: inside(*shape) / 2 + 0.5, 0.2, special=(0.1, 0.2, 0.8, 0.95)),

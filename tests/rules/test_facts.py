@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from dag_hesse._capture.families import FOLLOW
+from dag_hesse._capture.families import FOLLOW, NONE, separate
+from dag_hesse._capture.layout import FREE, Place
+from dag_hesse.ir import Coupling, Kind, Node
 from dag_hesse.ir.node import execute
 from dag_hesse.rules import RULES, Call
 from dag_hesse.rules.base import Moves, Samples
@@ -28,7 +32,8 @@ def test_movement_of_elements(name: str, sample: Sample) -> None:
     x, out = call.values[0], call.out
     if name not in OURS and name.startswith("aten."):
         views = lies_in(execute(call.node, call.values), x) and x.numel() > 0
-        assert views == (Moves.VIEW in moves) or (views and name == "aten.alias.default")
+        said = Moves.VIEW in moves or name == "aten.alias.default"  # a copy here, as its user may write to it
+        assert views == said, f"{name}: the result lies in its input's memory: {views}; the row says {moves}"
     if Moves.SAME in moves and out.shape == x.shape and name not in ("aten.expand.default", "aten.cat.default"):
         assert torch.equal(out, x)
     if Moves.ORDERED in moves:
@@ -41,12 +46,72 @@ def test_linear_ops_are_linear_but_for_a_constant(name: str, sample: Sample) -> 
     call = make_call(name, sample)
     if not RULES[name].linear:
         return
-    assert not RULES[name].pairs(call.node)
+    assert not RULES[name].pairs(call.node), f"{name} is said to be linear and has second derivatives"
 
     def at(scale: float) -> Tensor:
         return execute(call.node, [scale * v if on else v for v, on in zip(call.values, call.active, strict=True)])
 
     assert error(at(3.0) - at(2.0), at(2.0) - at(1.0), 1e-3) < 1e-12
+
+
+@pytest.mark.parametrize("name, sample", ROWS)
+def test_what_is_linear_in_pieces_has_no_second_derivative(name: str, sample: Sample) -> None:
+    pairs = RULES[name].pairs(make_call(name, sample).node)
+    flat = RULES[name].kind in (Kind.STRUCTURAL, Kind.GATHER, Kind.PIECEWISE_LINEAR)
+    assert not (flat and pairs), f"{name} is {RULES[name].kind.value} and states pairs {sorted(pairs)}"
+
+
+class Alone:
+    """Stands for the walk over a graph whose first input has its samples along an axis, and no other has any."""
+
+    def __init__(self, call: Call, axis: int) -> None:
+        self.size = call.shape()[axis]
+        self.states = [separate(Place(axis, 1, self.size, 1)), *[NONE] * (len(call.values) - 1)]
+        self.graph, self.constants, self.call = self, self, call
+        self.nodes = [leaf(x) for x in call.values]
+
+    def shape(self, k: int) -> tuple[int, ...]:
+        return tuple(self.call.shape(k))
+
+    def value(self, k: int) -> Tensor:
+        return self.call.values[k]
+
+    def line(self, k: int, axis: int) -> Tensor:
+        place = self.states[k].place
+        return place.line() if place else torch.full((self.shape(k)[axis],), FREE)
+
+
+def leaf(x: Tensor) -> Node:
+    return Node(0, "leaf", None, (), {}, (), tuple(x.shape), x.dtype, Kind.CONST)
+
+
+@pytest.mark.parametrize("name, sample", [row for row in ROWS if RULES[row.values[0]].samples is not Samples.UNKNOWN])
+def test_slices_that_are_said_to_depend_on_a_sample_depend_on_no_other(name: str, sample: Sample) -> None:
+    torch.manual_seed(3)
+    call = make_call(name, sample)
+    for axis in [k for k, n in enumerate(call.shape()) if n > 1 and call.values[0].is_floating_point()]:
+        node = replace(call.node, inputs=tuple(range(len(call.values))))
+        state = FOLLOW[RULES[name].samples](Alone(call, axis), node)  # type: ignore[arg-type]
+        if state.coupling is not Coupling.SEPARATE:
+            continue  # samples count as interacting: always safe
+        for b in range(call.shape()[axis]):
+            x = call.values[0].clone()
+            x.select(axis, b).mul_(0.97).add_(0.003)
+            moved = (execute(call.node, [x, *call.values[1:]]) != call.out).nonzero()
+            if state.place is None:
+                assert b == state.one or not len(moved), f"{name}, axis {axis}: all is said to be of sample {state.one}"
+                continue
+            owners = state.place.line()[moved[:, state.place.axis]] if len(moved) else torch.tensor([b])
+            assert bool((owners == b).all()), f"{name}: along axis {axis}, sample {b} moves slices of others"
+
+
+def test_a_wrong_way_of_the_batch_axis_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "aten.roll.default"
+    monkeypatch.setitem(RULES, name, replace(RULES[name], samples=Samples.ELEMENTWISE))
+    with pytest.raises(AssertionError, match="moves slices of others"):
+        for row in ROWS:
+            if row.values[0] == name:
+                test_slices_that_are_said_to_depend_on_a_sample_depend_on_no_other(*row.values)
 
 
 def _shifted(call: Call, position: int) -> Tensor:

@@ -3,7 +3,7 @@
 from dag_hesse.kernels.contraction import reference, torch
 from dag_hesse.kernels.dispatch import Implementation, Kernel
 
-product = Kernel("contraction.product", reference.product, (Implementation("torch", torch.product),))
-outer = Kernel("contraction.outer", reference.outer, (Implementation("torch", torch.outer),))
+product = Kernel("contraction.product", reference.product, (Implementation("torch", torch.product),), writes=1)
+outer = Kernel("contraction.outer", reference.outer, (Implementation("torch", torch.outer),), writes=1)
 
 __all__ = ["outer", "product"]

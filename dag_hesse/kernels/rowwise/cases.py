@@ -19,6 +19,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
         for rows in (1, 3):
             x, g = torch.randn(shape, dtype=dtype), torch.randn(rows, *shape, dtype=dtype)
             yield softmax_kernel, (torch.softmax(x, -1), g, [-1])
+            yield softmax_kernel, (torch.softmax(x, 0), g, [-x.ndim])
             turned = torch.softmax(x.mT.contiguous().mT if x.ndim > 1 else x, -1)
             yield softmax_kernel, (turned, g.movedim(0, -1).contiguous().movedim(-1, 0), [-1])
             for center in (True, False):
