@@ -24,27 +24,31 @@ _FIRST = 1 << 26  # bytes of the first slab; the next ones are as large as all b
 class Arena:
     """Where results are written. This one takes fresh memory for each; a :class:`Pool` uses what others gave back."""
 
-    def _taken(self, like: Tensor, count: int) -> Tensor | None:
-        """Memory for ``count`` elements, flat; None where PyTorch is to find it."""
-        return None
+    def serves(self, like: Tensor, count: int) -> bool:
+        """Whether memory for ``count`` elements comes from here; else PyTorch finds it."""
+        return False
+
+    def take(self, like: Tensor, count: int) -> Tensor:
+        """Memory for ``count`` elements, flat."""
+        return like.new_empty(count)
 
     def empty(self, like: Tensor, *shape: int) -> Tensor:
         """An uninitialized tensor of the dtype and device of ``like``."""
-        place = self._taken(like, prod(shape))
-        return like.new_empty(shape) if place is None else place.view(shape)
+        count = prod(shape)
+        return self.take(like, count).view(shape) if self.serves(like, count) else like.new_empty(shape)
 
     def room(self, x: Tensor, *others: object) -> Tensor | None:
         """Where an elementwise function of ``x`` and ``others``, laid out as x is, can be written.
 
         None where PyTorch is to find the place: the result is small, or of another shape.
         """
-        if not is_dense(x):
+        count = x.numel()
+        if not self.serves(x, count) or not is_dense(x):
             return None
         shapes = [t.shape for t in others if isinstance(t, Tensor)]
         if torch.broadcast_shapes(x.shape, *shapes) != x.shape:
             return None
-        place = self._taken(x, x.numel())
-        return None if place is None else place.as_strided(x.shape, x.stride())
+        return self.take(x, count).as_strided(x.shape, x.stride())
 
     def blank(self, like: Tensor) -> Tensor:
         """An uninitialized tensor laid out as ``like``, which is dense."""
@@ -85,11 +89,13 @@ class Pool(Arena):
         """Bytes of all slabs."""
         return sum(slab.size for slab in self._slabs)
 
-    def _taken(self, like: Tensor, count: int) -> Tensor | None:
-        size = count * like.itemsize
-        return None if like.device.type != "cpu" or size < _LARGE else self.take(size).view(like.dtype)
+    def serves(self, like: Tensor, count: int) -> bool:
+        return count * like.itemsize >= _LARGE and like.device.type == "cpu"
 
-    def take(self, size: int) -> Tensor:
+    def take(self, like: Tensor, count: int) -> Tensor:
+        return self.lent(count * like.itemsize).view(like.dtype)
+
+    def lent(self, size: int) -> Tensor:
         """``size`` uninitialized bytes."""
         self._collect()
         taken = size + -size % _ALIGNED + _STAGGER
@@ -101,9 +107,9 @@ class Pool(Arena):
             slab = _Slab(max(taken, _FIRST, self.size))
             self._slabs.append(slab)
             start = slab.cut(taken) or 0
-        lent = slab.memory[start : start + size]
-        weakref.finalize(lent, self._returned.append, (slab, start, start + taken)).atexit = False
-        return torch.from_numpy(lent)
+        piece = slab.memory[start : start + size]
+        weakref.finalize(piece, self._returned.append, (slab, start, start + taken)).atexit = False
+        return torch.from_numpy(piece)
 
     def retire(self) -> None:
         """Start anew, as if nothing had been lent yet: what comes back of old slabs is not lent again."""

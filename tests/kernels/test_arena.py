@@ -21,7 +21,7 @@ LIKE = torch.zeros(1)
 def test_no_two_tensors_share_memory(steps: list[tuple[int, bool, int]]) -> None:
     pool, alive = Pool(), dict[int, torch.Tensor]()
     for mark, (size, drop, which) in enumerate(steps):
-        alive[mark] = pool.take(size).fill_(mark)
+        alive[mark] = pool.lent(size).fill_(mark)
         if drop and alive:
             alive.pop(sorted(alive)[which % len(alive)])
     assert all((tensor == mark).all() and tensor.data_ptr() % 64 == 0 for mark, tensor in alive.items())

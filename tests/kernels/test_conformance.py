@@ -25,7 +25,10 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5}
 class Poisoned(Arena):
     """Gives out memory full of NaN: what is not written shows."""
 
-    def _taken(self, like: Tensor, count: int) -> Tensor | None:
+    def serves(self, like: Tensor, count: int) -> bool:
+        return True
+
+    def take(self, like: Tensor, count: int) -> Tensor:
         return like.new_full((count,), math.nan)
 
 
