@@ -171,6 +171,11 @@ def is_fresh(x: Tensor, *others: Tensor) -> bool:
     return all(place != other.untyped_storage().data_ptr() for other in others)
 
 
+def added(x: Tensor, into: Tensor | None) -> Tensor:
+    """``x``, or ``into`` with ``x`` added to it."""
+    return x if into is None else into.add_(x)
+
+
 def plus_term(x: Tensor, grad: Tensor, rows: slice, second: Callable[[Tensor | None], Tensor | None]) -> Tensor:
     """``x``, which came of ``grad``, with a term added to its ``rows``; ``second(into)`` makes or adds it."""
     if is_fresh(x, grad):
@@ -183,4 +188,4 @@ def plus_term(x: Tensor, grad: Tensor, rows: slice, second: Callable[[Tensor | N
     return x
 
 
-__all__ = ["FRESH", "Arena", "Pool", "is_dense", "is_fresh", "plus_term"]
+__all__ = ["FRESH", "Arena", "Pool", "added", "is_dense", "is_fresh", "plus_term"]

@@ -102,11 +102,6 @@ class Linearized(ABC):
         """
 
 
-def added(x: Tensor, into: Tensor | None) -> Tensor:
-    """``x``, or ``into`` with ``x`` added to it."""
-    return x if into is None else into.add_(x)
-
-
 class Samples(Enum):
     """What an op does to the axis of the samples, as :mod:`dag_hesse._capture.families` follows it."""
 

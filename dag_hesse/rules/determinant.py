@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node
-from dag_hesse.rules.base import Call, Linearized, Pairs, Rule, Samples, Saved, added, no_pairs, own_pair
+from dag_hesse.kernels.arena import added
+from dag_hesse.rules.base import Call, Linearized, Pairs, Rule, Samples, Saved, no_pairs, own_pair
 from dag_hesse.rules.single import Single
 
 

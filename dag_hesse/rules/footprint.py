@@ -102,7 +102,7 @@ def _footprint(key: _Key) -> Footprint:
     with torch.no_grad(), _Shapes():
         try:
             return _by_running(key)
-        except (RuntimeError, NotImplementedError, NonDifferentiableError):  # it goes by values, or has no shapes
+        except (RuntimeError, NonDifferentiableError):  # it goes by values, or has no shapes
             return _at_most(key)
 
 

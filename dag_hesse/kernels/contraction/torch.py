@@ -7,12 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dag_hesse.kernels.arena import Arena
+from dag_hesse.kernels.arena import Arena, added
 from dag_hesse.kernels.machine import machine
-
-
-def _added(x: Tensor, into: Tensor | None) -> Tensor:
-    return x if into is None else into.add_(x)
 
 
 def product(arena: Arena, a: Tensor, b: Tensor, into: Tensor | None) -> Tensor:
@@ -22,11 +18,11 @@ def product(arena: Arena, a: Tensor, b: Tensor, into: Tensor | None) -> Tensor:
             into.view(-1, b.shape[-1]).addmm_(rows, b[0])
             return into
         out = arena.empty(a, len(rows), b.shape[-1])
-        return _added(torch.mm(rows, b[0], out=out).view(*a.shape[:-1], b.shape[-1]), into)
+        return added(torch.mm(rows, b[0], out=out).view(*a.shape[:-1], b.shape[-1]), into)
     if a.ndim == 4 and b.shape[0] == 1 and a.shape[0] > 1:
         rows = a.transpose(0, 1).reshape(a.shape[1], -1, a.shape[-1])
         found = (rows @ b[0]).reshape(a.shape[1], a.shape[0], a.shape[2], -1).transpose(0, 1)
-        return _added(found, into)
+        return added(found, into)
     return _each(arena, a, b, into)
 
 
@@ -43,7 +39,7 @@ def outer(arena: Arena, terms: Sequence[tuple[Tensor, Tensor]], turned: bool, in
 def _each(arena: Arena, a: Tensor, b: Tensor, into: Tensor | None) -> Tensor:
     """One product a row, where batched ones are slow."""
     if a.ndim != 3 or a.shape[1] * a.shape[2] * b.shape[2] < machine(a.device).product:
-        return _added(torch.matmul(a, b), into)
+        return added(torch.matmul(a, b), into)
     out = arena.empty(a, max(len(a), len(b)), a.shape[1], b.shape[2]) if into is None else into
     for k, row in enumerate(out):
         pair = a[min(k, len(a) - 1)], b[min(k, len(b) - 1)]

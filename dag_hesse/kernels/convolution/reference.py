@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dag_hesse.kernels.arena import Arena
+from dag_hesse.kernels.arena import Arena, added
 from dag_hesse.kernels.convolution.sizes import Geometry, crop
 
 aten = torch.ops.aten
@@ -18,17 +18,13 @@ def _rows(*operands: Tensor) -> zip[tuple[Tensor, ...]]:
     return zip(*(x.expand(count, *x.shape[1:]) for x in operands), strict=True)
 
 
-def _added(found: Tensor, into: Tensor | None) -> Tensor:
-    return found if into is None else into.add_(found)
-
-
 def forward(arena: Arena, geo: Geometry, x: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
     """The convolution of x (rows, batch, C, *S) by w (rows, O, C/groups, *K), added to ``into`` where that is given.
 
     An operand that all rows share has one; the weight may be cut to the taps that meet the input.
     """
     found = [aten.convolution(a, b, None, *geo.arguments) for a, b in _rows(x, crop(geo, w))]
-    return _added(torch.stack(found), into)
+    return added(torch.stack(found), into)
 
 
 def input_adjoint(arena: Arena, geo: Geometry, g: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
@@ -37,7 +33,7 @@ def input_adjoint(arena: Arena, geo: Geometry, g: Tensor, w: Tensor, into: Tenso
     for a, b in _rows(g, crop(geo, w)):
         like = a.new_zeros(geo.batch, geo.channels, *geo.side)
         found.append(aten.convolution_backward(a, like, b, [0], *geo.arguments, [True, False, False])[0])
-    return _added(torch.stack(found), into)
+    return added(torch.stack(found), into)
 
 
 def weight_adjoint(arena: Arena, geo: Geometry, terms: Sequence[tuple[Tensor, Tensor]], into: Tensor | None) -> Tensor:

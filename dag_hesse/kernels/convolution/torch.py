@@ -12,16 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dag_hesse.kernels.arena import Arena
+from dag_hesse.kernels.arena import Arena, added
 from dag_hesse.kernels.convolution.sizes import Geometry, crop
 from dag_hesse.kernels.layout import laid_out
 
 aten = torch.ops.aten
 Terms = Sequence[tuple[Tensor, Tensor]]
-
-
-def _added(x: Tensor, into: Tensor | None) -> Tensor:
-    return x if into is None else into.add_(x)
 
 
 def _fold(x: Tensor) -> Tensor:
@@ -133,10 +129,10 @@ def _with_weight(
     probes, w = max(len(x), len(w)), crop(geo, w)
     if len(w) == 1:
         y = run(arena, geo, _fold(x), w[0])
-        return _added(y.reshape(probes, -1, *y.shape[1:]), into)
+        return added(y.reshape(probes, -1, *y.shape[1:]), into)
     if geo.folds and len(x) == 1:
-        return _added(_apart(run(arena, geo, x[0], aside(w)), probes), into)
-    return _added(torch.stack([run(arena, geo, x[min(k, len(x) - 1)], w[k]) for k in range(probes)]), into)
+        return added(_apart(run(arena, geo, x[0], aside(w)), probes), into)
+    return added(torch.stack([run(arena, geo, x[min(k, len(x) - 1)], w[k]) for k in range(probes)]), into)
 
 
 def forward(arena: Arena, geo: Geometry, x: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
