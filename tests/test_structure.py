@@ -159,7 +159,8 @@ def test_opaque_ops_are_exact_and_named() -> None:
             self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.b(torch.logcumsumexp(self.a(x), 1) + torch.lgamma(self.a(x) ** 2 + 1))
+            a = self.a(x)
+            return self.b(torch.linalg.inv(torch.eye(3).double() + a.unsqueeze(2) * a.unsqueeze(1)).sum(1))
 
     from tests.oracle import Truth, error
 

@@ -190,6 +190,23 @@ def _max_pool1d(
     return aten.max_pool2d_with_indices(lifted, size, step, wide(padding, 0), wide(dilation, 1), ceil)[0].squeeze(-2)
 
 
+def _scan(join: Callable[[Tensor, Tensor], Tensor], neutral: float) -> Callable[..., Any]:
+    """An associative op along an axis by doubling: of 2, 4, 8, … elements. PyTorch's own second derivatives cancel."""
+
+    def written(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
+        x = x if dtype is None else x.to(dtype)
+        if not x.is_floating_point() or x.ndim == 0 or x.shape[dim] < 2:
+            return NotImplemented
+        count, step = x.shape[dim], 1
+        while step < count:
+            none = torch.full_like(x.narrow(dim, 0, step), neutral)
+            x = join(x, torch.cat([none, x.narrow(dim, 0, count - step)], dim))
+            step *= 2
+        return x
+
+    return written
+
+
 def _fill_diagonal(x: Tensor, value: float, wrap: bool = False) -> Tensor:
     """The tensor with its diagonal replaced; with ``wrap``, a tall matrix has one again below each."""
     if x.ndim > 2:
@@ -275,6 +292,8 @@ LOWERINGS: Mapping[Any, Callable[..., Any]] = {
     aten.std_mean.correction: _std_mean,
     aten.max_pool1d.default: _max_pool1d,
     aten.as_strided_scatter.default: _as_strided_scatter,
+    aten.logcumsumexp.default: _scan(lambda x, y: torch.logsumexp(torch.stack([x, y], -1), -1), -torch.inf),
+    aten.cumprod.default: _scan(torch.mul, 1.0),
     aten.fill_diagonal_.default: _fill_diagonal,
     aten.div.Tensor_mode: _div,
     aten.div.Scalar_mode: _div,
