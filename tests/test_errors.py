@@ -271,7 +271,7 @@ def _fails(output: Tensor, targets: Tensor) -> Tensor:
         ({"loss": _fails}, True),
         ({"loss": lambda y, t: (y - y - 1).sum().log()}, True),
     ],
-    ids=["default", "exact", "probes", "parameter", "coupled", "no point", "user bug", "infinite loss"],
+    ids=["default", "exact", "probes", "parameter", "interacting", "no point", "user bug", "infinite loss"],
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_model_and_rng_come_out_as_they_went_in(options: dict[str, Any], fails: bool, training: bool) -> None:

@@ -10,20 +10,20 @@ import torch
 
 from dag_hesse._capture import labels
 from dag_hesse._capture.layout import FREE, Place, along, reshaped
-from dag_hesse.ir import Coupling, Node
+from dag_hesse.ir import Interaction, Node
 from dag_hesse.rules.base import Samples
 from dag_hesse.rules.structural import axes
 from dag_hesse.rules.table import RULES
 
 if TYPE_CHECKING:
-    from dag_hesse._capture.coupling import Walker
+    from dag_hesse._capture.interaction import Walker
 
 
 @dataclass(frozen=True, slots=True)
 class State:
     """How a tensor depends on samples. ``one``: on the sample of this number alone; ``lost``: nobody knows where."""
 
-    coupling: Coupling
+    interaction: Interaction
     place: Place | None = None
     one: int = -1
     lost: bool = False
@@ -31,22 +31,22 @@ class State:
     @property
     def free(self) -> bool:
         """The same for all samples."""
-        return self.coupling is Coupling.NONE and self.place is None and not self.lost
+        return self.interaction is Interaction.NONE and self.place is None and not self.lost
 
 
-NONE = State(Coupling.NONE)
-GONE = State(Coupling.MIXED)  # reduced over the batch: there is no batch axis any more
-LOST = State(Coupling.MIXED, lost=True)
+NONE = State(Interaction.NONE)
+GONE = State(Interaction.MIXED)  # reduced over the batch: there is no batch axis any more
+LOST = State(Interaction.MIXED, lost=True)
 
 
 def separate(place: Place | None) -> State:
     """Slices along a place that depend on their own sample; lost where there is no place."""
-    return LOST if place is None else State(Coupling.SEPARATE, place)
+    return LOST if place is None else State(Interaction.SEPARATE, place)
 
 
 def mixed(place: Place | None) -> State:
     """Samples interact; their axis may still be known."""
-    return State(Coupling.MIXED, place)
+    return State(Interaction.MIXED, place)
 
 
 def option(node: Node, name: str, default: Any = None) -> Any:
@@ -78,7 +78,7 @@ def elementwise(walk: Walker, node: Node) -> State:
         if (place := walk.states[k].place) is not None:
             places.append(place.at(place.axis + len(node.shape) - len(walk.shape(k))))
     if any(walk.states[k].one >= 0 for k in node.inputs) and walk.size > 1:
-        return State(Coupling.SUMMED) if is_linear(node) and not places else mixed(places[0] if places else None)
+        return State(Interaction.SUMMED) if is_linear(node) and not places else mixed(places[0] if places else None)
     fits = all(0 <= p.axis < len(node.shape) and node.shape[p.axis] == p.size for p in places)
     if not fits or any(place != places[0] for place in places):
         return mixed(places[0]) if fits else LOST
@@ -181,14 +181,14 @@ def select(walk: Walker, node: Node) -> State:
         return LOST
     dim = _dim(node, ndim)
     if dim == place.axis:
-        return State(Coupling.SEPARATE, one=int(place.line()[option(node, "index")]))
+        return State(Interaction.SEPARATE, one=int(place.line()[option(node, "index")]))
     return _of_line(place.line(), place.axis - (dim < place.axis))
 
 
 def _of_line(line: torch.Tensor, axis: int) -> State:
     place = along(line, axis)
     if place is not None and place.batch == 1:
-        return State(Coupling.SEPARATE, place if place.start == 0 else None, one=place.start)
+        return State(Interaction.SEPARATE, place if place.start == 0 else None, one=place.start)
     return separate(place)
 
 
@@ -250,7 +250,7 @@ def reduction(walk: Walker, node: Node) -> State:
 
 
 def linear_reduction(walk: Walker, node: Node) -> State:
-    return _reduced(walk, node, State(Coupling.SUMMED))
+    return _reduced(walk, node, State(Interaction.SUMMED))
 
 
 def _reduced(walk: Walker, node: Node, over_samples: State) -> State:
@@ -282,7 +282,7 @@ def product(walk: Walker, node: Node) -> State:
     last = len(node.shape) - 1  # rows of a at last - 1, columns of b at last
     summed = (a is None or a.axis == last) and (b is None or b.axis == last - 1)
     if summed and (a is None or b is None or a.at(0) == b.at(0)):
-        return State(Coupling.SUMMED)  # Σ over samples of a term each
+        return State(Interaction.SUMMED)  # Σ over samples of a term each
     if a and b:
         if last == 2 and a == b and a.axis == 0:
             return separate(a)
@@ -382,7 +382,7 @@ def move(walk: Walker, node: Node) -> State:
 
 
 def _single_or(place: Place) -> State:
-    return State(Coupling.SEPARATE, one=place.start) if place.batch == 1 else separate(place)
+    return State(Interaction.SEPARATE, one=place.start) if place.batch == 1 else separate(place)
 
 
 def unknown(walk: Walker, node: Node) -> State:

@@ -16,7 +16,7 @@ from dag_hesse.randomness import preserved
 from dag_hesse.rules.structural import axes
 
 if TYPE_CHECKING:
-    from dag_hesse._capture.coupling import Walker
+    from dag_hesse._capture.interaction import Walker
 
 _RANDOM = re.compile(r"rand|bernoulli|multinomial|dropout|_\.")
 _MOST_TRIED = 1 << 22  # elements of an op that is tried

@@ -10,7 +10,7 @@ from math import prod
 from torch import nn
 
 from dag_hesse.errors import NonDifferentiableError, OptionError, PointError, choose, suggest
-from dag_hesse.ir import Coupling, CurvatureGraph, Kind, Node, Point
+from dag_hesse.ir import CurvatureGraph, Interaction, Kind, Node, Point
 
 MOST = 16
 SPACES = ("activation", "parameter")
@@ -171,7 +171,7 @@ def _leaf(graph: CurvatureGraph, model: nn.Module, name: str) -> int:
         graph.nodes.append(leaf)
         graph.children.append([])
         graph.layouts.append(None)
-        graph.couplings.append(Coupling.NONE)
+        graph.interactions.append(Interaction.NONE)
     return graph.parameters[name]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from dag_hesse._capture.batch import Batch, check_devices, check_finite, check_no_transform, check_tensors, one_batch
 from dag_hesse._capture.convert import convert
-from dag_hesse._capture.coupling import annotate
+from dag_hesse._capture.interaction import annotate
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.points import default_points, points_like, resolve_points
 from dag_hesse._capture.record import record

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dag_hesse import _core
-from dag_hesse.ir import Coupling, CurvatureGraph, Kind
+from dag_hesse.ir import CurvatureGraph, Interaction, Kind
 from dag_hesse.rules.table import pairs_of, rule_for
 
 
@@ -152,13 +152,13 @@ def analyze_structure(graph: CurvatureGraph) -> Structure:
     rank = np.minimum(np.minimum(cuts[:, None], cuts[None, :]), _loss_rank(graph))
     rank = np.where(alive[0], rank, 0)
     shared = np.minimum(rank * graph.batch_size, np.minimum(dims[:, None], dims[None, :]))
-    return Structure(graph, alive[0], alive[1], rank, shared, _distances(graph), _coupled_node(graph))
+    return Structure(graph, alive[0], alive[1], rank, shared, _distances(graph), _first_interaction(graph))
 
 
-def _coupled_node(graph: CurvatureGraph) -> str:
+def _first_interaction(graph: CurvatureGraph) -> str:
     """Where samples first interact on the way to ``out``, for messages; empty if nowhere."""
     on_path = graph.ancestors(graph.out)
     for node in graph.nodes:
-        if on_path[node.index] and node.kind is not Kind.CONST and graph.couplings[node.index] is Coupling.MIXED:
+        if on_path[node.index] and node.kind is not Kind.CONST and graph.interactions[node.index] is Interaction.MIXED:
             return node.where
     return ""

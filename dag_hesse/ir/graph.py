@@ -13,7 +13,7 @@ from dag_hesse.ir.node import Guard, Kind, Node
 from dag_hesse.randomness import RandomState
 
 
-class Coupling(str, Enum):
+class Interaction(str, Enum):
     """How a node's tensor depends on the samples of the batch."""
 
     NONE = "none"  # the same for every sample: parameters, constants
@@ -74,7 +74,7 @@ class CurvatureGraph:
     points: tuple[Point, ...] = ()
     children: list[list[int]] = field(default_factory=list, repr=False)
     layouts: list[BatchLayout | None] = field(default_factory=list, repr=False)
-    couplings: list[Coupling] = field(default_factory=list, repr=False)
+    interactions: list[Interaction] = field(default_factory=list, repr=False)
     separable_loss: bool = False  # whether the loss is a sum over samples of functions of their own slice of out
     separable: bool = False  # whether, moreover, out's slices depend on their own sample alone
     split: bool = True  # whether ``out`` is known; where not, it is the loss, and there is no Gauss–Newton part
@@ -149,6 +149,10 @@ class CurvatureGraph:
         """Real numbers of a node's tensor that belong to one sample."""
         node = self.nodes[index]
         each = 2 if node.dtype.is_complex else 1
-        if self.couplings and self.couplings[index] in (Coupling.SEPARATE, Coupling.MIXED) and self.layouts[index]:
+        if (
+            self.interactions
+            and self.interactions[index] in (Interaction.SEPARATE, Interaction.MIXED)
+            and self.layouts[index]
+        ):
             return each * node.numel // self.batch_size
         return each * prod(node.shape)

@@ -63,7 +63,7 @@ def _rebuilt(
         guards=tuple(replace(guard, node=places[guard.node]) for guard in graph.guards),
         children=[],
         layouts=[graph.layouts[k] for k in origins],
-        couplings=[graph.couplings[k] for k in origins],
+        interactions=[graph.interactions[k] for k in origins],
     )
 
 

@@ -78,7 +78,7 @@ LOSSES: dict[str, Op] = {
     "kl": lambda y, t: F.kl_div(F.log_softmax(y, 1), torch.softmax(t, 1), reduction="batchmean"),
     "logistic": lambda y, t: F.binary_cross_entropy_with_logits(y, torch.sigmoid(t)),
     "two terms": lambda y, t: F.cross_entropy(y, t.argmax(1)) + 0.1 * (y**2).mean(),
-    "coupled": lambda y, t: torch.logsumexp(y - t, (0, 1)),
+    "interacting": lambda y, t: torch.logsumexp(y - t, (0, 1)),
 }
 CLASS_WEIGHTS = torch.tensor([0.5, 1.0, 2.5])
 # What a batch's loss counts in a mean over several; None: the losses add up.

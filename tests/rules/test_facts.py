@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dag_hesse._capture.families import FOLLOW, NONE, separate
 from dag_hesse._capture.layout import FREE, Place
-from dag_hesse.ir import Coupling, Kind, Node
+from dag_hesse.ir import Interaction, Kind, Node
 from dag_hesse.ir.node import execute
 from dag_hesse.rules import RULES, Call
 from dag_hesse.rules.base import Moves, Samples
@@ -92,7 +92,7 @@ def test_slices_that_are_said_to_depend_on_a_sample_depend_on_no_other(name: str
     for axis in [k for k, n in enumerate(call.shape()) if n > 1 and call.values[0].is_floating_point()]:
         node = replace(call.node, inputs=tuple(range(len(call.values))))
         state = FOLLOW[RULES[name].samples](Alone(call, axis), node)  # type: ignore[arg-type]
-        if state.coupling is not Coupling.SEPARATE:
+        if state.interaction is not Interaction.SEPARATE:
             continue  # samples count as interacting: always safe
         for b in range(call.shape()[axis]):
             x = call.values[0].clone()

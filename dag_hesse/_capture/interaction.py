@@ -28,7 +28,7 @@ from dag_hesse._capture.families import (
     separate,
 )
 from dag_hesse._capture.layout import FREE, Place
-from dag_hesse.ir import Coupling, CurvatureGraph, Kind, Node
+from dag_hesse.ir import CurvatureGraph, Interaction, Kind, Node
 from dag_hesse.rules.base import Samples
 
 _MOST_CHOICES = 16  # of the inputs' batch axes
@@ -62,12 +62,12 @@ class Walker:
             self.inert.append(still or node.kind is Kind.CONST)
             # No derivative goes from sample to sample through a constant, or a number made of inputs (a mask's sum).
             fixed = node.kind is Kind.CONST or (still and node.numel == 1)
-            if fixed and state.coupling in (Coupling.MIXED, Coupling.SUMMED):
-                state = State(Coupling.NONE, state.place, lost=state.lost)
+            if fixed and state.interaction in (Interaction.MIXED, Interaction.SUMMED):
+                state = State(Interaction.NONE, state.place, lost=state.lost)
             elif state.lost and not any(self.states[k].lost and not self.inert[k] for k in node.inputs):
                 self.lost.append(node.where)
             if node.index in self.apart and state.place is not None:
-                state = replace(state, coupling=Coupling.SEPARATE, lost=False)
+                state = replace(state, interaction=Interaction.SEPARATE, lost=False)
             self.states.append(state)
         if self.size > 1 and all(self.states[k].free for k in self.graph.out):
             self.lost += [node.where for node in self.graph.nodes if self.reads_numbers(node)][:1]
@@ -103,22 +103,24 @@ class Walker:
         if all(s.place is None and s.one < 0 for s in touched):  # sums over the batch, or what was lost before
             return self.after_sum(node, touched)
         state = FOLLOW[samples](self, node)
-        if any(s.coupling in (Coupling.MIXED, Coupling.SUMMED) for s in touched):
-            added = samples is Samples.ELEMENTWISE and all(s.coupling is not Coupling.MIXED for s in touched)
+        if any(s.interaction in (Interaction.MIXED, Interaction.SUMMED) for s in touched):
+            added = samples is Samples.ELEMENTWISE and all(s.interaction is not Interaction.MIXED for s in touched)
             return (
-                state if added and state.coupling is Coupling.SUMMED else replace(mixed(state.place), lost=state.lost)
+                state
+                if added and state.interaction is Interaction.SUMMED
+                else replace(mixed(state.place), lost=state.lost)
             )
         return state
 
     def single(self, node: Node, number: int, place: Place | None = None) -> State:
         """A tensor of one sample. In a batch of one its axis is followed where that goes, for the points' shapes."""
         if self.size > 1:
-            return State(Coupling.SEPARATE, one=number)
+            return State(Interaction.SEPARATE, one=number)
         if node.target is not None:
             place = self.guess(node)
         if place is None and node.shape:
             place = Place(0, 1, 1, node.shape[0])
-        return State(Coupling.SEPARATE, place, one=number)
+        return State(Interaction.SEPARATE, place, one=number)
 
     def guess(self, node: Node) -> Place | None:
         samples = samples_of(node)
@@ -129,18 +131,18 @@ class Walker:
 
     def after_sum(self, node: Node, states: Sequence[State]) -> State:
         lost = any(s.lost for s in states)
-        if any(s.coupling is not Coupling.SUMMED for s in states):
+        if any(s.interaction is not Interaction.SUMMED for s in states):
             return replace(GONE, lost=lost)
         linear = is_linear(node) or self.scales(node)
-        return State(Coupling.SUMMED) if linear else GONE
+        return State(Interaction.SUMMED) if linear else GONE
 
     def scales(self, node: Node) -> bool:
         """Whether a product or quotient is one of a tensor that depends on samples by one that does not."""
         if node.op not in ("aten.mul.Tensor", "aten.div.Tensor"):
             return False
         first, others = self.states[node.inputs[0]], [self.states[k] for k in node.inputs[1:]]
-        alone = all(s.coupling is Coupling.NONE for s in others)
-        return alone or (node.op == "aten.mul.Tensor" and first.coupling is Coupling.NONE)
+        alone = all(s.interaction is Interaction.NONE for s in others)
+        return alone or (node.op == "aten.mul.Tensor" and first.interaction is Interaction.NONE)
 
     def line(self, k: int, axis: int) -> torch.Tensor:
         """Sample numbers along an axis of a tensor whose samples lie along it, if they lie anywhere."""
@@ -153,8 +155,8 @@ class Walker:
 def _is_separate(graph: CurvatureGraph, states: Sequence[State]) -> bool:
     """Whether the loss is a sum over samples of what depends on one sample each."""
     outs = [states[k] for k in graph.out]
-    apart = all(s.coupling is Coupling.SEPARATE and s.place is not None for s in outs)
-    return apart and states[graph.loss].coupling is Coupling.SUMMED
+    apart = all(s.interaction is Interaction.SEPARATE and s.place is not None for s in outs)
+    return apart and states[graph.loss].interaction is Interaction.SUMMED
 
 
 def _with_other_axes(graph: CurvatureGraph, batch: Batch) -> tuple[Walker, list[State]] | None:
@@ -173,21 +175,22 @@ def _with_other_axes(graph: CurvatureGraph, batch: Batch) -> tuple[Walker, list[
 
 
 def annotate(graph: CurvatureGraph, batch: Batch) -> CurvatureGraph:
-    """Fill in ``graph.layouts``, ``graph.couplings``, ``graph.lost`` and what follows for the loss."""
+    """Fill in ``graph.layouts``, ``graph.interactions``, ``graph.lost`` and what follows for the loss."""
     walk = Walker(graph, batch)
     states = walk.run()
     if batch.size > 1 and not _is_separate(graph, states):
         walk, states = _with_other_axes(graph, batch) or (walk, states)
     axes = walk.axes
     graph.layouts = [None if s.place is None else s.place.layout(batch.size) for s in states]
-    graph.couplings = [state.coupling for state in states]
+    graph.interactions = [state.interaction for state in states]
     graph.lost = tuple(dict.fromkeys(walk.lost))
-    apart = frozenset(k for k in graph.out if states[k].coupling is not Coupling.SEPARATE)
+    apart = frozenset(k for k in graph.out if states[k].interaction is not Interaction.SEPARATE)
     loss_states = Walker(graph, batch, apart, axes).run() if apart else states
     graph.separable_loss = batch.size == 1 or (
-        loss_states[graph.loss].coupling is Coupling.SUMMED and all(graph.layouts[k] is not None for k in graph.out)
+        loss_states[graph.loss].interaction is Interaction.SUMMED
+        and all(graph.layouts[k] is not None for k in graph.out)
     )
     graph.separable = batch.size == 1 or (
-        graph.separable_loss and all(graph.couplings[k] is Coupling.SEPARATE for k in graph.out)
+        graph.separable_loss and all(graph.interactions[k] is Interaction.SEPARATE for k in graph.out)
     )
     return graph

@@ -1,4 +1,4 @@
-"""Batch layouts and couplings against the truth: what changes in a module's output when one sample does?"""
+"""Batch layouts and interactions against the truth: what changes in a module's output when one sample does?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dag_hesse as dh
 from dag_hesse._capture import labels
-from dag_hesse.ir import BatchLayout, Coupling, CurvatureGraph
+from dag_hesse.ir import BatchLayout, CurvatureGraph, Interaction
 
 B = 3
 
@@ -254,7 +254,7 @@ def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> CurvatureGraph:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_layouts_and_couplings_are_what_a_changed_sample_changes(name: str) -> None:
+def test_layouts_and_interactions_are_what_a_changed_sample_changes(name: str) -> None:
     torch.manual_seed(0)
     model, inputs = CASES[name]()
     model = model.double()
@@ -272,11 +272,11 @@ def test_layouts_and_couplings_are_what_a_changed_sample_changes(name: str) -> N
         seen += 1
         changes = [one[key] != base[key] for one in turned]
         layouts = _true_layouts(changes)
-        layout, coupling = graph.layouts[sites[0]], graph.couplings[sites[0]]
+        layout, interaction = graph.layouts[sites[0]], graph.interactions[sites[0]]
         if not any(bool(hit.any()) for hit in changes):
-            assert coupling is Coupling.NONE and layout is None
+            assert interaction is Interaction.NONE and layout is None
             continue
-        assert coupling is (Coupling.SEPARATE if layouts else Coupling.MIXED), module
+        assert interaction is (Interaction.SEPARATE if layouts else Interaction.MIXED), module
         assert not layouts or layout in layouts, module
     assert seen
     assert bool(graph.lost) == (name in LOST)
@@ -300,7 +300,7 @@ def test_a_batch_of_one_moves_no_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
     model, x = Fn(lambda y: y[:, torch.tensor([1, 0])] + y.view(-1)[:2]), torch.randn(1, 4)
     graph = dh.capture(model, (x, torch.randn(1, 2)), points=["inner"])
     assert graph.points[0].shape == (4,)
-    assert all(c in (Coupling.NONE, Coupling.SEPARATE) for c in graph.couplings)
+    assert all(c in (Interaction.NONE, Interaction.SEPARATE) for c in graph.interactions)
     assert graph.separable
 
 
