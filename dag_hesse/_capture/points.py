@@ -19,12 +19,12 @@ SPACES = ("activation", "parameter")
 def _activation(graph: CurvatureGraph, name: str, sites: Sequence[int]) -> Point:
     shapes = []
     for site in sites:
-        node, layout = graph.nodes[site], graph.layouts[site]
+        node, batch_axis = graph.nodes[site], graph.batch_axes[site]
         shape = list(node.shape)
-        if layout is not None:
-            shape[layout.axis] = layout.outer * layout.inner
-            if shape[layout.axis] == 1:
-                del shape[layout.axis]
+        if batch_axis is not None:
+            shape[batch_axis.axis] = batch_axis.outer * batch_axis.inner
+            if shape[batch_axis.axis] == 1:
+                del shape[batch_axis.axis]
         shapes.append(tuple(shape))
     if len(set(shapes)) > 1:
         raise PointError(
@@ -170,7 +170,7 @@ def _leaf(graph: CurvatureGraph, model: nn.Module, name: str) -> int:
         leaf = Node(len(graph.nodes), "param", None, (), {}, (), tuple(p.shape), p.dtype, Kind.PARAM, name=name)
         graph.nodes.append(leaf)
         graph.children.append([])
-        graph.layouts.append(None)
+        graph.batch_axes.append(None)
         graph.interactions.append(Interaction.NONE)
     return graph.parameters[name]
 

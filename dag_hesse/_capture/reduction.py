@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from dag_hesse._capture.batch import Batch
 from dag_hesse._capture.labels import Constants
-from dag_hesse._capture.layout import Place
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.parts import OnOutputs, Piece, parameter_gradient, part_of, put_together
 from dag_hesse._capture.state import restored
 from dag_hesse._capture.stream import Batches
 from dag_hesse.errors import DagHesseError, OptionError, ReductionError
-from dag_hesse.ir import CurvatureGraph, Kind
+from dag_hesse.ir import BatchAxis, CurvatureGraph, Kind
 
 REDUCTIONS = ("mean", "sum")
 Option = str | Sequence[float] | Callable[[Any], float] | None
@@ -323,12 +322,12 @@ def _beside(on: OnOutputs, reference: Piece, piece: Piece, tolerance: float) -> 
 def _fit(one: Piece, other: Piece, on: OnOutputs) -> bool:
     """Whether two pieces can be put together: all axes but the batch's agree."""
 
-    def rest(x: Tensor, place: Place | None) -> list[int]:
-        return [n for k, n in enumerate(x.shape) if place is None or k != place.axis]
+    def rest(x: Tensor, batch_axis: BatchAxis | None) -> list[int]:
+        return [n for k, n in enumerate(x.shape) if batch_axis is None or k != batch_axis.axis]
 
-    places = [*on.places, *on.other_places]
-    pairs = zip([*one.outputs, *one.others], [*other.outputs, *other.others], places, strict=True)
-    return all(rest(x, place) == rest(y, place) for x, y, place in pairs)
+    batch_axes = [*on.batch_axes, *on.other_batch_axes]
+    pairs = zip([*one.outputs, *one.others], [*other.outputs, *other.others], batch_axes, strict=True)
+    return all(rest(x, batch_axis) == rest(y, batch_axis) for x, y, batch_axis in pairs)
 
 
 def _weighted(weights: list[float], sizes: Sequence[int], tolerance: float) -> Reduction:

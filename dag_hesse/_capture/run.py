@@ -1,4 +1,4 @@
-"""The capture stage: checks, trace, conversion, batch layout, points."""
+"""The capture stage: checks, trace, conversion, batch axes, points."""
 
 from __future__ import annotations
 

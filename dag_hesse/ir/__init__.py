@@ -1,12 +1,12 @@
 """The shared vocabulary: typed nodes, their kinds, and the graph they form."""
 
-from dag_hesse.ir.graph import BatchLayout, CurvatureGraph, Interaction, Point
+from dag_hesse.ir.graph import BatchAxis, CurvatureGraph, Interaction, Point
 from dag_hesse.ir.node import Guard, Kind, Node, Ref, bind, rebind
 from dag_hesse.ir.printer import render, render_around
 from dag_hesse.ir.verifier import verify
 
 __all__ = [
-    "BatchLayout",
+    "BatchAxis",
     "CurvatureGraph",
     "Guard",
     "Interaction",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import prod
 
@@ -26,13 +26,34 @@ class Interaction(str, Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class BatchLayout:
-    """Where the samples lie: ``axis`` has size ``outer · batch · inner`` with the sample in the middle factor."""
+class BatchAxis:
+    """Where the samples lie: ``axis`` has size ``outer · batch · inner``; the middle factor counts samples.
+
+    Those of the whole batch, in a graph; in the walk that finds them also some, from number ``start`` on.
+    """
 
     axis: int
     outer: int
     batch: int
     inner: int
+    start: int = 0
+
+    @property
+    def size(self) -> int:
+        """Of the axis."""
+        return self.outer * self.batch * self.inner
+
+    def at(self, axis: int) -> BatchAxis:
+        """The same along another axis."""
+        return replace(self, axis=axis)
+
+    def line(self) -> torch.Tensor:
+        """The sample number at every place of the axis."""
+        return self.start + torch.arange(self.size, device="cpu") // self.inner % self.batch
+
+    def whole(self, batch: int) -> BatchAxis | None:
+        """Itself, where it holds all samples of the batch."""
+        return self if self.batch == batch and self.start == 0 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +94,7 @@ class CurvatureGraph:
     modules: dict[str, str] = field(default_factory=dict)  # module path -> class name, in call order
     points: tuple[Point, ...] = ()
     children: list[list[int]] = field(default_factory=list, repr=False)
-    layouts: list[BatchLayout | None] = field(default_factory=list, repr=False)
+    batch_axes: list[BatchAxis | None] = field(default_factory=list, repr=False)
     interactions: list[Interaction] = field(default_factory=list, repr=False)
     separable_loss: bool = False  # whether the loss is a sum over samples of functions of their own slice of out
     separable: bool = False  # whether, moreover, out's slices depend on their own sample alone
@@ -152,7 +173,7 @@ class CurvatureGraph:
         if (
             self.interactions
             and self.interactions[index] in (Interaction.SEPARATE, Interaction.MIXED)
-            and self.layouts[index]
+            and self.batch_axes[index]
         ):
             return each * node.numel // self.batch_size
         return each * prod(node.shape)

@@ -45,7 +45,7 @@ def seeded_or_read(graph: CurvatureGraph) -> set[int]:
 def _rebuilt(
     graph: CurvatureGraph, nodes: Sequence[Node], places: Mapping[int, int], origins: Sequence[int]
 ) -> CurvatureGraph:
-    """``graph`` with other nodes: where its own are among them, and per new node an old one with its batch layout."""
+    """``graph`` with other nodes: where its own are among them, and per new node an old one with its batch axis."""
 
     def at(old: Sequence[int]) -> tuple[int, ...]:
         return tuple(places[k] for k in old)
@@ -62,7 +62,7 @@ def _rebuilt(
         points=tuple(replace(point, sites=at(point.sites)) for point in graph.points),
         guards=tuple(replace(guard, node=places[guard.node]) for guard in graph.guards),
         children=[],
-        layouts=[graph.layouts[k] for k in origins],
+        batch_axes=[graph.batch_axes[k] for k in origins],
         interactions=[graph.interactions[k] for k in origins],
     )
 

@@ -182,10 +182,10 @@ class Linearization:
 
     def mask(self, index: int, x: Tensor) -> Tensor:
         """Zero all samples but ``self.sample`` in a tensor at node ``index``, probes in front or not."""
-        layout = self.graph.layouts[index]
-        if self.sample is None or layout is None:
+        batch_axis = self.graph.batch_axes[index]
+        if self.sample is None or batch_axis is None:
             return x
-        axis = layout.axis + x.ndim - len(self.graph.nodes[index].shape)
-        places = torch.arange(x.shape[axis], device=x.device) // layout.inner % layout.batch
+        axis = batch_axis.axis + x.ndim - len(self.graph.nodes[index].shape)
+        places = torch.arange(x.shape[axis], device=x.device) // batch_axis.inner % batch_axis.batch
         keep = (places == self.sample).reshape([-1 if k == axis else 1 for k in range(x.ndim)])
         return x * keep

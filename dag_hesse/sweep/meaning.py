@@ -85,7 +85,7 @@ def read_meaning(graphs: Sequence[CurvatureGraph], sizes: Sequence[int], mode: s
     at a time, and ``joint`` takes the batch as a whole.
     """
     first = graphs[0]
-    unbatched = any(p.kind == "parameter" or any(first.layouts[k] is None for k in p.sites) for p in first.points)
+    unbatched = any(p.kind == "parameter" or any(first.batch_axes[k] is None for k in p.sites) for p in first.points)
     one_by_one = mode == "per_sample" and unbatched
     if mode == "shared" or one_by_one:
         how = "sum"
