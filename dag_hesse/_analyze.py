@@ -64,9 +64,9 @@ def analyze(
             warning says where that is not enough.
         reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
             a callable that gives a batch's weight; None: found by evaluating the loss on parts of a batch (for a mean,
-            a loader that is not held is read once more).
+            a loader that is not held is iterated once more).
         memory: bytes that the call may use beside the model; None: what is free. A quarter is for a loader's batches
-            (beyond, it is read again in every pass), a quarter for linearizations that are kept from pass to pass
+            (beyond, it is iterated again in every pass), a quarter for linearizations that are kept from pass to pass
             (beyond, they are made anew), and half for sweeps and what they return.
         seed: of the probes. The global RNG is neither read for them nor changed.
         progress: True: a bar on stderr (lines where that is no terminal); a callable: called with (stage, sweeps done,

@@ -49,7 +49,7 @@ def test_resnet18_has_at_most_sixty_nodes_to_sweep(activation: type[nn.Module]) 
 
 
 class Gated(nn.Module):
-    """Elementwise code of every shape: a gate, a polynomial, a broadcast, an inner point, a value read twice."""
+    """Elementwise code of every shape: a gate, a polynomial, a broadcast, an inner point, a value used twice."""
 
     def __init__(self) -> None:
         super().__init__()

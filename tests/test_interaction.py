@@ -263,7 +263,7 @@ def test_batch_axes_and_interactions_are_what_a_changed_sample_changes(name: str
     turned = [_outputs(model, _with_other_sample(inputs, b)) for b in range(B)]
     seen = 0
     if any(node.op.startswith("dag_hesse.literal") for node in graph.nodes):
-        assert len(graph.lost) == 1  # integers were read out of the batch
+        assert len(graph.lost) == 1  # integers of the batch were looked at
         return
     for module, sites in graph.taps.items():
         key = "" if module.startswith("output") else module

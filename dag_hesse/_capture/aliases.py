@@ -2,7 +2,7 @@
 
 A storage has one value; the tensors on it may have different pasts (``x.detach()`` shares x's memory, not its history).
 Tensors of one storage and one past are a *family*: a root, and views that are steps away from it. A write into a view
-makes a new root; whoever is read later takes the steps again. Writes that autograd does not see (under ``no_grad``,
+makes a new root; whoever is used later takes the steps again. Writes that autograd does not see (under ``no_grad``,
 through ``.data``) change a value and keep its past: node ``dag_hesse.assigned``.
 """
 
@@ -263,7 +263,7 @@ class Aliases:
         self.tensors[x].detached = detached or origin.detached
         return node
 
-    def read(self, x: Tensor) -> int:
+    def use(self, x: Tensor) -> int:
         """The node that holds the present value of a tensor that is known, as autograd sees it.
 
         Only a tensor that was detached is cut off: what ops compute inside has no past in autograd's eyes either.

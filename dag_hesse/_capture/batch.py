@@ -119,7 +119,7 @@ def is_one(batch: Any) -> bool:
 
 
 def first_batch(source: Any) -> Batch:
-    """A batch, or the first one of an iterable, of which no more is read.
+    """A batch, or the first one of an iterable, of which no more is taken.
 
     Raises:
         BatchError: as :func:`one_batch`, or there is none.

@@ -70,11 +70,11 @@ class Walker:
                 state = replace(state, interaction=Interaction.SEPARATE, lost=False)
             self.states.append(state)
         if self.size > 1 and all(self.states[k].free for k in self.graph.out):
-            self.lost += [node.where for node in self.graph.nodes if self.reads_numbers(node)][:1]
+            self.lost += [node.where for node in self.graph.nodes if self.uses_numbers(node)][:1]
         return self.states
 
-    def reads_numbers(self, node: Node) -> bool:
-        """Whether a node that has derivatives goes by integers that the forward read out of the batch."""
+    def uses_numbers(self, node: Node) -> bool:
+        """Whether a node that has derivatives goes by integers that the forward looked at in the batch."""
         return not self.constant(node.index) and any(self.graph.nodes[k].op.startswith(_LITERAL) for k in node.inputs)
 
     def constant(self, k: int) -> bool:

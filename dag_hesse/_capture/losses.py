@@ -1,4 +1,4 @@
-"""Which loss is meant, and which tensors it reads."""
+"""Which loss is meant, and which tensors it uses."""
 
 from __future__ import annotations
 

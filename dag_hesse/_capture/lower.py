@@ -135,8 +135,8 @@ def _noted(
     if found is NotImplemented:
         return None
     results = (found,) if isinstance(found, Tensor) else tuple(found)
-    read = tuple(k for k, x in enumerate(tensors) if keep_integers and not _is_float(x))
-    return Recipe(tuple(noting.calls), tuple(noting.result(x) for x in results), read)
+    integers = tuple(k for k, x in enumerate(tensors) if keep_integers and not _is_float(x))
+    return Recipe(tuple(noting.calls), tuple(noting.result(x) for x in results), integers)
 
 
 def _empty(x: Tensor, keep_integers: bool) -> Tensor:

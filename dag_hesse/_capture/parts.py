@@ -171,14 +171,14 @@ def _flat(leaves: list[Tensor], first: list[Tensor | None], second: list[Tensor 
 
 
 def input_batch_axes(graph: CurvatureGraph, batch: Batch) -> list[BatchAxis | None]:
-    """Where the samples lie in each of the batch's tensors; what the graph does not read goes by its sizes."""
+    """Where the samples lie in each of the batch's tensors; what the graph does not use goes by its sizes."""
     known = {position: graph.batch_axes[k] for k, position in graph.inputs.items()}
     found: list[BatchAxis | None] = []
     for position, x in enumerate(batch.tensors):
         batch_axis = known.get(position)
         if batch_axis is not None:
             found.append(batch_axis)
-        else:  # an axis of the batch's size that the graph reads is not the batch's
+        else:  # an axis of the batch's size that the graph uses is not the batch's
             found.append(None if position in known and batch.size in x.shape else _batch_axis(x, batch.size))
     return found
 

@@ -114,7 +114,7 @@ def _first_name(model: nn.Module, name: str) -> str:
 
 
 def _missing(graph: CurvatureGraph, model: nn.Module, name: str, space: str) -> PointError:
-    if name in graph.unread:
+    if name in graph.unused:
         return PointError(f"the loss does not depend on point '{name}': leave it out.")
     modules = dict(model.named_modules())
     if space == "parameter" and name in modules and not any(True for _ in modules[name].parameters()):
@@ -163,7 +163,7 @@ def resolve_points(
 
 
 def _leaf(graph: CurvatureGraph, model: nn.Module, name: str) -> int:
-    """The node of a parameter; one that nothing reads is given a node."""
+    """The node of a parameter; one that has no use is given a node."""
     if name not in graph.parameters:
         p = dict(model.named_parameters())[name]
         graph.parameters[name] = len(graph.nodes)
@@ -176,18 +176,18 @@ def _leaf(graph: CurvatureGraph, model: nn.Module, name: str) -> int:
 
 
 def parameter_points(names: Sequence[str], model: nn.Module, graph: CurvatureGraph) -> tuple[Point, ...]:
-    """A point a parameter, read or not, those that are read first, in topological order."""
+    """A point a parameter, used or not, those that are used first, in topological order."""
     alive = _alive(graph)
-    read = [_parameter(graph, n, [n]) for n in names if n in graph.parameters and alive[graph.parameters[n]]]
-    known = {point.name for point in read}
+    used = [_parameter(graph, n, [n]) for n in names if n in graph.parameters and alive[graph.parameters[n]]]
+    known = {point.name for point in used}
     rest = [n for n in names if n not in known]
     for name in rest:
         _leaf(graph, model, name)
-    return (*(_in_order(graph, read) if read else ()), *(_parameter(graph, n, [n]) for n in rest))
+    return (*(_in_order(graph, used) if used else ()), *(_parameter(graph, n, [n]) for n in rest))
 
 
 def points_like(first: CurvatureGraph, model: nn.Module, graph: CurvatureGraph) -> tuple[Point, ...]:
-    """The points of another batch's graph, in its order; a parameter that this batch does not read is one all the same.
+    """The points of another batch's graph, in its order; a parameter that this batch does not use is one all the same.
 
     Raises:
         PointError: this batch does not run a module that is a point.

@@ -247,7 +247,7 @@ def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bo
             ) from error
         ends = RandomState.now()
         recorder.trail.fresh |= (recorder.numbers and calls.left_torch) or starts.drew_outside(ends)
-        node = recorder.read(value)
+        node = recorder.use(value)
         with recorder.pause():
             number = float(value.detach())
         return Recording(recorder.trail, node, number, [w.tensor for w in before.written], starts, ends)

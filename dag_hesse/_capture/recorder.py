@@ -54,11 +54,11 @@ class Recorder(TorchDispatchMode):
 
     # --- tensors ----------------------------------------------------------------------------------------------------
 
-    def read(self, x: Tensor) -> int:
+    def use(self, x: Tensor) -> int:
         """The node of an argument."""
         if not self.aliases.knows(x):
             self.aliases.add(x, self.trail.constant(x, ""), foreign=True)
-        return self.aliases.read(x)
+        return self.aliases.use(x)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -90,7 +90,7 @@ class Recorder(TorchDispatchMode):
         if op is aten.alias.default:
             index = self.aliases.add_view(result, x, Step(ops.tap, (name,), like, like))
         elif op is aten.add.Tensor:
-            index = self.trail.emit(ops.tap, (At(self.read(x)), name), like)
+            index = self.trail.emit(ops.tap, (At(self.use(x)), name), like)
             self.aliases.add(result, index)
         else:
             return
@@ -119,7 +119,7 @@ class Recorder(TorchDispatchMode):
         if op is aten.lift_fresh.default and not self.aliases.knows(args[0]):  # torch.tensor(numbers)
             self.aliases.add(args[0], self.trail.constant(args[0], "numbers"), foreign=True)
             self.numbers = True
-        nodes = {id(x): self.read(x) for x in tensors}
+        nodes = {id(x): self.use(x) for x in tensors}
         self.running = name_of(op)
         result = op(*args, **kwargs)
         self.running = ""
@@ -341,7 +341,7 @@ class Recorder(TorchDispatchMode):
         for old, new in zip(args, _flat(result), strict=True):
             if isinstance(old, Tensor) and new is not old:
                 like = Like(tuple(old.shape), old.dtype)
-                self.read(old)
+                self.use(old)
                 self.aliases.add_view(new, old, Step(aten.alias.default, (), like, like))
         return result
 
@@ -360,7 +360,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """A function with a backward of its own: one node an output, opaque unless there is a rule of its name."""
         tensors = [x for x in _flat(args) if isinstance(x, Tensor)]
-        nodes = {id(x): self.read(x) for x in tensors}
+        nodes = {id(x): self.use(x) for x in tensors}
         with self.pause():
             result = run()
         outputs = [result] if isinstance(result, Tensor) else list(result)

@@ -176,7 +176,7 @@ def needs_split(graphs: Sequence[CurvatureGraph]) -> None:
         met = _beside_out(graph)
         if met is not None:
             raise CaptureError(
-                f"at {met.where} the loss combines the model's output with a point that it reads beside it, so the "
+                f"at {met.where} the loss combines the model's output with a point that it uses beside it, so the "
                 "Hessian does not part into Gauss–Newton and tensor part by the output alone: take HessianOperator, "
                 "leave that point out, or name with output= what the loss should be a function of."
             )

@@ -80,7 +80,7 @@ class Trail:
         """A leaf that holds a tensor which was not computed here."""
         if value.requires_grad and not value.is_leaf:
             raise CaptureError(
-                f"the forward reads a tensor of shape {tuple(value.shape)} that was computed before, with a gradient "
+                f"the forward uses a tensor of shape {tuple(value.shape)} that was computed before, with a gradient "
                 f"({value.grad_fn}), at {self.source()}: compute it inside the forward, or detach() it."
             )
         known = self.buffers.get(id(value))

@@ -84,10 +84,10 @@ def _loss_rank(graph: CurvatureGraph) -> int:
     alive = graph.ancestors([graph.loss])
     index = graph.out[0]
     while True:
-        readers = [k for k in graph.children[index] if alive[k]]
-        if len(readers) != 1:
+        children = [k for k in graph.children[index] if alive[k]]
+        if len(children) != 1:
             return size
-        node = graph.nodes[readers[0]]
+        node = graph.nodes[children[0]]
         shifted = rule_for(node).shifted if node.is_differentiable else None
         if shifted is not None:
             classes = node.shape[node.args[shifted]]

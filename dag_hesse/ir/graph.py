@@ -105,7 +105,7 @@ class CurvatureGraph:
     written: tuple[torch.Tensor, ...] = ()  # tensors of the model's that its forward writes to
     starts: RandomState | None = None  # random states before and after the recorded forward
     ends: RandomState | None = None
-    unread: frozenset[str] = frozenset()  # taps that the loss does not read
+    unused: frozenset[str] = frozenset()  # taps that the loss does not depend on
     lost: tuple[str, ...] = ()  # where the batch axis could not be followed: op, module and source line
     _in_loss: tuple[tuple[int, ...], int, list[bool]] | None = field(
         default=None, init=False, repr=False, compare=False

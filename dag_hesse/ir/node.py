@@ -57,7 +57,7 @@ class Node:
     owner: str = ""  # module that ran the op
     source: str = ""  # file:line in the user's code
     taps: list[str] = field(default_factory=list)
-    draws: bool = False  # whether it draws random numbers: it runs once, in its turn, whoever reads it
+    draws: bool = False  # whether it draws random numbers: it runs once, in its turn, whoever uses it
 
     @property
     def numel(self) -> int:

@@ -34,7 +34,7 @@ class CurvatureOperator(SymmetricOperator):
         loss: ``callable(output, targets) -> scalar``; None: the model's own, or inferred.
         params: parameters to differentiate by: a list of the model's own, or a dict or list for a callable model.
             Vectors go through them in this order (by default as ``model.parameters()`` does); blocks of those that the
-            loss does not read are zero.
+            loss does not depend on are zero.
         space: ``"parameter"`` (default: all parameters that require gradients) or ``"activation"``.
         points: names or globs, instead of all parameters (or of the points chosen).
         param_filter: glob, globs, or ``callable(name, parameter) -> bool`` that picks among the parameters.
@@ -42,13 +42,13 @@ class CurvatureOperator(SymmetricOperator):
         batch_mode: meaning of the batch axis of activations, ``"shared"`` or ``"joint"``.
         reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
             a callable that gives a batch's weight; None: found by evaluating the loss on parts of a batch (for a mean,
-            a loader that is not held is read once more).
+            a loader that is not held is iterated once more).
         memory: as for :func:`~dag_hesse.analyze`: bytes that each product may use, and what is kept between them.
         verify: as for :func:`~dag_hesse.analyze`: what the captured graph is held against, once.
 
     Raises:
         DagHesseError: as :func:`~dag_hesse.analyze`; :class:`~dag_hesse.errors.VectorError` for a bad vector;
-            :class:`~dag_hesse.errors.UnstableLoaderError` where a loader that is read again changes;
+            :class:`~dag_hesse.errors.UnstableLoaderError` where a loader that is iterated again changes;
             :class:`~dag_hesse.errors.ReductionError` where the losses of batches do not add up to one.
     """
 
@@ -141,7 +141,7 @@ class CurvatureOperator(SymmetricOperator):
         problem, parameters = self._problem, dict(self.model.named_parameters())
         shapes, dtypes = [], []
         for name, k in zip(names, self._order, strict=True):
-            if k is None:  # the loss does not read it
+            if k is None:  # the loss does not depend on it
                 shapes.append(tuple(parameters[name].shape))
                 dtypes.append(parameters[name].dtype)
                 continue

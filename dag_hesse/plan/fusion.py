@@ -1,7 +1,7 @@
 """Pointwise-region collapse: connected elementwise ops become one node (design §3, fuse). Graph in, graph out.
 
-A region grows from its last op towards the inputs, as long as every reader of what it takes in is inside and a sweep
-moves no more tensors than before. What only a region reads of constants is evaluated inside it.
+A region grows from its last op towards the inputs, as long as every child of what it takes in is inside and a sweep
+moves no more tensors than before. What only a region needs of constants is evaluated inside it.
 """
 
 from __future__ import annotations

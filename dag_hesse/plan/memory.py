@@ -89,7 +89,7 @@ def _linearized(graph: CurvatureGraph, starts: Iterable[int]) -> tuple[int, int,
 def _evaluated(values: _Live, prints: dict[int, Footprint]) -> int:
     """Peak of the forward pass, in which calls are linearized; what they keep is left in ``values``."""
     graph, own, peak = values.graph, 0, 0
-    readers = [len(children) for children in graph.children]
+    uses = [len(children) for children in graph.children]
     for node in graph.nodes:
         if node.target is None:
             continue
@@ -100,10 +100,10 @@ def _evaluated(values: _Live, prints: dict[int, Footprint]) -> int:
         own += kept.bytes
         peak = max(peak, values.bytes + own + _passing(graph, node))
         for k in set(node.inputs):
-            readers[k] -= 1
-            if readers[k] == 0 and graph.nodes[k].target is not None:
+            uses[k] -= 1
+            if uses[k] == 0 and graph.nodes[k].target is not None:
                 values.drop(k)
-        if readers[node.index] == 0 and node.index != graph.loss:
+        if uses[node.index] == 0 and node.index != graph.loss:
             values.drop(node.index)
     return peak
 
@@ -111,7 +111,7 @@ def _evaluated(values: _Live, prints: dict[int, Footprint]) -> int:
 def _bound(values: _Live, prints: dict[int, Footprint]) -> tuple[int, int]:
     """Peak of the backward pass, in which calls take λ, and then hold more or less than before; and the end."""
     graph, adjoints, peak = values.graph, _Live(values.graph), 0
-    for index in reversed(prints):  # a λ that is handed on, to one that only this op reads, is one tensor
+    for index in reversed(prints):  # a λ that is handed on, to one that only this op uses, is one tensor
         for k in _nodes(graph.nodes[index], prints[index].passed):
             if graph.children[k] == [index]:
                 adjoints.bases[k] = adjoints.bases[index]
@@ -165,7 +165,7 @@ def _ahead(tangents: _Live, prints: dict[int, Footprint]) -> int:
     graph, saved, peak = tangents.graph, 0, 0
     inner = [graph.nodes[k] for k in prints]
     useful = graph.ancestors(k for n in inner if prints[n.index].residual != NOTHING for k in n.inputs)
-    readers, alive = [len({c for c in children if c in prints}) for children in graph.children], set[int]()
+    uses, alive = [len({c for c in children if c in prints}) for children in graph.children], set[int]()
     for node in inner:
         residual = prints[node.index].residual
         if useful[node.index]:
@@ -176,8 +176,8 @@ def _ahead(tangents: _Live, prints: dict[int, Footprint]) -> int:
             tangents.add(k)
         peak = max(peak, tangents.bytes + saved)
         for k in set(node.inputs):
-            readers[k] -= 1
-            if readers[k] == 0 and k in alive:
+            uses[k] -= 1
+            if uses[k] == 0 and k in alive:
                 tangents.drop(k)
     return peak
 

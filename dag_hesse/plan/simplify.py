@@ -33,7 +33,7 @@ def _is_reshape(node: Node) -> bool:
 
 def simplify(graph: CurvatureGraph) -> CurvatureGraph:
     """The same function with fewer nodes that move data."""
-    return _without_unread_views(_Simplifier(graph).run())
+    return _without_unused_views(_Simplifier(graph).run())
 
 
 def seeded_or_read(graph: CurvatureGraph) -> set[int]:
@@ -118,7 +118,7 @@ class _Simplifier:
         return full[0] if same else None
 
     def _may_stand_for(self, old: Node, source: int) -> bool:
-        """Whether what is done to ``old`` can be done to its source: nobody else reads or means that."""
+        """Whether what is done to ``old`` can be done to its source: nobody else uses or means that."""
         if old.index not in self.kept:
             return True
         alone = self.graph.children[source] == [old.index] and self.graph.nodes[source].target is not None
@@ -158,14 +158,14 @@ class _Simplifier:
         return [bases.get(k, k) for k in inputs]
 
 
-def _without_unread_views(graph: CurvatureGraph) -> CurvatureGraph:
-    """Views are left behind where ops now read what they show."""
-    kept, readers = seeded_or_read(graph), [len(children) for children in graph.children]
+def _without_unused_views(graph: CurvatureGraph) -> CurvatureGraph:
+    """Views are left behind where ops now use what they show."""
+    kept, uses = seeded_or_read(graph), [len(children) for children in graph.children]
     gone: set[int] = set()
     for node in reversed(graph.nodes):
-        if _is_reshape(node) and readers[node.index] == 0 and node.index not in kept:
+        if _is_reshape(node) and uses[node.index] == 0 and node.index not in kept:
             gone.add(node.index)
-            readers[node.inputs[0]] -= 1
+            uses[node.inputs[0]] -= 1
     return without(graph, gone)
 
 

@@ -103,8 +103,8 @@ def linear(
 ) -> Rule:
     """An op linear in its floating-point inputs jointly; ``transpose(call, cotangent, slot)`` is its adjoint.
 
-    Both maps are written for one probe; they must not read the values of active inputs, only their shapes.
-    ``prepare(call)`` is the same call, written so that its products read no values on the host.
+    Both maps are written for one probe; they must not look at the values of active inputs, only their shapes.
+    ``prepare(call)`` is the same call, written so that its products look at no values on the host.
     """
     made = partial(_Linear, forward=forward, transpose=transpose)
     return Rule(kind, lambda call: made(prepare(call)), no_pairs, samples, moves=moves, linear=kind is Kind.STRUCTURAL)

@@ -27,7 +27,7 @@ class Problem:
     """What is to be measured: a model, its batches, its points, and what the batch axis means.
 
     Args:
-        model: the module whose parameters are read.
+        model: the module whose parameters are used.
         graphs, batches: one captured graph per batch (the same object for batches of equal shapes).
         batch_mode: ``"shared"``, ``"per_sample"`` or ``"joint"`` (design §2.3).
         reduction: how the batches' losses add up.
@@ -149,7 +149,7 @@ class Problem:
         """Each entry with its linearization: kept for the next pass while there is room, else made anew.
 
         Raises:
-            UnstableLoaderError: a loader that is read again does not give what it gave first.
+            UnstableLoaderError: a loader that is iterated again does not give what it gave first.
         """
         return iter(self._kept)
 
@@ -162,7 +162,7 @@ class Problem:
             Per request, ``{read point: Blocks}``; shared entries are added, per-sample groups put side by side.
 
         Raises:
-            UnstableLoaderError: a loader that is read again does not give what it gave first.
+            UnstableLoaderError: a loader that is iterated again does not give what it gave first.
             NonFiniteError: second derivatives are not finite.
         """
         return self._runner.run(requests, channels, progress)

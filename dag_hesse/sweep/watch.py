@@ -17,7 +17,7 @@ _SAMPLES = 64  # elements of a tensor that are looked at
 
 
 class Watch:
-    """Notes parameters, the buffers that a graph reads, and the batches that are held.
+    """Notes parameters, the buffers that a graph uses, and the batches that are held.
 
     Version counters miss what goes through ``.data``, so the memory that tensors lie in is noted too, and some of
     their elements.
@@ -45,7 +45,7 @@ class Watch:
     def note(self, settings: list[Any] | None = None) -> None:
         """Take everything as it is now for what it should be; :meth:`settings`, where they are known already."""
         self._training = self.modes()
-        self._read = {x.data_ptr() for x in self._constants.values()}
+        self._used = {x.data_ptr() for x in self._constants.values()}
         self._settings = self.settings() if settings is None else settings
         now = self._present()
         self._marks = {name: _mark(x) for name, x in now.items()}
@@ -73,7 +73,7 @@ class Watch:
                 if name in _STRUCTURE:
                     found += (*value, *map(id, value.values()))
                 elif isinstance(value, Tensor):
-                    found.append(value.data_ptr() in self._read and (name, value.data_ptr()))
+                    found.append(value.data_ptr() in self._used and (name, value.data_ptr()))
                 elif not name.startswith("_") and name != "training" and (plain := _plain(value)) is not None:
                     found += (name, plain)
         return found

@@ -110,7 +110,7 @@ def _diamond(merge: str) -> Case:
 
 
 class Dense(nn.Module):
-    """A DenseNet-style block: every layer reads all earlier outputs."""
+    """A DenseNet-style block: every layer uses all earlier outputs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -99,7 +99,7 @@ COUNTED: dict[str, tuple[Op, Callable[[Tensor], float] | None]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """One node: an op (or a layer of a shared pool) and the earlier nodes that it reads."""
+    """One node: an op (or a layer of a shared pool) and the earlier nodes that it uses."""
 
     op: str
     inputs: tuple[int, ...]
@@ -160,7 +160,7 @@ WRITING = {1: [*ACROSS, *ACROSS, *ACROSS, *WITHIN, "linear1"], 2: [*ACROSS_TWO, 
 
 @st.composite
 def recipes(draw: st.DrawFn, vocabulary: dict[int, list[str]] = PURE) -> Recipe:
-    """Recipes of two to six steps; the last step reads the one before it, so that nothing is cut off by chance."""
+    """Recipes of two to six steps; the last step uses the one before it, so that nothing is cut off by chance."""
     steps = [Step("linear0", (0,))]
     for k in range(1, draw(st.integers(2, 6))):
         arity = draw(st.sampled_from([1, 1, 1, 2, 2, 3]))
