@@ -98,7 +98,7 @@ def analyze(
     _check_rtol(rtol)
     clock = {"start": time.perf_counter()}
     batches = Batches(batch, memory)
-    batches.check_mode(batch_mode)
+    batches.check_batch_mode(batch_mode)
     model = unwrapped(model)
     graphs = capture_all(model, batches, loss=loss, output=output, points=points, space=space)
     needs_split(graphs)
@@ -178,7 +178,7 @@ def _facts(
         "model": type(model).__name__,
         "loss": problem.loss,
         "batch_size": problem.batches.total,
-        "batch_mode": problem.mode,
+        "batch_mode": problem.batch_mode,
         "reduction": str(problem.reduction),
         "space": space,
         "mode": mode,

@@ -101,7 +101,7 @@ class Batches:
         """Where the batches lie."""
         return next(iter(self.examples.values())).tensors[0].device
 
-    def check_mode(self, batch_mode: str) -> None:
+    def check_batch_mode(self, batch_mode: str) -> None:
         """Raise :class:`BatchError` where the batch mode holds one batch, and there are more."""
         if batch_mode == "joint" and len(self) > 1:
             raise BatchError(

@@ -44,7 +44,7 @@ def _stable_rank(table: NormTable, pair: tuple[int, int], resonance: Norm) -> tu
     spectral, error = table.spectral[pair]
     if not spectral.any():
         return float("nan"), 0.0
-    if table.mode == "per_sample":
+    if table.batch_mode == "per_sample":
         some = spectral > 0
         value = float((squares[some] / spectral[some] ** 2).mean())
         off = float((np.broadcast_to(error, spectral.shape)[some] / spectral[some]).mean())

@@ -70,7 +70,7 @@ def estimate(
         seed: of the probes; the global RNG is not touched.
         progress: called with (stage, sweeps done, sweeps predicted).
     """
-    table = NormTable(problem.mode)
+    table = NormTable(problem.batch_mode)
     _zeros(plan, problem, table)
     count = len(plan.structure.names)
     pairs = [(v, w) for v in range(count) for w in range(v, count)]

@@ -79,7 +79,7 @@ class CurvatureOperator(SymmetricOperator):
                 "params= and param_filter= pick among all parameters: not with points= or space='activation'."
             )
         batches = Batches(batch, memory)
-        batches.check_mode(batch_mode)
+        batches.check_batch_mode(batch_mode)
         wanted: Any = points
         own = chosen_parameters(module, params, param_filter) if points is None and space == "parameter" else []
         if own:
@@ -146,7 +146,7 @@ class CurvatureOperator(SymmetricOperator):
                 dtypes.append(parameters[name].dtype)
                 continue
             point = problem.points[k]
-            whole = problem.mode == "joint" and problem.groups == 1 and point.kind == "activation"
+            whole = problem.batch_mode == "joint" and problem.groups == 1 and point.kind == "activation"
             shape = (problem.dim(k),) if whole else point.shape
             shapes.append(shape if problem.groups == 1 else (problem.groups, *shape))
             dtypes.append(problem.dtype_of(k))
@@ -193,12 +193,12 @@ class CurvatureOperator(SymmetricOperator):
     def refresh(self) -> None:
         """Linearize anew at the parameters' present values.
 
-        Nothing is captured again, unless a module went to another mode (``train()``, ``eval()``) or has other settings:
+        Nothing is captured again, unless a module has another training flag (``train()``, ``eval()``) or other settings:
         numbers, flags and functions among its attributes, submodules, hooks, what a loss function was given.
         """
         watch = self._problem.watch
         settings = watch.settings()
-        if watch.changed_modes() or watch.differ(settings):
+        if watch.changed_training_flags() or watch.differ(settings):
             self._set_up()
             return
         self._problem.release()

@@ -44,7 +44,7 @@ class Watch:
 
     def note(self, settings: list[Any] | None = None) -> None:
         """Take everything as it is now for what it should be; :meth:`settings`, where they are known already."""
-        self._training = self.modes()
+        self._training = self.training_flags()
         self._used = {x.data_ptr() for x in self._constants.values()}
         self._settings = self.settings() if settings is None else settings
         now = self._present()
@@ -56,13 +56,13 @@ class Watch:
         self._groups = list(alike.values())
         self._values = [self._elements(names) for names in self._groups]
 
-    def modes(self) -> list[bool]:
-        """Which modules are in training mode."""
+    def training_flags(self) -> list[bool]:
+        """The training flags of all modules."""
         return [module.training for module in self.model.modules()]
 
-    def changed_modes(self) -> bool:
-        """Whether a module went to another mode."""
-        return self.modes() != self._training
+    def changed_training_flags(self) -> bool:
+        """Whether the training flag of a module is another one."""
+        return self.training_flags() != self._training
 
     def settings(self) -> list[Any]:
         """What a forward may go by besides tensors: modules and their hooks, numbers, flags, functions, constants."""
@@ -90,7 +90,7 @@ class Watch:
             if not torch.equal(new, old):
                 pieces = zip(names, new.split(self._sizes(names)), old.split(self._sizes(names)), strict=True)
                 found += [name for name, a, b in pieces if name not in found and not torch.equal(a, b)]
-        return found + (["the training mode"] if self.changed_modes() else [])
+        return found + (["the training flags"] if self.changed_training_flags() else [])
 
     def _elements(self, names: list[str]) -> Tensor:
         return torch.cat([self._views[name] for name in names])
