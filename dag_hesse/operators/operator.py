@@ -193,8 +193,8 @@ class CurvatureOperator(SymmetricOperator):
     def refresh(self) -> None:
         """Linearize anew at the parameters' present values.
 
-        Nothing is captured again, unless a module has another training flag (``train()``, ``eval()``) or other settings:
-        numbers, flags and functions among its attributes, submodules, hooks, what a loss function was given.
+        Nothing is captured again, unless a module has another training flag (``train()``, ``eval()``) or other
+        settings: numbers, flags and functions among its attributes, submodules, hooks, what a loss function was given.
         """
         watch = self._problem.watch
         settings = watch.settings()
