@@ -30,7 +30,7 @@ def convert(recording: Recording, batch_size: int, output: str | None) -> Curvat
         taps={name: tuple(sites) for name, sites in trail.taps.items()},
         modules=trail.modules,
         guards=tuple(trail.guards),
-        fresh=trail.fresh,
+        batch_bound=trail.batch_bound,
         value=recording.value,
         written=tuple(recording.written),
         starts=recording.starts,

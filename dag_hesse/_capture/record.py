@@ -246,7 +246,7 @@ def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bo
                 f"{type(model).__name__} fails{_where(error)}{op}: {type(error).__name__}: {text}"
             ) from error
         ends = RandomState.now()
-        recorder.trail.fresh |= (recorder.numbers and calls.left_torch) or starts.drew_outside(ends)
+        recorder.trail.batch_bound |= (recorder.numbers and calls.left_torch) or starts.drew_outside(ends)
         node = recorder.use(value)
         with recorder.pause():
             number = float(value.detach())

@@ -347,7 +347,7 @@ class Recorder(TorchDispatchMode):
 
     def _only_for(self, x: Tensor, node: int) -> None:
         """What follows was written for these integers."""
-        self.trail.fresh = True
+        self.trail.batch_bound = True
         like = Like(tuple(x.shape), torch.bool)
         seen = self.trail.constant(x.detach().clone(), "literal")
         same = self.trail.emit(aten.eq.Tensor, (At(node), At(seen)), like, constant=True)

@@ -149,7 +149,7 @@ def capture_all(
             first, wanted = graph, partial(points_like, graph, unwrapped(model))
     assert first is not None
     graphs = [by_signature[signature] for signature in batches.signatures]
-    if any(graph.fresh for graph in by_signature.values()) and len(graphs) > 1:
+    if any(graph.batch_bound for graph in by_signature.values()) and len(graphs) > 1:
         graphs = []  # what one batch put in is not another's, and it draws after the one before
         with preserved():
             for batch in batches:

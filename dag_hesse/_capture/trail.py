@@ -53,7 +53,7 @@ class Trail:
         buffers: names of the model's buffers, by id.
         device: where indices are wanted.
         owner: path of the module that runs.
-        fresh: whether a constant may be of this batch only: it came from outside of PyTorch.
+        batch_bound: whether a constant may be of this batch only: it came from outside of PyTorch.
     """
 
     before: Snapshot
@@ -67,7 +67,7 @@ class Trail:
     taps: dict[str, list[int]] = field(default_factory=dict)
     guards: list[Guard] = field(default_factory=list)
     modules: dict[str, str] = field(default_factory=dict)
-    fresh: bool = False
+    batch_bound: bool = False
     _cuts: dict[int, int] = field(default_factory=dict)
 
     def leaf(self, op: str, value: Tensor, kind: Kind, name: str) -> int:
@@ -85,7 +85,7 @@ class Trail:
             )
         known = self.buffers.get(id(value))
         value = value.to(self.device) if name == "index" else value  # it was found on the CPU
-        self.fresh |= known is None and name == "" and not self.before.knows(value)
+        self.batch_bound |= known is None and name == "" and not self.before.knows(value)
         index = self.leaf("const", value, Kind.CONST, known or name or f"constant{len(self.constants)}")
         self.constants[index] = value.detach()
         return index

@@ -37,8 +37,8 @@ class Norm:
 class NormTable:
     """Frobenius norms of the parts of each unordered pair, and the full block's spectral norm per group.
 
-    ``batch_mode`` fixes how groups (samples) are put together: ``per_sample`` averages norms, ``joint`` takes the norm of
-    the block-diagonal whole; ``shared`` has one group.
+    ``batch_mode`` fixes how groups (samples) are put together: ``per_sample`` averages norms, ``joint`` takes the norm
+    of the block-diagonal whole; ``shared`` has one group.
     """
 
     batch_mode: str

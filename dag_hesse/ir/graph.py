@@ -100,7 +100,7 @@ class CurvatureGraph:
     separable: bool = False  # whether, moreover, out's slices depend on their own sample alone
     split: bool = True  # whether ``out`` is known; where not, it is the loss, and there is no Gauss–Newton part
     guards: tuple[Guard, ...] = ()  # values that Python looked at
-    fresh: bool = False  # whether the forward made constants out of sight: the graph is of its own batch only
+    batch_bound: bool = False  # whether the forward made constants out of sight: the graph is of its own batch only
     value: float = float("nan")  # of the loss, as it was recorded
     written: tuple[torch.Tensor, ...] = ()  # tensors of the model's that its forward writes to
     starts: RandomState | None = None  # random states before and after the recorded forward

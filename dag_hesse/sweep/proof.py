@@ -268,7 +268,7 @@ def prove_all(
     """:func:`prove` for every graph, on the first batch that it is of."""
     if verify == "none":
         return
-    if any(graph.fresh for graph in graphs):
+    if any(graph.batch_bound for graph in graphs):
         own: Iterable[Batch] = batches
     else:
         own = [batches.examples[signature] for signature in batches.signatures]
