@@ -35,7 +35,7 @@ class Emitter(Protocol):
     def constant(self, value: Tensor, name: str) -> int:
         """A leaf that holds ``value``."""
 
-    def cut(self, node: int) -> int:
+    def detach(self, node: int) -> int:
         """The value of a node, without its past."""
 
     def has_past(self, node: int) -> bool:
@@ -204,7 +204,7 @@ class _Family:
     geometry: Geometry
     dtype: torch.dtype
     seen: int
-    kin: object  # families with one kin tell each other of their pasts: a tensor, and what is marked of it
+    kin: object  # families with one kin tell each other of their pasts: a tensor, and a tap on it
 
 
 @dataclass(eq=False, slots=True)
@@ -266,12 +266,12 @@ class Aliases:
     def use(self, x: Tensor) -> int:
         """The node that holds the present value of a tensor that is known, as autograd sees it.
 
-        Only a tensor that was detached is cut off: what ops compute inside has no past in autograd's eyes either.
+        Only a tensor that was detached loses its past: what ops compute inside has none in autograd's eyes either.
         """
         node = self.value(x)
         # x.detach().requires_grad_() is a start of its own; a view made without grad has a past if its base has one.
         own = x.requires_grad and (x._is_view() or not x.is_leaf)
-        return self.to.cut(node) if self.tensors[x].detached and not own else node
+        return self.to.detach(node) if self.tensors[x].detached and not own else node
 
     def value(self, x: Tensor) -> int:
         """The node that holds the present value of a tensor that is known, past and all."""
@@ -346,7 +346,9 @@ class Aliases:
                 if writer.kin is family.kin:
                     family.node = value
                 else:
-                    family.node = self._assigned(family, value) if self.to.has_past(family.node) else self.to.cut(value)
+                    family.node = (
+                        self._assigned(family, value) if self.to.has_past(family.node) else self.to.detach(value)
+                    )
             family.seen = storage.version
         return family.node
 
@@ -356,4 +358,4 @@ class Aliases:
         if self.to.dtype(past) != family.dtype:
             cast = {"dtype": family.dtype}
             past = self.to.emit(aten._to_copy.default, (At(past),), like, kwargs=cast)
-        return self.to.emit(ops.assigned, (At(past), At(self.to.cut(value))), like)
+        return self.to.emit(ops.assigned, (At(past), At(self.to.detach(value))), like)

@@ -43,7 +43,7 @@ def convert(recording: Recording, batch_size: int, output: str | None) -> Curvat
 
 
 def _sources(graph: CurvatureGraph, sites: Iterable[int]) -> list[int]:
-    """The nodes that are marked (a mark is a node of its own)."""
+    """The nodes that are tapped (a tap is a node of its own)."""
     return [graph.nodes[k].inputs[0] if graph.nodes[k].op == TAP else k for k in sites]
 
 
@@ -103,7 +103,7 @@ def _prune(graph: CurvatureGraph) -> CurvatureGraph:
 
 
 def _merged(graph: CurvatureGraph) -> CurvatureGraph:
-    """A mark needs no node of its own where the unmarked tensor has no other child. Names are put on the nodes."""
+    """A tap needs no node of its own where the tapped tensor has no other child. Names are put on the nodes."""
     places: dict[int, int] = {}
     nodes: list[Node] = []
     for node in graph.nodes:

@@ -314,5 +314,5 @@ def default_points(graph: CurvatureGraph, model: nn.Module, space: str = "activa
         kept = _spread([name for name, _ in calls], MOST)
         points = [_activation(graph, name, [site]) for name, site in calls if name in kept]
     if not points:
-        raise PointError("no module output lies on a path to the loss: name points=, or mark tensors with tap().")
+        raise PointError("no module output lies on a path to the loss: name points=, or tap() tensors.")
     return _in_order(graph, points)

@@ -39,7 +39,7 @@ class Recorder(TorchDispatchMode):
         device = next((p.device for p in parameters.values()), torch.device("cpu"))
         self.trail = Trail(before, {id(b): name for name, b in buffers.items()}, device)
         self.aliases = Aliases(self.trail)
-        self.paused, self.anchors, self._marking = 0, True, ""
+        self.paused, self.anchors, self._tapping = 0, True, ""
         self.running = ""  # the op that runs now
         self.numbers = False  # whether tensors were made of Python's numbers
         for name, p in parameters.items():
@@ -70,23 +70,23 @@ class Recorder(TorchDispatchMode):
             self.paused -= 1
 
     def tap(self, x: Tensor, name: str) -> Tensor:
-        """Mark ``x``: the tensor returned is another one with its value and memory, and a node of its own.
+        """Tap ``x``: the tensor returned is another one with its value and memory, and a node of its own.
 
         Where autograd has no use for ``x``, it is given a past that starts here.
         """
         if not torch.is_grad_enabled() or not (x.is_floating_point() or x.is_complex()):
             return x
-        self._marking = name
+        self._tapping = name
         try:
             if x.requires_grad or not self.anchors:
                 return aten.alias.default(x)
             return x + torch.zeros((), dtype=x.dtype, device=x.device).requires_grad_()
         finally:
-            self._marking = ""
+            self._tapping = ""
 
-    def _mark(self, op: Any, x: Tensor, result: Tensor) -> None:
-        name, like = self._marking, Like(tuple(x.shape), x.dtype)
-        self._marking = ""  # a function transform does more of the same kind to other tensors
+    def _record_tap(self, op: Any, x: Tensor, result: Tensor) -> None:
+        name, like = self._tapping, Like(tuple(x.shape), x.dtype)
+        self._tapping = ""  # a function transform does more of the same kind to other tensors
         if op is aten.alias.default:
             index = self.aliases.add_view(result, x, Step(ops.tap, (name,), like, like))
         elif op is aten.add.Tensor:
@@ -94,7 +94,7 @@ class Recorder(TorchDispatchMode):
             self.aliases.add(result, index)
         else:
             return
-        if result.requires_grad or op is aten.add.Tensor:  # derivatives may start at a constant that is marked
+        if result.requires_grad or op is aten.add.Tensor:  # derivatives may start at a constant that is tapped
             self.trail.nodes[index].kind = Kind.STRUCTURAL
         self.trail.taps.setdefault(name, []).append(index)
 
@@ -109,9 +109,9 @@ class Recorder(TorchDispatchMode):
             self._save(x)
         if self.paused:
             return op(*args, **kwargs)
-        if self._marking and op in (aten.alias.default, aten.add.Tensor):
+        if self._tapping and op in (aten.alias.default, aten.add.Tensor):
             result = op(*args, **kwargs)
-            self._mark(op, args[0], result)
+            self._record_tap(op, args[0], result)
             return result
         self._check(op, args, tensors)
         if isinstance(kwargs.get("generator"), torch.Generator):
@@ -246,8 +246,8 @@ class Recorder(TorchDispatchMode):
 
         for call in written.calls:
             options = {key: at(arg) for key, arg in call.kwargs.items()}
-            cut = constant or call.op is aten.detach.default
-            made.append(emit(call.op, at(call.args), call.like, kwargs=options, output=call.output, constant=cut))
+            detached = constant or call.op is aten.detach.default
+            made.append(emit(call.op, at(call.args), call.like, kwargs=options, output=call.output, constant=detached))
         found: list[int | None] = []
         for x in written.results:
             place = at(x)

@@ -1,4 +1,4 @@
-"""The capture stage: checks, trace, conversion, batch axes, points."""
+"""The capture stage: checks, recording, conversion, batch axes, points."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Points = Sequence[str] | str | Callable[[CurvatureGraph], Sequence[Point]] | Non
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` has wrapped, if it has: the capture traces by itself."""
+    """The module that ``torch.compile`` has wrapped, if it has: the capture records by itself."""
     return getattr(model, "_orig_mod", model)
 
 
@@ -67,8 +67,8 @@ def _check_rules(graph: CurvatureGraph) -> None:
             raise NonDifferentiableError(f"{node.where} has no derivative, and lies on the path to the loss.")
 
 
-def trace(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: str | None = None) -> CurvatureGraph:
-    """Trace, type, verify and annotate; the graph has no points yet."""
+def captured(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: str | None = None) -> CurvatureGraph:
+    """Record, type, verify and annotate; the graph has no points yet."""
     batch, model = one_batch(batch), unwrapped(model)
     if output is not None and not isinstance(output, str):
         raise OptionError(f"output is a {type(output).__name__}; expected the name of a module or tap.")
@@ -95,7 +95,7 @@ def capture(
         loss: ``callable(output, targets) -> scalar``; None: the model's own, or inferred from the targets' dtype.
         output: name of the module or tap that the loss consumes, where it cannot be inferred.
         points: names, glob patterns or parameter names; None picks at most 16 from the module tree. A callable
-            takes the traced graph and returns points.
+            takes the captured graph and returns points.
         space: ``"activation"`` or ``"parameter"``: what a module's name stands for.
 
     Returns:
@@ -112,7 +112,7 @@ def capture(
         >>> [point.name for point in graph.points]
         ['1']
     """
-    graph = trace(model, batch, loss=loss, output=output)
+    graph = captured(model, batch, loss=loss, output=output)
     model = unwrapped(model)
     if callable(points):
         graph.points = tuple(points(graph))

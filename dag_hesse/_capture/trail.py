@@ -68,7 +68,7 @@ class Trail:
     guards: list[Guard] = field(default_factory=list)
     modules: dict[str, str] = field(default_factory=dict)
     batch_bound: bool = False
-    _cuts: dict[int, int] = field(default_factory=dict)
+    _detached: dict[int, int] = field(default_factory=dict)
 
     def leaf(self, op: str, value: Tensor, kind: Kind, name: str) -> int:
         """A node that no op makes."""
@@ -94,16 +94,16 @@ class Trail:
         """Whether derivatives may pass the node."""
         return self.nodes[node].kind not in (Kind.CONST, Kind.INPUT)
 
-    def cut(self, node: int) -> int:
+    def detach(self, node: int) -> int:
         """The value of a node, without its past."""
         if not self.has_past(node):
             return node
-        if node not in self._cuts:
+        if node not in self._detached:
             source = self.nodes[node]
-            self._cuts[node] = self.emit(
+            self._detached[node] = self.emit(
                 aten.detach.default, (At(node),), Like(source.shape, source.dtype), constant=True
             )
-        return self._cuts[node]
+        return self._detached[node]
 
     def emit(
         self,

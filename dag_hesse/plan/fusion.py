@@ -54,8 +54,8 @@ class _Grower:
     def constant(self, k: int) -> bool:
         """Whether a node may be evaluated inside: no point reaches it, and it draws nothing.
 
-        A cut (a detach, a mask) of what a point reaches stays outside, though no derivative passes it: inside, it would
-        make that an input of the region, through which the graph lets derivatives pass.
+        What is detached of what a point reaches (or a mask) stays outside, though no derivative passes it: inside, it
+        would make that an input of the region, through which the graph lets derivatives pass.
         """
         node = self.graph.nodes[k]
         reached = self.reached[k] or any(self.reached[i] for i in node.inputs)

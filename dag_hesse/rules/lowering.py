@@ -1,4 +1,4 @@
-"""Ops rewritten into ops that have a rule, while the model is traced.
+"""Ops rewritten into ops that have a rule, while the model is recorded.
 
 Order of precedence: an op listed here (or in ``CONCRETE``, where the lowering must see the values of integer tensors)
 is rewritten as given, unless its lowering returns ``NotImplemented``; an op with a rule stays whole; one with a
@@ -285,7 +285,7 @@ LOWERINGS: Mapping[Any, Callable[..., Any]] = {
     **backward.LOWERINGS,
 }
 
-# Torch's own decompositions that would hide something from us (a custom kernel is kept, a cut is seen).
+# Torch's own decompositions that would hide something from us (a custom kernel is kept, a detach is seen).
 _KEEP = {"aten.detach.default", "aten.bernoulli.default"}
 
 

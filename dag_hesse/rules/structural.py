@@ -172,7 +172,7 @@ def _view() -> Rule:
 
 
 def _identity() -> Rule:
-    """An op of ours that marks a tensor."""
+    """An op of ours that taps a tensor."""
     return linear(_reshape, Samples.ELEMENTWISE, lambda c, inputs: inputs[0], moves=Moves.SAME | Moves.ORDERED)
 
 

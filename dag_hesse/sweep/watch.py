@@ -48,7 +48,7 @@ class Watch:
         self._used = {x.data_ptr() for x in self._constants.values()}
         self._settings = self.settings() if settings is None else settings
         now = self._present()
-        self._marks = {name: _mark(x) for name, x in now.items()}
+        self._identities = {name: _identity(x) for name, x in now.items()}
         self._views = {name: _some(x) for name, x in now.items()}
         alike: dict[Any, list[str]] = {}
         for name, view in self._views.items():
@@ -84,7 +84,7 @@ class Watch:
 
     def changes(self) -> list[str]:
         """Names of what is not what it was."""
-        found = [name for name, x in self._present().items() if self._marks.get(name) != _mark(x)]
+        found = [name for name, x in self._present().items() if self._identities.get(name) != _identity(x)]
         for names, old in zip(self._groups, self._values, strict=True):
             new = self._elements(names)
             if not torch.equal(new, old):
@@ -129,7 +129,7 @@ def _cells(loss: Any) -> list[Any]:
     return [*found, _plain(getattr(loss, "__defaults__", None) or ())]
 
 
-def _mark(x: Tensor) -> Any:
+def _identity(x: Tensor) -> Any:
     return id(x), x.data_ptr(), 0 if x.is_inference() else x._version, x.shape
 
 
