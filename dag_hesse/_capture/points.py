@@ -41,12 +41,12 @@ def _parameter(graph: CurvatureGraph, name: str, members: Sequence[str]) -> Poin
     return Point(name, shape, sum(sizes), "parameter", sites)
 
 
-def _alive(graph: CurvatureGraph) -> list[bool]:
+def _reach_loss(graph: CurvatureGraph) -> list[bool]:
     return graph.ancestors([graph.loss])
 
 
-def _require_path(graph: CurvatureGraph, point: Point, alive: list[bool]) -> None:
-    if any(alive[site] for site in point.sites):
+def _require_path(graph: CurvatureGraph, point: Point, reaching: list[bool]) -> None:
+    if any(reaching[site] for site in point.sites):
         return
     reached = graph.descendants(point.sites)
     for node in graph.nodes:
@@ -58,18 +58,18 @@ def _require_path(graph: CurvatureGraph, point: Point, alive: list[bool]) -> Non
 
 
 def _in_order(graph: CurvatureGraph, points: list[Point]) -> tuple[Point, ...]:
-    alive = _alive(graph)
+    reaching = _reach_loss(graph)
     for point in points:
-        _require_path(graph, point, alive)
+        _require_path(graph, point, reaching)
     unique = {point.name: point for point in points}
-    return tuple(sorted(unique.values(), key=lambda point: (min(_depth(graph, point, alive)), point.name)))
+    return tuple(sorted(unique.values(), key=lambda point: (min(_depth(graph, point, reaching)), point.name)))
 
 
-def _depth(graph: CurvatureGraph, point: Point, alive: list[bool]) -> list[int]:
+def _depth(graph: CurvatureGraph, point: Point, reaching: list[bool]) -> list[int]:
     """Activations come where they are computed, parameters where they are first used."""
     if point.kind == "activation":
         return list(point.sites)
-    return [min((c for c in graph.children[s] if alive[c]), default=s) for s in point.sites]
+    return [min((c for c in graph.children[s] if reaching[c]), default=s) for s in point.sites]
 
 
 def _call(graph: CurvatureGraph, name: str) -> tuple[str, int] | None:
@@ -141,7 +141,7 @@ def resolve_points(
     choose("space", space, SPACES)
     if not isinstance(names, Iterable):
         raise OptionError(f"points is a {type(names).__name__}; expected names or glob patterns.")
-    alive, points = _alive(graph), []
+    reaching, points = _reach_loss(graph), []
     for name in [names] if isinstance(names, str) else list(names):
         if not isinstance(name, str):
             raise OptionError(f"points holds a {type(name).__name__}; expected names or glob patterns.")
@@ -150,7 +150,7 @@ def resolve_points(
             points.append(exact)
             continue
         if space == "activation":
-            matches = [n for n in graph.taps if fnmatchcase(n, name) and any(alive[s] for s in graph.taps[n])]
+            matches = [n for n in graph.taps if fnmatchcase(n, name) and any(reaching[s] for s in graph.taps[n])]
         else:
             matches = []
         matches = matches or [n for n in graph.parameters if fnmatchcase(n, name)]
@@ -177,8 +177,8 @@ def _leaf(graph: CurvatureGraph, model: nn.Module, name: str) -> int:
 
 def parameter_points(names: Sequence[str], model: nn.Module, graph: CurvatureGraph) -> tuple[Point, ...]:
     """A point a parameter, used or not, those that are used first, in topological order."""
-    alive = _alive(graph)
-    used = [_parameter(graph, n, [n]) for n in names if n in graph.parameters and alive[graph.parameters[n]]]
+    reaching = _reach_loss(graph)
+    used = [_parameter(graph, n, [n]) for n in names if n in graph.parameters and reaching[graph.parameters[n]]]
     known = {point.name for point in used}
     rest = [n for n in names if n not in known]
     for name in rest:
@@ -217,11 +217,11 @@ class _Chooser:
     def __init__(self, graph: CurvatureGraph, model: nn.Module) -> None:
         self.graph, self.modules = graph, dict(model.named_modules())
         self.own = {id(module): name for name, module in self.modules.items()}  # of several names, the first
-        alive, after_out = _alive(graph), graph.descendants(graph.out)
+        reaching, after_out = _reach_loss(graph), graph.descendants(graph.out)
         self.sites = {
             name: sites
             for name, sites in graph.taps.items()
-            if name in self.modules and any(alive[s] and not after_out[s] for s in sites)
+            if name in self.modules and any(reaching[s] and not after_out[s] for s in sites)
         }
 
     def children(self, name: str) -> list[tuple[str, bool]]:
@@ -303,12 +303,12 @@ def default_points(graph: CurvatureGraph, model: nn.Module, space: str = "activa
         chooser = _Chooser(graph, model)
         outputs = [name for name in graph.taps if name.split(".")[0] == "output"]
         names = [name for name in chooser.choose() if name in chooser.sites] or list(chooser.sites) or outputs
-        alive = _alive(graph)
+        reaching = _reach_loss(graph)
         calls = [
             (name if len(graph.taps[name]) == 1 else f"{name}[{k}]", site)
             for name in names
             for k, site in enumerate(graph.taps[name])
-            if alive[site]
+            if reaching[site]
         ]
         calls = list({site: (name, site) for name, site in calls}.values())
         kept = _spread([name for name, _ in calls], MOST)

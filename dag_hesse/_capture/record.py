@@ -324,8 +324,8 @@ def product(
         places = [dict(model.named_parameters())[name] for name in along]
         try:
             first = torch.autograd.grad(forward.loss(), places, create_graph=True, allow_unused=True)
-            live = [(g, v) for g, v in zip(first, along.values(), strict=True) if g is not None and g.requires_grad]
-            terms = [(g * v).sum() for g, v in live]
+            pairs = [(g, v) for g, v in zip(first, along.values(), strict=True) if g is not None and g.requires_grad]
+            terms = [(g * v).sum() for g, v in pairs]
             found = torch.autograd.grad(sum(terms), places, allow_unused=True) if terms else [None] * len(places)  # type: ignore[arg-type]
         except RuntimeError as error:
             raise CaptureError(

@@ -50,11 +50,11 @@ class Structure:
 
 def _edges(graph: CurvatureGraph) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Edges a derivative can pass, between nodes that reach the loss."""
-    alive = graph.ancestors([graph.loss])
+    reaching = graph.ancestors([graph.loss])
     found = [
         (parent, node.index)
         for node in graph.nodes
-        if node.is_differentiable and alive[node.index]
+        if node.is_differentiable and reaching[node.index]
         for parent in dict.fromkeys(node.inputs)
         if graph.nodes[parent].is_float
     ]
@@ -64,11 +64,11 @@ def _edges(graph: CurvatureGraph) -> tuple[NDArray[np.int64], NDArray[np.int64]]
 
 def _interaction_pairs(graph: CurvatureGraph, *, loss_side: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pairs of nodes that meet in a second derivative of an op of the loss (or of the model)."""
-    alive, in_loss = graph.ancestors([graph.loss]), graph.loss_subgraph
+    reaching, in_loss = graph.ancestors([graph.loss]), graph.loss_subgraph
     found = [
         (node.inputs[i], node.inputs[j])
         for node in graph.nodes
-        if alive[node.index] and in_loss[node.index] == loss_side
+        if reaching[node.index] and in_loss[node.index] == loss_side
         for i, j in pairs_of(node)
         if graph.nodes[node.inputs[i]].is_float and graph.nodes[node.inputs[j]].is_float
     ]
@@ -81,10 +81,10 @@ def _loss_rank(graph: CurvatureGraph) -> int:
     size = sum(graph.per_sample_numel(index) for index in graph.out)
     if len(graph.out) != 1:
         return size
-    alive = graph.ancestors([graph.loss])
+    reaching = graph.ancestors([graph.loss])
     index = graph.out[0]
     while True:
-        children = [k for k in graph.children[index] if alive[k]]
+        children = [k for k in graph.children[index] if reaching[k]]
         if len(children) != 1:
             return size
         node = graph.nodes[children[0]]
@@ -103,14 +103,14 @@ def _distances(graph: CurvatureGraph) -> NDArray[np.int64]:
     for k, point in enumerate(points):
         for site in point.sites:
             site_of.setdefault(site, set()).add(k)
-    alive, count = graph.ancestors([graph.loss]), len(points)
+    reaching, count = graph.ancestors([graph.loss]), len(points)
     far = np.iinfo(np.int64).max // 4
     hops = np.full((count, count + 1), far)  # the last column is the loss
     for k, point in enumerate(points):
         seen, stack = set(point.sites), list(point.sites)
         while stack:
             for child in graph.children[stack.pop()]:
-                if child in seen or not alive[child] or graph.nodes[child].kind is Kind.CONST:
+                if child in seen or not reaching[child] or graph.nodes[child].kind is Kind.CONST:
                     continue
                 seen.add(child)
                 others = site_of.get(child, set()) - {k}

@@ -92,8 +92,8 @@ def read_parameters(chosen: Sequence[str], model: nn.Module, graph: CurvatureGra
     Raises:
         PointError: it depends on none.
     """
-    alive = graph.ancestors([graph.loss])
-    if not any(name in graph.parameters and alive[graph.parameters[name]] for name in chosen):
+    reaching = graph.ancestors([graph.loss])
+    if not any(name in graph.parameters and reaching[graph.parameters[name]] for name in chosen):
         raise PointError(f"no parameter is left to differentiate by: the loss depends on none of {list(chosen)[:4]}.")
     return parameter_points(chosen, model, graph)
 

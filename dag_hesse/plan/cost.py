@@ -36,9 +36,9 @@ def _node_cost(graph: CurvatureGraph, node: Node) -> Cost:
 
 def path_cost(graph: CurvatureGraph, starts: Iterable[int]) -> Cost:
     """Cost of one product through every node between ``starts`` and the loss (one tangent, or one adjoint channel)."""
-    reached, alive = graph.descendants(starts), graph.ancestors([graph.loss])
+    reached, reaching = graph.descendants(starts), graph.ancestors([graph.loss])
     total = Cost()
     for node in graph.nodes:
-        if node.is_differentiable and alive[node.index] and any(reached[k] for k in node.inputs):
+        if node.is_differentiable and reaching[node.index] and any(reached[k] for k in node.inputs):
             total = total + _node_cost(graph, node)
     return total

@@ -96,11 +96,11 @@ class _Grower:
     def cost(self, members: set[int]) -> int:
         """Tensors of partials that a sweep reads."""
         node = self.node(members) if len(members) > 1 else self.graph.nodes[next(iter(members))]
-        live = sum(self.active[i] for i in node.inputs)
+        active = sum(self.active[i] for i in node.inputs)
         found = pairs_of(node)
         curved = [(i, j) for i, j in found if self.active[node.inputs[i]] and self.active[node.inputs[j]]]
         meets = isinstance(node.target, Region) and node.target.meet is not None
-        return live + (1 + bool(curved) if meets else len(curved))
+        return active + (1 + bool(curved) if meets else len(curved))
 
     def meeting(self, members: set[int]) -> int | None:
         """The first member that all active inputs have come to linearly, and only through which they go on."""

@@ -39,7 +39,7 @@ def _workspace(graph: CurvatureGraph, node: Node, rows: int) -> int:
     return rule_for(node).workspace(node, [graph.nodes[k].shape for k in node.inputs], rows)
 
 
-class _Live:
+class _InMemory:
     """Nodes whose tangents, or adjoints, are in memory; a view keeps its base.
 
     ``bytes`` is of all; what belongs to a leaf is the caller's, or counted apart.
@@ -82,11 +82,11 @@ def kept_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
 
 def _linearized(graph: CurvatureGraph, starts: Iterable[int]) -> tuple[int, int, int]:
     """Peak of the forward pass, peak of the backward pass, and what is kept in the end."""
-    prints, values = footprints(graph, graph.active(starts)), _Live(graph)
+    prints, values = footprints(graph, graph.active(starts)), _InMemory(graph)
     return _evaluated(values, prints), *_bound(values, prints)
 
 
-def _evaluated(values: _Live, prints: dict[int, Footprint]) -> int:
+def _evaluated(values: _InMemory, prints: dict[int, Footprint]) -> int:
     """Peak of the forward pass, in which calls are linearized; what they keep is left in ``values``."""
     graph, own, peak = values.graph, 0, 0
     uses = [len(children) for children in graph.children]
@@ -108,9 +108,9 @@ def _evaluated(values: _Live, prints: dict[int, Footprint]) -> int:
     return peak
 
 
-def _bound(values: _Live, prints: dict[int, Footprint]) -> tuple[int, int]:
+def _bound(values: _InMemory, prints: dict[int, Footprint]) -> tuple[int, int]:
     """Peak of the backward pass, in which calls take λ, and then hold more or less than before; and the end."""
-    graph, adjoints, peak = values.graph, _Live(values.graph), 0
+    graph, adjoints, peak = values.graph, _InMemory(values.graph), 0
     for index in reversed(prints):  # a λ that is handed on, to one that only this op uses, is one tensor
         for k in _nodes(graph.nodes[index], prints[index].passed):
             if graph.children[k] == [index]:
@@ -155,41 +155,41 @@ def sweep_bytes(
         >>> sweep_bytes(graph, [site], [site]) >= 4 * 5 * 4  # an adjoint, float32
         True
     """
-    prints, tangents = footprints(graph, graph.active(starts)), _Live(graph)
+    prints, tangents = footprints(graph, graph.active(starts)), _InMemory(graph)
     share = graph.batch_size if batch_mode == "shared" else 1
     return max(_ahead(tangents, prints), _back(tangents, prints, set(reads), channels, share))
 
 
-def _ahead(tangents: _Live, prints: dict[int, Footprint]) -> int:
+def _ahead(tangents: _InMemory, prints: dict[int, Footprint]) -> int:
     """Peak of the tangent pass; what it saves is left in ``tangents``."""
     graph, saved, peak = tangents.graph, 0, 0
     inner = [graph.nodes[k] for k in prints]
     useful = graph.ancestors(k for n in inner if prints[n.index].residual != NOTHING for k in n.inputs)
-    uses, alive = [len({c for c in children if c in prints}) for children in graph.children], set[int]()
+    uses, held = [len({c for c in children if c in prints}) for children in graph.children], set[int]()
     for node in inner:
         residual = prints[node.index].residual
         if useful[node.index]:
             tangents.add(node.index)
-            alive.add(node.index)
+            held.add(node.index)
         saved += residual.bytes
         for k in _nodes(node, residual.slots):
             tangents.add(k)
         peak = max(peak, tangents.bytes + saved)
         for k in set(node.inputs):
             uses[k] -= 1
-            if uses[k] == 0 and k in alive:
+            if uses[k] == 0 and k in held:
                 tangents.drop(k)
     return peak
 
 
-def _back(tangents: _Live, prints: dict[int, Footprint], reads: set[int], channels: int, share: int) -> int:
+def _back(tangents: _InMemory, prints: dict[int, Footprint], reads: set[int], channels: int, share: int) -> int:
     """Peak of the adjoint pass, which uses up what was saved; of what is read, one ``share``-th is kept."""
     graph = tangents.graph
     in_loss, inner = graph.loss_subgraph, [graph.nodes[k] for k in prints]
     bent = [n for n in inner if prints[n.index].residual != NOTHING and not in_loss[n.index]]
     both = graph.ancestors(k for n in bent for k in n.inputs)  # where the T channel comes by as well
     copies = [channels if on else 1 for on in both]
-    adjoints = _Live(graph, copies)
+    adjoints = _InMemory(graph, copies)
     needed, met, active = graph.descendants(reads), set[int](), {n.index for n in inner} | reads
     saved, found, peak = sum(one.residual.bytes for one in prints.values()), 0, 0
     for node in reversed(inner):

@@ -64,7 +64,7 @@ def is_active(member: Node) -> bool:
 
 def collapse(members: Members, known: Known, sources: Sequence[int], arena: Arena = FRESH) -> Collapsed:
     """The last of ``members`` as a function of the values at ``sources``."""
-    if any(rule_of(node).pairs(node) for _, node in _live(members, sources)):
+    if any(rule_of(node).pairs(node) for _, node in _reached(members, sources)):
         recorded = _Recorded.of(members, known, sources, arena)
         if recorded is not None:
             return recorded
@@ -77,7 +77,7 @@ def _by_op(members: Members, known: Known, sources: Sequence[int], arena: Arena)
     return _OfSeveral(members, known, sources, arena)
 
 
-def _live(members: Members, sources: Iterable[int]) -> Iterator[tuple[int, Node]]:
+def _reached(members: Members, sources: Iterable[int]) -> Iterator[tuple[int, Node]]:
     """Members that the sources reach."""
     reached = set(sources)
     for place, node in members:
@@ -88,7 +88,7 @@ def _live(members: Members, sources: Iterable[int]) -> Iterator[tuple[int, Node]
 
 def _steps(members: Members, known: Known, sources: Sequence[int], arena: Arena) -> Iterator[_Step]:
     reached = set(sources)
-    for place, node in _live(members, sources):
+    for place, node in _reached(members, sources):
         on = tuple(k in reached for k in node.inputs)
         partials = rule_of(node).partials
         assert partials is not None
@@ -212,13 +212,13 @@ class _Recorded(Collapsed):
     @classmethod
     def of(cls, members: Members, known: Known, sources: Sequence[int], arena: Arena) -> _Recorded | None:
         """None where there is no program for these members and values."""
-        live = dict(_live(members, sources))
-        places = dict.fromkeys(k for node in live.values() for k in node.inputs if k not in live)
+        reached = dict(_reached(members, sources))
+        places = dict.fromkeys(k for node in reached.values() for k in node.inputs if k not in reached)
         operands, out = {k: known[k] for k in places}, known[members[-1][0]]
         like = next((x for x in operands.values() if x.shape == out.shape), None)
         if like is None or program.refuse(None, list(operands.values()), like):
             return None
-        made = cls(list(live.items()), operands, sources, like, arena)
+        made = cls(list(reached.items()), operands, sources, like, arena)
         return None if made._recording() is None or made._recording(like) is None else made
 
     def _code(self, wanted: Sequence[int], *tensors: Tensor) -> dict[Hashable, Any]:

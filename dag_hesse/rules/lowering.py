@@ -39,7 +39,7 @@ def _channels(x: Tensor) -> list[int]:
 
 
 def _statistics(x: Tensor, dims: list[int], eps: float, center: bool = True) -> tuple[Tensor, Tensor]:
-    """Mean and inverse deviation, which a backward pass recorded in a forward uses; else they are dead code."""
+    """Mean and inverse deviation, which a backward pass recorded in a forward uses; else nobody uses them."""
     mean = x.mean(dims, keepdim=True)
     off = x - mean if center else x
     return mean, ((off * off).mean(dims, keepdim=True) + eps).rsqrt()

@@ -54,9 +54,9 @@ def _pairs(node: Node) -> Pairs:
     found: set[tuple[int, int]] = set()
     for member in region.members:
         sources = [reach[k] for k in member.inputs]
-        live = is_active(member)
-        reach.append(frozenset().union(*sources) if live else frozenset())
-        for p, q in rule_of(member).pairs(member) if live else ():
+        active = is_active(member)
+        reach.append(frozenset().union(*sources) if active else frozenset())
+        for p, q in rule_of(member).pairs(member) if active else ():
             found |= {(i, j) for i in sources[p] for j in sources[q]}
     return frozenset(found)
 

@@ -113,7 +113,7 @@ class Recipe:
     loss: str
     seed: int
 
-    def alive(self) -> list[int]:
+    def reaching(self) -> list[int]:
         """Steps that the loss depends on."""
         found = {len(self.steps)}
         for k in range(len(self.steps), 0, -1):
