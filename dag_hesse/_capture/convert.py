@@ -33,8 +33,8 @@ def convert(recording: Recording, batch_size: int, output: str | None) -> Curvat
         batch_bound=trail.batch_bound,
         value=recording.value,
         written=tuple(recording.written),
-        starts=recording.starts,
-        ends=recording.ends,
+        rng_before=recording.rng_before,
+        rng_after=recording.rng_after,
     )
     if trail.nodes[recording.loss].kind is Kind.CONST:
         raise CaptureError("the loss does not depend on any parameter or module output: it has no derivative.")

@@ -36,15 +36,15 @@ _ONE_AT_A_TIME = threading.RLock()  # runs set hooks and flags that all threads 
 class Recording:
     """A model's forward as it ran: nodes, the node of the loss, its value, and what was written to on the way.
 
-    ``starts`` and ``ends`` are the random states before and after it.
+    ``rng_before`` and ``rng_after`` are the random states before and after it.
     """
 
     trail: Trail
     loss: int
     value: float
     written: list[Tensor]
-    starts: RandomState
-    ends: RandomState
+    rng_before: RandomState
+    rng_after: RandomState
 
 
 @dataclass
@@ -200,7 +200,7 @@ def _where(error: Exception) -> str:
 
 def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bool) -> Recording:
     with _ONE_AT_A_TIME, ExitStack() as stack:
-        starts = RandomState.now()
+        rng_before = RandomState.now()
         before = stack.enter_context(restored(model, loss))
         recorder = Recorder(dict(model.named_parameters()), dict(model.named_buffers()), before)
         recorder.anchors = everything
@@ -245,12 +245,12 @@ def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bo
             raise CaptureError(
                 f"{type(model).__name__} fails{_where(error)}{op}: {type(error).__name__}: {text}"
             ) from error
-        ends = RandomState.now()
-        recorder.trail.batch_bound |= (recorder.numbers and calls.left_torch) or starts.drew_outside(ends)
+        rng_after = RandomState.now()
+        recorder.trail.batch_bound |= (recorder.numbers and calls.left_torch) or rng_before.drew_outside(rng_after)
         node = recorder.use(value)
         with recorder.pause():
             number = float(value.detach())
-        return Recording(recorder.trail, node, number, [w.tensor for w in before.written], starts, ends)
+        return Recording(recorder.trail, node, number, [w.tensor for w in before.written], rng_before, rng_after)
 
 
 class _Edges:

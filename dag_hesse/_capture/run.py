@@ -154,8 +154,8 @@ def capture_all(
         with preserved():
             for batch in batches:
                 graphs.append(take(batch, wanted))
-                assert graphs[-1].ends is not None
-                graphs[-1].ends.restore()
+                assert graphs[-1].rng_after is not None
+                graphs[-1].rng_after.restore()
     for graph in graphs:
         if [p.shape for p in graph.points] != [p.shape for p in first.points]:
             raise BatchError(

@@ -103,8 +103,8 @@ class CurvatureGraph:
     batch_bound: bool = False  # whether the forward made constants out of sight: the graph is of its own batch only
     value: float = float("nan")  # of the loss, as it was recorded
     written: tuple[torch.Tensor, ...] = ()  # tensors of the model's that its forward writes to
-    starts: RandomState | None = None  # random states before and after the recorded forward
-    ends: RandomState | None = None
+    rng_before: RandomState | None = None  # random states around the recorded forward
+    rng_after: RandomState | None = None
     unused: frozenset[str] = frozenset()  # taps that the loss does not depend on
     lost: tuple[str, ...] = ()  # where the batch axis could not be followed: op, module and source line
     _in_loss: tuple[tuple[int, ...], int, list[bool]] | None = field(
@@ -128,11 +128,11 @@ class CurvatureGraph:
         """Nodes differentiated by autograd on their op alone."""
         return tuple(node for node in self.nodes if node.kind is Kind.OPAQUE)
 
-    def descendants(self, sources: Iterable[int]) -> list[bool]:
-        """Mark the nodes that a derivative reaches from ``sources`` (which are included)."""
+    def descendants(self, sites: Iterable[int]) -> list[bool]:
+        """Mark the nodes that a derivative reaches from ``sites`` (which are included)."""
         marked = [False] * len(self.nodes)
-        for source in sources:
-            marked[source] = True
+        for site in sites:
+            marked[site] = True
         for node in self.nodes:
             if not marked[node.index] and node.kind is not Kind.CONST:
                 marked[node.index] = any(marked[parent] for parent in node.inputs)
@@ -149,9 +149,9 @@ class CurvatureGraph:
                     marked[parent] = marked[parent] or self.nodes[parent].is_float
         return marked
 
-    def active(self, starts: Iterable[int]) -> list[bool]:
-        """Mark the nodes between ``starts`` and the loss: what a sweep from them passes."""
-        return [a and b for a, b in zip(self.descendants(starts), self.ancestors([self.loss]), strict=True)]
+    def active(self, sites: Iterable[int]) -> list[bool]:
+        """Mark the nodes between ``sites`` and the loss: what a sweep from them passes."""
+        return [a and b for a, b in zip(self.descendants(sites), self.ancestors([self.loss]), strict=True)]
 
     @property
     def loss_subgraph(self) -> list[bool]:

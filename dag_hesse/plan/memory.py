@@ -70,19 +70,19 @@ class _InMemory:
         return node.bytes * self.copies[base] if node.target is not None else 0
 
 
-def linearization_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
-    """Peak bytes of a linearization from ``starts`` on, forward and back; without the parameters."""
-    return max(_linearized(graph, starts))
+def linearization_bytes(graph: CurvatureGraph, sites: Iterable[int]) -> int:
+    """Peak bytes of a linearization from ``sites`` on, forward and back; without the parameters."""
+    return max(_linearized(graph, sites))
 
 
-def kept_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
-    """Bytes that a linearization from ``starts`` on holds for its sweeps; without parameters, batch and constants."""
-    return _linearized(graph, starts)[-1]
+def kept_bytes(graph: CurvatureGraph, sites: Iterable[int]) -> int:
+    """Bytes that a linearization from ``sites`` on holds for its sweeps; without parameters, batch and constants."""
+    return _linearized(graph, sites)[-1]
 
 
-def _linearized(graph: CurvatureGraph, starts: Iterable[int]) -> tuple[int, int, int]:
+def _linearized(graph: CurvatureGraph, sites: Iterable[int]) -> tuple[int, int, int]:
     """Peak of the forward pass, peak of the backward pass, and what is kept in the end."""
-    prints, values = footprints(graph, graph.active(starts)), _InMemory(graph)
+    prints, values = footprints(graph, graph.active(sites)), _InMemory(graph)
     return _evaluated(values, prints), *_bound(values, prints)
 
 
@@ -137,12 +137,12 @@ def _passing(graph: CurvatureGraph, node: Node) -> int:
 
 def sweep_bytes(
     graph: CurvatureGraph,
-    starts: Iterable[int],
+    sites: Iterable[int],
     reads: Iterable[int],
     channels: int = 1,
     batch_mode: str = "shared",
 ) -> int:
-    """Peak bytes of one probe in so many channels from ``starts`` to ``reads``, with what is read; without the seeds.
+    """Peak bytes of one probe in so many channels from ``sites`` to ``reads``, with what is read; without the seeds.
 
     With ``batch_mode="shared"`` an activation's adjoint is summed over the samples as soon as it is read.
 
@@ -155,7 +155,7 @@ def sweep_bytes(
         >>> sweep_bytes(graph, [site], [site]) >= 4 * 5 * 4  # an adjoint, float32
         True
     """
-    prints, tangents = footprints(graph, graph.active(starts)), _InMemory(graph)
+    prints, tangents = footprints(graph, graph.active(sites)), _InMemory(graph)
     share = graph.batch_size if batch_mode == "shared" else 1
     return max(_ahead(tangents, prints), _back(tangents, prints, set(reads), channels, share))
 
@@ -217,12 +217,12 @@ def _back(tangents: _InMemory, prints: dict[int, Footprint], reads: set[int], ch
     return peak
 
 
-def shared_chunk(graph: CurvatureGraph, starts: Iterable[int]) -> int:
+def shared_chunk(graph: CurvatureGraph, sites: Iterable[int]) -> int:
     """Probes that profit from being swept together: as many as keep what an op returns, on average, in the caches.
 
     Where one probe's tensors are too large for them already, weights are cheap to load beside them.
     """
-    active = graph.active(starts)
+    active = graph.active(sites)
     computed = [n.bytes for n in graph.nodes if active[n.index] and n.is_differentiable and n.kind not in _NOT_COMPUTED]
     return max(1, _SHARED_BYTES * len(computed) // max(1, sum(computed)))
 

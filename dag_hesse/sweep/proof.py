@@ -277,8 +277,8 @@ def prove_all(
         if id(graph) not in seen and graph.value == graph.value:  # a batch without a loss counts nothing in a stream
             seen.add(id(graph))
             with preserved():
-                if graph.starts is not None:
-                    graph.starts.restore()
+                if graph.rng_before is not None:
+                    graph.rng_before.restore()
                 prove(graph, model, batch, loss, output)
                 if verify == "product":
                     _prove_product(graph, model, batch, loss)
