@@ -42,7 +42,7 @@ def convert(recording: Recording, batch_size: int, output: str | None) -> Curvat
     return _merged(_prune(graph))
 
 
-def _sources(graph: CurvatureGraph, sites: Iterable[int]) -> list[int]:
+def _tapped(graph: CurvatureGraph, sites: Iterable[int]) -> list[int]:
     """The nodes that are tapped (a tap is a node of its own)."""
     return [graph.nodes[k].inputs[0] if graph.nodes[k].op == TAP else k for k in sites]
 
@@ -60,7 +60,7 @@ def _find_out(graph: CurvatureGraph, output: str | None) -> tuple[tuple[int, ...
     used = [site for name, sites in graph.taps.items() if name.startswith(OUTPUT) for site in sites if reaches[site]]
     found = [site for site in used if graph.nodes[site].numel > 1 or not _is_the_loss(graph, site)]
     if len(found) < len(used) or not used:  # the model computed its own loss
-        logits = [k for k in _sources(graph, graph.taps.get(f"{OUTPUT}.logits", ())) if reaches[k]]
+        logits = [k for k in _tapped(graph, graph.taps.get(f"{OUTPUT}.logits", ())) if reaches[k]]
         found += logits or [k for k in graph.taps.get(LOSS_INPUT, ()) if reaches[k]]
     return (tuple(dict.fromkeys(found)), True) if found else ((graph.loss,), False)
 
@@ -107,10 +107,10 @@ def _merged(graph: CurvatureGraph) -> CurvatureGraph:
     places: dict[int, int] = {}
     nodes: list[Node] = []
     for node in graph.nodes:
-        source = graph.nodes[node.inputs[0]] if node.op == TAP else None
-        alone = source is not None and graph.children[source.index] == [node.index]
-        if source is not None and alone and source.is_differentiable and source.index not in graph.out:
-            places[node.index] = places[source.index]
+        tapped = graph.nodes[node.inputs[0]] if node.op == TAP else None
+        alone = tapped is not None and graph.children[tapped.index] == [node.index]
+        if tapped is not None and alone and tapped.is_differentiable and tapped.index not in graph.out:
+            places[node.index] = places[tapped.index]
         else:
             places[node.index] = len(nodes)
             nodes.append(node)

@@ -220,25 +220,25 @@ def _unsqueezed(batch_axis: BatchAxis | None, dim: int) -> BatchAxis | None:
 
 def slice_write(walk: Walker, node: Node) -> State:
     window = labels.span(option(node, "start"), option(node, "end"), option(node, "step", 1))
-    source = node.inputs[1]
-    return _written(walk, node, window, walk.states[source].batch_axis, lambda dim: walk.line(source, dim))
+    value = node.inputs[1]
+    return _written(walk, node, window, walk.states[value].batch_axis, lambda dim: walk.line(value, dim))
 
 
 def select_write(walk: Walker, node: Node) -> State:
     dim, index = axes(option(node, "dim", 0), len(node.shape))[0], option(node, "index")
-    source = walk.states[node.inputs[1]]
+    value = walk.states[node.inputs[1]]
     window = labels.span(index, index % node.shape[dim] + 1, 1)
-    one = torch.tensor([source.one], device="cpu")
-    return _written(walk, node, window, _unsqueezed(source.batch_axis, dim), lambda dim: one)
+    one = torch.tensor([value.one], device="cpu")
+    return _written(walk, node, window, _unsqueezed(value.batch_axis, dim), lambda dim: one)
 
 
 def _written(
     walk: Walker, node: Node, window: slice, b: BatchAxis | None, piece: Callable[[int], torch.Tensor]
 ) -> State:
     """A tensor with a ``window`` of its ``dim`` overwritten by one whose samples lie at ``b``."""
-    into, source = node.inputs[:2]
+    into, value = node.inputs[:2]
     dim, a = axes(option(node, "dim", 0), len(node.shape))[0], walk.states[into].batch_axis
-    if all(p is None or p.axis != dim for p in (a, b)) and walk.states[source].one < 0:
+    if all(p is None or p.axis != dim for p in (a, b)) and walk.states[value].one < 0:
         return separate(a or b) if a is None or b is None or a == b else mixed(a)
     if any(p is not None and p.axis != dim for p in (a, b)):
         return mixed(a)

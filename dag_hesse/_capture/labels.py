@@ -143,8 +143,8 @@ def _picked(walk: Walker, node: Node) -> BatchAxis | None:
     if pairs is None:
         return None
     there = [axis for axis, pair in enumerate(pairs) if pair is not None]
-    source = _narrowed(_labels(walk, k), batch_axis, lambda axis: axis in there)
-    picked = source[tuple(slice(None) if pair is None else pair[0] for pair in pairs)]
+    base = _narrowed(_labels(walk, k), batch_axis, lambda axis: axis in there)
+    picked = base[tuple(slice(None) if pair is None else pair[0] for pair in pairs)]
     own = torch.broadcast_tensors(*(pair[1] for pair in pairs if pair is not None))
     first = there[0] if there == list(range(there[0], there[-1] + 1)) else 0
     shape = [1] * first + list(own[0].shape) + [1] * (picked.ndim - first - own[0].ndim)
@@ -153,7 +153,7 @@ def _picked(walk: Walker, node: Node) -> BatchAxis | None:
 
 
 def _put(walk: Walker, node: Node) -> BatchAxis | None:
-    into, source = node.inputs[0], node.inputs[node.args[2].slot]
+    into, value = node.inputs[0], node.inputs[node.args[2].slot]
     batch_axis = walk.states[into].batch_axis
     pairs = _indices(walk, node, -2 if batch_axis is None else batch_axis.axis)
     if pairs is None or (
@@ -161,7 +161,7 @@ def _put(walk: Walker, node: Node) -> BatchAxis | None:
     ):
         return None
     where = tuple(slice(None) if pair is None else pair[0] for pair in pairs)
-    labels, written = _labels(walk, into).clone(), _labels(walk, source)
+    labels, written = _labels(walk, into).clone(), _labels(walk, value)
     adds = bool(node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False))
     before = labels[where]
     written = written.expand(before.shape)
@@ -190,13 +190,13 @@ def _along(walk: Walker, node: Node, name: str) -> BatchAxis | None:
     value = walk.constants.value(at)
     if value is None:
         return None
-    source, own = _labels(walk, node.inputs[0]), _labels(walk, at)
+    base, own = _labels(walk, node.inputs[0]), _labels(walk, at)
     if name in ("index_add", "index_copy"):
         shape = list(node.shape)
         shape[dim] = value.numel()
         lined = [-1 if k == dim else 1 for k in range(ndim)]
         value, own = value.reshape(lined).expand(shape), own.reshape(lined).expand(shape)
-    picked = source.gather(dim, value)
+    picked = base.gather(dim, value)
     if name in ("gather", "take_along_dim"):
         return _found(_agree(picked, own))
     written = own
@@ -211,7 +211,7 @@ def _along(walk: Walker, node: Node, name: str) -> BatchAxis | None:
         if joined is None:
             return None
         written = joined
-    labels = source.clone().scatter(dim, value, written)
+    labels = base.clone().scatter(dim, value, written)
     return found(labels) if torch.equal(labels.gather(dim, value), written) else None
 
 

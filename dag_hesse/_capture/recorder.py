@@ -134,11 +134,11 @@ class Recorder(TorchDispatchMode):
     def _check(self, op: Any, args: Any, tensors: Sequence[Tensor]) -> None:
         if any(x.layout is not torch.strided for x in tensors):
             raise CaptureError(
-                f"{name_of(op)} at {self.trail.source()} takes a sparse tensor, which has no nodes: use a dense one."
+                f"{name_of(op)} at {self.trail.line()} takes a sparse tensor, which has no nodes: use a dense one."
             )
         if op is aten.embedding.default and len(args) > 3 and args[3]:
             raise CaptureError(
-                f"aten.embedding at {self.trail.source()} divides gradients by frequencies (scale_grad_by_freq=True), "
+                f"aten.embedding at {self.trail.line()} divides gradients by frequencies (scale_grad_by_freq=True), "
                 "so its 'gradient' is no derivative: leave that option out."
             )
 
@@ -159,11 +159,11 @@ class Recorder(TorchDispatchMode):
                 self._guard(op, args, nodes, x)
             elif any(x is t for t in tensors):
                 continue
-            elif x.numel() and (source := places.get(x.untyped_storage()._cdata)) is not None:
-                step = view_step(op, args, kwargs, source, x, number)
+            elif x.numel() and (base := places.get(x.untyped_storage()._cdata)) is not None:
+                step = view_step(op, args, kwargs, base, x, number)
                 apart = op is aten.detach.default
                 off = apart or not torch.is_grad_enabled()
-                self.aliases.add_view(x, source, step, apart=apart, detached=off)
+                self.aliases.add_view(x, base, step, apart=apart, detached=off)
             else:
                 fresh.append((number, x))
         if fresh:
@@ -307,16 +307,16 @@ class Recorder(TorchDispatchMode):
         alias = self.aliases.tensors[x]
         step = by_place(alias.geometry, x, x.dtype)
         if step is None:
-            raise CaptureError(f"{name_of(op)} at {self.trail.source()} gives a tensor other memory: not supported.")
+            raise CaptureError(f"{name_of(op)} at {self.trail.line()} gives a tensor other memory: not supported.")
         self.aliases.reshaped(x, step)
 
     def _update(self, x: Tensor, mean: Tensor, var: Tensor, momentum: float, nodes: dict[int, int]) -> None:
         """Running statistics, which batch normalization writes without saying so."""
-        dims, source = [0, *range(2, x.ndim)], At(nodes[id(x)])
+        dims, at = [0, *range(2, x.ndim)], At(nodes[id(x)])
         like = Like((x.shape[1],), x.dtype)
         new = {
-            mean: self.trail.emit(aten.mean.dim, (source, dims), like, constant=True),
-            var: self.trail.emit(aten.var.correction, (source, dims), like, kwargs={"correction": 1}, constant=True),
+            mean: self.trail.emit(aten.mean.dim, (at, dims), like, constant=True),
+            var: self.trail.emit(aten.var.correction, (at, dims), like, kwargs={"correction": 1}, constant=True),
         }
         for old, batch in new.items():
             cast = self.trail.emit(aten._to_copy.default, (At(batch),), old, kwargs={"dtype": old.dtype}, constant=True)

@@ -222,7 +222,7 @@ def _confirm(
     """
     chosen = set(range(0, len(batches), -(-len(batches) // _MOST)))
     shares = found.shares(batches.sizes)
-    own = [p for source in (model, loss) if isinstance(source, nn.Module) for p in source.parameters()]
+    own = [p for module in (model, loss) if isinstance(module, nn.Module) for p in module.parameters()]
     parameters = [p for p in own if p.requires_grad and p.is_floating_point()]
     on: OnOutputs | None = None
     pieces: list[tuple[int, Piece]] = []
@@ -397,17 +397,17 @@ def _denominator(graph: CurvatureGraph, batch: Batch) -> float:
     constants, found = Constants(graph, batch.tensors), 1.0
     node = graph.nodes[graph.loss]
     while True:
-        source = graph.nodes[node.inputs[0]] if node.inputs else node
-        if node.op in ("aten.div.Tensor", "aten.div.Scalar") and source.kind is not Kind.CONST:
+        first = graph.nodes[node.inputs[0]] if node.inputs else node
+        if node.op in ("aten.div.Tensor", "aten.div.Scalar") and first.kind is not Kind.CONST:
             divisor = node.args[1]
             value = constants.value(node.inputs[1]) if len(node.inputs) > 1 else torch.as_tensor(divisor)
             if value is None or value.numel() != 1:
                 break
             return found * float(value)
         if node.op.startswith("aten.mean."):
-            return found * prod(source.shape) / max(prod(node.shape), 1)
+            return found * prod(first.shape) / max(prod(node.shape), 1)
         passed = node.kind is Kind.STRUCTURAL or node.op in ("aten.neg.default", "aten.mul.Scalar")
         if not passed or len(node.inputs) != 1:
             break
-        node = source
+        node = first
     raise ReductionError(f"the weights of the batches cannot be read off a loss that ends in {node.where}: {_ADVICE}")

@@ -30,7 +30,7 @@ class Batches:
     global random generators had in the first one, and must give what it gave then.
 
     Args:
-        source: a batch, or an iterable of batches (:func:`~dag_hesse._capture.batch.one_batch` says of what form).
+        batches: a batch, or an iterable of batches (:func:`~dag_hesse._capture.batch.one_batch` says of what form).
 
     Attributes:
         sizes, signatures: samples, and shapes and dtypes, per batch.
@@ -51,19 +51,19 @@ class Batches:
         ([4, 4, 2], None, 3)
     """
 
-    def __init__(self, source: Any, memory: int | None = None) -> None:
+    def __init__(self, batches: Any, memory: int | None = None) -> None:
         budget = Budget.of(memory)
         check_no_transform()
         self.sizes: list[int] = []
         self.signatures: list[Any] = []
         self.examples: dict[Any, Batch] = {}
         self.held: list[Batch] | None = []
-        self._source, self._start = source, RandomState.now()
+        self._batches, self._start = batches, RandomState.now()
         self._checksums: list[int] = []
-        if is_one(source) or not isinstance(source, Iterable):
-            self._take(one_batch(source))
-        elif isinstance(source, list):
-            for item in source:
+        if is_one(batches) or not isinstance(batches, Iterable):
+            self._take(one_batch(batches))
+        elif isinstance(batches, list):
+            for item in batches:
                 self._take(one_batch(item))
         else:
             self._first_pass(budget.batches)
@@ -125,7 +125,7 @@ class Batches:
             self._take(batch)
             self._checksums.append(_checksum(batch))
             used += sum(t.numel() * t.itemsize for t in batch.tensors)
-            if used > limit and isinstance(self._source, Iterator):
+            if used > limit and isinstance(self._batches, Iterator):
                 raise MemoryBudgetError(
                     f"an iterator can be iterated once only, and {len(self)} of its batches already take "
                     f"{used / 2**30:.2f} GiB of the {limit / 2**30:.2f} GiB allowed (a quarter of memory=, or of "
@@ -140,7 +140,7 @@ class Batches:
         while True:
             with preserved():
                 state.restore()
-                iterator = iter(self._source) if iterator is None else iterator
+                iterator = iter(self._batches) if iterator is None else iterator
                 item = next(iterator, _END)
                 state = RandomState.now()
             if item is _END:

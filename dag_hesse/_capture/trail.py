@@ -81,7 +81,7 @@ class Trail:
         if value.requires_grad and not value.is_leaf:
             raise CaptureError(
                 f"the forward uses a tensor of shape {tuple(value.shape)} that was computed before, with a gradient "
-                f"({value.grad_fn}), at {self.source()}: compute it inside the forward, or detach() it."
+                f"({value.grad_fn}), at {self.line()}: compute it inside the forward, or detach() it."
             )
         known = self.buffers.get(id(value))
         value = value.to(self.device) if name == "index" else value  # it was found on the CPU
@@ -99,9 +99,9 @@ class Trail:
         if not self.has_past(node):
             return node
         if node not in self._detached:
-            source = self.nodes[node]
+            whole = self.nodes[node]
             self._detached[node] = self.emit(
-                aten.detach.default, (At(node),), Like(source.shape, source.dtype), constant=True
+                aten.detach.default, (At(node),), Like(whole.shape, whole.dtype), constant=True
             )
         return self._detached[node]
 
@@ -139,7 +139,7 @@ class Trail:
         node = Node(
             index=len(self.nodes), op=name, target=op, args=placed, kwargs=options, inputs=tuple(inputs),
             shape=tuple(like.shape), dtype=like.dtype, kind=kind, output=output, owner=self.owner,
-            source=self.source(), draws=drawn(op),
+            line=self.line(), draws=drawn(op),
         )  # fmt: skip
         self.nodes.append(node)
         return node.index
@@ -172,7 +172,7 @@ class Trail:
         """A leaf for a tensor that a lowering made up."""
         return self.constant(value, "literal")
 
-    def source(self) -> str:
+    def line(self) -> str:
         """The innermost line of the user's own code."""
         frame = sys._getframe(2)
         while frame is not None:
@@ -185,7 +185,7 @@ class Trail:
 
 @cache
 def is_internal(path: str) -> bool:
-    """Whether a source file is PyTorch's, or part of the recording."""
+    """Whether a file of code is PyTorch's, or part of the recording."""
     return path.startswith("<") or any(part in path for part in _INTERNAL)
 
 

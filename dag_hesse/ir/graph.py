@@ -106,7 +106,7 @@ class CurvatureGraph:
     rng_before: RandomState | None = None  # random states around the recorded forward
     rng_after: RandomState | None = None
     unused: frozenset[str] = frozenset()  # taps that the loss does not depend on
-    lost: tuple[str, ...] = ()  # where the batch axis could not be followed: op, module and source line
+    lost: tuple[str, ...] = ()  # where the batch axis could not be followed: op, module and line
     _in_loss: tuple[tuple[int, ...], int, list[bool]] | None = field(
         default=None, init=False, repr=False, compare=False
     )

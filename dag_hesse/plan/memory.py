@@ -198,14 +198,14 @@ def _back(tangents: _InMemory, prints: dict[int, Footprint], reads: set[int], ch
             continue
         working, view = _workspace(graph, node, copies[node.index]), adjoints.bases[node.index] != node.index
         for k in {k for k in node.inputs if k in active and needed[k]}:
-            source = graph.nodes[adjoints.bases[k]]
+            base = graph.nodes[adjoints.bases[k]]
             if k in met:
                 working += 0 if view else graph.nodes[k].bytes * copies[k]  # a term that is to be added
-            elif source.kind is not Kind.PARAM:
+            elif base.kind is not Kind.PARAM:
                 adjoints.add(k)
-            elif source.index == k or source.index not in met:
-                found += source.bytes * copies[k]
-                met.add(source.index)
+            elif base.index == k or base.index not in met:
+                found += base.bytes * copies[k]
+                met.add(base.index)
             met.add(k)
         peak = max(peak, tangents.bytes + saved + adjoints.bytes + found + working)
         saved -= residual.bytes

@@ -113,16 +113,16 @@ class _Simplifier:
             full = [slot for slot, k in enumerate(old.inputs) if self.graph.nodes[k].numel]
         else:
             return None
-        source = self.graph.nodes[old.inputs[full[0]]] if len(full) == 1 else None
-        same = source is not None and (source.shape, source.dtype) == (old.shape, old.dtype)
+        given = self.graph.nodes[old.inputs[full[0]]] if len(full) == 1 else None
+        same = given is not None and (given.shape, given.dtype) == (old.shape, old.dtype)
         return full[0] if same else None
 
-    def _may_stand_for(self, old: Node, source: int) -> bool:
-        """Whether what is done to ``old`` can be done to its source: nobody else uses or means that."""
+    def _may_stand_for(self, old: Node, k: int) -> bool:
+        """Whether what is done to ``old`` can be done to its input ``k``: nobody else uses or means that."""
         if old.index not in self.kept:
             return True
-        alone = self.graph.children[source] == [old.index] and self.graph.nodes[source].target is not None
-        return alone and self.places[source] not in self.pinned and source not in self.kept
+        alone = self.graph.children[k] == [old.index] and self.graph.nodes[k].target is not None
+        return alone and self.places[k] not in self.pinned and k not in self.kept
 
     def _base(self, place: int) -> int:
         """What a view shows."""
