@@ -62,7 +62,7 @@ def _edges(graph: CurvatureGraph) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     return table[:, 0].copy(), table[:, 1].copy()
 
 
-def _interaction_pairs(graph: CurvatureGraph, *, loss_side: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _meeting_pairs(graph: CurvatureGraph, *, loss_side: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pairs of nodes that meet in a second derivative of an op of the loss (or of the model)."""
     reaching, in_loss = graph.ancestors([graph.loss]), graph.loss_subgraph
     found = [
@@ -134,18 +134,16 @@ def _distances(graph: CurvatureGraph) -> NDArray[np.int64]:
 
 def analyze_structure(graph: CurvatureGraph) -> Structure:
     """Analyze a graph that has points. No numerics: works on any size."""
-    source, target = _edges(graph)
-    members = np.array([site for point in graph.points for site in point.sites], dtype=np.int64)
-    groups = np.array([k for k, point in enumerate(graph.points) for _ in point.sites], dtype=np.int64)
+    inputs, children = _edges(graph)
+    sites = np.array([site for point in graph.points for site in point.sites], dtype=np.int64)
+    points = np.array([k for k, point in enumerate(graph.points) for _ in point.sites], dtype=np.int64)
     count = len(graph.points)
-    reached = _core.reach(len(graph.nodes), source, target, members, groups, count)
-    alive = [
-        _core.interactions(reached, *_interaction_pairs(graph, loss_side=side)).astype(bool) for side in (True, False)
-    ]
+    reached = _core.reach(len(graph.nodes), inputs, children, sites, points, count)
+    alive = [_core.meetings(reached, *_meeting_pairs(graph, loss_side=side)).astype(bool) for side in (True, False)]
     capacity = np.array([graph.per_sample_numel(k) for k in range(len(graph.nodes))], dtype=np.int64)
     sinks = np.array(graph.out, dtype=np.int64)
     cuts = np.array(
-        [_core.min_cut(source, target, capacity, np.array(p.sites, dtype=np.int64), sinks) for p in graph.points],
+        [_core.min_cut(inputs, children, capacity, np.array(p.sites, dtype=np.int64), sinks) for p in graph.points],
         dtype=np.int64,
     )
     dims = np.array([point.dim for point in graph.points], dtype=np.int64)
