@@ -63,7 +63,7 @@ def analyze(
         rtol: keep probing until every relative standard error is below this: at most 4096 probes a source, and a
             warning says where that is not enough.
         reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
-            a callable that gives a batch's weight; None: found by evaluating the loss on parts of a batch (for a mean,
+            a callable that gives a batch's weight; None: found by evaluating the loss on sub-batches (for a mean,
             a loader that is not held is iterated once more).
         memory: bytes that the call may use beside the model; None: what is free. A quarter is for a loader's batches
             (beyond, it is iterated again in every pass), a quarter for linearizations that are kept from pass to pass

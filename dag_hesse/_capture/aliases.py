@@ -85,7 +85,7 @@ class Step:
         scatter = _SCATTERS.get(self.op)
         if self.index is None and scatter is not None:
             return to.emit(scatter, (At(node), At(value), *self.args), self.base)
-        if self.index is None and (self.op in _PARTS or prod(self.base.shape) == prod(self.result.shape)):
+        if self.index is None and (self.op in _COMPLEX or prod(self.base.shape) == prod(self.result.shape)):
             back = _inverse(self)
             if back is not None:
                 return to.emit(back[0], (At(value), *back[1]), self.base)
@@ -120,7 +120,7 @@ _RESHAPES = {
 }
 
 
-_PARTS = {aten.view_as_real.default, aten.view_as_complex.default}
+_COMPLEX = {aten.view_as_real.default, aten.view_as_complex.default}
 
 
 def _inverse(step: Step) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:

@@ -50,7 +50,7 @@ def _tapped(graph: CurvatureGraph, sites: Iterable[int]) -> list[int]:
 def _find_out(graph: CurvatureGraph, output: str | None) -> tuple[tuple[int, ...], bool]:
     """The nodes that the loss consumes (design §2.2), and whether they are known.
 
-    A part of the model's output counts where the loss uses it, not where the model uses it before it returns.
+    A tensor of the model's output counts where the loss uses it, not where the model uses it before it returns.
     """
     if output is not None:
         if output not in graph.taps:

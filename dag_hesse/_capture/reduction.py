@@ -1,10 +1,10 @@
 """How the losses of batches add up to the loss over all samples: as a sum, or as a mean with what weights.
 
-It is not read off the loss's code but tried. The loss is evaluated on parts of a batch and on the whole of them, by
+It is not read off the loss's code but tried. The loss is evaluated on sub-batches and on the whole of them, by
 slicing the model's output and the targets. Where it is a sum over samples of terms ℓ_b over a weight w, its gradient at
-sample b's output is ∇ℓ_b / w: on the whole it is that of the part times w(part)/w(whole), whatever ℓ is. Factors of 1
-make a sum; factors that add up to 1 make a mean, of which they give the weights (of the samples that ``ignore_index``
-leaves, of class weights, of masks). Anything else (contrastive losses, roots of means) has no loss over batches.
+sample b's output is ∇ℓ_b / w: on the whole it is that of the sub-batch times w(sub-batch)/w(whole), whatever ℓ is.
+Factors of 1 make a sum; factors that add up to 1 make a mean, of which they give the weights (of the samples that
+``ignore_index`` leaves, of class weights, of masks). Anything else (contrastive losses, roots of means) has no loss over batches.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from dag_hesse._capture.batch import Batch
 from dag_hesse._capture.labels import Constants
 from dag_hesse._capture.losses import Loss
-from dag_hesse._capture.parts import OnOutputs, Piece, parameter_gradient, part_of, put_together
 from dag_hesse._capture.state import restored
 from dag_hesse._capture.stream import Batches
+from dag_hesse._capture.sub_batches import OnOutputs, Piece, parameter_gradient, put_together, sub_batch
 from dag_hesse.errors import DagHesseError, OptionError, ReductionError
 from dag_hesse.ir import BatchAxis, CurvatureGraph, Kind
 
@@ -49,7 +49,7 @@ class Reduction:
         return [weight / sum(weights) for weight in weights]
 
     def per_sample(self, sizes: Sequence[int]) -> list[float]:
-        """The factor that makes of a sample's part in its batch's loss a loss of its own, with no 1/B."""
+        """The factor that makes of a sample's term in its batch's loss a loss of its own, with no 1/B."""
         return [share if self.kind == "sum" else share * sum(sizes) for share in self.shares(sizes)]
 
     def __str__(self) -> str:
@@ -106,7 +106,7 @@ def find_reduction(
         per_sample: whether it matters for a single batch as well.
 
     Raises:
-        ReductionError: the losses of parts do not make up that of the whole.
+        ReductionError: the losses of sub-batches do not make up that of the whole.
         OptionError: ``option`` is not among its choices.
     """
     if option is not None:
@@ -120,7 +120,7 @@ def find_reduction(
     except DagHesseError:
         raise
     except Exception as error:
-        raise ReductionError(f"the loss cannot be evaluated on parts of a batch ({error}), so {_ADVICE}") from error
+        raise ReductionError(f"the loss cannot be evaluated on sub-batches ({error}), so {_ADVICE}") from error
 
 
 _MOST = 32  # batches whose outputs are put together to be looked at
@@ -148,7 +148,7 @@ def _usable(gradient: Tensor) -> bool:
 
 
 def _halves(size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ways to part a batch, and last the batch beside itself."""
+    """Ways to halve a batch, and last the batch beside itself."""
     every = torch.arange(size, device="cpu")
     for cut in dict.fromkeys((-(-size // 3), size // 2)):
         if 0 < cut < size:
@@ -164,14 +164,14 @@ def _pair(on: OnOutputs, first: Piece, second: Piece, tolerance: float) -> tuple
     (one, alone), (two, beside) = on.gradients(first), on.gradients(second)
     if not (_usable(alone[0]) and _usable(beside[0])):
         return None
-    both, parts = on.gradients(first, second)
-    factors = _factor(parts[0], alone[0], tolerance), _factor(parts[1], beside[0], tolerance)
+    both, within = on.gradients(first, second)
+    factors = _factor(within[0], alone[0], tolerance), _factor(within[1], beside[0], tolerance)
     if min(map(abs, factors)) <= tolerance:
         raise ReductionError(f"samples that have a loss of their own count nothing beside others, so {_ADVICE}")
     expected = factors[0] * one + factors[1] * two
     if abs(both - expected) > tolerance * max(abs(both), abs(factors[0] * one), abs(factors[1] * two)):
         raise ReductionError(
-            f"the losses of two parts make {expected:.6g} and their whole's is {both:.6g}, so {_ADVICE}"
+            f"the losses of two sub-batches make {expected:.6g} and their whole's is {both:.6g}, so {_ADVICE}"
         )
     return factors
 
@@ -182,7 +182,7 @@ def _verdict(factors: tuple[float, float], tolerance: float) -> str:
     if abs(sum(factors) - 1) <= tolerance and min(factors) >= -tolerance:
         return "mean"
     raise ReductionError(
-        f"the loss is neither a sum nor a mean over samples (parts of a batch count {factors[0]:.4g} and "
+        f"the loss is neither a sum nor a mean over samples (sub-batches count {factors[0]:.4g} and "
         f"{factors[1]:.4g} times in the whole), so {_ADVICE}"
     )
 
@@ -215,7 +215,7 @@ def _confirm(
 ) -> None:
     """Hold the batches' losses, gradients and curvature, as they are to be added, against those of all put together.
 
-    Parts of one batch may all lie on one side of a threshold or a kink, and what vanishes there may still bend.
+    Sub-batches may all lie on one side of a threshold or a kink, and what vanishes there may still bend.
 
     Raises:
         ReductionError: they are not the same.
@@ -261,7 +261,7 @@ def _scaled(piece: Piece) -> Piece:
 def _telling(
     ons: dict[Any, OnOutputs], batches: Batches, tolerance: float
 ) -> tuple[OnOutputs, Piece, Piece, tuple[float, float]]:
-    """The first batch, and two parts of it, that have gradients; and how much these count together."""
+    """The first batch, and two sub-batches of it, that have gradients; and how much these count together."""
     for signature, batch in zip(batches.signatures, batches, strict=True):
         on = ons[signature]
         every = on.like(batch)
@@ -339,18 +339,19 @@ def _weighted(weights: list[float], sizes: Sequence[int], tolerance: float) -> R
 
 
 def _by_runs(model: nn.Module, graphs: Sequence[CurvatureGraph], batches: Batches, loss: Loss | None) -> Reduction:
-    """The model is run on parts of the first batch, in evaluation mode: gradients of parameters tell what counts."""
+    """The model is run on sub-batches of the first batch, in evaluation mode: its gradients tell what counts."""
     tolerance, batch = _tolerance(graphs[0]), next(iter(batches.examples.values()))
     model.eval()
     for first, second in _halves(batch.size):
         samples = first, second, torch.cat([first, second])
         one, two, both = (
-            parameter_gradient(model, part_of(graphs[0], batch, picked), loss, graphs[0].written) for picked in samples
+            parameter_gradient(model, sub_batch(graphs[0], batch, picked), loss, graphs[0].written)
+            for picked in samples
         )
         if _usable(one) and _usable(two) and _usable(both):
             break
     else:
-        raise ReductionError(f"the loss has no gradient on parts of the first batch to tell it by, so {_ADVICE}")
+        raise ReductionError(f"the loss has no gradient on sub-batches of the first batch to tell it by, so {_ADVICE}")
     if torch.equal(first, second):
         factors = (_factor(both, one, tolerance) / 2,) * 2
     else:
@@ -384,8 +385,8 @@ def _confirm_runs(
         return
     shares, written = found.shares(batches.sizes), graphs[0].written
     scale = sum(shares[k] for k, _ in chosen) if found.kind != "sum" else 1.0
-    parts = [shares[k] / scale * parameter_gradient(model, batch, loss, written) for k, batch in chosen if shares[k]]
-    _same([parameter_gradient(model, whole, loss, written)], [torch.stack(parts).sum(0)], tolerance)
+    terms = [shares[k] / scale * parameter_gradient(model, batch, loss, written) for k, batch in chosen if shares[k]]
+    _same([parameter_gradient(model, whole, loss, written)], [torch.stack(terms).sum(0)], tolerance)
 
 
 def _denominator(graph: CurvatureGraph, batch: Batch) -> float:

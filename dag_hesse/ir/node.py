@@ -85,8 +85,8 @@ class Node:
     @property
     def where(self) -> str:
         """Op, module and line, for messages."""
-        parts = [self.op, f"in module '{self.owner}'" if self.owner else "", f"at {self.line}" if self.line else ""]
-        return " ".join(part for part in parts if part)
+        words = [self.op, f"in module '{self.owner}'" if self.owner else "", f"at {self.line}" if self.line else ""]
+        return " ".join(word for word in words if word)
 
 
 @dataclass(frozen=True, slots=True)

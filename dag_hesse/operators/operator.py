@@ -41,7 +41,7 @@ class CurvatureOperator(SymmetricOperator):
         output: name of what the loss consumes, where it cannot be inferred.
         batch_mode: meaning of the batch axis of activations, ``"shared"`` or ``"joint"``.
         reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
-            a callable that gives a batch's weight; None: found by evaluating the loss on parts of a batch (for a mean,
+            a callable that gives a batch's weight; None: found by evaluating the loss on sub-batches (for a mean,
             a loader that is not held is iterated once more).
         memory: as for :func:`~dag_hesse.analyze`: bytes that each product may use, and what is kept between them.
         verify: as for :func:`~dag_hesse.analyze`: what the captured graph is held against, once.

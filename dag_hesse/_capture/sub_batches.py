@@ -1,4 +1,4 @@
-"""Parts of a batch: sliced outputs and targets put into the loss, or slices of its tensors put through the model."""
+"""Sub-batches: sliced outputs and targets put into the loss, or slices of its tensors put through the model."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def _take(x: Tensor, batch_axis: BatchAxis | None, samples: Tensor) -> Tensor:
     return picked.flatten(batch_axis.axis, batch_axis.axis + 2)
 
 
-def _join(parts: Sequence[Tensor], batch_axis: BatchAxis | None) -> Tensor:
-    if batch_axis is None or len(parts) == 1:
-        return parts[0]
-    split = [x.unflatten(batch_axis.axis, (batch_axis.outer, -1, batch_axis.inner)) for x in parts]
+def _join(pieces: Sequence[Tensor], batch_axis: BatchAxis | None) -> Tensor:
+    if batch_axis is None or len(pieces) == 1:
+        return pieces[0]
+    split = [x.unflatten(batch_axis.axis, (batch_axis.outer, -1, batch_axis.inner)) for x in pieces]
     return torch.cat(split, batch_axis.axis + 1).flatten(batch_axis.axis, batch_axis.axis + 2)
 
 
@@ -105,16 +105,16 @@ class OnOutputs:
         """
         floating = [[x.detach().clone().requires_grad_(x.is_floating_point()) for x in p.outputs] for p in pieces]
         outputs = [
-            _join(parts, batch_axis)
-            for parts, batch_axis in zip(zip(*floating, strict=True), self.batch_axes, strict=True)
+            _join(each, batch_axis)
+            for each, batch_axis in zip(zip(*floating, strict=True), self.batch_axes, strict=True)
         ]
         others = [
-            _join(parts, batch_axis)
-            for parts, batch_axis in zip(
+            _join(each, batch_axis)
+            for each, batch_axis in zip(
                 zip(*(p.others for p in pieces), strict=True), self.other_batch_axes, strict=True
             )
         ]
-        groups = [[x for x in part if x.requires_grad] for part in floating] + [list(parameters)]
+        groups = [[x for x in piece if x.requires_grad] for piece in floating] + [list(parameters)]
         leaves = [x for group in groups for x in group]
         with torch.enable_grad():
             value = self._value(outputs, others)
@@ -183,7 +183,7 @@ def input_batch_axes(graph: CurvatureGraph, batch: Batch) -> list[BatchAxis | No
     return found
 
 
-def part_of(graph: CurvatureGraph, batch: Batch, samples: Tensor) -> Batch:
+def sub_batch(graph: CurvatureGraph, batch: Batch, samples: Tensor) -> Batch:
     """Some samples of a batch."""
     batch_axes = iter(input_batch_axes(graph, batch))
 
