@@ -4,7 +4,8 @@ It is not read off the loss's code but tried. The loss is evaluated on sub-batch
 slicing the model's output and the targets. Where it is a sum over samples of terms ℓ_b over a weight w, its gradient at
 sample b's output is ∇ℓ_b / w: on the whole it is that of the sub-batch times w(sub-batch)/w(whole), whatever ℓ is.
 Factors of 1 make a sum; factors that add up to 1 make a mean, of which they give the weights (of the samples that
-``ignore_index`` leaves, of class weights, of masks). Anything else (contrastive losses, roots of means) has no loss over batches.
+``ignore_index`` leaves, of class weights, of masks). Anything else (contrastive losses, roots of means) has no loss
+over batches.
 """
 
 from __future__ import annotations

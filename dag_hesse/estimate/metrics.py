@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dag_hesse.estimate.norms import Array, Norm, NormTable
 from dag_hesse.plan import Method, Plan
-from dag_hesse.plan.schedule import Methods
+from dag_hesse.plan.data import Methods
 
 METRICS = ("resonance", "coupling", "stable_rank", "gn_gap", "gn_norm", "tensor_norm")
 _EPSILON = 1e-30  # keeps the GN-gap of a block without GN part finite
