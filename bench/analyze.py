@@ -84,18 +84,18 @@ def from_captured(model: nn.Module, graph: CurvatureGraph, x: Tensor, y: Tensor)
 
     def run() -> Any:
         fused = fuse(graph)
-        schedule = plan([replace(analyze_structure(graph), graph=fused)])
-        alive = bool(schedule.structure.tensor_alive.any())
+        chosen = plan([replace(analyze_structure(graph), graph=fused)])
+        alive = bool(chosen.structure.tensor_alive.any())
         ready = Problem(
             model,
             [fused],
             batch,
             "shared",
             tensor_part=alive,
-            with_out=schedule.gram_columns > 0,
-            chunk=schedule.chunk,
+            with_out=chosen.gram_columns > 0,
+            chunk=chosen.chunk,
         )
-        return assemble(estimate(ready, schedule), schedule)
+        return assemble(estimate(ready, chosen), chosen)
 
     return run
 
@@ -152,12 +152,12 @@ def probe_row() -> dict[str, Any]:
     """One activation-space probe, both channels, from each point, over a gradient; the plan's own reads."""
     model, x, y = problem(nn.SiLU)
     graph = dh.capture(model, (x, y))
-    schedule = plan([analyze_structure(graph)], mode="probes")
+    chosen = plan([analyze_structure(graph)], mode="probes")
 
-    ready = Problem(model, [graph], Batches((x, y)), "shared", chunk=schedule.chunk, with_out=False)
+    ready = Problem(model, [graph], Batches((x, y)), "shared", chunk=chosen.chunk, with_out=False)
     generator = torch.Generator().manual_seed(0)
     requests = []
-    for source in schedule.sources:
+    for source in chosen.sources:
         z = torch.randint(0, 2, (32, 1, ready.dim(source.point)), generator=generator).float() * 2 - 1
         requests.append(Request({source.point: z}, source.reads))
     ready.run(requests[:1])

@@ -1,5 +1,5 @@
-// Structure analysis on the curvature graph: who reaches whom, which pairs interact, and how wide the way out is.
-// Nodes are numbered in topological order; edges are given as parallel arrays (source < destination).
+// Structure analysis on the curvature graph: who reaches whom, which points meet, and how wide the way out is.
+// Nodes are numbered in topological order; edges are given as parallel arrays (input < child).
 
 #include "elementwise.hpp"
 
@@ -31,7 +31,7 @@ void check_edges(const std::vector<std::int64_t>& from, const std::vector<std::i
             throw std::invalid_argument("edges must go from an earlier to a later node");
 }
 
-// Rows of 64-bit words: bit k of row u says that source k reaches node u.
+// Rows of 64-bit words: bit k of row u says that point k reaches node u.
 class BitMatrix {
 public:
     BitMatrix(std::int64_t rows, std::int64_t bits)
@@ -48,36 +48,36 @@ private:
     std::vector<std::uint64_t> data_;
 };
 
-// (nodes × groups): 1 where a member of the group reaches the node (members reach themselves).
-Bytes reach(std::int64_t nodes, const Ints& from_array, const Ints& to_array, const Ints& members, const Ints& groups,
-            std::int64_t group_count) {
+// (nodes × points): 1 where a site of the point reaches the node (sites reach themselves).
+Bytes reach(std::int64_t nodes, const Ints& from_array, const Ints& to_array, const Ints& sites, const Ints& points,
+            std::int64_t count) {
     const auto from = to_vector(from_array), to = to_vector(to_array);
     check_edges(from, to, nodes);
-    BitMatrix bits(nodes, group_count);
-    for (py::ssize_t k = 0; k < members.size(); ++k) bits.set(members.data()[k], groups.data()[k]);
+    BitMatrix bits(nodes, count);
+    for (py::ssize_t k = 0; k < sites.size(); ++k) bits.set(sites.data()[k], points.data()[k]);
     std::vector<std::size_t> order(from.size());
     for (std::size_t e = 0; e < order.size(); ++e) order[e] = e;
     std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return to[a] < to[b]; });
     for (std::size_t e : order) bits.merge(to[e], from[e]);
-    Bytes result({nodes, group_count});
+    Bytes result({nodes, count});
     auto out = result.mutable_unchecked<2>();
     for (std::int64_t u = 0; u < nodes; ++u)
-        for (std::int64_t k = 0; k < group_count; ++k) out(u, k) = bits.get(u, k);
+        for (std::int64_t k = 0; k < count; ++k) out(u, k) = bits.get(u, k);
     return result;
 }
 
-// (groups × groups): 1 where some pair of nodes (left, right), which meet in a second derivative, is reached by both.
-Bytes interactions(const Bytes& reached, const Ints& left, const Ints& right) {
+// (points × points): 1 where some pair of nodes (left, right), which meet in a second derivative, is reached by both.
+Bytes meetings(const Bytes& reached, const Ints& left, const Ints& right) {
     const auto r = reached.unchecked<2>();
-    const std::int64_t groups = r.shape(1);
-    Bytes result({groups, groups});
+    const std::int64_t points = r.shape(1);
+    Bytes result({points, points});
     auto out = result.mutable_unchecked<2>();
-    for (std::int64_t v = 0; v < groups; ++v)
-        for (std::int64_t w = 0; w < groups; ++w) out(v, w) = 0;
+    for (std::int64_t v = 0; v < points; ++v)
+        for (std::int64_t w = 0; w < points; ++w) out(v, w) = 0;
     for (py::ssize_t k = 0; k < left.size(); ++k)
-        for (std::int64_t v = 0; v < groups; ++v) {
+        for (std::int64_t v = 0; v < points; ++v) {
             if (!r(left.data()[k], v)) continue;
-            for (std::int64_t w = 0; w < groups; ++w)
+            for (std::int64_t w = 0; w < points; ++w)
                 if (r(right.data()[k], w)) out(v, w) = out(w, v) = 1;
         }
     return result;
@@ -163,8 +163,8 @@ private:
     std::vector<std::size_t> next_;
 };
 
-// The least total capacity of nodes that meets every path from a source to a sink (ends included).
-std::int64_t min_cut(const Ints& from_array, const Ints& to_array, const Ints& capacity, const Ints& sources,
+// The least total capacity of nodes that meets every path from a site to a sink (ends included).
+std::int64_t min_cut(const Ints& from_array, const Ints& to_array, const Ints& capacity, const Ints& sites,
                      const Ints& sinks) {
     const std::int64_t nodes = capacity.size();
     const auto from = to_vector(from_array), to = to_vector(to_array);
@@ -174,7 +174,7 @@ std::int64_t min_cut(const Ints& from_array, const Ints& to_array, const Ints& c
     FlowNetwork network(2 * nodes + 2);
     for (std::int64_t u = 0; u < nodes; ++u) network.add(2 * u, 2 * u + 1, capacity.data()[u]);
     for (std::size_t e = 0; e < from.size(); ++e) network.add(2 * from[e] + 1, 2 * to[e], unlimited);
-    for (py::ssize_t k = 0; k < sources.size(); ++k) network.add(source, 2 * sources.data()[k], unlimited);
+    for (py::ssize_t k = 0; k < sites.size(); ++k) network.add(source, 2 * sites.data()[k], unlimited);
     for (py::ssize_t k = 0; k < sinks.size(); ++k) network.add(2 * sinks.data()[k] + 1, sink, unlimited);
     return network.max_flow(source, sink);
 }
@@ -182,12 +182,12 @@ std::int64_t min_cut(const Ints& from_array, const Ints& to_array, const Ints& c
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-    m.doc() = "Structure analysis of curvature graphs (reachability, interaction, node-capacity min-cut), elementwise programs.";
+    m.doc() = "Structure analysis of curvature graphs (reachability, meetings, node-capacity min-cut), elementwise programs.";
     bind_elementwise(m);
-    m.def("reach", &reach, py::arg("nodes"), py::arg("source"), py::arg("target"), py::arg("members"),
-          py::arg("groups"), py::arg("group_count"), "uint8 (nodes, groups): who is reached by which group.");
-    m.def("interactions", &interactions, py::arg("reached"), py::arg("left"), py::arg("right"),
-          "uint8 (groups, groups): which groups meet in one of the node pairs (left, right).");
-    m.def("min_cut", &min_cut, py::arg("source"), py::arg("target"), py::arg("capacity"), py::arg("sources"),
-          py::arg("sinks"), "Least total node capacity that meets every path from sources to sinks.");
+    m.def("reach", &reach, py::arg("nodes"), py::arg("inputs"), py::arg("children"), py::arg("sites"),
+          py::arg("points"), py::arg("count"), "uint8 (nodes, points): who is reached by which point.");
+    m.def("meetings", &meetings, py::arg("reached"), py::arg("left"), py::arg("right"),
+          "uint8 (points, points): which points meet in one of the node pairs (left, right).");
+    m.def("min_cut", &min_cut, py::arg("inputs"), py::arg("children"), py::arg("capacity"), py::arg("sites"),
+          py::arg("sinks"), "Least total node capacity that meets every path from sites to sinks.");
 }

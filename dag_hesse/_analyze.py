@@ -63,10 +63,10 @@ def analyze(
         rtol: keep probing until every relative standard error is below this: at most 4096 probes a source, and a
             warning says where that is not enough.
         reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
-            a callable that gives a batch's weight; None: found by evaluating the loss on parts of a batch (for a mean,
-            a loader that is not held is read once more).
+            a callable that gives a batch's weight; None: found by evaluating the loss on sub-batches (for a mean,
+            a loader that is not held is iterated once more).
         memory: bytes that the call may use beside the model; None: what is free. A quarter is for a loader's batches
-            (beyond, it is read again in every pass), a quarter for linearizations that are kept from pass to pass
+            (beyond, it is iterated again in every pass), a quarter for linearizations that are kept from pass to pass
             (beyond, they are made anew), and half for sweeps and what they return.
         seed: of the probes. The global RNG is neither read for them nor changed.
         progress: True: a bar on stderr (lines where that is no terminal); a callable: called with (stage, sweeps done,
@@ -98,46 +98,46 @@ def analyze(
     _check_rtol(rtol)
     clock = {"start": time.perf_counter()}
     batches = Batches(batch, memory)
-    batches.check_mode(batch_mode)
+    batches.check_batch_mode(batch_mode)
     model = unwrapped(model)
     graphs = capture_all(model, batches, loss=loss, output=output, points=points, space=space)
     needs_split(graphs)
     clock["capture"] = time.perf_counter()
     swept = fuse_all(graphs)
-    schedule_of = partial(_plan, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory)
-    schedule = schedule_of(graphs, swept)
+    plan_of = partial(_plan, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory)
+    chosen = plan_of(graphs, swept)
     clock["plan"] = time.perf_counter()
     prove_all(graphs, batches, model, loss, output, verify)
     clock["proof"] = time.perf_counter()
     added = find_reduction(model, graphs, batches, loss, reduction, per_sample=batch_mode == "per_sample")
     like = partial(points_like, graphs[0], model)
 
-    def pose(graphs: Sequence[CurvatureGraph], schedule: Plan) -> Problem:
+    def pose(graphs: Sequence[CurvatureGraph], chosen: Plan) -> Problem:
         return Problem(
             model,
             graphs,
             batches,
             batch_mode,
             reduction=added,
-            tensor_part=bool(schedule.structure.tensor_alive.any()),
-            with_out=schedule.gram_columns > 0,
-            chunk=schedule.chunk,
+            tensor_part=bool(chosen.structure.tensor_alive.any()),
+            with_out=chosen.gram_columns > 0,
+            chunk=chosen.chunk,
             again=partial(capture, model, loss=loss, output=output, points=like, space=space),
             memory=memory,
         )
 
-    problem = pose(swept, schedule)
+    problem = pose(swept, chosen)
     settled = problem.settled()
     if any(
         now is not before for now, before in zip(settled, swept, strict=True)
     ):  # what was planned is of other graphs
         needs_split(settled)
-        schedule = schedule_of(settled, settled)
-        problem = pose(settled, schedule)
+        chosen = plan_of(settled, settled)
+        problem = pose(settled, chosen)
     with shown(progress) as told:
-        metrics = assemble(estimate(problem, schedule, rtol=rtol, seed=seed, progress=told), schedule)
+        metrics = assemble(estimate(problem, chosen, rtol=rtol, seed=seed, progress=told), chosen)
     clock["estimate"] = time.perf_counter()
-    structure = schedule.structure
+    structure = chosen.structure
     return CurvatureReport(
         graphs[0].points,
         metrics.values,
@@ -145,7 +145,7 @@ def analyze(
         metrics.method,
         structure.distance,
         structure.rank_bound,
-        _facts(model, problem, schedule, space, mode, seed, clock),
+        _facts(model, problem, chosen, space, mode, seed, clock),
         BlockReader(problem),
     )
 
@@ -166,7 +166,7 @@ def _check_rtol(rtol: Any) -> None:
 def _facts(
     model: nn.Module,
     problem: Problem,
-    schedule: Plan,
+    chosen: Plan,
     space: str,
     mode: str,
     seed: int,
@@ -178,7 +178,7 @@ def _facts(
         "model": type(model).__name__,
         "loss": problem.loss,
         "batch_size": problem.batches.total,
-        "batch_mode": problem.mode,
+        "batch_mode": problem.batch_mode,
         "reduction": str(problem.reduction),
         "space": space,
         "mode": mode,
@@ -187,7 +187,7 @@ def _facts(
         "device": str(problem.device),
         "opaque": sorted({node.op for node in problem.entries[0].graph.opaque}),
         "lost": list(problem.entries[0].graph.lost),
-        "sweeps": problem.sweeps + schedule.gram_columns,
-        "predicted_flops": schedule.flops,
+        "sweeps": problem.sweeps + chosen.gram_columns,
+        "predicted_flops": chosen.flops,
         "seconds": {**seconds, "total": stamps[-1][1] - stamps[0][1]},
     }

@@ -3,18 +3,18 @@ from numpy.typing import NDArray
 
 def reach(
     nodes: int,
-    source: NDArray[int64],
-    target: NDArray[int64],
-    members: NDArray[int64],
-    groups: NDArray[int64],
-    group_count: int,
+    inputs: NDArray[int64],
+    children: NDArray[int64],
+    sites: NDArray[int64],
+    points: NDArray[int64],
+    count: int,
 ) -> NDArray[uint8]: ...
-def interactions(reached: NDArray[uint8], left: NDArray[int64], right: NDArray[int64]) -> NDArray[uint8]: ...
+def meetings(reached: NDArray[uint8], left: NDArray[int64], right: NDArray[int64]) -> NDArray[uint8]: ...
 def min_cut(
-    source: NDArray[int64],
-    target: NDArray[int64],
+    inputs: NDArray[int64],
+    children: NDArray[int64],
     capacity: NDArray[int64],
-    sources: NDArray[int64],
+    sites: NDArray[int64],
     sinks: NDArray[int64],
 ) -> int: ...
 

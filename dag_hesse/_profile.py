@@ -180,9 +180,9 @@ def profile(
         captured = capture_all(model, batches, loss=loss, output=output, points=points, space=space)
         graphs = fuse_all(captured)
         structure = replace(analyze_structure(captured[0]), graph=graphs[0])
-        schedule = plan([structure], mode=mode, probes=probes, memory=memory)
+        chosen = plan([structure], mode=mode, probes=probes, memory=memory)
     every = tuple(range(len(graphs[0].points)))
-    problem = Problem(model, graphs, batches, "shared", with_out=False, chunk=schedule.chunk, memory=memory)
+    problem = Problem(model, graphs, batches, "shared", with_out=False, chunk=chosen.chunk, memory=memory)
     with measured(device) as phases["linearize"]:
         _, lin = next(iter(problem.linearizations()))
 
@@ -190,7 +190,7 @@ def profile(
         z = torch.randn(count, 1, problem.dim(0), generator=torch.Generator().manual_seed(0), device="cpu")
         return [Request({0: z.to(device, problem.dtype)}, every)]
 
-    single, chunk = request(1), request(schedule.chunk)
+    single, chunk = request(1), request(chosen.chunk)
     problem.run(chunk)  # warm
     with measured(device) as together:
         problem.run(chunk)
@@ -208,23 +208,23 @@ def profile(
         with measured(device) as phases["map"]:
             options: dict[str, Any] = {"mode": mode, "probes": probes, "memory": memory}
             analyze(model, one, loss=loss, output=output, points=points, space=space, **options)
-    rate = schedule.chunk * sweep_cost(schedule.structure, 0, every).flops / together.seconds
-    return Profile(phases, _predicted(schedule, rate, phases), nodes, found, schedule, list(refusals()))
+    rate = chosen.chunk * sweep_cost(chosen.structure, 0, every).flops / together.seconds
+    return Profile(phases, _predicted(chosen, rate, phases), nodes, found, chosen, list(refusals()))
 
 
-def _predicted(schedule: Plan, rate: float, phases: dict[str, Phase]) -> dict[str, Phase]:
+def _predicted(chosen: Plan, rate: float, phases: dict[str, Phase]) -> dict[str, Phase]:
     """What the plan says of each phase at ``rate`` FLOPs a second."""
-    structure = schedule.structure
+    structure = chosen.structure
     sites = [site for point in structure.graph.points for site in point.sites]
     every, channels = range(len(structure.names)), 2 if structure.tensor_alive.any() else 1
     forward = path_cost(structure.graph, range(len(structure.graph.nodes)))
     back, sweep = path_cost(structure.graph, sites), sweep_cost(structure, 0, every)
     kept = linearization_bytes(structure.graph, sites)
-    seconds = schedule.flops / rate + sum(phases[name].seconds for name in ("capture", "linearize"))
+    seconds = chosen.flops / rate + sum(phases[name].seconds for name in ("capture", "linearize"))
     return {
         "linearize": Phase((forward.flops + back.flops) / rate, kept),
         "sweep": Phase(
             sweep.flops / rate, sweep_bytes(structure.graph, structure.graph.points[0].sites, sites, channels)
         ),
-        "map": Phase(seconds, kept + schedule.peak_bytes),
+        "map": Phase(seconds, kept + chosen.peak_bytes),
     }

@@ -35,7 +35,7 @@ class BatchError(DagHesseError, ValueError):
 
 
 class UnstableLoaderError(BatchError):
-    """A loader that is read in every pass gives other batches than it gave in the first."""
+    """A loader that is iterated in every pass gives other batches than it gave in the first."""
 
 
 class ReductionError(BatchError):

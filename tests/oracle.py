@@ -159,14 +159,14 @@ class Truth:
             .reshape(self.shapes[v][self.axes[v]], -1, x.shape[1])
         )
 
-    def block(self, v: str, w: str, part: str, mode: str, samples: int = 0) -> Tensor:
+    def block(self, v: str, w: str, part: str, batch_mode: str, samples: int = 0) -> Tensor:
         """The block in a batch mode; ``samples``: batch size of a mean loss (``per_sample`` undoes its 1/B)."""
         h = {"full": self.full, "gn": self.gn}[part][v, w] if part != "tensor" else self.full[v, w] - self.gn[v, w]
         rows = self._split(h, v)
         both = torch.stack([self._split(row.T, w) for row in rows])  # (b_v, b_w, d_w, d_v)
-        if mode == "joint":
+        if batch_mode == "joint":
             return both.permute(0, 3, 1, 2).reshape(h.shape)  # sample by sample
-        if mode == "shared":
+        if batch_mode == "shared":
             return both.sum((0, 1)).T
         return torch.stack([both[b, b].T for b in range(len(rows))]) * samples
 

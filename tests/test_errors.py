@@ -38,7 +38,7 @@ def _with_nan(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class Cut(nn.Module):
+class Detaching(nn.Module):
     """Passes through an op that has no derivative."""
 
     def __init__(self, op: Callable[[Tensor], Tensor]) -> None:
@@ -85,9 +85,9 @@ CASES: dict[str, Case] = {
     "NaN targets": (lambda: dh.analyze(_net(), (_batch()[0], _with_nan(torch.zeros(5, 3)))), errors.NonFiniteError, "targets"),
     "unknown point": (lambda: dh.analyze(_net(), _batch(), points=["0", "22"]), errors.PointError, "'22'.*'2'"),
     "glob without match": (lambda: dh.analyze(_net(), _batch(), points=["layer*"]), errors.PointError, r"layer\*"),
-    "unread parameter": (lambda: dh.analyze(Cut(torch.detach), _batch(), points=["first.weight"]), errors.PointError, "first.weight"),
-    "unread module": (lambda: dh.analyze(Cut(torch.detach), _batch(), points=["first", "head"]), errors.PointError, "first"),
-    "integer op": (lambda: dh.analyze(Cut(lambda x: F.one_hot(x.argmax(1), 4).float()), _batch(), points=["first"]), errors.PointError, "first"),
+    "unused parameter": (lambda: dh.analyze(Detaching(torch.detach), _batch(), points=["first.weight"]), errors.PointError, "first.weight"),
+    "unused module": (lambda: dh.analyze(Detaching(torch.detach), _batch(), points=["first", "head"]), errors.PointError, "first"),
+    "integer op": (lambda: dh.analyze(Detaching(lambda x: F.one_hot(x.argmax(1), 4).float()), _batch(), points=["first"]), errors.PointError, "first"),
     "per_sample with BatchNorm": (lambda: dh.analyze(_net(), _batch(), batch_mode="per_sample"), errors.BatchCouplingError, "module '1'"),
     "empty batch": (lambda: dh.analyze(_net(), (torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))), errors.BatchError, "empty"),
     "empty iterable": (lambda: dh.analyze(_net(), []), errors.BatchError, "empty"),
@@ -225,7 +225,7 @@ def test_an_optional_library_that_is_not_there_is_named(library: str, monkeypatc
 
 def test_a_non_differentiable_op_is_named_with_module_and_line() -> None:
     with pytest.raises(errors.NonDifferentiableError, match=r"(?s)argmax.*test_errors\.py:\d+"):
-        dh.analyze(Cut(lambda x: F.one_hot(x.argmax(1), 4).float()), _batch(), points=["first"])
+        dh.analyze(Detaching(lambda x: F.one_hot(x.argmax(1), 4).float()), _batch(), points=["first"])
 
 
 def _state(model: nn.Module) -> tuple[Any, ...]:
@@ -271,7 +271,7 @@ def _fails(output: Tensor, targets: Tensor) -> Tensor:
         ({"loss": _fails}, True),
         ({"loss": lambda y, t: (y - y - 1).sum().log()}, True),
     ],
-    ids=["default", "exact", "probes", "parameter", "coupled", "no point", "user bug", "infinite loss"],
+    ids=["default", "exact", "probes", "parameter", "interacting", "no point", "user bug", "infinite loss"],
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_model_and_rng_come_out_as_they_went_in(options: dict[str, Any], fails: bool, training: bool) -> None:

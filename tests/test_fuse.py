@@ -49,7 +49,7 @@ def test_resnet18_has_at_most_sixty_nodes_to_sweep(activation: type[nn.Module]) 
 
 
 class Gated(nn.Module):
-    """Elementwise code of every shape: a gate, a polynomial, a broadcast, an inner point, a value read twice."""
+    """Elementwise code of every shape: a gate, a polynomial, a broadcast, an inner point, a value used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def _hardshrink_by_hand(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.where((x - y).abs() < 0.4, (x - y) ** 2 / 2, (x - y).abs() - 0.5)
 
 
-_CUTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+_DETACHED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "a detached square": lambda x, y: x + (x * x).detach() + x * y,
     "straight-through": lambda x, y: (y.tanh() + (y.tanh().round() - y.tanh()).detach()) * x,
     "Huber": _hardshrink_by_hand,
@@ -179,7 +179,7 @@ _CUTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 
 
-class Cut(nn.Module):
+class Detaching(nn.Module):
     """Two linear layers of one input, and elementwise code of their outputs."""
 
     def __init__(self, code: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
@@ -193,7 +193,7 @@ class Cut(nn.Module):
 def _is_right(code: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], points: list[str]) -> None:
     """Products before and after fusion are one, and those in parameter space are those of double backward."""
     torch.manual_seed(0)
-    model, batch = Cut(code).double(), (torch.randn(2, 3).double(), torch.randn(2, 4).double())
+    model, batch = Detaching(code).double(), (torch.randn(2, 3).double(), torch.randn(2, 4).double())
     graph = dh.capture(model, batch, loss=lambda o, t: (o * t).sum(), points=points)
     _same_products(model, batch, graph, verify(fuse(graph)))
     parameters = list(model.parameters())
@@ -205,14 +205,14 @@ def _is_right(code: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], points
     assert error(found, truth, 1e-3) < 1e-12
 
 
-@pytest.mark.parametrize("name", _CUTS)
+@pytest.mark.parametrize("name", _DETACHED)
 @pytest.mark.parametrize("points", [["a", "b"], ["a"], ["b.weight"]])
-def test_cuts_stay_outside_of_regions(name: str, points: list[str]) -> None:
-    _is_right(_CUTS[name], points)
+def test_detached_values_stay_outside_of_regions(name: str, points: list[str]) -> None:
+    _is_right(_DETACHED[name], points)
 
 
 def _random_code(seed: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Elementwise code with cuts, the same whenever it is called."""
+    """Elementwise code with detached values, the same whenever it is called."""
 
     def code(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         choose, values = random.Random(seed), [x, y]
@@ -240,5 +240,5 @@ _MOVES: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_random_code_with_cuts(seed: int) -> None:
+def test_random_code_with_detached_values(seed: int) -> None:
     _is_right(_random_code(seed), [["a", "b"], ["a"], ["a.weight", "b.bias"]][seed % 3])

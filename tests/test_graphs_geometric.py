@@ -128,8 +128,8 @@ def turned(loss: Tensor, places: Sequence[Tensor], v: Tensor) -> Tensor:
     """H v by double-backward."""
     first = torch.autograd.grad(loss, places, create_graph=True, allow_unused=True)
     parts = v.split([p.numel() for p in places])
-    live = [(x, y.view_as(x)) for x, y in zip(first, parts, strict=True) if x is not None and x.requires_grad]
-    found = torch.autograd.grad([x for x, _ in live], places, [y for _, y in live], allow_unused=True)
+    pairs = [(x, y.view_as(x)) for x, y in zip(first, parts, strict=True) if x is not None and x.requires_grad]
+    found = torch.autograd.grad([x for x, _ in pairs], places, [y for _, y in pairs], allow_unused=True)
     return torch.cat([(torch.zeros_like(p) if h is None else h).flatten() for h, p in zip(found, places, strict=True)])
 
 

@@ -22,7 +22,7 @@ def place(x: Tensor) -> int:
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_linearizations_keep_what_is_foreseen(name: str) -> None:
+def test_linearizations_keep_what_is_predicted(name: str) -> None:
     one = case(name)
     points = [*one.names, *one.parameters]
     graph = fuse(dh.capture(one.model, one.batch, loss=one.loss, output=one.out or None, points=points))
@@ -50,7 +50,7 @@ H._problem.arena.retire()
 
 
 @pytest.mark.parametrize("space", ["activation", "parameter"])
-def test_the_peak_of_a_sweep_is_foreseen(space: str) -> None:
+def test_the_peak_of_a_sweep_is_predicted(space: str) -> None:
     code, found = SETUP.format(space=space), dict[str, Any]()
     exec(code, found)
     graph = fuse(dh.capture(found["model"], found["batch"], loss=nn.functional.cross_entropy, space=space))

@@ -260,13 +260,13 @@ def test_what_vanishes_in_the_parts_that_are_tried_is_seen_in_all_of_them() -> N
         pull = sum(((p - q) ** 2).sum() for p, q in zip(model.parameters(), anchor, strict=True))
         return F.cross_entropy(o, t, reduction="sum") + pull
 
-    def coupled(o: Tensor, t: Tensor) -> Tensor:
+    def interacting(o: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(o, t) + (o.mean(0) - o.mean(0).detach()).pow(2).sum()
 
     def by_positives(o: Tensor, t: Tensor) -> Tensor:
         return (F.cross_entropy(o, t, reduction="none") * (1 + t)).sum() / t.sum().clamp(min=1)
 
     few = torch.tensor([0] * 5 + [1] * 7)
-    for loss, targets in ((anchored, y), (coupled, y), (by_positives, few)):
+    for loss, targets in ((anchored, y), (interacting, y), (by_positives, few)):
         with pytest.raises(errors.ReductionError, match="of all batches"):
             dh.HessianOperator(model, list(zip(x.split(4), targets.split(4), strict=True)), loss=loss)

@@ -1,4 +1,4 @@
-"""Loaders: held, or read again in every pass and held against the first one."""
+"""Loaders: held, or iterated again in every pass and held against the first one."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_products_of_linearizations_that_are_kept_read_nothing(monkeypatch: pyte
     assert loader.passes == 3
 
 
-def test_without_room_for_linearizations_every_product_reads_the_loader() -> None:
+def test_without_room_for_linearizations_every_product_iterates_the_loader() -> None:
     loader = Passes(_batches())
     H = dh.HessianOperator(_net(), loader, memory=SMALL, reduction="mean")
     v = torch.ones(H.shape[0]).double()
@@ -202,7 +202,7 @@ def test_a_loader_with_a_generator_of_its_own_is_named_when_it_shuffles() -> Non
 
 
 def test_an_iterator_that_cannot_be_held_is_refused() -> None:
-    with pytest.raises(errors.MemoryBudgetError, match="read once only"):
+    with pytest.raises(errors.MemoryBudgetError, match="iterated once only"):
         dh.HessianOperator(_net(), iter(_batches()), memory=SMALL)
     with pytest.raises(errors.OptionError, match="positive number of bytes"):
         dh.HessianOperator(_net(), _batches(), memory=-1)
@@ -212,7 +212,7 @@ def test_an_iterator_that_cannot_be_held_is_refused() -> None:
         dh.profile(_net(), iter([]))
 
 
-def test_a_profile_reads_the_first_batch_alone() -> None:
+def test_a_profile_takes_the_first_batch_alone() -> None:
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         yield _batches()[0]
         raise AssertionError("a second batch was asked for")

@@ -1,4 +1,4 @@
-"""Structure, capture and plan: names, points, zeros, ranks, distances, schedules."""
+"""Structure, capture and plan: names, points, zeros, ranks, distances, plans."""
 
 from __future__ import annotations
 
@@ -129,19 +129,19 @@ def test_siblings_that_meet_linearly_do_not_interact_through_a_linear_loss() -> 
 
 def test_the_plan_is_data() -> None:
     graph = dh.capture(resnet18(width=8, activation=nn.SiLU).eval(), _images())
-    schedule = plan([dh.structure(graph)], probes=16)
-    assert schedule.gram_columns > 0
-    assert {s.method for s in schedule.sources} <= {"exact", "probes"}
-    for methods in (schedule.method, schedule.gn_method, schedule.tensor_method):
+    chosen = plan([dh.structure(graph)], probes=16)
+    assert chosen.gram_columns > 0
+    assert {s.method for s in chosen.sources} <= {"exact", "probes"}
+    for methods in (chosen.method, chosen.gn_method, chosen.tensor_method):
         assert all(isinstance(method, Method) for method in methods.flat)
-    assert json.loads(json.dumps(schedule.to_dict()))["gn_method"] == [["gram"] * 5] * 5
-    pairs = {frozenset((s.point, k)) for s in schedule.sources for k in s.reads}
+    assert json.loads(json.dumps(chosen.to_dict()))["gn_method"] == [["gram"] * 5] * 5
+    pairs = {frozenset((s.point, k)) for s in chosen.sources for k in s.reads}
     assert len(pairs) == 10  # all unordered pairs but those at layer4, each from one end
-    assert schedule.flops > 0
-    assert "GFLOP" in str(schedule)
-    assert schedule.to_dict()["points"] == ["stem", "layer1", "layer2", "layer3", "layer4"]
+    assert chosen.flops > 0
+    assert "GFLOP" in str(chosen)
+    assert chosen.to_dict()["points"] == ["stem", "layer1", "layer2", "layer3", "layer4"]
     bigger = plan([dh.structure(graph)], probes=32)
-    assert bigger.flops > schedule.flops
+    assert bigger.flops > chosen.flops
 
 
 def test_what_the_loss_consumes() -> None:

@@ -56,8 +56,8 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "one element": _one_element,
     "another parameter": _exchanged,
     "running statistics": lambda m: m[1].running_var.mul_(2.0),
-    "training mode": lambda m: m.train(),
-    "mode of one module": lambda m: m[3].train(),
+    "training flags": lambda m: m.train(),
+    "flag of one module": lambda m: m[3].train(),
     "load_state_dict": lambda m: m.load_state_dict({k: 2 * v for k, v in m.state_dict().items()}),
 }
 
@@ -69,7 +69,7 @@ def test_a_change_is_noticed_and_taken_up(name: str) -> None:
     v = torch.randn(len(operator.dense())).double()
     CHANGES[name](model)
     for read in (lambda: operator @ v, lambda: report.block("0", "4")):
-        with pytest.raises(StaleError, match=r"parameter '|constant '|training mode"):
+        with pytest.raises(StaleError, match=r"parameter '|constant '|training flags"):
             read()
     torch.manual_seed(1)
     operator.refresh()

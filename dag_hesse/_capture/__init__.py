@@ -1,8 +1,8 @@
-"""Model + loss + batch -> one traced, typed graph (design §3, capture)."""
+"""Model + loss + batch -> one typed graph (design §3, capture)."""
 
 from dag_hesse._capture.batch import Batch, first_batch
 from dag_hesse._capture.points import default_points, parameter_points, points_like, resolve_points
-from dag_hesse._capture.run import capture, capture_all, needs_split, trace, unwrapped
+from dag_hesse._capture.run import capture, capture_all, captured, needs_split, unwrapped
 from dag_hesse._capture.stream import Batches
 from dag_hesse._capture.taps import tap
 
@@ -11,6 +11,7 @@ __all__ = [
     "Batches",
     "capture",
     "capture_all",
+    "captured",
     "default_points",
     "first_batch",
     "needs_split",
@@ -18,6 +19,5 @@ __all__ = [
     "points_like",
     "resolve_points",
     "tap",
-    "trace",
     "unwrapped",
 ]

@@ -2,7 +2,7 @@
 
 A storage has one value; the tensors on it may have different pasts (``x.detach()`` shares x's memory, not its history).
 Tensors of one storage and one past are a *family*: a root, and views that are steps away from it. A write into a view
-makes a new root; whoever is read later takes the steps again. Writes that autograd does not see (under ``no_grad``,
+makes a new root; whoever is used later takes the steps again. Writes that autograd does not see (under ``no_grad``,
 through ``.data``) change a value and keep its past: node ``dag_hesse.assigned``.
 """
 
@@ -35,7 +35,7 @@ class Emitter(Protocol):
     def constant(self, value: Tensor, name: str) -> int:
         """A leaf that holds ``value``."""
 
-    def cut(self, node: int) -> int:
+    def detach(self, node: int) -> int:
         """The value of a node, without its past."""
 
     def has_past(self, node: int) -> bool:
@@ -66,7 +66,7 @@ class Step:
 
     op: Callable[..., Any]
     args: tuple[Any, ...]
-    source: Like
+    base: Like
     result: Like
     index: Tensor | None = None
 
@@ -74,7 +74,7 @@ class Step:
         """The view of a node."""
         if self.index is None:
             return to.emit(self.op, (At(node), *self.args), self.result)
-        flat = to.emit(aten.reshape.default, (At(node), [-1]), Like((prod(self.source.shape),), self.source.dtype))
+        flat = to.emit(aten.reshape.default, (At(node), [-1]), Like((prod(self.base.shape),), self.base.dtype))
         place = At(to.constant(self.index.reshape(-1), "index"))
         rows = Like((self.index.numel(),), self.result.dtype)
         picked = to.emit(aten.index_select.default, (At(flat), 0, place), rows)
@@ -84,21 +84,21 @@ class Step:
         """``node`` with its view replaced by ``value``."""
         scatter = _SCATTERS.get(self.op)
         if self.index is None and scatter is not None:
-            return to.emit(scatter, (At(node), At(value), *self.args), self.source)
-        if self.index is None and (self.op in _PARTS or prod(self.source.shape) == prod(self.result.shape)):
+            return to.emit(scatter, (At(node), At(value), *self.args), self.base)
+        if self.index is None and (self.op in _COMPLEX or prod(self.base.shape) == prod(self.result.shape)):
             back = _inverse(self)
             if back is not None:
-                return to.emit(back[0], (At(value), *back[1]), self.source)
-        index = self.index if self.index is not None else self.op(_numbers(self.source.shape), *self.args)
-        flat = to.emit(aten.reshape.default, (At(node), [-1]), Like((prod(self.source.shape),), self.source.dtype))
-        rows = to.emit(aten.reshape.default, (At(value), [-1]), Like((index.numel(),), self.source.dtype))
+                return to.emit(back[0], (At(value), *back[1]), self.base)
+        index = self.index if self.index is not None else self.op(_numbers(self.base.shape), *self.args)
+        flat = to.emit(aten.reshape.default, (At(node), [-1]), Like((prod(self.base.shape),), self.base.dtype))
+        rows = to.emit(aten.reshape.default, (At(value), [-1]), Like((index.numel(),), self.base.dtype))
         place = At(to.constant(index.reshape(-1).clone(), "index"))
         put = to.emit(
             aten.index_put.default,
             (At(flat), [place], At(rows)),
-            Like((prod(self.source.shape),), self.source.dtype),
+            Like((prod(self.base.shape),), self.base.dtype),
         )
-        return to.emit(aten.reshape.default, (At(put), list(self.source.shape)), self.source)
+        return to.emit(aten.reshape.default, (At(put), list(self.base.shape)), self.base)
 
 
 _SCATTERS: dict[Any, Any] = {
@@ -120,17 +120,17 @@ _RESHAPES = {
 }
 
 
-_PARTS = {aten.view_as_real.default, aten.view_as_complex.default}
+_COMPLEX = {aten.view_as_real.default, aten.view_as_complex.default}
 
 
 def _inverse(step: Step) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
     """The op and arguments that undo a step which loses nothing."""
     if step.op in _RESHAPES:
-        return aten.reshape.default, (list(step.source.shape),)
+        return aten.reshape.default, (list(step.base.shape),)
     if step.op in (aten.t.default, aten.transpose.int):
         return step.op, step.args
     if step.op is aten.permute.default:
-        dims = [d % len(step.source.shape) for d in step.args[0]]
+        dims = [d % len(step.base.shape) for d in step.args[0]]
         return aten.permute.default, ([dims.index(k) for k in range(len(dims))],)
     if step.op is aten.view_as_real.default:
         return aten.view_as_complex.default, ()
@@ -163,9 +163,9 @@ def _lies_in_order(geometry: Geometry) -> bool:
     return True
 
 
-def by_place(source: Tensor | Geometry, result: Tensor | Geometry, dtype: torch.dtype) -> Step | None:
-    """The step between tensors of one storage, from where their elements lie; None if the source lacks some."""
-    a, b = (geometry(x) if isinstance(x, Tensor) else x for x in (source, result))
+def by_place(base: Tensor | Geometry, result: Tensor | Geometry, dtype: torch.dtype) -> Step | None:
+    """The step between tensors of one storage, from where their elements lie; None if the base lacks some."""
+    a, b = (geometry(x) if isinstance(x, Tensor) else x for x in (base, result))
     here, there = Like(a[0], dtype), Like(b[0], dtype)
     if a == b:
         return Step(aten.alias.default, (), here, here)
@@ -204,7 +204,7 @@ class _Family:
     geometry: Geometry
     dtype: torch.dtype
     seen: int
-    kin: object  # families with one kin tell each other of their pasts: a tensor, and what is marked of it
+    kin: object  # families with one kin tell each other of their pasts: a tensor, and a tap on it
 
 
 @dataclass(eq=False, slots=True)
@@ -249,10 +249,10 @@ class Aliases:
         storage.writer = storage.writer or family  # whoever is given this memory (``.data =``) finds its value there
         self.tensors[x] = _Alias(family, (), node, storage.version, shape)
 
-    def add_view(self, x: Tensor, source: Tensor, step: Step, *, apart: bool = False, detached: bool = False) -> int:
-        """``x`` is a step away from ``source``; ``apart``: with a past of its own from here on."""
-        origin = self._find(source)
-        node = step.take(self.to, self.value(source))
+    def add_view(self, x: Tensor, base: Tensor, step: Step, *, apart: bool = False, detached: bool = False) -> int:
+        """``x`` is a step away from ``base``; ``apart``: with a past of its own from here on."""
+        origin = self._find(base)
+        node = step.take(self.to, self.value(base))
         if apart:
             self.add(x, node)
         elif step.op is ops.tap:
@@ -263,15 +263,15 @@ class Aliases:
         self.tensors[x].detached = detached or origin.detached
         return node
 
-    def read(self, x: Tensor) -> int:
+    def use(self, x: Tensor) -> int:
         """The node that holds the present value of a tensor that is known, as autograd sees it.
 
-        Only a tensor that was detached is cut off: what ops compute inside has no past in autograd's eyes either.
+        Only a tensor that was detached loses its past: what ops compute inside has none in autograd's eyes either.
         """
         node = self.value(x)
         # x.detach().requires_grad_() is a start of its own; a view made without grad has a past if its base has one.
         own = x.requires_grad and (x._is_view() or not x.is_leaf)
-        return self.to.cut(node) if self.tensors[x].detached and not own else node
+        return self.to.detach(node) if self.tensors[x].detached and not own else node
 
     def value(self, x: Tensor) -> int:
         """The node that holds the present value of a tensor that is known, past and all."""
@@ -346,7 +346,9 @@ class Aliases:
                 if writer.kin is family.kin:
                     family.node = value
                 else:
-                    family.node = self._assigned(family, value) if self.to.has_past(family.node) else self.to.cut(value)
+                    family.node = (
+                        self._assigned(family, value) if self.to.has_past(family.node) else self.to.detach(value)
+                    )
             family.seen = storage.version
         return family.node
 
@@ -356,4 +358,4 @@ class Aliases:
         if self.to.dtype(past) != family.dtype:
             cast = {"dtype": family.dtype}
             past = self.to.emit(aten._to_copy.default, (At(past),), like, kwargs=cast)
-        return self.to.emit(ops.assigned, (At(past), At(self.to.cut(value))), like)
+        return self.to.emit(ops.assigned, (At(past), At(self.to.detach(value))), like)

@@ -118,16 +118,16 @@ def is_one(batch: Any) -> bool:
     return isinstance(batch, list) and len(batch) > 1 and isinstance(batch[0], Tensor)
 
 
-def first_batch(source: Any) -> Batch:
-    """A batch, or the first one of an iterable, of which no more is read.
+def first_batch(batches: Any) -> Batch:
+    """A batch, or the first one of an iterable, of which no more is taken.
 
     Raises:
         BatchError: as :func:`one_batch`, or there is none.
     """
-    if is_one(source) or not isinstance(source, Iterable):
-        return one_batch(source)
+    if is_one(batches) or not isinstance(batches, Iterable):
+        return one_batch(batches)
     with preserved():
-        for item in source:
+        for item in batches:
             return one_batch(item)
     raise BatchError(NO_BATCHES)
 

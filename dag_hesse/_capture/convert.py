@@ -12,7 +12,7 @@ from dag_hesse.ir.ops import TAP
 
 
 def convert(recording: Recording, batch_size: int, output: str | None) -> CurvatureGraph:
-    """Type the recording, find ``out``, and drop what the loss does not read.
+    """Type the recording, find ``out``, and drop what the loss does not depend on.
 
     Raises:
         CaptureError: the loss depends on nothing.
@@ -30,11 +30,11 @@ def convert(recording: Recording, batch_size: int, output: str | None) -> Curvat
         taps={name: tuple(sites) for name, sites in trail.taps.items()},
         modules=trail.modules,
         guards=tuple(trail.guards),
-        fresh=trail.fresh,
+        batch_bound=trail.batch_bound,
         value=recording.value,
         written=tuple(recording.written),
-        starts=recording.starts,
-        ends=recording.ends,
+        rng_before=recording.rng_before,
+        rng_after=recording.rng_after,
     )
     if trail.nodes[recording.loss].kind is Kind.CONST:
         raise CaptureError("the loss does not depend on any parameter or module output: it has no derivative.")
@@ -42,25 +42,25 @@ def convert(recording: Recording, batch_size: int, output: str | None) -> Curvat
     return _merged(_prune(graph))
 
 
-def _sources(graph: CurvatureGraph, sites: Iterable[int]) -> list[int]:
-    """The nodes that are marked (a mark is a node of its own)."""
+def _tapped(graph: CurvatureGraph, sites: Iterable[int]) -> list[int]:
+    """The nodes that are tapped (a tap is a node of its own)."""
     return [graph.nodes[k].inputs[0] if graph.nodes[k].op == TAP else k for k in sites]
 
 
 def _find_out(graph: CurvatureGraph, output: str | None) -> tuple[tuple[int, ...], bool]:
     """The nodes that the loss consumes (design §2.2), and whether they are known.
 
-    A part of the model's output counts where the loss reads it, not where the model reads it before it returns.
+    A tensor of the model's output counts where the loss uses it, not where the model uses it before it returns.
     """
     if output is not None:
         if output not in graph.taps:
             raise PointError(f"output={output!r} names no module or tap. {suggest(output, graph.taps)}")
         return tuple(dict.fromkeys(graph.taps[output])), True
     reaches = graph.ancestors([graph.loss])
-    read = [site for name, sites in graph.taps.items() if name.startswith(OUTPUT) for site in sites if reaches[site]]
-    found = [site for site in read if graph.nodes[site].numel > 1 or not _is_the_loss(graph, site)]
-    if len(found) < len(read) or not read:  # the model computed its own loss
-        logits = [k for k in _sources(graph, graph.taps.get(f"{OUTPUT}.logits", ())) if reaches[k]]
+    used = [site for name, sites in graph.taps.items() if name.startswith(OUTPUT) for site in sites if reaches[site]]
+    found = [site for site in used if graph.nodes[site].numel > 1 or not _is_the_loss(graph, site)]
+    if len(found) < len(used) or not used:  # the model computed its own loss
+        logits = [k for k in _tapped(graph, graph.taps.get(f"{OUTPUT}.logits", ())) if reaches[k]]
         found += logits or [k for k in graph.taps.get(LOSS_INPUT, ()) if reaches[k]]
     return (tuple(dict.fromkeys(found)), True) if found else ((graph.loss,), False)
 
@@ -91,26 +91,26 @@ def _prune(graph: CurvatureGraph) -> CurvatureGraph:
         for name, sites in sorted(graph.taps.items(), key=lambda item: item[0].startswith(OUTPUT))
         if name != LOSS_INPUT and not (name.startswith(OUTPUT) and name.replace(OUTPUT, "output") in graph.taps)
     }
-    read = replace(
+    pruned = replace(
         graph,
         taps={name: sites for name, sites in taps.items() if sites},
-        unread=frozenset(name for name, sites in taps.items() if not sites),
+        unused=frozenset(name for name, sites in taps.items() if not sites),
         parameters={name: k for name, k in graph.parameters.items() if needed[k]},
         inputs={k: position for k, position in graph.inputs.items() if needed[k]},
         constants={k: tensor for k, tensor in graph.constants.items() if needed[k]},
     )
-    return _numbered(read, nodes, {node.index: place for place, node in enumerate(nodes)})
+    return _numbered(pruned, nodes, {node.index: place for place, node in enumerate(nodes)})
 
 
 def _merged(graph: CurvatureGraph) -> CurvatureGraph:
-    """A mark needs no node of its own where nobody else reads the unmarked tensor. Names are put on the nodes."""
+    """A tap needs no node of its own where the tapped tensor has no other child. Names are put on the nodes."""
     places: dict[int, int] = {}
     nodes: list[Node] = []
     for node in graph.nodes:
-        source = graph.nodes[node.inputs[0]] if node.op == TAP else None
-        alone = source is not None and graph.children[source.index] == [node.index]
-        if source is not None and alone and source.is_differentiable and source.index not in graph.out:
-            places[node.index] = places[source.index]
+        tapped = graph.nodes[node.inputs[0]] if node.op == TAP else None
+        alone = tapped is not None and graph.children[tapped.index] == [node.index]
+        if tapped is not None and alone and tapped.is_differentiable and tapped.index not in graph.out:
+            places[node.index] = places[tapped.index]
         else:
             places[node.index] = len(nodes)
             nodes.append(node)

@@ -1,4 +1,4 @@
-"""Which loss is meant, and which tensors it reads."""
+"""Which loss is meant, and which tensors it uses."""
 
 from __future__ import annotations
 
@@ -119,20 +119,20 @@ _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 
 
 class Calls(torch.overrides.TorchFunctionMode):
-    """Marks what recognised loss functions are given, and keeps recurrent layers from kernels that hide their ops."""
+    """Taps what recognised loss functions are given, and keeps recurrent layers from kernels that hide their ops."""
 
-    def __init__(self, mark: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, tap: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.mark = mark
+        self.tap = tap
         self.left_torch = False  # whether the model took values out of PyTorch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in RECOGNIZED:
             if args:
-                args = (self.mark(args[0]), *args[1:])
+                args = (self.tap(args[0]), *args[1:])
             elif isinstance(kwargs.get("input"), Tensor):
-                kwargs = {**kwargs, "input": self.mark(kwargs["input"])}
+                kwargs = {**kwargs, "input": self.tap(kwargs["input"])}
         elif func in _WAYS_OUT:
             self.left_torch = True
         elif func in _RECURRENT:

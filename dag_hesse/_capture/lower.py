@@ -56,7 +56,7 @@ class _Noting(TorchDispatchMode):
     def __init__(self, given: Sequence[Tensor], device: torch.device) -> None:
         super().__init__()
         self.places: dict[int, Given | Made] = {id(x): Given(k) for k, x in enumerate(given)}
-        self.alive: list[Any] = list(given)  # no id is used twice
+        self.held: list[Any] = list(given)  # no id is used twice
         self.calls: list[Call] = []
         self.device = device
 
@@ -82,7 +82,7 @@ class _Noting(TorchDispatchMode):
                 output = None if isinstance(result, Tensor) else number
                 self.calls.append(Call(pure, where[0], where[1], Like(tuple(x.shape), x.dtype), output))
                 self.places[id(x)] = Made(len(self.calls) - 1)
-                self.alive.append(x)
+                self.held.append(x)
         if op._schema.is_mutable:  # the written argument is what the call gave
             self.places[id(args[0])] = Made(len(self.calls) - 1)
         return result
@@ -135,8 +135,8 @@ def _noted(
     if found is NotImplemented:
         return None
     results = (found,) if isinstance(found, Tensor) else tuple(found)
-    read = tuple(k for k, x in enumerate(tensors) if keep_integers and not _is_float(x))
-    return Recipe(tuple(noting.calls), tuple(noting.result(x) for x in results), read)
+    integers = tuple(k for k, x in enumerate(tensors) if keep_integers and not _is_float(x))
+    return Recipe(tuple(noting.calls), tuple(noting.result(x) for x in results), integers)
 
 
 def _empty(x: Tensor, keep_integers: bool) -> Tensor:

@@ -10,7 +10,7 @@ from math import prod
 from torch import nn
 
 from dag_hesse.errors import NonDifferentiableError, OptionError, PointError, choose, suggest
-from dag_hesse.ir import Coupling, CurvatureGraph, Kind, Node, Point
+from dag_hesse.ir import CurvatureGraph, Interaction, Kind, Node, Point
 
 MOST = 16
 SPACES = ("activation", "parameter")
@@ -19,12 +19,12 @@ SPACES = ("activation", "parameter")
 def _activation(graph: CurvatureGraph, name: str, sites: Sequence[int]) -> Point:
     shapes = []
     for site in sites:
-        node, layout = graph.nodes[site], graph.layouts[site]
+        node, batch_axis = graph.nodes[site], graph.batch_axes[site]
         shape = list(node.shape)
-        if layout is not None:
-            shape[layout.axis] = layout.outer * layout.inner
-            if shape[layout.axis] == 1:
-                del shape[layout.axis]
+        if batch_axis is not None:
+            shape[batch_axis.axis] = batch_axis.outer * batch_axis.inner
+            if shape[batch_axis.axis] == 1:
+                del shape[batch_axis.axis]
         shapes.append(tuple(shape))
     if len(set(shapes)) > 1:
         raise PointError(
@@ -41,12 +41,12 @@ def _parameter(graph: CurvatureGraph, name: str, members: Sequence[str]) -> Poin
     return Point(name, shape, sum(sizes), "parameter", sites)
 
 
-def _alive(graph: CurvatureGraph) -> list[bool]:
+def _reach_loss(graph: CurvatureGraph) -> list[bool]:
     return graph.ancestors([graph.loss])
 
 
-def _require_path(graph: CurvatureGraph, point: Point, alive: list[bool]) -> None:
-    if any(alive[site] for site in point.sites):
+def _require_path(graph: CurvatureGraph, point: Point, reaching: list[bool]) -> None:
+    if any(reaching[site] for site in point.sites):
         return
     reached = graph.descendants(point.sites)
     for node in graph.nodes:
@@ -58,18 +58,18 @@ def _require_path(graph: CurvatureGraph, point: Point, alive: list[bool]) -> Non
 
 
 def _in_order(graph: CurvatureGraph, points: list[Point]) -> tuple[Point, ...]:
-    alive = _alive(graph)
+    reaching = _reach_loss(graph)
     for point in points:
-        _require_path(graph, point, alive)
+        _require_path(graph, point, reaching)
     unique = {point.name: point for point in points}
-    return tuple(sorted(unique.values(), key=lambda point: (min(_depth(graph, point, alive)), point.name)))
+    return tuple(sorted(unique.values(), key=lambda point: (min(_depth(graph, point, reaching)), point.name)))
 
 
-def _depth(graph: CurvatureGraph, point: Point, alive: list[bool]) -> list[int]:
+def _depth(graph: CurvatureGraph, point: Point, reaching: list[bool]) -> list[int]:
     """Activations come where they are computed, parameters where they are first used."""
     if point.kind == "activation":
         return list(point.sites)
-    return [min((c for c in graph.children[s] if alive[c]), default=s) for s in point.sites]
+    return [min((c for c in graph.children[s] if reaching[c]), default=s) for s in point.sites]
 
 
 def _call(graph: CurvatureGraph, name: str) -> tuple[str, int] | None:
@@ -114,7 +114,7 @@ def _first_name(model: nn.Module, name: str) -> str:
 
 
 def _missing(graph: CurvatureGraph, model: nn.Module, name: str, space: str) -> PointError:
-    if name in graph.unread:
+    if name in graph.unused:
         return PointError(f"the loss does not depend on point '{name}': leave it out.")
     modules = dict(model.named_modules())
     if space == "parameter" and name in modules and not any(True for _ in modules[name].parameters()):
@@ -141,7 +141,7 @@ def resolve_points(
     choose("space", space, SPACES)
     if not isinstance(names, Iterable):
         raise OptionError(f"points is a {type(names).__name__}; expected names or glob patterns.")
-    alive, points = _alive(graph), []
+    reaching, points = _reach_loss(graph), []
     for name in [names] if isinstance(names, str) else list(names):
         if not isinstance(name, str):
             raise OptionError(f"points holds a {type(name).__name__}; expected names or glob patterns.")
@@ -150,7 +150,7 @@ def resolve_points(
             points.append(exact)
             continue
         if space == "activation":
-            matches = [n for n in graph.taps if fnmatchcase(n, name) and any(alive[s] for s in graph.taps[n])]
+            matches = [n for n in graph.taps if fnmatchcase(n, name) and any(reaching[s] for s in graph.taps[n])]
         else:
             matches = []
         matches = matches or [n for n in graph.parameters if fnmatchcase(n, name)]
@@ -163,31 +163,31 @@ def resolve_points(
 
 
 def _leaf(graph: CurvatureGraph, model: nn.Module, name: str) -> int:
-    """The node of a parameter; one that nothing reads is given a node."""
+    """The node of a parameter; one that has no use is given a node."""
     if name not in graph.parameters:
         p = dict(model.named_parameters())[name]
         graph.parameters[name] = len(graph.nodes)
         leaf = Node(len(graph.nodes), "param", None, (), {}, (), tuple(p.shape), p.dtype, Kind.PARAM, name=name)
         graph.nodes.append(leaf)
         graph.children.append([])
-        graph.layouts.append(None)
-        graph.couplings.append(Coupling.NONE)
+        graph.batch_axes.append(None)
+        graph.interactions.append(Interaction.NONE)
     return graph.parameters[name]
 
 
 def parameter_points(names: Sequence[str], model: nn.Module, graph: CurvatureGraph) -> tuple[Point, ...]:
-    """A point a parameter, read or not, those that are read first, in topological order."""
-    alive = _alive(graph)
-    read = [_parameter(graph, n, [n]) for n in names if n in graph.parameters and alive[graph.parameters[n]]]
-    known = {point.name for point in read}
+    """A point a parameter, used or not, those that are used first, in topological order."""
+    reaching = _reach_loss(graph)
+    used = [_parameter(graph, n, [n]) for n in names if n in graph.parameters and reaching[graph.parameters[n]]]
+    known = {point.name for point in used}
     rest = [n for n in names if n not in known]
     for name in rest:
         _leaf(graph, model, name)
-    return (*(_in_order(graph, read) if read else ()), *(_parameter(graph, n, [n]) for n in rest))
+    return (*(_in_order(graph, used) if used else ()), *(_parameter(graph, n, [n]) for n in rest))
 
 
 def points_like(first: CurvatureGraph, model: nn.Module, graph: CurvatureGraph) -> tuple[Point, ...]:
-    """The points of another batch's graph, in its order; a parameter that this batch does not read is one all the same.
+    """The points of another batch's graph, in its order; a parameter that this batch does not use is one all the same.
 
     Raises:
         PointError: this batch does not run a module that is a point.
@@ -217,11 +217,11 @@ class _Chooser:
     def __init__(self, graph: CurvatureGraph, model: nn.Module) -> None:
         self.graph, self.modules = graph, dict(model.named_modules())
         self.own = {id(module): name for name, module in self.modules.items()}  # of several names, the first
-        alive, after_out = _alive(graph), graph.descendants(graph.out)
+        reaching, after_out = _reach_loss(graph), graph.descendants(graph.out)
         self.sites = {
             name: sites
             for name, sites in graph.taps.items()
-            if name in self.modules and any(alive[s] and not after_out[s] for s in sites)
+            if name in self.modules and any(reaching[s] and not after_out[s] for s in sites)
         }
 
     def children(self, name: str) -> list[tuple[str, bool]]:
@@ -303,16 +303,16 @@ def default_points(graph: CurvatureGraph, model: nn.Module, space: str = "activa
         chooser = _Chooser(graph, model)
         outputs = [name for name in graph.taps if name.split(".")[0] == "output"]
         names = [name for name in chooser.choose() if name in chooser.sites] or list(chooser.sites) or outputs
-        alive = _alive(graph)
+        reaching = _reach_loss(graph)
         calls = [
             (name if len(graph.taps[name]) == 1 else f"{name}[{k}]", site)
             for name in names
             for k, site in enumerate(graph.taps[name])
-            if alive[site]
+            if reaching[site]
         ]
         calls = list({site: (name, site) for name, site in calls}.values())
         kept = _spread([name for name, _ in calls], MOST)
         points = [_activation(graph, name, [site]) for name, site in calls if name in kept]
     if not points:
-        raise PointError("no module output lies on a path to the loss: name points=, or mark tensors with tap().")
+        raise PointError("no module output lies on a path to the loss: name points=, or tap() tensors.")
     return _in_order(graph, points)

@@ -21,7 +21,7 @@ from dag_hesse._capture.functions import custom_functions
 from dag_hesse._capture.losses import Calls, Loss, evaluate
 from dag_hesse._capture.recorder import Recorder
 from dag_hesse._capture.state import restored
-from dag_hesse._capture.taps import Marker, map_tensors, marking
+from dag_hesse._capture.taps import Tapper, map_tensors, tapping
 from dag_hesse._capture.trail import Trail, is_internal
 from dag_hesse._capture.writes import Written
 from dag_hesse.errors import CaptureError, DagHesseError, PointError
@@ -36,20 +36,20 @@ _ONE_AT_A_TIME = threading.RLock()  # runs set hooks and flags that all threads 
 class Recording:
     """A model's forward as it ran: nodes, the node of the loss, its value, and what was written to on the way.
 
-    ``starts`` and ``ends`` are the random states before and after it.
+    ``rng_before`` and ``rng_after`` are the random states before and after it.
     """
 
     trail: Trail
     loss: int
     value: float
     written: list[Tensor]
-    starts: RandomState
-    ends: RandomState
+    rng_before: RandomState
+    rng_after: RandomState
 
 
 @dataclass
 class Evidence:
-    """What PyTorch says of a model: its loss, and the loss's gradient by parameter and by marked tensor (per call)."""
+    """What PyTorch says of a model: its loss, and the loss's gradient by parameter and by tapped tensor (per call)."""
 
     loss: float
     parameters: dict[str, Tensor] = field(default_factory=dict)
@@ -97,9 +97,9 @@ def _plain_attention() -> Iterator[None]:
 
 @contextmanager
 def _hooked(
-    model: nn.Module, marker: Marker, enter: Callable[[str], None], leave: Callable[..., None]
+    model: nn.Module, tapper: Tapper, enter: Callable[[str], None], leave: Callable[..., None]
 ) -> Iterator[None]:
-    """Mark every module's output, and tell which module begins and ends."""
+    """Tap every module's output, and tell which module begins and ends."""
 
     def before(name: str) -> Callable[..., None]:
         return lambda module, args: enter(name)
@@ -107,7 +107,7 @@ def _hooked(
     def after(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             leave(name, module)
-            return _mark_outputs(output, name, marker) if name else None
+            return _tap_outputs(output, name, tapper) if name else None
 
         return hook
 
@@ -118,50 +118,50 @@ def _hooked(
         yield
 
 
-def _mark_outputs(output: Any, name: str, marker: Marker) -> Any:
+def _tap_outputs(output: Any, name: str, tapper: Tapper) -> Any:
     """The first floating-point tensor takes the module's name, further ones ``name:path``."""
     seen = 0
 
-    def mark(x: Tensor, path: str) -> Tensor:
+    def tapped(x: Tensor, path: str) -> Tensor:
         nonlocal seen
         if not x.is_floating_point():
             return x
         seen += 1
-        return marker.tap(x, name if seen == 1 else f"{name}:{path}")
+        return tapper.tap(x, name if seen == 1 else f"{name}:{path}")
 
-    return map_tensors(output, mark)
+    return map_tensors(output, tapped)
 
 
 class _Taps:
     """What :func:`~dag_hesse.tap` is given: a name that a module or a parameter has would stand for two tensors."""
 
-    def __init__(self, marker: Marker, model: nn.Module) -> None:
-        self.marker = marker
+    def __init__(self, tapper: Tapper, model: nn.Module) -> None:
+        self.tapper = tapper
         self.kinds = dict.fromkeys(dict(model.named_parameters()), "parameter")
         self.kinds |= {name: "module" for name, _ in model.named_modules() if name}
 
     def tap(self, x: Tensor, name: str) -> Tensor:
-        """Mark ``x``, unless the name is taken."""
+        """Tap ``x``, unless the name is taken."""
         if name in self.kinds:
             raise PointError(f"tap '{name}' has the name of a {self.kinds[name]}: give it another one.")
-        return self.marker.tap(x, name)
+        return self.tapper.tap(x, name)
 
 
 class Forward:
     """Model and loss on copies of the batch's tensors (one for one), in which the model may write as it likes."""
 
-    def __init__(self, model: nn.Module, batch: Batch, loss: Loss | None, marker: Marker) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, loss: Loss | None, tapper: Tapper) -> None:
         leaves, spec = pytree.tree_flatten(batch.tree)
         copies = {id(x): x.detach().clone().requires_grad_(x.requires_grad) for x in leaves if isinstance(x, Tensor)}
         filled = [copies[id(x)] if isinstance(x, Tensor) else x for x in leaves]
         self.tensors = [x for x in filled if isinstance(x, Tensor)]
         self.args, self.kwargs, self.targets = pytree.tree_unflatten(filled, spec)
-        self.model, self.batch, self.of, self.marker = model, batch, loss, marker
+        self.model, self.batch, self.of, self.tapper = model, batch, loss, tapper
 
     def output(self) -> Any:
         """What the model returns."""
         output = self.model(*self.args, **self.kwargs)
-        return map_tensors(output, lambda x, path: self.marker.tap(x, f"{OUTPUT}.{path}" if path else OUTPUT))
+        return map_tensors(output, lambda x, path: self.tapper.tap(x, f"{OUTPUT}.{path}" if path else OUTPUT))
 
     def loss(self) -> Tensor:
         """The loss of that."""
@@ -182,7 +182,7 @@ def record(model: nn.Module, batch: Batch, loss: Loss | None) -> Recording:
         CaptureError: the forward fails, or does what cannot be recorded; the message says what and where.
         LossError: the loss is missing or not a scalar.
     """
-    # Where derivatives start at marked constants and at frozen parameters too, a model may stumble over them.
+    # Where derivatives start at tapped constants and at frozen parameters too, a model may stumble over them.
     try:
         return _record(model, batch, loss, everything=True)
     except DagHesseError:
@@ -200,7 +200,7 @@ def _where(error: Exception) -> str:
 
 def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bool) -> Recording:
     with _ONE_AT_A_TIME, ExitStack() as stack:
-        starts = RandomState.now()
+        rng_before = RandomState.now()
         before = stack.enter_context(restored(model, loss))
         recorder = Recorder(dict(model.named_parameters()), dict(model.named_buffers()), before)
         recorder.anchors = everything
@@ -220,17 +220,17 @@ def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bo
             recorder.trail.owner = owners[-1] if owners else ""
             recorder.trail.modules.setdefault(name, type(module).__name__)
 
-        def mark(x: Tensor) -> Tensor:
+        def tapped(x: Tensor) -> Tensor:
             return recorder.tap(x, LOSS_INPUT) if isinstance(x, Tensor) else x
 
         for context in (
             _hooked(model, recorder, enter, leave),
-            marking(_Taps(recorder, model)),
+            tapping(_Taps(recorder, model)),
             torch.enable_grad(),
             _plain_attention(),
             _eager(),
             custom_functions(recorder),
-            calls := Calls(mark),
+            calls := Calls(tapped),
             recorder,
         ):
             stack.enter_context(context)  # type: ignore[arg-type]
@@ -245,16 +245,16 @@ def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bo
             raise CaptureError(
                 f"{type(model).__name__} fails{_where(error)}{op}: {type(error).__name__}: {text}"
             ) from error
-        ends = RandomState.now()
-        recorder.trail.fresh |= (recorder.numbers and calls.left_torch) or starts.drew_outside(ends)
-        node = recorder.read(value)
+        rng_after = RandomState.now()
+        recorder.trail.batch_bound |= (recorder.numbers and calls.left_torch) or rng_before.drew_outside(rng_after)
+        node = recorder.use(value)
         with recorder.pause():
             number = float(value.detach())
-        return Recording(recorder.trail, node, number, [w.tensor for w in before.written], starts, ends)
+        return Recording(recorder.trail, node, number, [w.tensor for w in before.written], rng_before, rng_after)
 
 
 class _Edges:
-    """Notes where in autograd's graph marked tensors are."""
+    """Notes where in autograd's graph tapped tensors are."""
 
     def __init__(self) -> None:
         self.found: dict[str, list[GradientEdge | None]] = {}
@@ -288,7 +288,7 @@ def as_it_is(
         _with_gradients(model)
         for context in (
             _hooked(model, edges, lambda name: None, lambda name, module: None),
-            marking(edges),
+            tapping(edges),
             torch.enable_grad(),
             _plain_attention(),  # fused kernels draw other dropout masks
             _eager(),
@@ -324,8 +324,8 @@ def product(
         places = [dict(model.named_parameters())[name] for name in along]
         try:
             first = torch.autograd.grad(forward.loss(), places, create_graph=True, allow_unused=True)
-            live = [(g, v) for g, v in zip(first, along.values(), strict=True) if g is not None and g.requires_grad]
-            terms = [(g * v).sum() for g, v in live]
+            pairs = [(g, v) for g, v in zip(first, along.values(), strict=True) if g is not None and g.requires_grad]
+            terms = [(g * v).sum() for g, v in pairs]
             found = torch.autograd.grad(sum(terms), places, allow_unused=True) if terms else [None] * len(places)  # type: ignore[arg-type]
         except RuntimeError as error:
             raise CaptureError(
@@ -344,7 +344,7 @@ def gradients(
     *,
     on_tape: bool = False,
 ) -> Evidence:
-    """The model's own loss on the batch, and its gradient by all parameters and by the marked tensors ``names``.
+    """The model's own loss on the batch, and its gradient by all parameters and by the tapped tensors ``names``.
 
     ``written`` are the tensors that a recording saw the forward write to.
 

@@ -39,7 +39,7 @@ class Recorder(TorchDispatchMode):
         device = next((p.device for p in parameters.values()), torch.device("cpu"))
         self.trail = Trail(before, {id(b): name for name, b in buffers.items()}, device)
         self.aliases = Aliases(self.trail)
-        self.paused, self.anchors, self._marking = 0, True, ""
+        self.paused, self.anchors, self._tapping = 0, True, ""
         self.running = ""  # the op that runs now
         self.numbers = False  # whether tensors were made of Python's numbers
         for name, p in parameters.items():
@@ -54,11 +54,11 @@ class Recorder(TorchDispatchMode):
 
     # --- tensors ----------------------------------------------------------------------------------------------------
 
-    def read(self, x: Tensor) -> int:
+    def use(self, x: Tensor) -> int:
         """The node of an argument."""
         if not self.aliases.knows(x):
             self.aliases.add(x, self.trail.constant(x, ""), foreign=True)
-        return self.aliases.read(x)
+        return self.aliases.use(x)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -70,31 +70,31 @@ class Recorder(TorchDispatchMode):
             self.paused -= 1
 
     def tap(self, x: Tensor, name: str) -> Tensor:
-        """Mark ``x``: the tensor returned is another one with its value and memory, and a node of its own.
+        """Tap ``x``: the tensor returned is another one with its value and memory, and a node of its own.
 
         Where autograd has no use for ``x``, it is given a past that starts here.
         """
         if not torch.is_grad_enabled() or not (x.is_floating_point() or x.is_complex()):
             return x
-        self._marking = name
+        self._tapping = name
         try:
             if x.requires_grad or not self.anchors:
                 return aten.alias.default(x)
             return x + torch.zeros((), dtype=x.dtype, device=x.device).requires_grad_()
         finally:
-            self._marking = ""
+            self._tapping = ""
 
-    def _mark(self, op: Any, x: Tensor, result: Tensor) -> None:
-        name, like = self._marking, Like(tuple(x.shape), x.dtype)
-        self._marking = ""  # a function transform does more of the same kind to other tensors
+    def _record_tap(self, op: Any, x: Tensor, result: Tensor) -> None:
+        name, like = self._tapping, Like(tuple(x.shape), x.dtype)
+        self._tapping = ""  # a function transform does more of the same kind to other tensors
         if op is aten.alias.default:
             index = self.aliases.add_view(result, x, Step(ops.tap, (name,), like, like))
         elif op is aten.add.Tensor:
-            index = self.trail.emit(ops.tap, (At(self.read(x)), name), like)
+            index = self.trail.emit(ops.tap, (At(self.use(x)), name), like)
             self.aliases.add(result, index)
         else:
             return
-        if result.requires_grad or op is aten.add.Tensor:  # derivatives may start at a constant that is marked
+        if result.requires_grad or op is aten.add.Tensor:  # derivatives may start at a constant that is tapped
             self.trail.nodes[index].kind = Kind.STRUCTURAL
         self.trail.taps.setdefault(name, []).append(index)
 
@@ -109,9 +109,9 @@ class Recorder(TorchDispatchMode):
             self._save(x)
         if self.paused:
             return op(*args, **kwargs)
-        if self._marking and op in (aten.alias.default, aten.add.Tensor):
+        if self._tapping and op in (aten.alias.default, aten.add.Tensor):
             result = op(*args, **kwargs)
-            self._mark(op, args[0], result)
+            self._record_tap(op, args[0], result)
             return result
         self._check(op, args, tensors)
         if isinstance(kwargs.get("generator"), torch.Generator):
@@ -119,7 +119,7 @@ class Recorder(TorchDispatchMode):
         if op is aten.lift_fresh.default and not self.aliases.knows(args[0]):  # torch.tensor(numbers)
             self.aliases.add(args[0], self.trail.constant(args[0], "numbers"), foreign=True)
             self.numbers = True
-        nodes = {id(x): self.read(x) for x in tensors}
+        nodes = {id(x): self.use(x) for x in tensors}
         self.running = name_of(op)
         result = op(*args, **kwargs)
         self.running = ""
@@ -134,11 +134,11 @@ class Recorder(TorchDispatchMode):
     def _check(self, op: Any, args: Any, tensors: Sequence[Tensor]) -> None:
         if any(x.layout is not torch.strided for x in tensors):
             raise CaptureError(
-                f"{name_of(op)} at {self.trail.source()} takes a sparse tensor, which has no nodes: use a dense one."
+                f"{name_of(op)} at {self.trail.line()} takes a sparse tensor, which has no nodes: use a dense one."
             )
         if op is aten.embedding.default and len(args) > 3 and args[3]:
             raise CaptureError(
-                f"aten.embedding at {self.trail.source()} divides gradients by frequencies (scale_grad_by_freq=True), "
+                f"aten.embedding at {self.trail.line()} divides gradients by frequencies (scale_grad_by_freq=True), "
                 "so its 'gradient' is no derivative: leave that option out."
             )
 
@@ -159,11 +159,11 @@ class Recorder(TorchDispatchMode):
                 self._guard(op, args, nodes, x)
             elif any(x is t for t in tensors):
                 continue
-            elif x.numel() and (source := places.get(x.untyped_storage()._cdata)) is not None:
-                step = view_step(op, args, kwargs, source, x, number)
+            elif x.numel() and (base := places.get(x.untyped_storage()._cdata)) is not None:
+                step = view_step(op, args, kwargs, base, x, number)
                 apart = op is aten.detach.default
                 off = apart or not torch.is_grad_enabled()
-                self.aliases.add_view(x, source, step, apart=apart, detached=off)
+                self.aliases.add_view(x, base, step, apart=apart, detached=off)
             else:
                 fresh.append((number, x))
         if fresh:
@@ -246,8 +246,8 @@ class Recorder(TorchDispatchMode):
 
         for call in written.calls:
             options = {key: at(arg) for key, arg in call.kwargs.items()}
-            cut = constant or call.op is aten.detach.default
-            made.append(emit(call.op, at(call.args), call.like, kwargs=options, output=call.output, constant=cut))
+            detached = constant or call.op is aten.detach.default
+            made.append(emit(call.op, at(call.args), call.like, kwargs=options, output=call.output, constant=detached))
         found: list[int | None] = []
         for x in written.results:
             place = at(x)
@@ -307,16 +307,16 @@ class Recorder(TorchDispatchMode):
         alias = self.aliases.tensors[x]
         step = by_place(alias.geometry, x, x.dtype)
         if step is None:
-            raise CaptureError(f"{name_of(op)} at {self.trail.source()} gives a tensor other memory: not supported.")
+            raise CaptureError(f"{name_of(op)} at {self.trail.line()} gives a tensor other memory: not supported.")
         self.aliases.reshaped(x, step)
 
     def _update(self, x: Tensor, mean: Tensor, var: Tensor, momentum: float, nodes: dict[int, int]) -> None:
         """Running statistics, which batch normalization writes without saying so."""
-        dims, source = [0, *range(2, x.ndim)], At(nodes[id(x)])
+        dims, at = [0, *range(2, x.ndim)], At(nodes[id(x)])
         like = Like((x.shape[1],), x.dtype)
         new = {
-            mean: self.trail.emit(aten.mean.dim, (source, dims), like, constant=True),
-            var: self.trail.emit(aten.var.correction, (source, dims), like, kwargs={"correction": 1}, constant=True),
+            mean: self.trail.emit(aten.mean.dim, (at, dims), like, constant=True),
+            var: self.trail.emit(aten.var.correction, (at, dims), like, kwargs={"correction": 1}, constant=True),
         }
         for old, batch in new.items():
             cast = self.trail.emit(aten._to_copy.default, (At(batch),), old, kwargs={"dtype": old.dtype}, constant=True)
@@ -341,13 +341,13 @@ class Recorder(TorchDispatchMode):
         for old, new in zip(args, _flat(result), strict=True):
             if isinstance(old, Tensor) and new is not old:
                 like = Like(tuple(old.shape), old.dtype)
-                self.read(old)
+                self.use(old)
                 self.aliases.add_view(new, old, Step(aten.alias.default, (), like, like))
         return result
 
     def _only_for(self, x: Tensor, node: int) -> None:
         """What follows was written for these integers."""
-        self.trail.fresh = True
+        self.trail.batch_bound = True
         like = Like(tuple(x.shape), torch.bool)
         seen = self.trail.constant(x.detach().clone(), "literal")
         same = self.trail.emit(aten.eq.Tensor, (At(node), At(seen)), like, constant=True)
@@ -360,7 +360,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """A function with a backward of its own: one node an output, opaque unless there is a rule of its name."""
         tensors = [x for x in _flat(args) if isinstance(x, Tensor)]
-        nodes = {id(x): self.read(x) for x in tensors}
+        nodes = {id(x): self.use(x) for x in tensors}
         with self.pause():
             result = run()
         outputs = [result] if isinstance(result, Tensor) else list(result)

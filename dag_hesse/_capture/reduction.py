@@ -1,10 +1,11 @@
 """How the losses of batches add up to the loss over all samples: as a sum, or as a mean with what weights.
 
-It is not read off the loss's code but tried. The loss is evaluated on parts of a batch and on the whole of them, by
+It is not read off the loss's code but tried. The loss is evaluated on sub-batches and on the whole of them, by
 slicing the model's output and the targets. Where it is a sum over samples of terms ℓ_b over a weight w, its gradient at
-sample b's output is ∇ℓ_b / w: on the whole it is that of the part times w(part)/w(whole), whatever ℓ is. Factors of 1
-make a sum; factors that add up to 1 make a mean, of which they give the weights (of the samples that ``ignore_index``
-leaves, of class weights, of masks). Anything else (contrastive losses, roots of means) has no loss over batches.
+sample b's output is ∇ℓ_b / w: on the whole it is that of the sub-batch times w(sub-batch)/w(whole), whatever ℓ is.
+Factors of 1 make a sum; factors that add up to 1 make a mean, of which they give the weights (of the samples that
+``ignore_index`` leaves, of class weights, of masks). Anything else (contrastive losses, roots of means) has no loss
+over batches.
 """
 
 from __future__ import annotations
@@ -19,13 +20,12 @@ from torch import Tensor, nn
 
 from dag_hesse._capture.batch import Batch
 from dag_hesse._capture.labels import Constants
-from dag_hesse._capture.layout import Place
 from dag_hesse._capture.losses import Loss
-from dag_hesse._capture.parts import OnOutputs, Piece, parameter_gradient, part_of, put_together
 from dag_hesse._capture.state import restored
 from dag_hesse._capture.stream import Batches
+from dag_hesse._capture.sub_batches import OnOutputs, Piece, parameter_gradient, put_together, sub_batch
 from dag_hesse.errors import DagHesseError, OptionError, ReductionError
-from dag_hesse.ir import CurvatureGraph, Kind
+from dag_hesse.ir import BatchAxis, CurvatureGraph, Kind
 
 REDUCTIONS = ("mean", "sum")
 Option = str | Sequence[float] | Callable[[Any], float] | None
@@ -50,7 +50,7 @@ class Reduction:
         return [weight / sum(weights) for weight in weights]
 
     def per_sample(self, sizes: Sequence[int]) -> list[float]:
-        """The factor that makes of a sample's part in its batch's loss a loss of its own, with no 1/B."""
+        """The factor that makes of a sample's term in its batch's loss a loss of its own, with no 1/B."""
         return [share if self.kind == "sum" else share * sum(sizes) for share in self.shares(sizes)]
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ def find_reduction(
         per_sample: whether it matters for a single batch as well.
 
     Raises:
-        ReductionError: the losses of parts do not make up that of the whole.
+        ReductionError: the losses of sub-batches do not make up that of the whole.
         OptionError: ``option`` is not among its choices.
     """
     if option is not None:
@@ -121,7 +121,7 @@ def find_reduction(
     except DagHesseError:
         raise
     except Exception as error:
-        raise ReductionError(f"the loss cannot be evaluated on parts of a batch ({error}), so {_ADVICE}") from error
+        raise ReductionError(f"the loss cannot be evaluated on sub-batches ({error}), so {_ADVICE}") from error
 
 
 _MOST = 32  # batches whose outputs are put together to be looked at
@@ -149,7 +149,7 @@ def _usable(gradient: Tensor) -> bool:
 
 
 def _halves(size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ways to part a batch, and last the batch beside itself."""
+    """Ways to halve a batch, and last the batch beside itself."""
     every = torch.arange(size, device="cpu")
     for cut in dict.fromkeys((-(-size // 3), size // 2)):
         if 0 < cut < size:
@@ -165,14 +165,14 @@ def _pair(on: OnOutputs, first: Piece, second: Piece, tolerance: float) -> tuple
     (one, alone), (two, beside) = on.gradients(first), on.gradients(second)
     if not (_usable(alone[0]) and _usable(beside[0])):
         return None
-    both, parts = on.gradients(first, second)
-    factors = _factor(parts[0], alone[0], tolerance), _factor(parts[1], beside[0], tolerance)
+    both, within = on.gradients(first, second)
+    factors = _factor(within[0], alone[0], tolerance), _factor(within[1], beside[0], tolerance)
     if min(map(abs, factors)) <= tolerance:
         raise ReductionError(f"samples that have a loss of their own count nothing beside others, so {_ADVICE}")
     expected = factors[0] * one + factors[1] * two
     if abs(both - expected) > tolerance * max(abs(both), abs(factors[0] * one), abs(factors[1] * two)):
         raise ReductionError(
-            f"the losses of two parts make {expected:.6g} and their whole's is {both:.6g}, so {_ADVICE}"
+            f"the losses of two sub-batches make {expected:.6g} and their whole's is {both:.6g}, so {_ADVICE}"
         )
     return factors
 
@@ -183,7 +183,7 @@ def _verdict(factors: tuple[float, float], tolerance: float) -> str:
     if abs(sum(factors) - 1) <= tolerance and min(factors) >= -tolerance:
         return "mean"
     raise ReductionError(
-        f"the loss is neither a sum nor a mean over samples (parts of a batch count {factors[0]:.4g} and "
+        f"the loss is neither a sum nor a mean over samples (sub-batches count {factors[0]:.4g} and "
         f"{factors[1]:.4g} times in the whole), so {_ADVICE}"
     )
 
@@ -216,14 +216,14 @@ def _confirm(
 ) -> None:
     """Hold the batches' losses, gradients and curvature, as they are to be added, against those of all put together.
 
-    Parts of one batch may all lie on one side of a threshold or a kink, and what vanishes there may still bend.
+    Sub-batches may all lie on one side of a threshold or a kink, and what vanishes there may still bend.
 
     Raises:
         ReductionError: they are not the same.
     """
     chosen = set(range(0, len(batches), -(-len(batches) // _MOST)))
     shares = found.shares(batches.sizes)
-    own = [p for source in (model, loss) if isinstance(source, nn.Module) for p in source.parameters()]
+    own = [p for module in (model, loss) if isinstance(module, nn.Module) for p in module.parameters()]
     parameters = [p for p in own if p.requires_grad and p.is_floating_point()]
     on: OnOutputs | None = None
     pieces: list[tuple[int, Piece]] = []
@@ -262,7 +262,7 @@ def _scaled(piece: Piece) -> Piece:
 def _telling(
     ons: dict[Any, OnOutputs], batches: Batches, tolerance: float
 ) -> tuple[OnOutputs, Piece, Piece, tuple[float, float]]:
-    """The first batch, and two parts of it, that have gradients; and how much these count together."""
+    """The first batch, and two sub-batches of it, that have gradients; and how much these count together."""
     for signature, batch in zip(batches.signatures, batches, strict=True):
         on = ons[signature]
         every = on.like(batch)
@@ -323,12 +323,12 @@ def _beside(on: OnOutputs, reference: Piece, piece: Piece, tolerance: float) -> 
 def _fit(one: Piece, other: Piece, on: OnOutputs) -> bool:
     """Whether two pieces can be put together: all axes but the batch's agree."""
 
-    def rest(x: Tensor, place: Place | None) -> list[int]:
-        return [n for k, n in enumerate(x.shape) if place is None or k != place.axis]
+    def rest(x: Tensor, batch_axis: BatchAxis | None) -> list[int]:
+        return [n for k, n in enumerate(x.shape) if batch_axis is None or k != batch_axis.axis]
 
-    places = [*on.places, *on.other_places]
-    pairs = zip([*one.outputs, *one.others], [*other.outputs, *other.others], places, strict=True)
-    return all(rest(x, place) == rest(y, place) for x, y, place in pairs)
+    batch_axes = [*on.batch_axes, *on.other_batch_axes]
+    pairs = zip([*one.outputs, *one.others], [*other.outputs, *other.others], batch_axes, strict=True)
+    return all(rest(x, batch_axis) == rest(y, batch_axis) for x, y, batch_axis in pairs)
 
 
 def _weighted(weights: list[float], sizes: Sequence[int], tolerance: float) -> Reduction:
@@ -340,18 +340,19 @@ def _weighted(weights: list[float], sizes: Sequence[int], tolerance: float) -> R
 
 
 def _by_runs(model: nn.Module, graphs: Sequence[CurvatureGraph], batches: Batches, loss: Loss | None) -> Reduction:
-    """The model is run on parts of the first batch, in evaluation mode: gradients of parameters tell what counts."""
+    """The model is run on sub-batches of the first batch, in evaluation mode: its gradients tell what counts."""
     tolerance, batch = _tolerance(graphs[0]), next(iter(batches.examples.values()))
     model.eval()
     for first, second in _halves(batch.size):
         samples = first, second, torch.cat([first, second])
         one, two, both = (
-            parameter_gradient(model, part_of(graphs[0], batch, picked), loss, graphs[0].written) for picked in samples
+            parameter_gradient(model, sub_batch(graphs[0], batch, picked), loss, graphs[0].written)
+            for picked in samples
         )
         if _usable(one) and _usable(two) and _usable(both):
             break
     else:
-        raise ReductionError(f"the loss has no gradient on parts of the first batch to tell it by, so {_ADVICE}")
+        raise ReductionError(f"the loss has no gradient on sub-batches of the first batch to tell it by, so {_ADVICE}")
     if torch.equal(first, second):
         factors = (_factor(both, one, tolerance) / 2,) * 2
     else:
@@ -385,8 +386,8 @@ def _confirm_runs(
         return
     shares, written = found.shares(batches.sizes), graphs[0].written
     scale = sum(shares[k] for k, _ in chosen) if found.kind != "sum" else 1.0
-    parts = [shares[k] / scale * parameter_gradient(model, batch, loss, written) for k, batch in chosen if shares[k]]
-    _same([parameter_gradient(model, whole, loss, written)], [torch.stack(parts).sum(0)], tolerance)
+    terms = [shares[k] / scale * parameter_gradient(model, batch, loss, written) for k, batch in chosen if shares[k]]
+    _same([parameter_gradient(model, whole, loss, written)], [torch.stack(terms).sum(0)], tolerance)
 
 
 def _denominator(graph: CurvatureGraph, batch: Batch) -> float:
@@ -398,17 +399,17 @@ def _denominator(graph: CurvatureGraph, batch: Batch) -> float:
     constants, found = Constants(graph, batch.tensors), 1.0
     node = graph.nodes[graph.loss]
     while True:
-        source = graph.nodes[node.inputs[0]] if node.inputs else node
-        if node.op in ("aten.div.Tensor", "aten.div.Scalar") and source.kind is not Kind.CONST:
+        first = graph.nodes[node.inputs[0]] if node.inputs else node
+        if node.op in ("aten.div.Tensor", "aten.div.Scalar") and first.kind is not Kind.CONST:
             divisor = node.args[1]
             value = constants.value(node.inputs[1]) if len(node.inputs) > 1 else torch.as_tensor(divisor)
             if value is None or value.numel() != 1:
                 break
             return found * float(value)
         if node.op.startswith("aten.mean."):
-            return found * prod(source.shape) / max(prod(node.shape), 1)
+            return found * prod(first.shape) / max(prod(node.shape), 1)
         passed = node.kind is Kind.STRUCTURAL or node.op in ("aten.neg.default", "aten.mul.Scalar")
         if not passed or len(node.inputs) != 1:
             break
-        node = source
+        node = first
     raise ReductionError(f"the weights of the batches cannot be read off a loss that ends in {node.where}: {_ADVICE}")

@@ -1,4 +1,4 @@
-"""The capture stage: checks, trace, conversion, batch layout, points."""
+"""The capture stage: checks, recording, conversion, batch axes, points."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from dag_hesse._capture.batch import Batch, check_devices, check_finite, check_no_transform, check_tensors, one_batch
 from dag_hesse._capture.convert import convert
-from dag_hesse._capture.coupling import annotate
+from dag_hesse._capture.interaction import annotate
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.points import default_points, points_like, resolve_points
 from dag_hesse._capture.record import record
@@ -25,7 +25,7 @@ Points = Sequence[str] | str | Callable[[CurvatureGraph], Sequence[Point]] | Non
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` has wrapped, if it has: the capture traces by itself."""
+    """The module that ``torch.compile`` has wrapped, if it has: the capture records by itself."""
     return getattr(model, "_orig_mod", model)
 
 
@@ -67,8 +67,8 @@ def _check_rules(graph: CurvatureGraph) -> None:
             raise NonDifferentiableError(f"{node.where} has no derivative, and lies on the path to the loss.")
 
 
-def trace(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: str | None = None) -> CurvatureGraph:
-    """Trace, type, verify and annotate; the graph has no points yet."""
+def captured(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: str | None = None) -> CurvatureGraph:
+    """Record, type, verify and annotate; the graph has no points yet."""
     batch, model = one_batch(batch), unwrapped(model)
     if output is not None and not isinstance(output, str):
         raise OptionError(f"output is a {type(output).__name__}; expected the name of a module or tap.")
@@ -95,7 +95,7 @@ def capture(
         loss: ``callable(output, targets) -> scalar``; None: the model's own, or inferred from the targets' dtype.
         output: name of the module or tap that the loss consumes, where it cannot be inferred.
         points: names, glob patterns or parameter names; None picks at most 16 from the module tree. A callable
-            takes the traced graph and returns points.
+            takes the captured graph and returns points.
         space: ``"activation"`` or ``"parameter"``: what a module's name stands for.
 
     Returns:
@@ -112,7 +112,7 @@ def capture(
         >>> [point.name for point in graph.points]
         ['1']
     """
-    graph = trace(model, batch, loss=loss, output=output)
+    graph = captured(model, batch, loss=loss, output=output)
     model = unwrapped(model)
     if callable(points):
         graph.points = tuple(points(graph))
@@ -149,13 +149,13 @@ def capture_all(
             first, wanted = graph, partial(points_like, graph, unwrapped(model))
     assert first is not None
     graphs = [by_signature[signature] for signature in batches.signatures]
-    if any(graph.fresh for graph in by_signature.values()) and len(graphs) > 1:
+    if any(graph.batch_bound for graph in by_signature.values()) and len(graphs) > 1:
         graphs = []  # what one batch put in is not another's, and it draws after the one before
         with preserved():
             for batch in batches:
                 graphs.append(take(batch, wanted))
-                assert graphs[-1].ends is not None
-                graphs[-1].ends.restore()
+                assert graphs[-1].rng_after is not None
+                graphs[-1].rng_after.restore()
     for graph in graphs:
         if [p.shape for p in graph.points] != [p.shape for p in first.points]:
             raise BatchError(
@@ -176,7 +176,7 @@ def needs_split(graphs: Sequence[CurvatureGraph]) -> None:
         met = _beside_out(graph)
         if met is not None:
             raise CaptureError(
-                f"at {met.where} the loss combines the model's output with a point that it reads beside it, so the "
+                f"at {met.where} the loss combines the model's output with a point that it uses beside it, so the "
                 "Hessian does not part into Gauss–Newton and tensor part by the output alone: take HessianOperator, "
                 "leave that point out, or name with output= what the loss should be a function of."
             )

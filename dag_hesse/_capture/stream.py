@@ -1,4 +1,4 @@
-"""The batches of one loss: held in memory, or read again from their loader in every pass."""
+"""The batches of one loss: held in memory, or iterated again by their loader in every pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _END = object()
 _ADVICE = (
     "Products need the same batches in the same order: use shuffle=False (or shuffle and augment with PyTorch's, "
     "Python's or NumPy's global generator, which is set back before every pass), pass a list of batches, or raise "
-    "memory= so that the batches are read once and held."
+    "memory= so that the batches are taken once and held."
 )
 
 
@@ -26,21 +26,21 @@ class Batches:
     """The batches of one loss, in order; iterate to have them.
 
     One batch, and those of a list, stay where they are. A loader's are held while they take no more than a quarter of
-    ``memory`` bytes (None: of what is free). A larger loader is read again in every pass, from the state that the
+    ``memory`` bytes (None: of what is free). A larger loader is iterated again in every pass, from the state that the
     global random generators had in the first one, and must give what it gave then.
 
     Args:
-        source: a batch, or an iterable of batches (:func:`~dag_hesse._capture.batch.one_batch` says of what form).
+        batches: a batch, or an iterable of batches (:func:`~dag_hesse._capture.batch.one_batch` says of what form).
 
     Attributes:
         sizes, signatures: samples, and shapes and dtypes, per batch.
         examples: the first batch of each signature.
-        held: the batches in memory; None where the loader is read again.
+        held: the batches in memory; None where the loader is iterated again.
 
     Raises:
         OptionError: ``memory`` is no positive integer.
         BatchError: a batch of an unknown form, or none at all.
-        MemoryBudgetError: an iterator, which can be read once only, gives more than may be held.
+        MemoryBudgetError: an iterator, which can be iterated once only, gives more than may be held.
 
     Example:
         >>> import torch
@@ -51,22 +51,22 @@ class Batches:
         ([4, 4, 2], None, 3)
     """
 
-    def __init__(self, source: Any, memory: int | None = None) -> None:
+    def __init__(self, batches: Any, memory: int | None = None) -> None:
         budget = Budget.of(memory)
         check_no_transform()
         self.sizes: list[int] = []
         self.signatures: list[Any] = []
         self.examples: dict[Any, Batch] = {}
         self.held: list[Batch] | None = []
-        self._source, self._start = source, RandomState.now()
+        self._batches, self._start = batches, RandomState.now()
         self._checksums: list[int] = []
-        if is_one(source) or not isinstance(source, Iterable):
-            self._take(one_batch(source))
-        elif isinstance(source, list):
-            for item in source:
+        if is_one(batches) or not isinstance(batches, Iterable):
+            self._take(one_batch(batches))
+        elif isinstance(batches, list):
+            for item in batches:
                 self._take(one_batch(item))
         else:
-            self._read_first(budget.batches)
+            self._first_pass(budget.batches)
         if not self.sizes:
             raise BatchError(NO_BATCHES)
 
@@ -78,7 +78,7 @@ class Batches:
             yield from self.held
             return
         number = 0
-        for number, batch in enumerate(self._read(), 1):
+        for number, batch in enumerate(self._pass(), 1):
             self._check(number, batch)
             yield batch
         if number < len(self):
@@ -101,7 +101,7 @@ class Batches:
         """Where the batches lie."""
         return next(iter(self.examples.values())).tensors[0].device
 
-    def check_mode(self, batch_mode: str) -> None:
+    def check_batch_mode(self, batch_mode: str) -> None:
         """Raise :class:`BatchError` where the batch mode holds one batch, and there are more."""
         if batch_mode == "joint" and len(self) > 1:
             raise BatchError(
@@ -119,28 +119,28 @@ class Batches:
         if self.held is not None:
             self.held.append(batch)
 
-    def _read_first(self, limit: int) -> None:
+    def _first_pass(self, limit: int) -> None:
         used = 0
-        for batch in self._read():
+        for batch in self._pass():
             self._take(batch)
             self._checksums.append(_checksum(batch))
             used += sum(t.numel() * t.itemsize for t in batch.tensors)
-            if used > limit and isinstance(self._source, Iterator):
+            if used > limit and isinstance(self._batches, Iterator):
                 raise MemoryBudgetError(
-                    f"an iterator can be read once only, and {len(self)} of its batches already take "
+                    f"an iterator can be iterated once only, and {len(self)} of its batches already take "
                     f"{used / 2**30:.2f} GiB of the {limit / 2**30:.2f} GiB allowed (a quarter of memory=, or of "
                     "what is free): pass what can be iterated again (a DataLoader, say), or raise memory=."
                 )
             if used > limit:
                 self.held = None
 
-    def _read(self) -> Iterator[Batch]:
+    def _pass(self) -> Iterator[Batch]:
         """One pass over the loader. It draws from generators of its own time, whatever else does in between."""
         state, iterator = self._start, None
         while True:
             with preserved():
                 state.restore()
-                iterator = iter(self._source) if iterator is None else iterator
+                iterator = iter(self._batches) if iterator is None else iterator
                 item = next(iterator, _END)
                 state = RandomState.now()
             if item is _END:

@@ -1,4 +1,4 @@
-"""Marking tensors by name, from the user's code or from forward hooks."""
+"""Tapping tensors by name, from the user's code or from forward hooks."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Marker(Protocol):
-    """What takes marks while a model runs."""
+class Tapper(Protocol):
+    """What takes taps while a model runs."""
 
     def tap(self, x: Tensor, name: str) -> Tensor:
         """Note ``x`` under a name; use the result in its place."""
 
 
-_marker: ContextVar[Marker | None] = ContextVar("marker", default=None)
+_tapper: ContextVar[Tapper | None] = ContextVar("tapper", default=None)
 
 
 def tap(x: Tensor, name: str) -> Tensor:
-    """Mark ``x`` as a point called ``name``; outside capture this returns ``x`` itself.
+    """Tap ``x`` as a point called ``name``; outside capture this returns ``x`` itself.
 
     Args:
         x: any floating-point tensor of the forward pass.
@@ -43,18 +43,18 @@ def tap(x: Tensor, name: str) -> Tensor:
         >>> dag_hesse.tap(x, "gate") is x
         True
     """
-    marker = _marker.get()
-    return x if marker is None else marker.tap(x, name)
+    tapper = _tapper.get()
+    return x if tapper is None else tapper.tap(x, name)
 
 
 @contextmanager
-def marking(marker: Marker) -> Iterator[None]:
-    """Context in which :func:`tap` leaves its mark with ``marker``."""
-    token = _marker.set(marker)
+def tapping(tapper: Tapper) -> Iterator[None]:
+    """Context in which :func:`tap` goes to ``tapper``."""
+    token = _tapper.set(tapper)
     try:
         yield
     finally:
-        _marker.reset(token)
+        _tapper.reset(token)
 
 
 def _labels(tree: Mapping[Any, Any]) -> dict[Any, str]:

@@ -53,7 +53,7 @@ class Trail:
         buffers: names of the model's buffers, by id.
         device: where indices are wanted.
         owner: path of the module that runs.
-        fresh: whether a constant may be of this batch only: it came from outside of PyTorch.
+        batch_bound: whether a constant may be of this batch only: it came from outside of PyTorch.
     """
 
     before: Snapshot
@@ -67,8 +67,8 @@ class Trail:
     taps: dict[str, list[int]] = field(default_factory=dict)
     guards: list[Guard] = field(default_factory=list)
     modules: dict[str, str] = field(default_factory=dict)
-    fresh: bool = False
-    _cuts: dict[int, int] = field(default_factory=dict)
+    batch_bound: bool = False
+    _detached: dict[int, int] = field(default_factory=dict)
 
     def leaf(self, op: str, value: Tensor, kind: Kind, name: str) -> int:
         """A node that no op makes."""
@@ -80,12 +80,12 @@ class Trail:
         """A leaf that holds a tensor which was not computed here."""
         if value.requires_grad and not value.is_leaf:
             raise CaptureError(
-                f"the forward reads a tensor of shape {tuple(value.shape)} that was computed before, with a gradient "
-                f"({value.grad_fn}), at {self.source()}: compute it inside the forward, or detach() it."
+                f"the forward uses a tensor of shape {tuple(value.shape)} that was computed before, with a gradient "
+                f"({value.grad_fn}), at {self.line()}: compute it inside the forward, or detach() it."
             )
         known = self.buffers.get(id(value))
         value = value.to(self.device) if name == "index" else value  # it was found on the CPU
-        self.fresh |= known is None and name == "" and not self.before.knows(value)
+        self.batch_bound |= known is None and name == "" and not self.before.knows(value)
         index = self.leaf("const", value, Kind.CONST, known or name or f"constant{len(self.constants)}")
         self.constants[index] = value.detach()
         return index
@@ -94,16 +94,16 @@ class Trail:
         """Whether derivatives may pass the node."""
         return self.nodes[node].kind not in (Kind.CONST, Kind.INPUT)
 
-    def cut(self, node: int) -> int:
+    def detach(self, node: int) -> int:
         """The value of a node, without its past."""
         if not self.has_past(node):
             return node
-        if node not in self._cuts:
-            source = self.nodes[node]
-            self._cuts[node] = self.emit(
-                aten.detach.default, (At(node),), Like(source.shape, source.dtype), constant=True
+        if node not in self._detached:
+            whole = self.nodes[node]
+            self._detached[node] = self.emit(
+                aten.detach.default, (At(node),), Like(whole.shape, whole.dtype), constant=True
             )
-        return self._cuts[node]
+        return self._detached[node]
 
     def emit(
         self,
@@ -139,7 +139,7 @@ class Trail:
         node = Node(
             index=len(self.nodes), op=name, target=op, args=placed, kwargs=options, inputs=tuple(inputs),
             shape=tuple(like.shape), dtype=like.dtype, kind=kind, output=output, owner=self.owner,
-            source=self.source(), draws=drawn(op),
+            line=self.line(), draws=drawn(op),
         )  # fmt: skip
         self.nodes.append(node)
         return node.index
@@ -172,7 +172,7 @@ class Trail:
         """A leaf for a tensor that a lowering made up."""
         return self.constant(value, "literal")
 
-    def source(self) -> str:
+    def line(self) -> str:
         """The innermost line of the user's own code."""
         frame = sys._getframe(2)
         while frame is not None:
@@ -185,7 +185,7 @@ class Trail:
 
 @cache
 def is_internal(path: str) -> bool:
-    """Whether a source file is PyTorch's, or part of the recording."""
+    """Whether a file of code is PyTorch's, or part of the recording."""
     return path.startswith("<") or any(part in path for part in _INTERNAL)
 
 

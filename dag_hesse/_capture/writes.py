@@ -138,9 +138,9 @@ def _slice(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = 
     return (dim, *slice(start, end).indices(x.shape[dim])[:2], step)
 
 
-def view_step(op: Any, args: Sequence[Any], kwargs: dict[str, Any], source: Tensor, x: Tensor, number: int) -> Step:
-    """How ``x``, an output of ``op``, is seen in ``source``."""
-    name, here, there = str(op), Like(tuple(source.shape), source.dtype), Like(tuple(x.shape), x.dtype)
+def view_step(op: Any, args: Sequence[Any], kwargs: dict[str, Any], base: Tensor, x: Tensor, number: int) -> Step:
+    """How ``x``, an output of ``op``, is seen in ``base``."""
+    name, here, there = str(op), Like(tuple(base.shape), base.dtype), Like(tuple(x.shape), x.dtype)
     if name == "aten.detach.default":  # where it is the user's, autograd sees no past in the result
         return Step(aten.alias.default, (), here, there)
     if name in _SPLITS:
@@ -152,7 +152,7 @@ def view_step(op: Any, args: Sequence[Any], kwargs: dict[str, Any], source: Tens
         dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
         return Step(aten.select.int, (dim, number), here, there)
     if name == "aten.slice.Tensor":
-        return Step(op, _slice(source, *args[1:]), here, there)
-    usual = args and args[0] is source and name not in _BY_PLACE and not kwargs
-    found = None if usual else by_place(source, x, x.dtype)
+        return Step(op, _slice(base, *args[1:]), here, there)
+    usual = args and args[0] is base and name not in _BY_PLACE and not kwargs
+    found = None if usual else by_place(base, x, x.dtype)
     return found or Step(op, tuple(args[1:]), here, there)

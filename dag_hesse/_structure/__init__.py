@@ -1,4 +1,4 @@
-"""What is provable before any FLOP: zero blocks, dead tensor parts, rank bounds, coupling (design §3, structure)."""
+"""What is provable before any FLOP: zero blocks and tensor parts, rank bounds, interaction (design §3, structure)."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dag_hesse import _core
-from dag_hesse.ir import Coupling, CurvatureGraph, Kind
+from dag_hesse.ir import CurvatureGraph, Interaction, Kind
 from dag_hesse.rules.table import pairs_of, rule_for
 
 
@@ -50,11 +50,11 @@ class Structure:
 
 def _edges(graph: CurvatureGraph) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Edges a derivative can pass, between nodes that reach the loss."""
-    alive = graph.ancestors([graph.loss])
+    reaching = graph.ancestors([graph.loss])
     found = [
         (parent, node.index)
         for node in graph.nodes
-        if node.is_differentiable and alive[node.index]
+        if node.is_differentiable and reaching[node.index]
         for parent in dict.fromkeys(node.inputs)
         if graph.nodes[parent].is_float
     ]
@@ -62,13 +62,13 @@ def _edges(graph: CurvatureGraph) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     return table[:, 0].copy(), table[:, 1].copy()
 
 
-def _interaction_pairs(graph: CurvatureGraph, *, loss_side: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _meeting_pairs(graph: CurvatureGraph, *, loss_side: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pairs of nodes that meet in a second derivative of an op of the loss (or of the model)."""
-    alive, in_loss = graph.ancestors([graph.loss]), graph.loss_subgraph
+    reaching, in_loss = graph.ancestors([graph.loss]), graph.loss_subgraph
     found = [
         (node.inputs[i], node.inputs[j])
         for node in graph.nodes
-        if alive[node.index] and in_loss[node.index] == loss_side
+        if reaching[node.index] and in_loss[node.index] == loss_side
         for i, j in pairs_of(node)
         if graph.nodes[node.inputs[i]].is_float and graph.nodes[node.inputs[j]].is_float
     ]
@@ -81,13 +81,13 @@ def _loss_rank(graph: CurvatureGraph) -> int:
     size = sum(graph.per_sample_numel(index) for index in graph.out)
     if len(graph.out) != 1:
         return size
-    alive = graph.ancestors([graph.loss])
+    reaching = graph.ancestors([graph.loss])
     index = graph.out[0]
     while True:
-        readers = [k for k in graph.children[index] if alive[k]]
-        if len(readers) != 1:
+        children = [k for k in graph.children[index] if reaching[k]]
+        if len(children) != 1:
             return size
-        node = graph.nodes[readers[0]]
+        node = graph.nodes[children[0]]
         shifted = rule_for(node).shifted if node.is_differentiable else None
         if shifted is not None:
             classes = node.shape[node.args[shifted]]
@@ -103,14 +103,14 @@ def _distances(graph: CurvatureGraph) -> NDArray[np.int64]:
     for k, point in enumerate(points):
         for site in point.sites:
             site_of.setdefault(site, set()).add(k)
-    alive, count = graph.ancestors([graph.loss]), len(points)
+    reaching, count = graph.ancestors([graph.loss]), len(points)
     far = np.iinfo(np.int64).max // 4
     hops = np.full((count, count + 1), far)  # the last column is the loss
     for k, point in enumerate(points):
         seen, stack = set(point.sites), list(point.sites)
         while stack:
             for child in graph.children[stack.pop()]:
-                if child in seen or not alive[child] or graph.nodes[child].kind is Kind.CONST:
+                if child in seen or not reaching[child] or graph.nodes[child].kind is Kind.CONST:
                     continue
                 seen.add(child)
                 others = site_of.get(child, set()) - {k}
@@ -134,31 +134,29 @@ def _distances(graph: CurvatureGraph) -> NDArray[np.int64]:
 
 def analyze_structure(graph: CurvatureGraph) -> Structure:
     """Analyze a graph that has points. No numerics: works on any size."""
-    source, target = _edges(graph)
-    members = np.array([site for point in graph.points for site in point.sites], dtype=np.int64)
-    groups = np.array([k for k, point in enumerate(graph.points) for _ in point.sites], dtype=np.int64)
+    inputs, children = _edges(graph)
+    sites = np.array([site for point in graph.points for site in point.sites], dtype=np.int64)
+    points = np.array([k for k, point in enumerate(graph.points) for _ in point.sites], dtype=np.int64)
     count = len(graph.points)
-    reached = _core.reach(len(graph.nodes), source, target, members, groups, count)
-    alive = [
-        _core.interactions(reached, *_interaction_pairs(graph, loss_side=side)).astype(bool) for side in (True, False)
-    ]
+    reached = _core.reach(len(graph.nodes), inputs, children, sites, points, count)
+    alive = [_core.meetings(reached, *_meeting_pairs(graph, loss_side=side)).astype(bool) for side in (True, False)]
     capacity = np.array([graph.per_sample_numel(k) for k in range(len(graph.nodes))], dtype=np.int64)
     sinks = np.array(graph.out, dtype=np.int64)
     cuts = np.array(
-        [_core.min_cut(source, target, capacity, np.array(p.sites, dtype=np.int64), sinks) for p in graph.points],
+        [_core.min_cut(inputs, children, capacity, np.array(p.sites, dtype=np.int64), sinks) for p in graph.points],
         dtype=np.int64,
     )
     dims = np.array([point.dim for point in graph.points], dtype=np.int64)
     rank = np.minimum(np.minimum(cuts[:, None], cuts[None, :]), _loss_rank(graph))
     rank = np.where(alive[0], rank, 0)
     shared = np.minimum(rank * graph.batch_size, np.minimum(dims[:, None], dims[None, :]))
-    return Structure(graph, alive[0], alive[1], rank, shared, _distances(graph), _coupled_node(graph))
+    return Structure(graph, alive[0], alive[1], rank, shared, _distances(graph), _first_interaction(graph))
 
 
-def _coupled_node(graph: CurvatureGraph) -> str:
+def _first_interaction(graph: CurvatureGraph) -> str:
     """Where samples first interact on the way to ``out``, for messages; empty if nowhere."""
     on_path = graph.ancestors(graph.out)
     for node in graph.nodes:
-        if on_path[node.index] and node.kind is not Kind.CONST and graph.couplings[node.index] is Coupling.MIXED:
+        if on_path[node.index] and node.kind is not Kind.CONST and graph.interactions[node.index] is Interaction.MIXED:
             return node.where
     return ""

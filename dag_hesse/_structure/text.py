@@ -10,12 +10,12 @@ def render(structure: Structure) -> str:
     graph, names = structure.graph, structure.names
     width = max(len(name) for name in names)
     alive = structure.alive
-    dead_h, dead_t = int((~alive).sum()), int((~structure.tensor_alive).sum())
-    coupling = structure.coupled
+    zero_h, zero_t = int((~alive).sum()), int((~structure.tensor_alive).sum())
+    first = structure.coupled
     lines = [
         f"{len(names)} points, {len(graph.nodes)} nodes, batch {graph.batch_size}",
-        f"provably zero: {dead_h} of {len(names) ** 2} blocks, {dead_t} tensor parts",
-        "samples: " + (f"interact, first at {coupling}" if coupling else "independent up to the loss"),
+        f"provably zero: {zero_h} of {len(names) ** 2} blocks, {zero_t} tensor parts",
+        "samples: " + (f"interact, first at {first}" if first else "independent up to the loss"),
         *(f"batch axis lost at {where}" for where in graph.lost),
         "opaque ops: " + (", ".join(sorted({node.op for node in graph.opaque})) or "none"),
         "",

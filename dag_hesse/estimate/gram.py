@@ -33,7 +33,7 @@ def _sizes(graph: CurvatureGraph, how: str) -> list[int]:
 def _out_tensors(graph: CurvatureGraph, z: Tensor, how: str) -> dict[int, Tensor]:
     pieces = z.split(_sizes(graph, how), dim=-1)
     return {
-        k: to_tensor(piece, graph.nodes[k].shape, graph.layouts[k], how)
+        k: to_tensor(piece, graph.nodes[k].shape, graph.batch_axes[k], how)
         for k, piece in zip(graph.out, pieces, strict=True)
     }
 
@@ -43,7 +43,7 @@ def _out_vector(graph: CurvatureGraph, found: dict[int, Tensor], like: Tensor, h
         to_vector(
             found.get(k, like.new_zeros(1).expand(like.shape[0], *graph.nodes[k].shape)),
             graph.nodes[k].shape,
-            graph.layouts[k],
+            graph.batch_axes[k],
             how,
         )
         for k in graph.out
@@ -99,7 +99,7 @@ def _rows(
     graph, points = entry.graph, entry.points
     separable = graph.separable_loss
     roots, signs = _factor(loss_hessian(graph, lin, 4 * problem.chunk))
-    unbatched = any(p.kind == "parameter" or any(graph.layouts[k] is None for k in p.sites) for p in points)
+    unbatched = any(p.kind == "parameter" or any(graph.batch_axes[k] is None for k in p.sites) for p in points)
     alone = separable and graph.separable and not unbatched and entry.sample is None
     how = "each" if alone else problem.how
     sites = {k for point in points for k in point.sites}

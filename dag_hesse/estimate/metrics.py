@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dag_hesse.estimate.norms import Array, Norm, NormTable
 from dag_hesse.plan import Method, Plan
-from dag_hesse.plan.schedule import Methods
+from dag_hesse.plan.data import Methods
 
 METRICS = ("resonance", "coupling", "stable_rank", "gn_gap", "gn_norm", "tensor_norm")
 _EPSILON = 1e-30  # keeps the GN-gap of a block without GN part finite
@@ -44,7 +44,7 @@ def _stable_rank(table: NormTable, pair: tuple[int, int], resonance: Norm) -> tu
     spectral, error = table.spectral[pair]
     if not spectral.any():
         return float("nan"), 0.0
-    if table.mode == "per_sample":
+    if table.batch_mode == "per_sample":
         some = spectral > 0
         value = float((squares[some] / spectral[some] ** 2).mean())
         off = float((np.broadcast_to(error, spectral.shape)[some] / spectral[some]).mean())

@@ -37,11 +37,11 @@ class Norm:
 class NormTable:
     """Frobenius norms of the parts of each unordered pair, and the full block's spectral norm per group.
 
-    ``mode`` fixes how groups (samples) are put together: ``per_sample`` averages norms, ``joint`` takes the norm of the
-    block-diagonal whole; ``shared`` has one group.
+    ``batch_mode`` fixes how groups (samples) are put together: ``per_sample`` averages norms, ``joint`` takes the norm
+    of the block-diagonal whole; ``shared`` has one group.
     """
 
-    mode: str
+    batch_mode: str
     frobenius: dict[str, dict[tuple[int, int], Norm]] = field(default_factory=lambda: {part: {} for part in PARTS})
     spectral: dict[tuple[int, int], tuple[Array, Array]] = field(default_factory=dict)  # (values, errors) per group
     squares: dict[tuple[int, int], Array] = field(default_factory=dict)  # ‖H_g‖_F² per group, of the full block
@@ -49,7 +49,7 @@ class NormTable:
     def aggregate(self, squares: Array) -> Array:
         """Norm of the whole from squared Frobenius norms (…, groups) -> (…)."""
         squares = np.maximum(squares, 0.0)
-        if self.mode == "per_sample":
+        if self.batch_mode == "per_sample":
             return np.sqrt(squares).mean(-1)
         return np.sqrt(squares.sum(-1))
 

@@ -15,7 +15,7 @@ from dag_hesse.estimate.krylov import spectral_norms
 from dag_hesse.estimate.norms import PARTS, Array, NormTable
 from dag_hesse.estimate.products import Products
 from dag_hesse.plan import Method, Plan
-from dag_hesse.plan.schedule import SPECTRAL_STEPS
+from dag_hesse.plan.data import SPECTRAL_STEPS
 from dag_hesse.sweep import Problem
 
 Progress = Callable[[str, int, int], None]  # (stage, sweeps done, sweeps predicted)
@@ -70,7 +70,7 @@ def estimate(
         seed: of the probes; the global RNG is not touched.
         progress: called with (stage, sweeps done, sweeps predicted).
     """
-    table = NormTable(problem.mode)
+    table = NormTable(problem.batch_mode)
     _zeros(plan, problem, table)
     count = len(plan.structure.names)
     pairs = [(v, w) for v in range(count) for w in range(v, count)]

@@ -1,15 +1,15 @@
 """The shared vocabulary: typed nodes, their kinds, and the graph they form."""
 
-from dag_hesse.ir.graph import BatchLayout, Coupling, CurvatureGraph, Point
+from dag_hesse.ir.graph import BatchAxis, CurvatureGraph, Interaction, Point
 from dag_hesse.ir.node import Guard, Kind, Node, Ref, bind, rebind
 from dag_hesse.ir.printer import render, render_around
 from dag_hesse.ir.verifier import verify
 
 __all__ = [
-    "BatchLayout",
-    "Coupling",
+    "BatchAxis",
     "CurvatureGraph",
     "Guard",
+    "Interaction",
     "Kind",
     "Node",
     "Point",

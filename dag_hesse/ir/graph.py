@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import prod
 
@@ -13,7 +13,7 @@ from dag_hesse.ir.node import Guard, Kind, Node
 from dag_hesse.randomness import RandomState
 
 
-class Coupling(str, Enum):
+class Interaction(str, Enum):
     """How a node's tensor depends on the samples of the batch."""
 
     NONE = "none"  # the same for every sample: parameters, constants
@@ -26,13 +26,34 @@ class Coupling(str, Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class BatchLayout:
-    """Where the samples lie: ``axis`` has size ``outer · batch · inner`` with the sample in the middle factor."""
+class BatchAxis:
+    """Where the samples lie: ``axis`` has size ``outer · batch · inner``; the middle factor counts samples.
+
+    Those of the whole batch, in a graph; in the walk that finds them also some, from number ``start`` on.
+    """
 
     axis: int
     outer: int
     batch: int
     inner: int
+    start: int = 0
+
+    @property
+    def size(self) -> int:
+        """Of the axis."""
+        return self.outer * self.batch * self.inner
+
+    def at(self, axis: int) -> BatchAxis:
+        """The same along another axis."""
+        return replace(self, axis=axis)
+
+    def line(self) -> torch.Tensor:
+        """The sample number at every place of the axis."""
+        return self.start + torch.arange(self.size, device="cpu") // self.inner % self.batch
+
+    def whole(self, batch: int) -> BatchAxis | None:
+        """Itself, where it holds all samples of the batch."""
+        return self if self.batch == batch and self.start == 0 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +94,19 @@ class CurvatureGraph:
     modules: dict[str, str] = field(default_factory=dict)  # module path -> class name, in call order
     points: tuple[Point, ...] = ()
     children: list[list[int]] = field(default_factory=list, repr=False)
-    layouts: list[BatchLayout | None] = field(default_factory=list, repr=False)
-    couplings: list[Coupling] = field(default_factory=list, repr=False)
+    batch_axes: list[BatchAxis | None] = field(default_factory=list, repr=False)
+    interactions: list[Interaction] = field(default_factory=list, repr=False)
     separable_loss: bool = False  # whether the loss is a sum over samples of functions of their own slice of out
     separable: bool = False  # whether, moreover, out's slices depend on their own sample alone
     split: bool = True  # whether ``out`` is known; where not, it is the loss, and there is no Gauss–Newton part
     guards: tuple[Guard, ...] = ()  # values that Python looked at
-    fresh: bool = False  # whether the forward made constants out of sight: the graph is of its own batch only
+    batch_bound: bool = False  # whether the forward made constants out of sight: the graph is of its own batch only
     value: float = float("nan")  # of the loss, as it was recorded
     written: tuple[torch.Tensor, ...] = ()  # tensors of the model's that its forward writes to
-    starts: RandomState | None = None  # random states before and after the recorded forward
-    ends: RandomState | None = None
-    unread: frozenset[str] = frozenset()  # taps that the loss does not read
-    lost: tuple[str, ...] = ()  # where the batch axis could not be followed: op, module and source line
+    rng_before: RandomState | None = None  # random states around the recorded forward
+    rng_after: RandomState | None = None
+    unused: frozenset[str] = frozenset()  # taps that the loss does not depend on
+    lost: tuple[str, ...] = ()  # where the batch axis could not be followed: op, module and line
     _in_loss: tuple[tuple[int, ...], int, list[bool]] | None = field(
         default=None, init=False, repr=False, compare=False
     )
@@ -107,11 +128,11 @@ class CurvatureGraph:
         """Nodes differentiated by autograd on their op alone."""
         return tuple(node for node in self.nodes if node.kind is Kind.OPAQUE)
 
-    def descendants(self, sources: Iterable[int]) -> list[bool]:
-        """Mark the nodes that a derivative reaches from ``sources`` (which are included)."""
+    def descendants(self, sites: Iterable[int]) -> list[bool]:
+        """Mark the nodes that a derivative reaches from ``sites`` (which are included)."""
         marked = [False] * len(self.nodes)
-        for source in sources:
-            marked[source] = True
+        for site in sites:
+            marked[site] = True
         for node in self.nodes:
             if not marked[node.index] and node.kind is not Kind.CONST:
                 marked[node.index] = any(marked[parent] for parent in node.inputs)
@@ -128,9 +149,9 @@ class CurvatureGraph:
                     marked[parent] = marked[parent] or self.nodes[parent].is_float
         return marked
 
-    def active(self, starts: Iterable[int]) -> list[bool]:
-        """Mark the nodes between ``starts`` and the loss: what a sweep from them passes."""
-        return [a and b for a, b in zip(self.descendants(starts), self.ancestors([self.loss]), strict=True)]
+    def active(self, sites: Iterable[int]) -> list[bool]:
+        """Mark the nodes between ``sites`` and the loss: what a sweep from them passes."""
+        return [a and b for a, b in zip(self.descendants(sites), self.ancestors([self.loss]), strict=True)]
 
     @property
     def loss_subgraph(self) -> list[bool]:
@@ -149,6 +170,10 @@ class CurvatureGraph:
         """Real numbers of a node's tensor that belong to one sample."""
         node = self.nodes[index]
         each = 2 if node.dtype.is_complex else 1
-        if self.couplings and self.couplings[index] in (Coupling.SEPARATE, Coupling.MIXED) and self.layouts[index]:
+        if (
+            self.interactions
+            and self.interactions[index] in (Interaction.SEPARATE, Interaction.MIXED)
+            and self.batch_axes[index]
+        ):
             return each * node.numel // self.batch_size
         return each * prod(node.shape)

@@ -55,9 +55,9 @@ class Node:
     output: int | None = None
     name: str = ""  # parameter, buffer or input name
     owner: str = ""  # module that ran the op
-    source: str = ""  # file:line in the user's code
+    line: str = ""  # file:line in the user's code
     taps: list[str] = field(default_factory=list)
-    draws: bool = False  # whether it draws random numbers: it runs once, in its turn, whoever reads it
+    draws: bool = False  # whether it draws random numbers: it runs once, in its turn, whoever uses it
 
     @property
     def numel(self) -> int:
@@ -84,9 +84,9 @@ class Node:
 
     @property
     def where(self) -> str:
-        """Op, module and source line, for messages."""
-        parts = [self.op, f"in module '{self.owner}'" if self.owner else "", f"at {self.source}" if self.source else ""]
-        return " ".join(part for part in parts if part)
+        """Op, module and line, for messages."""
+        words = [self.op, f"in module '{self.owner}'" if self.owner else "", f"at {self.line}" if self.line else ""]
+        return " ".join(word for word in words if word)
 
 
 @dataclass(frozen=True, slots=True)

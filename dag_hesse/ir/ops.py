@@ -1,4 +1,4 @@
-"""Custom ops that exist only in captured graphs: the tap marker, a value given to a tensor behind autograd's back, row
+"""Custom ops that exist only in captured graphs: the tap, a value given to a tensor behind autograd's back, row
 standardization, BatchNorm in eval mode, and a matrix product with a bias in the order of operands that contractions
 share.
 """

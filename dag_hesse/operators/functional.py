@@ -87,14 +87,14 @@ def chosen_parameters(model: nn.Module, params: Any, param_filter: Any) -> list[
 
 
 def read_parameters(chosen: Sequence[str], model: nn.Module, graph: CurvatureGraph) -> tuple[Point, ...]:
-    """The chosen parameters as points; the blocks of those that the loss does not read are zero.
+    """The chosen parameters as points; the blocks of those that the loss does not depend on are zero.
 
     Raises:
-        PointError: it reads none.
+        PointError: it depends on none.
     """
-    alive = graph.ancestors([graph.loss])
-    if not any(name in graph.parameters and alive[graph.parameters[name]] for name in chosen):
-        raise PointError(f"no parameter is left to differentiate by: the loss reads none of {list(chosen)[:4]}.")
+    reaching = graph.ancestors([graph.loss])
+    if not any(name in graph.parameters and reaching[graph.parameters[name]] for name in chosen):
+        raise PointError(f"no parameter is left to differentiate by: the loss depends on none of {list(chosen)[:4]}.")
     return parameter_points(chosen, model, graph)
 
 

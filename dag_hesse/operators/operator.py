@@ -34,21 +34,21 @@ class CurvatureOperator(SymmetricOperator):
         loss: ``callable(output, targets) -> scalar``; None: the model's own, or inferred.
         params: parameters to differentiate by: a list of the model's own, or a dict or list for a callable model.
             Vectors go through them in this order (by default as ``model.parameters()`` does); blocks of those that the
-            loss does not read are zero.
+            loss does not depend on are zero.
         space: ``"parameter"`` (default: all parameters that require gradients) or ``"activation"``.
         points: names or globs, instead of all parameters (or of the points chosen).
         param_filter: glob, globs, or ``callable(name, parameter) -> bool`` that picks among the parameters.
         output: name of what the loss consumes, where it cannot be inferred.
         batch_mode: meaning of the batch axis of activations, ``"shared"`` or ``"joint"``.
         reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
-            a callable that gives a batch's weight; None: found by evaluating the loss on parts of a batch (for a mean,
-            a loader that is not held is read once more).
+            a callable that gives a batch's weight; None: found by evaluating the loss on sub-batches (for a mean,
+            a loader that is not held is iterated once more).
         memory: as for :func:`~dag_hesse.analyze`: bytes that each product may use, and what is kept between them.
         verify: as for :func:`~dag_hesse.analyze`: what the captured graph is held against, once.
 
     Raises:
         DagHesseError: as :func:`~dag_hesse.analyze`; :class:`~dag_hesse.errors.VectorError` for a bad vector;
-            :class:`~dag_hesse.errors.UnstableLoaderError` where a loader that is read again changes;
+            :class:`~dag_hesse.errors.UnstableLoaderError` where a loader that is iterated again changes;
             :class:`~dag_hesse.errors.ReductionError` where the losses of batches do not add up to one.
     """
 
@@ -79,7 +79,7 @@ class CurvatureOperator(SymmetricOperator):
                 "params= and param_filter= pick among all parameters: not with points= or space='activation'."
             )
         batches = Batches(batch, memory)
-        batches.check_mode(batch_mode)
+        batches.check_batch_mode(batch_mode)
         wanted: Any = points
         own = chosen_parameters(module, params, param_filter) if points is None and space == "parameter" else []
         if own:
@@ -141,12 +141,12 @@ class CurvatureOperator(SymmetricOperator):
         problem, parameters = self._problem, dict(self.model.named_parameters())
         shapes, dtypes = [], []
         for name, k in zip(names, self._order, strict=True):
-            if k is None:  # the loss does not read it
+            if k is None:  # the loss does not depend on it
                 shapes.append(tuple(parameters[name].shape))
                 dtypes.append(parameters[name].dtype)
                 continue
             point = problem.points[k]
-            whole = problem.mode == "joint" and problem.groups == 1 and point.kind == "activation"
+            whole = problem.batch_mode == "joint" and problem.groups == 1 and point.kind == "activation"
             shape = (problem.dim(k),) if whole else point.shape
             shapes.append(shape if problem.groups == 1 else (problem.groups, *shape))
             dtypes.append(problem.dtype_of(k))
@@ -193,12 +193,12 @@ class CurvatureOperator(SymmetricOperator):
     def refresh(self) -> None:
         """Linearize anew at the parameters' present values.
 
-        Nothing is captured again, unless a module went to another mode (``train()``, ``eval()``) or has other settings:
-        numbers, flags and functions among its attributes, submodules, hooks, what a loss function was given.
+        Nothing is captured again, unless a module has another training flag (``train()``, ``eval()``) or other
+        settings: numbers, flags and functions among its attributes, submodules, hooks, what a loss function was given.
         """
         watch = self._problem.watch
         settings = watch.settings()
-        if watch.changed_modes() or watch.differ(settings):
+        if watch.changed_training_flags() or watch.differ(settings):
             self._set_up()
             return
         self._problem.release()

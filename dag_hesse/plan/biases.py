@@ -31,7 +31,7 @@ def absorb_biases(graph: CurvatureGraph) -> CurvatureGraph:
 
 
 def _product(graph: CurvatureGraph, node: Node) -> Node | None:
-    """The matrix product to whose columns ``node`` adds one number each, if it does that and is its only reader."""
+    """The matrix product to whose columns ``node`` adds one number each, if it does that and is its only child."""
     if node.op != "aten.add.Tensor" or node.kind is Kind.CONST or node.kwargs or len(set(node.inputs)) != 2:
         return None
     for product, bias in ((graph.nodes[i], graph.nodes[j]) for i, j in (node.inputs, node.inputs[::-1])):

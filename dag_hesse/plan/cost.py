@@ -34,11 +34,11 @@ def _node_cost(graph: CurvatureGraph, node: Node) -> Cost:
     return Cost(product_flops(graph, node), moved * size)
 
 
-def path_cost(graph: CurvatureGraph, starts: Iterable[int]) -> Cost:
-    """Cost of one product through every node between ``starts`` and the loss (one tangent, or one adjoint channel)."""
-    reached, alive = graph.descendants(starts), graph.ancestors([graph.loss])
+def path_cost(graph: CurvatureGraph, sites: Iterable[int]) -> Cost:
+    """Cost of one product through every node between ``sites`` and the loss (one tangent, or one adjoint channel)."""
+    reached, reaching = graph.descendants(sites), graph.ancestors([graph.loss])
     total = Cost()
     for node in graph.nodes:
-        if node.is_differentiable and alive[node.index] and any(reached[k] for k in node.inputs):
+        if node.is_differentiable and reaching[node.index] and any(reached[k] for k in node.inputs):
             total = total + _node_cost(graph, node)
     return total

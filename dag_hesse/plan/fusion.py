@@ -1,7 +1,7 @@
 """Pointwise-region collapse: connected elementwise ops become one node (design §3, fuse). Graph in, graph out.
 
-A region grows from its last op towards the inputs, as long as every reader of what it takes in is inside and a sweep
-moves no more tensors than before. What only a region reads of constants is evaluated inside it.
+A region grows from its last op towards the inputs, as long as every child of what it takes in is inside and a sweep
+moves no more tensors than before. What only a region needs of constants is evaluated inside it.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class _Grower:
     def constant(self, k: int) -> bool:
         """Whether a node may be evaluated inside: no point reaches it, and it draws nothing.
 
-        A cut (a detach, a mask) of what a point reaches stays outside, though no derivative passes it: inside, it would
-        make that an input of the region, through which the graph lets derivatives pass.
+        What is detached of what a point reaches (or a mask) stays outside, though no derivative passes it: inside, it
+        would make that an input of the region, through which the graph lets derivatives pass.
         """
         node = self.graph.nodes[k]
         reached = self.reached[k] or any(self.reached[i] for i in node.inputs)
@@ -96,11 +96,11 @@ class _Grower:
     def cost(self, members: set[int]) -> int:
         """Tensors of partials that a sweep reads."""
         node = self.node(members) if len(members) > 1 else self.graph.nodes[next(iter(members))]
-        live = sum(self.active[i] for i in node.inputs)
+        active = sum(self.active[i] for i in node.inputs)
         found = pairs_of(node)
         curved = [(i, j) for i, j in found if self.active[node.inputs[i]] and self.active[node.inputs[j]]]
         meets = isinstance(node.target, Region) and node.target.meet is not None
-        return live + (1 + bool(curved) if meets else len(curved))
+        return active + (1 + bool(curved) if meets else len(curved))
 
     def meeting(self, members: set[int]) -> int | None:
         """The first member that all active inputs have come to linearly, and only through which they go on."""

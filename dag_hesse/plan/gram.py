@@ -65,7 +65,7 @@ def _columns(graph: CurvatureGraph) -> tuple[int, int]:
     if not graph.separable_loss:
         return size, size
     columns = size // graph.batch_size
-    unbatched = any(p.kind == "parameter" or any(graph.layouts[k] is None for k in p.sites) for p in graph.points)
+    unbatched = any(p.kind == "parameter" or any(graph.batch_axes[k] is None for k in p.sites) for p in graph.points)
     alone = graph.separable and not unbatched
     return (columns if alone else size), size
 

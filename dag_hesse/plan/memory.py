@@ -39,7 +39,7 @@ def _workspace(graph: CurvatureGraph, node: Node, rows: int) -> int:
     return rule_for(node).workspace(node, [graph.nodes[k].shape for k in node.inputs], rows)
 
 
-class _Live:
+class _InMemory:
     """Nodes whose tangents, or adjoints, are in memory; a view keeps its base.
 
     ``bytes`` is of all; what belongs to a leaf is the caller's, or counted apart.
@@ -70,26 +70,26 @@ class _Live:
         return node.bytes * self.copies[base] if node.target is not None else 0
 
 
-def linearization_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
-    """Peak bytes of a linearization from ``starts`` on, forward and back; without the parameters."""
-    return max(_linearized(graph, starts))
+def linearization_bytes(graph: CurvatureGraph, sites: Iterable[int]) -> int:
+    """Peak bytes of a linearization from ``sites`` on, forward and back; without the parameters."""
+    return max(_linearized(graph, sites))
 
 
-def kept_bytes(graph: CurvatureGraph, starts: Iterable[int]) -> int:
-    """Bytes that a linearization from ``starts`` on holds for its sweeps; without parameters, batch and constants."""
-    return _linearized(graph, starts)[-1]
+def kept_bytes(graph: CurvatureGraph, sites: Iterable[int]) -> int:
+    """Bytes that a linearization from ``sites`` on holds for its sweeps; without parameters, batch and constants."""
+    return _linearized(graph, sites)[-1]
 
 
-def _linearized(graph: CurvatureGraph, starts: Iterable[int]) -> tuple[int, int, int]:
+def _linearized(graph: CurvatureGraph, sites: Iterable[int]) -> tuple[int, int, int]:
     """Peak of the forward pass, peak of the backward pass, and what is kept in the end."""
-    prints, values = footprints(graph, graph.active(starts)), _Live(graph)
+    prints, values = footprints(graph, graph.active(sites)), _InMemory(graph)
     return _evaluated(values, prints), *_bound(values, prints)
 
 
-def _evaluated(values: _Live, prints: dict[int, Footprint]) -> int:
+def _evaluated(values: _InMemory, prints: dict[int, Footprint]) -> int:
     """Peak of the forward pass, in which calls are linearized; what they keep is left in ``values``."""
     graph, own, peak = values.graph, 0, 0
-    readers = [len(children) for children in graph.children]
+    uses = [len(children) for children in graph.children]
     for node in graph.nodes:
         if node.target is None:
             continue
@@ -100,18 +100,18 @@ def _evaluated(values: _Live, prints: dict[int, Footprint]) -> int:
         own += kept.bytes
         peak = max(peak, values.bytes + own + _passing(graph, node))
         for k in set(node.inputs):
-            readers[k] -= 1
-            if readers[k] == 0 and graph.nodes[k].target is not None:
+            uses[k] -= 1
+            if uses[k] == 0 and graph.nodes[k].target is not None:
                 values.drop(k)
-        if readers[node.index] == 0 and node.index != graph.loss:
+        if uses[node.index] == 0 and node.index != graph.loss:
             values.drop(node.index)
     return peak
 
 
-def _bound(values: _Live, prints: dict[int, Footprint]) -> tuple[int, int]:
+def _bound(values: _InMemory, prints: dict[int, Footprint]) -> tuple[int, int]:
     """Peak of the backward pass, in which calls take λ, and then hold more or less than before; and the end."""
-    graph, adjoints, peak = values.graph, _Live(values.graph), 0
-    for index in reversed(prints):  # a λ that is handed on, to one that only this op reads, is one tensor
+    graph, adjoints, peak = values.graph, _InMemory(values.graph), 0
+    for index in reversed(prints):  # a λ that is handed on, to one that only this op uses, is one tensor
         for k in _nodes(graph.nodes[index], prints[index].passed):
             if graph.children[k] == [index]:
                 adjoints.bases[k] = adjoints.bases[index]
@@ -137,12 +137,12 @@ def _passing(graph: CurvatureGraph, node: Node) -> int:
 
 def sweep_bytes(
     graph: CurvatureGraph,
-    starts: Iterable[int],
+    sites: Iterable[int],
     reads: Iterable[int],
     channels: int = 1,
     batch_mode: str = "shared",
 ) -> int:
-    """Peak bytes of one probe in so many channels from ``starts`` to ``reads``, with what is read; without the seeds.
+    """Peak bytes of one probe in so many channels from ``sites`` to ``reads``, with what is read; without the seeds.
 
     With ``batch_mode="shared"`` an activation's adjoint is summed over the samples as soon as it is read.
 
@@ -155,41 +155,41 @@ def sweep_bytes(
         >>> sweep_bytes(graph, [site], [site]) >= 4 * 5 * 4  # an adjoint, float32
         True
     """
-    prints, tangents = footprints(graph, graph.active(starts)), _Live(graph)
+    prints, tangents = footprints(graph, graph.active(sites)), _InMemory(graph)
     share = graph.batch_size if batch_mode == "shared" else 1
     return max(_ahead(tangents, prints), _back(tangents, prints, set(reads), channels, share))
 
 
-def _ahead(tangents: _Live, prints: dict[int, Footprint]) -> int:
+def _ahead(tangents: _InMemory, prints: dict[int, Footprint]) -> int:
     """Peak of the tangent pass; what it saves is left in ``tangents``."""
     graph, saved, peak = tangents.graph, 0, 0
     inner = [graph.nodes[k] for k in prints]
     useful = graph.ancestors(k for n in inner if prints[n.index].residual != NOTHING for k in n.inputs)
-    readers, alive = [len({c for c in children if c in prints}) for children in graph.children], set[int]()
+    uses, held = [len({c for c in children if c in prints}) for children in graph.children], set[int]()
     for node in inner:
         residual = prints[node.index].residual
         if useful[node.index]:
             tangents.add(node.index)
-            alive.add(node.index)
+            held.add(node.index)
         saved += residual.bytes
         for k in _nodes(node, residual.slots):
             tangents.add(k)
         peak = max(peak, tangents.bytes + saved)
         for k in set(node.inputs):
-            readers[k] -= 1
-            if readers[k] == 0 and k in alive:
+            uses[k] -= 1
+            if uses[k] == 0 and k in held:
                 tangents.drop(k)
     return peak
 
 
-def _back(tangents: _Live, prints: dict[int, Footprint], reads: set[int], channels: int, share: int) -> int:
+def _back(tangents: _InMemory, prints: dict[int, Footprint], reads: set[int], channels: int, share: int) -> int:
     """Peak of the adjoint pass, which uses up what was saved; of what is read, one ``share``-th is kept."""
     graph = tangents.graph
     in_loss, inner = graph.loss_subgraph, [graph.nodes[k] for k in prints]
     bent = [n for n in inner if prints[n.index].residual != NOTHING and not in_loss[n.index]]
     both = graph.ancestors(k for n in bent for k in n.inputs)  # where the T channel comes by as well
     copies = [channels if on else 1 for on in both]
-    adjoints = _Live(graph, copies)
+    adjoints = _InMemory(graph, copies)
     needed, met, active = graph.descendants(reads), set[int](), {n.index for n in inner} | reads
     saved, found, peak = sum(one.residual.bytes for one in prints.values()), 0, 0
     for node in reversed(inner):
@@ -198,14 +198,14 @@ def _back(tangents: _Live, prints: dict[int, Footprint], reads: set[int], channe
             continue
         working, view = _workspace(graph, node, copies[node.index]), adjoints.bases[node.index] != node.index
         for k in {k for k in node.inputs if k in active and needed[k]}:
-            source = graph.nodes[adjoints.bases[k]]
+            base = graph.nodes[adjoints.bases[k]]
             if k in met:
                 working += 0 if view else graph.nodes[k].bytes * copies[k]  # a term that is to be added
-            elif source.kind is not Kind.PARAM:
+            elif base.kind is not Kind.PARAM:
                 adjoints.add(k)
-            elif source.index == k or source.index not in met:
-                found += source.bytes * copies[k]
-                met.add(source.index)
+            elif base.index == k or base.index not in met:
+                found += base.bytes * copies[k]
+                met.add(base.index)
             met.add(k)
         peak = max(peak, tangents.bytes + saved + adjoints.bytes + found + working)
         saved -= residual.bytes
@@ -217,12 +217,12 @@ def _back(tangents: _Live, prints: dict[int, Footprint], reads: set[int], channe
     return peak
 
 
-def shared_chunk(graph: CurvatureGraph, starts: Iterable[int]) -> int:
+def shared_chunk(graph: CurvatureGraph, sites: Iterable[int]) -> int:
     """Probes that profit from being swept together: as many as keep what an op returns, on average, in the caches.
 
     Where one probe's tensors are too large for them already, weights are cheap to load beside them.
     """
-    active = graph.active(starts)
+    active = graph.active(sites)
     computed = [n.bytes for n in graph.nodes if active[n.index] and n.is_differentiable and n.kind not in _NOT_COMPUTED]
     return max(1, _SHARED_BYTES * len(computed) // max(1, sum(computed)))
 

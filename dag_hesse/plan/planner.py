@@ -1,4 +1,4 @@
-"""From structure and options to a schedule: which pairs by which method, from which source, reading what."""
+"""From structure and options to a plan: which pairs by which method, from which source, reading what."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dag_hesse._structure import Structure
 from dag_hesse.budget import Budget
 from dag_hesse.errors import BatchCouplingError, MemoryBudgetError, choose, integer
 from dag_hesse.plan.cost import Cost
+from dag_hesse.plan.data import Method, Methods, Plan, Source
 from dag_hesse.plan.gram import GramRoute, can_gram, gram_route
 from dag_hesse.plan.memory import probe_chunk, sweep_bytes
-from dag_hesse.plan.schedule import Method, Methods, Plan, Source
 from dag_hesse.plan.sources import sources_of, spectral_cost
 from dag_hesse.plan.task import Pair, Task
 

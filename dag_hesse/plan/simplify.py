@@ -33,7 +33,7 @@ def _is_reshape(node: Node) -> bool:
 
 def simplify(graph: CurvatureGraph) -> CurvatureGraph:
     """The same function with fewer nodes that move data."""
-    return _without_unread_views(_Simplifier(graph).run())
+    return _without_unused_views(_Simplifier(graph).run())
 
 
 def seeded_or_read(graph: CurvatureGraph) -> set[int]:
@@ -45,7 +45,7 @@ def seeded_or_read(graph: CurvatureGraph) -> set[int]:
 def _rebuilt(
     graph: CurvatureGraph, nodes: Sequence[Node], places: Mapping[int, int], origins: Sequence[int]
 ) -> CurvatureGraph:
-    """``graph`` with other nodes: where its own are among them, and per new node an old one with its batch layout."""
+    """``graph`` with other nodes: where its own are among them, and per new node an old one with its batch axis."""
 
     def at(old: Sequence[int]) -> tuple[int, ...]:
         return tuple(places[k] for k in old)
@@ -62,8 +62,8 @@ def _rebuilt(
         points=tuple(replace(point, sites=at(point.sites)) for point in graph.points),
         guards=tuple(replace(guard, node=places[guard.node]) for guard in graph.guards),
         children=[],
-        layouts=[graph.layouts[k] for k in origins],
-        couplings=[graph.couplings[k] for k in origins],
+        batch_axes=[graph.batch_axes[k] for k in origins],
+        interactions=[graph.interactions[k] for k in origins],
     )
 
 
@@ -113,16 +113,16 @@ class _Simplifier:
             full = [slot for slot, k in enumerate(old.inputs) if self.graph.nodes[k].numel]
         else:
             return None
-        source = self.graph.nodes[old.inputs[full[0]]] if len(full) == 1 else None
-        same = source is not None and (source.shape, source.dtype) == (old.shape, old.dtype)
+        given = self.graph.nodes[old.inputs[full[0]]] if len(full) == 1 else None
+        same = given is not None and (given.shape, given.dtype) == (old.shape, old.dtype)
         return full[0] if same else None
 
-    def _may_stand_for(self, old: Node, source: int) -> bool:
-        """Whether what is done to ``old`` can be done to its source: nobody else reads or means that."""
+    def _may_stand_for(self, old: Node, k: int) -> bool:
+        """Whether what is done to ``old`` can be done to its input ``k``: nobody else uses or means that."""
         if old.index not in self.kept:
             return True
-        alone = self.graph.children[source] == [old.index] and self.graph.nodes[source].target is not None
-        return alone and self.places[source] not in self.pinned and source not in self.kept
+        alone = self.graph.children[k] == [old.index] and self.graph.nodes[k].target is not None
+        return alone and self.places[k] not in self.pinned and k not in self.kept
 
     def _base(self, place: int) -> int:
         """What a view shows."""
@@ -158,14 +158,14 @@ class _Simplifier:
         return [bases.get(k, k) for k in inputs]
 
 
-def _without_unread_views(graph: CurvatureGraph) -> CurvatureGraph:
-    """Views are left behind where ops now read what they show."""
-    kept, readers = seeded_or_read(graph), [len(children) for children in graph.children]
+def _without_unused_views(graph: CurvatureGraph) -> CurvatureGraph:
+    """Views are left behind where ops now use what they show."""
+    kept, uses = seeded_or_read(graph), [len(children) for children in graph.children]
     gone: set[int] = set()
     for node in reversed(graph.nodes):
-        if _is_reshape(node) and readers[node.index] == 0 and node.index not in kept:
+        if _is_reshape(node) and uses[node.index] == 0 and node.index not in kept:
             gone.add(node.index)
-            readers[node.inputs[0]] -= 1
+            uses[node.inputs[0]] -= 1
     return without(graph, gone)
 
 

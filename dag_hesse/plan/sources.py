@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from dag_hesse._structure import Structure
 from dag_hesse.plan.cost import Cost, path_cost
-from dag_hesse.plan.schedule import SPECTRAL_STEPS, Method, Source
+from dag_hesse.plan.data import SPECTRAL_STEPS, Method, Source
 from dag_hesse.plan.task import Pair, Task
 
 

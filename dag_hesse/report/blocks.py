@@ -28,6 +28,6 @@ class BlockReader:
             shape = (problem.dim(source), problem.groups, problem.dim(target))
             found = torch.zeros(shape, dtype=problem.dtype, device=problem.device)
         block = found.permute(1, 2, 0) if from_w else found.transpose(0, 1)  # (groups, d_v, d_w)
-        if problem.mode == "joint" and problem.groups > 1:
+        if problem.batch_mode == "joint" and problem.groups > 1:
             return torch.block_diag(*block)
-        return block if problem.mode == "per_sample" else block[0].contiguous()
+        return block if problem.batch_mode == "per_sample" else block[0].contiguous()

@@ -70,9 +70,9 @@ class Call:
 class Linearized(ABC):
     """One call as linear maps: :meth:`bind` once, then :meth:`push` and :meth:`pull` any number of times.
 
-    Every tensor has a leading axis of rows: probes, or probes of both channels. ``push`` and ``pull`` read no values on
-    the host, so that a whole sweep can be recorded and replayed. A tensor that is returned is new, a view of what was
-    given, or a buffer of ``into``.
+    Every tensor has a leading axis of rows: probes, or probes of both channels. ``push`` and ``pull`` look at no values
+    on the host, so that a whole sweep can be recorded and replayed. A tensor that is returned is new, a view of what
+    was given, or a buffer of ``into``.
     """
 
     def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:

@@ -1,4 +1,4 @@
-"""The chain rule through elementwise ops in a row: partials of the last one by some sources.
+"""The chain rule through elementwise ops in a row: partials of the last one by some variables.
 
 Recorded as a program and run in one pass where that can be done (:mod:`dag_hesse.kernels.program`), else op by op.
 """
@@ -38,7 +38,7 @@ class Descent:
 
 
 class Collapsed(ABC):
-    """Members as one function of their sources, by which the partials are numbered."""
+    """Members as one function of their variables, by which the partials are numbered."""
 
     @property
     @abstractmethod
@@ -47,7 +47,7 @@ class Collapsed(ABC):
 
     @abstractmethod
     def descend(self, lam: Tensor, wanted: Sequence[int]) -> Descent:
-        """First partials, and second ones weighted with λ; c_i λ of the sources that are ``wanted``."""
+        """First partials, and second ones weighted with λ; c_i λ of the variables that are ``wanted``."""
 
 
 def rule_of(node: Node) -> Rule:
@@ -62,33 +62,33 @@ def is_active(member: Node) -> bool:
     return member.kind is not Kind.CONST
 
 
-def collapse(members: Members, known: Known, sources: Sequence[int], arena: Arena = FRESH) -> Collapsed:
-    """The last of ``members`` as a function of the values at ``sources``."""
-    if any(rule_of(node).pairs(node) for _, node in _live(members, sources)):
-        recorded = _Recorded.of(members, known, sources, arena)
+def collapse(members: Members, known: Known, variables: Sequence[int], arena: Arena = FRESH) -> Collapsed:
+    """The last of ``members`` as a function of the values at ``variables``."""
+    if any(rule_of(node).pairs(node) for _, node in _reached(members, variables)):
+        recorded = _Recorded.of(members, known, variables, arena)
         if recorded is not None:
             return recorded
-    return _by_op(members, known, sources, arena)
+    return _by_op(members, known, variables, arena)
 
 
-def _by_op(members: Members, known: Known, sources: Sequence[int], arena: Arena) -> _ByOp:
-    if len(sources) == 1:
-        return _OfOne(members, known, sources[0], arena)
-    return _OfSeveral(members, known, sources, arena)
+def _by_op(members: Members, known: Known, variables: Sequence[int], arena: Arena) -> _ByOp:
+    if len(variables) == 1:
+        return _OfOne(members, known, variables[0], arena)
+    return _OfSeveral(members, known, variables, arena)
 
 
-def _live(members: Members, sources: Iterable[int]) -> Iterator[tuple[int, Node]]:
-    """Members that the sources reach."""
-    reached = set(sources)
+def _reached(members: Members, variables: Iterable[int]) -> Iterator[tuple[int, Node]]:
+    """Members that the variables reach."""
+    reached = set(variables)
     for place, node in members:
         if is_active(node) and not reached.isdisjoint(node.inputs):
             reached.add(place)
             yield place, node
 
 
-def _steps(members: Members, known: Known, sources: Sequence[int], arena: Arena) -> Iterator[_Step]:
-    reached = set(sources)
-    for place, node in _live(members, sources):
+def _steps(members: Members, known: Known, variables: Sequence[int], arena: Arena) -> Iterator[_Step]:
+    reached = set(variables)
+    for place, node in _reached(members, variables):
         on = tuple(k in reached for k in node.inputs)
         partials = rule_of(node).partials
         assert partials is not None
@@ -112,15 +112,15 @@ class _ByOp(Collapsed):
 class _OfOne(_ByOp):
     """φ(z): φ' and φ'' by the chain rule, member by member; then h = λ φ''."""
 
-    def __init__(self, members: Members, known: Known, source: int, arena: Arena) -> None:
+    def __init__(self, members: Members, known: Known, variable: int, arena: Arena) -> None:
         self.arena = arena
-        d1: dict[int, Coefficient] = {source: 1.0}
+        d1: dict[int, Coefficient] = {variable: 1.0}
         d2: dict[int, Coefficient] = {}
-        place = source
-        for member, place, first, second in _steps(members, known, [source], arena):
-            sources = [(slot, k) for slot, k in enumerate(member.inputs) if k in d1]
-            d1[place] = _sum_of_products(arena, ((first[slot], d1[k]) for slot, k in sources))
-            terms = [(first[slot], d2[k]) for slot, k in sources if k in d2]
+        place = variable
+        for member, place, first, second in _steps(members, known, [variable], arena):
+            reached = [(slot, k) for slot, k in enumerate(member.inputs) if k in d1]
+            d1[place] = _sum_of_products(arena, ((first[slot], d1[k]) for slot, k in reached))
+            terms = [(first[slot], d2[k]) for slot, k in reached if k in d2]
             for (p, q), h in second.items():
                 i, j = member.inputs[p], member.inputs[q]
                 if i in d1 and j in d1 and p <= q:
@@ -149,10 +149,10 @@ def _sum_of_products(arena: Arena, terms: Iterable[tuple[Coefficient, Coefficien
 class _OfSeveral(_ByOp):
     """φ(x_1 … x_k): D_u of every member u, then Σ_u λ_u φ_u'' D_u D_uᵀ."""
 
-    def __init__(self, members: Members, known: Known, sources: Sequence[int], arena: Arena) -> None:
+    def __init__(self, members: Members, known: Known, variables: Sequence[int], arena: Arena) -> None:
         self.arena = arena
-        self.own: dict[int, dict[int, Coefficient]] = {k: {i: 1.0} for i, k in enumerate(sources)}
-        self.steps = list(_steps(members, known, sources, arena))
+        self.own: dict[int, dict[int, Coefficient]] = {k: {i: 1.0} for i, k in enumerate(variables)}
+        self.steps = list(_steps(members, known, variables, arena))
         for member, place, first, _ in self.steps:
             total: dict[int, Coefficient] = {}
             for slot, k in enumerate(member.inputs):
@@ -203,22 +203,22 @@ _RECORDINGS: dict[Hashable, program.Recording | None] = {}
 
 @final
 class _Recorded(Collapsed):
-    """Programs that make all partials in one pass over the values of the sources, whenever they are asked for."""
+    """Programs that make all partials in one pass over the values of the variables, whenever they are asked for."""
 
-    def __init__(self, members: Members, operands: Known, sources: Sequence[int], like: Tensor, arena: Arena) -> None:
+    def __init__(self, members: Members, operands: Known, variables: Sequence[int], like: Tensor, arena: Arena) -> None:
         self.arena = arena
-        self.members, self.operands, self.sources, self.like = members, operands, sources, like
+        self.members, self.operands, self.variables, self.like = members, operands, variables, like
 
     @classmethod
-    def of(cls, members: Members, known: Known, sources: Sequence[int], arena: Arena) -> _Recorded | None:
+    def of(cls, members: Members, known: Known, variables: Sequence[int], arena: Arena) -> _Recorded | None:
         """None where there is no program for these members and values."""
-        live = dict(_live(members, sources))
-        places = dict.fromkeys(k for node in live.values() for k in node.inputs if k not in live)
+        reached = dict(_reached(members, variables))
+        places = dict.fromkeys(k for node in reached.values() for k in node.inputs if k not in reached)
         operands, out = {k: known[k] for k in places}, known[members[-1][0]]
         like = next((x for x in operands.values() if x.shape == out.shape), None)
         if like is None or program.refuse(None, list(operands.values()), like):
             return None
-        made = cls(list(live.items()), operands, sources, like, arena)
+        made = cls(list(reached.items()), operands, variables, like, arena)
         return None if made._recording() is None or made._recording(like) is None else made
 
     def _code(self, wanted: Sequence[int], *tensors: Tensor) -> dict[Hashable, Any]:
@@ -226,7 +226,7 @@ class _Recorded(Collapsed):
         known = dict(zip(self.operands, tensors, strict=False))
         for place, node in self.members:
             known[place] = execute(node, [known[k] for k in node.inputs])
-        found = _by_op(self.members, known, self.sources, FRESH)
+        found = _by_op(self.members, known, self.variables, FRESH)
         named: dict[Hashable, Any] = {("first", i): c for i, c in found.first.items()}
         if len(tensors) == len(self.operands):
             return named
@@ -238,7 +238,7 @@ class _Recorded(Collapsed):
         given = [*self.operands.values(), *([] if lam is None else [lam])]
         code = [(k, node.op, repr(node.args), repr(node.kwargs), node.inputs) for k, node in self.members]
         kinds = [(x.dtype, tuple(size == 1 for size in x.shape)) for x in given]
-        key = tuple(tuple(part) for part in (code, self.operands, self.sources, kinds, wanted))
+        key = tuple(tuple(part) for part in (code, self.operands, self.variables, kinds, wanted))
         if key not in _RECORDINGS:
             if len(_RECORDINGS) >= _MOST:
                 del _RECORDINGS[next(iter(_RECORDINGS))]

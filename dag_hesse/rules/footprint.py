@@ -83,7 +83,7 @@ def footprint(node: Node, inputs: Sequence[Node], active: Sequence[bool], curved
     """What a call of ``node`` keeps, one probe a row.
 
     Args:
-        node, inputs: the node, and those that it reads.
+        node, inputs: the node, and its inputs.
         active: per slot, whether a point reaches that input.
         curved: whether its second-order term is asked for.
     """

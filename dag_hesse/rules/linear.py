@@ -57,15 +57,15 @@ class _Linear(Linearized):
         return {slot: self._whole(grad, into.get(slot)) for slot in slots}
 
     def _whole(self, grad: Tensor, into: Tensor | None) -> Tensor:
-        """A part's adjoint as the whole's, or added to that."""
+        """A selection's adjoint as the whole's, or added to that."""
         if into is not None:
-            self._part(into).add_(grad)
+            self._selected(into).add_(grad)
             return into
         whole = self.call.arena.empty_as(grad, self.call.values[0]).zero_()
-        self._part(whole).copy_(grad)
+        self._selected(whole).copy_(grad)
         return whole
 
-    def _part(self, whole: Tensor) -> Tensor:
+    def _selected(self, whole: Tensor) -> Tensor:
         return _each_probe(lambda x: self.forward(self.call, (x,)), whole)
 
 
@@ -103,16 +103,16 @@ def linear(
 ) -> Rule:
     """An op linear in its floating-point inputs jointly; ``transpose(call, cotangent, slot)`` is its adjoint.
 
-    Both maps are written for one probe; they must not read the values of active inputs, only their shapes.
-    ``prepare(call)`` is the same call, written so that its products read no values on the host.
+    Both maps are written for one probe; they must not look at the values of active inputs, only their shapes.
+    ``prepare(call)`` is the same call, written so that its products look at no values on the host.
     """
     made = partial(_Linear, forward=forward, transpose=transpose)
     return Rule(kind, lambda call: made(prepare(call)), no_pairs, samples, moves=moves, linear=kind is Kind.STRUCTURAL)
 
 
-def part(samples: Samples, moves: Moves = Moves.VIEW) -> Rule:
+def selection(samples: Samples, moves: Moves = Moves.VIEW) -> Rule:
     """An op whose result is a view of some elements of its only input: cotangents are written to that view."""
     return Rule(Kind.STRUCTURAL, lambda call: _Linear(call, _run, None), no_pairs, samples, moves=moves, linear=True)
 
 
-__all__ = ["linear", "part", "shell"]
+__all__ = ["linear", "selection", "shell"]

@@ -1,4 +1,4 @@
-"""Ops rewritten into ops that have a rule, while the model is traced.
+"""Ops rewritten into ops that have a rule, while the model is recorded.
 
 Order of precedence: an op listed here (or in ``CONCRETE``, where the lowering must see the values of integer tensors)
 is rewritten as given, unless its lowering returns ``NotImplemented``; an op with a rule stays whole; one with a
@@ -39,7 +39,7 @@ def _channels(x: Tensor) -> list[int]:
 
 
 def _statistics(x: Tensor, dims: list[int], eps: float, center: bool = True) -> tuple[Tensor, Tensor]:
-    """Mean and inverse deviation, which a backward pass recorded in a forward reads; else they are dead code."""
+    """Mean and inverse deviation, which a backward pass recorded in a forward uses; else nobody uses them."""
     mean = x.mean(dims, keepdim=True)
     off = x - mean if center else x
     return mean, ((off * off).mean(dims, keepdim=True) + eps).rsqrt()
@@ -304,7 +304,7 @@ LOWERINGS: Mapping[Any, Callable[..., Any]] = {
     **backward.LOWERINGS,
 }
 
-# Torch's own decompositions that would hide something from us (a custom kernel is kept, a cut is seen).
+# Torch's own decompositions that would hide something from us (a custom kernel is kept, a detach is seen).
 _KEEP = {"aten.detach.default", "aten.bernoulli.default"}
 
 

@@ -48,14 +48,14 @@ class _Tape:
 
 def _gradient(of: _Tensors, leaves: _Tensors, seeds: _Tensors, *, on_tape: bool = False) -> list[Tensor]:
     """Gradient of Re⟨of, seeds⟩; zero where nothing depends on a leaf."""
-    live = [(y, seed) for y, seed in zip(of, seeds, strict=True) if y.requires_grad]
+    pairs = [(y, seed) for y, seed in zip(of, seeds, strict=True) if y.requires_grad]
     found: Sequence[Tensor | None] = [None] * len(leaves)
-    if live:
+    if pairs:
         with torch.enable_grad():
             found = torch.autograd.grad(
-                [y for y, _ in live],
+                [y for y, _ in pairs],
                 leaves,
-                [seed for _, seed in live],
+                [seed for _, seed in pairs],
                 create_graph=on_tape,
                 retain_graph=True,
                 allow_unused=True,

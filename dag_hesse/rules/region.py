@@ -53,11 +53,11 @@ def _pairs(node: Node) -> Pairs:
     reach = [frozenset({k}) for k in range(region.inputs)]
     found: set[tuple[int, int]] = set()
     for member in region.members:
-        sources = [reach[k] for k in member.inputs]
-        live = is_active(member)
-        reach.append(frozenset().union(*sources) if live else frozenset())
-        for p, q in rule_of(member).pairs(member) if live else ():
-            found |= {(i, j) for i in sources[p] for j in sources[q]}
+        through = [reach[k] for k in member.inputs]
+        active = is_active(member)
+        reach.append(frozenset().union(*through) if active else frozenset())
+        for p, q in rule_of(member).pairs(member) if active else ():
+            found |= {(i, j) for i in through[p] for j in through[q]}
     return frozenset(found)
 
 
@@ -109,8 +109,8 @@ class _Meeting(Linearized):
 class _Dense(Linearized):
     """y = φ(x_1 … x_k) with partials in every input."""
 
-    def __init__(self, call: Call, sources: Sequence[int], collapsed: Collapsed) -> None:
-        self.sources, self.number = sources, {slot: i for i, slot in enumerate(sources)}
+    def __init__(self, call: Call, variables: Sequence[int], collapsed: Collapsed) -> None:
+        self.variables, self.number = variables, {slot: i for i, slot in enumerate(variables)}
         self.collapsed: Collapsed | None = collapsed
         self.curved, self.arena = call.curved, call.arena
         self.first: list[Coefficient | None] = []
@@ -125,7 +125,7 @@ class _Dense(Linearized):
             return super().bind(lam, slots, into)
         descent = collapsed.descend(lam[0], [self.number[slot] for slot in slots])
         self.first = self._by_slot(descent.first)
-        self.seconds = {(self.sources[i], self.sources[j]): h for (i, j), h in descent.second.items()}
+        self.seconds = {(self.variables[i], self.variables[j]): h for (i, j), h in descent.second.items()}
         return {slot: reduce_to(descent.pulled[self.number[slot]][None], self.shapes[slot]) for slot in slots}
 
     def _by_slot(self, first: dict[int, Coefficient]) -> list[Coefficient | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dag_hesse.ir.node import execute
 from dag_hesse.rules.base import NOTHING, Call, Moves, Rule, Samples
-from dag_hesse.rules.linear import linear, part
+from dag_hesse.rules.linear import linear, selection
 
 aten = torch.ops.aten
 
@@ -46,14 +46,14 @@ def _repeat(c: Call, g: Tensor, slot: int) -> Tensor:
 
 def _cat(c: Call, g: Tensor, slot: int) -> Tensor:
     dim = axes(c.argument(1, "dim", 0), g.ndim)[0]
-    parts = [ref.slot for ref in c.node.args[0]]
-    start = sum(c.shape(p)[dim] for p in parts[: parts.index(slot)] if len(c.shape(p)) == g.ndim)
+    slots = [ref.slot for ref in c.node.args[0]]
+    start = sum(c.shape(p)[dim] for p in slots[: slots.index(slot)] if len(c.shape(p)) == g.ndim)
     return g.narrow(dim, start, c.shape(slot)[dim])
 
 
 def _stack(c: Call, g: Tensor, slot: int) -> Tensor:
-    parts = [ref.slot for ref in c.node.args[0]]
-    return g.select(c.argument(1, "dim", 0), parts.index(slot))
+    slots = [ref.slot for ref in c.node.args[0]]
+    return g.select(c.argument(1, "dim", 0), slots.index(slot))
 
 
 def _flip(c: Call, g: Tensor, slot: int) -> Tensor:
@@ -172,7 +172,7 @@ def _view() -> Rule:
 
 
 def _identity() -> Rule:
-    """An op of ours that marks a tensor."""
+    """An op of ours that taps a tensor."""
     return linear(_reshape, Samples.ELEMENTWISE, lambda c, inputs: inputs[0], moves=Moves.SAME | Moves.ORDERED)
 
 
@@ -192,8 +192,8 @@ TABLE: dict[str, Rule] = {
     "aten.t.default": linear(lambda c, g, slot: g.t(), Samples.TRANSPOSE, moves=Moves.VIEW),
     "aten.expand.default": linear(_expand, Samples.EXPAND, moves=Moves.SAME | Moves.VIEW),
     "aten.repeat.default": linear(_repeat, Samples.REPEAT),
-    "aten.slice.Tensor": part(Samples.SLICE, Moves.SAME | Moves.VIEW),
-    "aten.select.int": part(Samples.SELECT),
+    "aten.slice.Tensor": selection(Samples.SLICE, Moves.SAME | Moves.VIEW),
+    "aten.select.int": selection(Samples.SELECT),
     "aten.cat.default": linear(_cat, Samples.CAT, moves=Moves.SAME),
     "aten.stack.default": linear(_stack, Samples.STACK),
     "aten.flip.default": linear(_flip, Samples.FLIP),

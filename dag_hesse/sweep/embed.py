@@ -12,23 +12,23 @@ from math import prod
 import torch
 from torch import Tensor
 
-from dag_hesse.ir import BatchLayout, CurvatureGraph, Kind, Point
+from dag_hesse.ir import BatchAxis, CurvatureGraph, Kind, Point
 from dag_hesse.sweep.engine import Adjoint, Read
 
 MODES = ("sum", "each", "whole")
 
 
-def _factors(shape: Sequence[int], layout: BatchLayout) -> tuple[int, int, int, int, int]:
-    before, after = prod(shape[: layout.axis]), prod(shape[layout.axis + 1 :])
-    return before, layout.outer, layout.batch, layout.inner, after
+def _factors(shape: Sequence[int], batch_axis: BatchAxis) -> tuple[int, int, int, int, int]:
+    before, after = prod(shape[: batch_axis.axis]), prod(shape[batch_axis.axis + 1 :])
+    return before, batch_axis.outer, batch_axis.batch, batch_axis.inner, after
 
 
-def to_tensor(z: Tensor, shape: Sequence[int], layout: BatchLayout | None, how: str) -> Tensor:
+def to_tensor(z: Tensor, shape: Sequence[int], batch_axis: BatchAxis | None, how: str) -> Tensor:
     """Vectors (probes, groups, dim) -> perturbation (probes, *shape)."""
     probes = z.shape[0]
-    if layout is None:
+    if batch_axis is None:
         return z.reshape(probes, *shape)
-    before, outer, batch, inner, after = _factors(shape, layout)
+    before, outer, batch, inner, after = _factors(shape, batch_axis)
     if how == "sum":
         spread = z.reshape(probes, before, outer, 1, inner, after)
         return spread.expand(-1, -1, -1, batch, -1, -1).reshape(probes, *shape)
@@ -36,14 +36,14 @@ def to_tensor(z: Tensor, shape: Sequence[int], layout: BatchLayout | None, how: 
     return each.permute(0, 2, 3, 1, 4, 5).reshape(probes, *shape)
 
 
-def to_vector(x: Tensor, shape: Sequence[int], layout: BatchLayout | None, how: str) -> Tensor:
+def to_vector(x: Tensor, shape: Sequence[int], batch_axis: BatchAxis | None, how: str) -> Tensor:
     """Adjoint (probes, *shape) -> vectors (probes, groups, dim): the transpose of :func:`to_tensor`."""
     probes = x.shape[0]
-    if layout is None:
+    if batch_axis is None:
         return x.reshape(probes, 1, prod(shape))
-    before, outer, batch, inner, after = _factors(shape, layout)
+    before, outer, batch, inner, after = _factors(shape, batch_axis)
     if how == "sum" and outer == inner == 1:
-        return x.sum(1 + layout.axis).reshape(probes, 1, -1)  # as x lies in memory
+        return x.sum(1 + batch_axis.axis).reshape(probes, 1, -1)  # as x lies in memory
     split = x.reshape(probes, before, outer, batch, inner, after)
     if how == "sum":
         return split.sum(3).reshape(probes, 1, prod(shape) // batch)
@@ -54,7 +54,7 @@ def to_vector(x: Tensor, shape: Sequence[int], layout: BatchLayout | None, how: 
 def seed(graph: CurvatureGraph, point: Point, z: Tensor, how: str) -> dict[int, Tensor]:
     """Perturbations of a point's nodes: the same at all calls of a module, consecutive pieces for joined parameters."""
     if point.kind == "activation":
-        return {k: to_tensor(z, graph.nodes[k].shape, graph.layouts[k], how) for k in point.sites}
+        return {k: to_tensor(z, graph.nodes[k].shape, graph.batch_axes[k], how) for k in point.sites}
     sizes = [graph.nodes[k].numel for k in point.sites]
     pieces = z.split(sizes, dim=-1)
     return {k: to_tensor(piece, graph.nodes[k].shape, None, how) for k, piece in zip(point.sites, pieces, strict=True)}
@@ -65,7 +65,7 @@ def reader(graph: CurvatureGraph, how: str) -> Read:
 
     def read(k: int, x: Tensor) -> Tensor:
         node = graph.nodes[k]
-        return to_vector(x, node.shape, None if node.kind is Kind.PARAM else graph.layouts[k], how)
+        return to_vector(x, node.shape, None if node.kind is Kind.PARAM else graph.batch_axes[k], how)
 
     return read
 

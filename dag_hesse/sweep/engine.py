@@ -70,7 +70,7 @@ def _sum(arena: Arena, x: Tensor, y: Tensor) -> Tensor:
 def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], channels: str) -> dict[int, Saved]:
     """Tangent pass; returns the residuals of second-order terms at inputs that are ``needed``, per node."""
     graph, tangents, residuals = lin.graph, dict(seeds), dict[int, Saved]()
-    readers = [len(children) for children in graph.children]
+    uses = [len(children) for children in graph.children]
     useful, bends = lin.feeds[channels], lin.bends[channels]
     for node in graph.nodes[min(seeds, default=len(graph.nodes)) :]:
         call, out = lin.calls.get(node.index), useful[node.index]
@@ -83,8 +83,8 @@ def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], c
             if saved is not None:
                 residuals[node.index] = saved
         for k in set(node.inputs):
-            readers[k] -= 1
-            if readers[k] == 0:
+            uses[k] -= 1
+            if uses[k] == 0:
                 tangents.pop(k, None)
     return residuals
 

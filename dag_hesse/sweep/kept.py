@@ -24,7 +24,7 @@ class Linearizations:
     """Iterate to have each entry with its linearization, in order.
 
     Args:
-        model: the module whose parameters are read.
+        model: the module whose parameters are used.
         batches: what is linearized at.
         entries: which batches and samples; the graph of one whose forward goes another way is replaced.
         tensor_part: whether the T channel is wanted.

@@ -28,7 +28,7 @@ class Linearization:
 
     Args:
         graph: captured graph with points.
-        model: where parameters are read from.
+        model: whose parameters are used.
         tensors: the batch's tensors.
         sites: nodes that will be seeded or read; only nodes between them and the loss are linearized.
         tensor_part: whether second-order terms of model ops will be wanted.
@@ -93,7 +93,7 @@ class Linearization:
 
     def _forward(self, parameters: dict[str, Tensor], tensors: list[Tensor]) -> Tensor:
         values: dict[int, Tensor] = {}
-        readers = [len(children) for children in self.graph.children]
+        uses = [len(children) for children in self.graph.children]
         for node in self.graph.nodes:
             if node.target is None:
                 values[node.index] = self._leaf(node.index, parameters, tensors)
@@ -108,10 +108,10 @@ class Linearization:
                     call = Call(node, known, out, on, node.index in self.curved, self.arena)
                     self.calls[node.index] = self._linearize(call)
             for k in set(node.inputs):
-                readers[k] -= 1
-                if readers[k] == 0 and k != self.graph.loss:
+                uses[k] -= 1
+                if uses[k] == 0 and k != self.graph.loss:
                     del values[k]
-            if readers[node.index] == 0 and node.index != self.graph.loss:  # it was looked at, or drawn
+            if uses[node.index] == 0 and node.index != self.graph.loss:  # it was looked at, or drawn
                 del values[node.index]
         return values[self.graph.loss].reshape(())
 
@@ -182,10 +182,10 @@ class Linearization:
 
     def mask(self, index: int, x: Tensor) -> Tensor:
         """Zero all samples but ``self.sample`` in a tensor at node ``index``, probes in front or not."""
-        layout = self.graph.layouts[index]
-        if self.sample is None or layout is None:
+        batch_axis = self.graph.batch_axes[index]
+        if self.sample is None or batch_axis is None:
             return x
-        axis = layout.axis + x.ndim - len(self.graph.nodes[index].shape)
-        places = torch.arange(x.shape[axis], device=x.device) // layout.inner % layout.batch
+        axis = batch_axis.axis + x.ndim - len(self.graph.nodes[index].shape)
+        places = torch.arange(x.shape[axis], device=x.device) // batch_axis.inner % batch_axis.batch
         keep = (places == self.sample).reshape([-1 if k == axis else 1 for k in range(x.ndim)])
         return x * keep

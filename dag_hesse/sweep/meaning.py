@@ -34,14 +34,14 @@ class Meaning:
 
     Attributes:
         graph: of the first batch; points and types are read there.
-        mode: ``"shared"``, ``"per_sample"`` or ``"joint"``.
+        batch_mode: ``"shared"``, ``"per_sample"`` or ``"joint"``.
         how: vectors are embedded: ``"sum"``, ``"each"`` or ``"whole"`` (:mod:`dag_hesse.sweep.embed`).
         entries: what is swept, one after the other.
         shares: the factor of every batch's loss in the whole.
     """
 
     graph: CurvatureGraph
-    mode: str
+    batch_mode: str
     how: str
     entries: tuple[Entry, ...]
     shares: tuple[float, ...]
@@ -54,7 +54,7 @@ class Meaning:
     @property
     def separate_groups(self) -> bool:
         """Whether every sample has a block of its own (then results have a group per sample)."""
-        return self.mode == "per_sample" or self.how == "each"
+        return self.batch_mode == "per_sample" or self.how == "each"
 
     @property
     def groups(self) -> int:
@@ -78,28 +78,30 @@ class Meaning:
         return point.dim
 
 
-def read_meaning(graphs: Sequence[CurvatureGraph], sizes: Sequence[int], mode: str, reduction: Reduction) -> Meaning:
-    """What ``mode`` means for batches of these sizes, a graph each, whose losses add up by ``reduction``.
+def read_meaning(
+    graphs: Sequence[CurvatureGraph], sizes: Sequence[int], batch_mode: str, reduction: Reduction
+) -> Meaning:
+    """What ``batch_mode`` means for batches of these sizes, a graph each, whose losses add up by ``reduction``.
 
     Points that have no batch axis (parameters) cannot tell samples apart: then ``per_sample`` sweeps one sample's loss
     at a time, and ``joint`` takes the batch as a whole.
     """
     first = graphs[0]
-    unbatched = any(p.kind == "parameter" or any(first.layouts[k] is None for k in p.sites) for p in first.points)
-    one_by_one = mode == "per_sample" and unbatched
-    if mode == "shared" or one_by_one:
+    unbatched = any(p.kind == "parameter" or any(first.batch_axes[k] is None for k in p.sites) for p in first.points)
+    one_by_one = batch_mode == "per_sample" and unbatched
+    if batch_mode == "shared" or one_by_one:
         how = "sum"
-    elif mode == "per_sample":
+    elif batch_mode == "per_sample":
         how = "each"
     else:
         how = "each" if first.separable and not unbatched else "whole"
-    scales = reduction.per_sample(sizes) if mode == "per_sample" else reduction.shares(sizes)
+    scales = reduction.per_sample(sizes) if batch_mode == "per_sample" else reduction.shares(sizes)
 
     def entries() -> Iterator[Entry]:
         for number, (graph, size, scale) in enumerate(zip(graphs, sizes, scales, strict=True)):
             if one_by_one:
                 yield from (Entry(graph, number, scale, sample) for sample in range(size))
-            elif scale or mode == "per_sample":  # a batch that counts nothing (all of it ignored) has no loss
+            elif scale or batch_mode == "per_sample":  # a batch that counts nothing (all of it ignored) has no loss
                 yield Entry(graph, number, scale, None, size if how == "each" else 1)
 
-    return Meaning(first, mode, how, tuple(entries()), tuple(reduction.shares(sizes)))
+    return Meaning(first, batch_mode, how, tuple(entries()), tuple(reduction.shares(sizes)))

@@ -27,7 +27,7 @@ class Problem:
     """What is to be measured: a model, its batches, its points, and what the batch axis means.
 
     Args:
-        model: the module whose parameters are read.
+        model: the module whose parameters are used.
         graphs, batches: one captured graph per batch (the same object for batches of equal shapes).
         batch_mode: ``"shared"``, ``"per_sample"`` or ``"joint"`` (design §2.3).
         reduction: how the batches' losses add up.
@@ -39,7 +39,7 @@ class Problem:
         memory: bytes that may be used, a quarter of them for linearizations that are kept; None: what is free.
 
     Attributes:
-        points, groups, mode, how, entries, separate_groups: as of :class:`~dag_hesse.sweep.meaning.Meaning`.
+        points, groups, batch_mode, how, entries, separate_groups: as of :class:`~dag_hesse.sweep.meaning.Meaning`.
         watch: notices changes of what was linearized.
     """
 
@@ -58,7 +58,7 @@ class Problem:
         loss: Any = None,
         memory: int | None = None,
     ) -> None:
-        self.model, self.batches, self.reduction, self.mode = model, batches, reduction, batch_mode
+        self.model, self.batches, self.reduction, self.batch_mode = model, batches, reduction, batch_mode
         self._given = list(graphs)
         self._meaning = meaning = read_meaning(graphs, batches.sizes, batch_mode, reduction)
         self.points, self.groups, self.how = meaning.points, meaning.groups, meaning.how
@@ -149,7 +149,7 @@ class Problem:
         """Each entry with its linearization: kept for the next pass while there is room, else made anew.
 
         Raises:
-            UnstableLoaderError: a loader that is read again does not give what it gave first.
+            UnstableLoaderError: a loader that is iterated again does not give what it gave first.
         """
         return iter(self._kept)
 
@@ -162,7 +162,7 @@ class Problem:
             Per request, ``{read point: Blocks}``; shared entries are added, per-sample groups put side by side.
 
         Raises:
-            UnstableLoaderError: a loader that is read again does not give what it gave first.
+            UnstableLoaderError: a loader that is iterated again does not give what it gave first.
             NonFiniteError: second derivatives are not finite.
         """
         return self._runner.run(requests, channels, progress)

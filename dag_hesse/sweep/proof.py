@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from dag_hesse._capture.batch import Batch
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.record import Evidence, gradients, product, slope
-from dag_hesse._capture.run import capture, trace
+from dag_hesse._capture.run import capture, captured
 from dag_hesse._capture.stream import Batches
 from dag_hesse.errors import NonDeterministicError, NonDifferentiableError, NonFiniteError, UnfaithfulCaptureError
 from dag_hesse.ir import CurvatureGraph, Point
@@ -43,7 +43,7 @@ def _off(found: Tensor | None, expected: Tensor, floor: float) -> float:
 
 
 def _sites(graph: CurvatureGraph, evidence: Evidence) -> list[tuple[str, int, Tensor]]:
-    """(name, node, what autograd says) of all parameters and marked tensors that both sides know."""
+    """(name, node, what autograd says) of all parameters and tapped tensors that both sides know."""
     found = [(name, graph.parameters[name], g) for name, g in evidence.parameters.items() if name in graph.parameters]
     for name, calls in evidence.taps.items():
         found += [
@@ -57,11 +57,11 @@ def _sites(graph: CurvatureGraph, evidence: Evidence) -> list[tuple[str, int, Te
 def _names(graph: CurvatureGraph) -> list[str]:
     """Marks that are points."""
     sites = {k for point in graph.points for k in point.sites}
-    return [_marked(name) for name, own in graph.taps.items() if sites.intersection(own)]
+    return [_tap_name(name) for name, own in graph.taps.items() if sites.intersection(own)]
 
 
-def _marked(name: str) -> str:
-    """The mark of a name: the model's output has none of its own."""
+def _tap_name(name: str) -> str:
+    """The tap of a name: the model's output has none of its own."""
     return f"<output>{name.removeprefix('output')}" if name.split(".")[0] == "output" else name
 
 
@@ -241,8 +241,8 @@ def _first_difference(
     model: nn.Module, batch: Batch, loss: Loss | None, output: str | None, written: list[Tensor]
 ) -> str:
     """Where, coming from the loss, adjoints begin to differ."""
-    graph = trace(model, batch, loss=loss, output=output)
-    evidence = gradients(model, batch, loss, [_marked(name) for name in graph.taps], written)
+    graph = captured(model, batch, loss=loss, output=output)
+    evidence = gradients(model, batch, loss, [_tap_name(name) for name in graph.taps], written)
     evidence.taps = {name.replace("<output>", "output"): calls for name, calls in evidence.taps.items()}
     evidence.parameters = {}
     sites = sorted(_sites(graph, evidence), key=lambda site: -site[1])
@@ -268,7 +268,7 @@ def prove_all(
     """:func:`prove` for every graph, on the first batch that it is of."""
     if verify == "none":
         return
-    if any(graph.fresh for graph in graphs):
+    if any(graph.batch_bound for graph in graphs):
         own: Iterable[Batch] = batches
     else:
         own = [batches.examples[signature] for signature in batches.signatures]
@@ -277,8 +277,8 @@ def prove_all(
         if id(graph) not in seen and graph.value == graph.value:  # a batch without a loss counts nothing in a stream
             seen.add(id(graph))
             with preserved():
-                if graph.starts is not None:
-                    graph.starts.restore()
+                if graph.rng_before is not None:
+                    graph.rng_before.restore()
                 prove(graph, model, batch, loss, output)
                 if verify == "product":
                     _prove_product(graph, model, batch, loss)

@@ -17,7 +17,7 @@ _SAMPLES = 64  # elements of a tensor that are looked at
 
 
 class Watch:
-    """Notes parameters, the buffers that a graph reads, and the batches that are held.
+    """Notes parameters, the buffers that a graph uses, and the batches that are held.
 
     Version counters miss what goes through ``.data``, so the memory that tensors lie in is noted too, and some of
     their elements.
@@ -44,11 +44,11 @@ class Watch:
 
     def note(self, settings: list[Any] | None = None) -> None:
         """Take everything as it is now for what it should be; :meth:`settings`, where they are known already."""
-        self._training = self.modes()
-        self._read = {x.data_ptr() for x in self._constants.values()}
+        self._training = self.training_flags()
+        self._used = {x.data_ptr() for x in self._constants.values()}
         self._settings = self.settings() if settings is None else settings
         now = self._present()
-        self._marks = {name: _mark(x) for name, x in now.items()}
+        self._identities = {name: _identity(x) for name, x in now.items()}
         self._views = {name: _some(x) for name, x in now.items()}
         alike: dict[Any, list[str]] = {}
         for name, view in self._views.items():
@@ -56,13 +56,13 @@ class Watch:
         self._groups = list(alike.values())
         self._values = [self._elements(names) for names in self._groups]
 
-    def modes(self) -> list[bool]:
-        """Which modules are in training mode."""
+    def training_flags(self) -> list[bool]:
+        """The training flags of all modules."""
         return [module.training for module in self.model.modules()]
 
-    def changed_modes(self) -> bool:
-        """Whether a module went to another mode."""
-        return self.modes() != self._training
+    def changed_training_flags(self) -> bool:
+        """Whether the training flag of a module is another one."""
+        return self.training_flags() != self._training
 
     def settings(self) -> list[Any]:
         """What a forward may go by besides tensors: modules and their hooks, numbers, flags, functions, constants."""
@@ -73,7 +73,7 @@ class Watch:
                 if name in _STRUCTURE:
                     found += (*value, *map(id, value.values()))
                 elif isinstance(value, Tensor):
-                    found.append(value.data_ptr() in self._read and (name, value.data_ptr()))
+                    found.append(value.data_ptr() in self._used and (name, value.data_ptr()))
                 elif not name.startswith("_") and name != "training" and (plain := _plain(value)) is not None:
                     found += (name, plain)
         return found
@@ -84,13 +84,13 @@ class Watch:
 
     def changes(self) -> list[str]:
         """Names of what is not what it was."""
-        found = [name for name, x in self._present().items() if self._marks.get(name) != _mark(x)]
+        found = [name for name, x in self._present().items() if self._identities.get(name) != _identity(x)]
         for names, old in zip(self._groups, self._values, strict=True):
             new = self._elements(names)
             if not torch.equal(new, old):
                 pieces = zip(names, new.split(self._sizes(names)), old.split(self._sizes(names)), strict=True)
                 found += [name for name, a, b in pieces if name not in found and not torch.equal(a, b)]
-        return found + (["the training mode"] if self.changed_modes() else [])
+        return found + (["the training flags"] if self.changed_training_flags() else [])
 
     def _elements(self, names: list[str]) -> Tensor:
         return torch.cat([self._views[name] for name in names])
@@ -129,7 +129,7 @@ def _cells(loss: Any) -> list[Any]:
     return [*found, _plain(getattr(loss, "__defaults__", None) or ())]
 
 
-def _mark(x: Tensor) -> Any:
+def _identity(x: Tensor) -> Any:
     return id(x), x.data_ptr(), 0 if x.is_inference() else x._version, x.shape
 
 

@@ -139,7 +139,7 @@ def _checkpointed(m: Any, z: Tensor) -> Tensor:
     return checkpoint(lambda t: m.c(t).cos(), z, use_reentrant=False)
 
 
-def _unread_dropout(m: Any, z: Tensor) -> Tensor:
+def _unused_dropout(m: Any, z: Tensor) -> Tensor:
     F.dropout(z, 0.5)
     torch.rand(3)
     return F.dropout(z, 0.5) * torch.rand_like(z)
@@ -225,7 +225,7 @@ SITUATIONS: dict[str, Callable[[], nn.Module]] = {
     "rotation by complex numbers": lambda: Around(_rotary),
     "straight-through": lambda: Around(_straight_through),
     "checkpoints": lambda: Around(_checkpointed, c=linear()),
-    "dropout that nobody reads": lambda: Around(_unread_dropout),
+    "dropout that nobody uses": lambda: Around(_unused_dropout),
     "noise": lambda: Around(_noise),
     "RReLU": lambda: Around(lambda m, z: F.rrelu(z, training=True) * F.rrelu(z) + F.rrelu_(z.clone(), 0.1, 0.2)),
     "complex parts at odd offsets": lambda: Around(

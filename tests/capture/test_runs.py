@@ -217,7 +217,7 @@ def test_constants_of_a_batch_are_those_of_its_own_random_draws() -> None:
     assert error(found, sum(parts) / 2) < 1e-10
 
 
-def test_a_loss_that_reads_a_parameter_beside_the_output_has_no_parts() -> None:
+def test_a_loss_that_uses_a_parameter_beside_the_output_has_no_parts() -> None:
     model = Around(lambda m, z: z.sin(), s=nn.Parameter(torch.tensor(0.3)))
     weighted = lambda o, y: (-model.s).exp() * F.cross_entropy(o, y) + model.s  # noqa: E731
     added = lambda o, y: F.cross_entropy(o, y) + model.s.square() + model.a.weight.square().sum()  # noqa: E731

@@ -181,7 +181,7 @@ def test_partials_of_rules_recorded_and_op_by_op(
     torch.manual_seed(0)
     call = make_call(name, sample, dtype)  # type: ignore[arg-type]
     exact = make_call(name, sample, dtype)  # type: ignore[arg-type]
-    sources = [slot for slot, on in enumerate(call.active) if on]
+    variables = [slot for slot, on in enumerate(call.active) if on]
     place = len(call.values)
     found = []
     for least, one in ((0, call), (1 << 60, exact)):
@@ -189,12 +189,12 @@ def test_partials_of_rules_recorded_and_op_by_op(
         monkeypatch.setattr(chain, "_RECORDINGS", {})
         values = tuple(v.double() if least and v.is_floating_point() else v for v in call.values)
         known = dict(enumerate([*values, call.out.double() if least else call.out]))
-        collapsed = chain.collapse([(place, one.node)], known, sources)
+        collapsed = chain.collapse([(place, one.node)], known, variables)
         lam = torch.linspace(-1, 2, call.out.numel(), dtype=torch.float64 if least else dtype).reshape(call.out.shape)
-        found.append((collapsed, collapsed.descend(lam, sources)))
+        found.append((collapsed, collapsed.descend(lam, variables)))
     (recorded, mine), (_, theirs) = found
     plain = name.split(".")[1] in BY_OP
-    if len(sources) == 1 and all(v.is_floating_point() and v.shape == call.out.shape for v in call.values):
+    if len(variables) == 1 and all(v.is_floating_point() and v.shape == call.out.shape for v in call.values):
         assert isinstance(recorded, chain._Recorded) != plain or "pow" in name  # as the exponent may be
     for a, b in ((mine.first, theirs.first), (mine.second, theirs.second), (mine.pulled, theirs.pulled)):
         assert {k for k, v in a.items()} == {k for k, v in b.items()}

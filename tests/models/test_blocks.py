@@ -63,7 +63,7 @@ def test_blocks_agree_with_dense_autograd(name: str) -> None:
     truth = truth_of(name)
     check(c, truth, "shared", 1e-10, mode="exact")
     check(c, truth, "joint", 1e-10, mode="exact")
-    if c.couples:
+    if c.interact:
         with pytest.raises(BatchCouplingError, match="interact"):
             report_of(c, "per_sample")
     else:
@@ -80,7 +80,7 @@ def test_single_precision(name: str) -> None:
 @pytest.mark.parametrize("batch_mode", ["shared", "per_sample", "joint"])
 def test_gram_and_auto_agree_with_dense_autograd(name: str, batch_mode: str) -> None:
     c = case(name)
-    if c.couples and batch_mode == "per_sample":
+    if c.interact and batch_mode == "per_sample":
         return
     truth = truth_of(name)
     for mode in ("gram", "auto"):
@@ -119,7 +119,7 @@ def test_structure_claims_no_zero_that_the_oracle_refutes(name: str) -> None:
                 assert float(truth.gn[v, w].norm()) <= 1e-13 * scale
             if not found.tensor_alive[i, j]:
                 assert float((truth.full[v, w] - truth.gn[v, w]).norm()) <= 1e-13 * scale
-            if not c.couples and v in c.names and w in c.names:
+            if not c.interact and v in c.names and w in c.names:
                 rank = torch.linalg.matrix_rank(truth.block(v, w, "gn", "per_sample", samples(c)), rtol=1e-9)
                 assert int(rank.max()) <= found.rank_bound[i, j]
                 shared = torch.linalg.matrix_rank(truth.block(v, w, "gn", "shared"), rtol=1e-9)

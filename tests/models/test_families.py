@@ -33,8 +33,8 @@ def gradient(model: nn.Module, batch: dict[str, Tensor], places: Sequence[Tensor
 
 def turned(first: Sequence[Tensor], places: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
     """The derivative of gradients along a direction, by double-backward."""
-    live = [(g, v) for g, v in zip(first, along, strict=True) if g.requires_grad]
-    found = torch.autograd.grad([g for g, _ in live], places, [v for _, v in live], allow_unused=True)
+    pairs = [(g, v) for g, v in zip(first, along, strict=True) if g.requires_grad]
+    found = torch.autograd.grad([g for g, _ in pairs], places, [v for _, v in pairs], allow_unused=True)
     filled = [torch.zeros_like(p) if g is None else g for g, p in zip(found, places, strict=True)]
     return torch.cat([g.flatten() for g in filled])
 

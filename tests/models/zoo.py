@@ -25,7 +25,7 @@ class Case:
     loss: Callable[..., Tensor] | None = None
     out: str = ""
     axes: Mapping[str, int] = field(default_factory=dict)
-    couples: bool = False  # whether samples interact
+    interact: bool = False  # whether samples interact
     piecewise_linear: bool = False
 
     def run(self) -> Tensor:
@@ -50,7 +50,7 @@ class Case:
 
         return Case(
             self.model.to(device.NAME, dtype), tree_map(move, self.batch), self.names, self.parameters, self.loss, self.out,
-            self.axes, self.couples, self.piecewise_linear,
+            self.axes, self.interact, self.piecewise_linear,
         )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def _resnet(build: Callable[..., nn.Module], training: bool = False, first: int 
     parameters = ("stem.0.weight", "layer2.0.bn1.weight", "head.bias")
     names = ("stem", "layer1", "layer2", "layer3", "layer4")[first:]
     batch = _images(4 if training else 2, 16, 4)  # BatchNorm over fewer values is ill-conditioned
-    return Case(model, batch, names, parameters, couples=training, piecewise_linear=relu and not training)
+    return Case(model, batch, names, parameters, interact=training, piecewise_linear=relu and not training)
 
 
 def _plain() -> Case:
@@ -110,7 +110,7 @@ def _diamond(merge: str) -> Case:
 
 
 class Dense(nn.Module):
-    """A DenseNet-style block: every layer reads all earlier outputs."""
+    """A DenseNet-style block: every layer uses all earlier outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -280,7 +280,7 @@ def _batch_norm_cnn() -> Case:
         nn.Conv2d(3, 2, 3, bias=False), nn.Flatten(), nn.Linear(2, 3),
     )  # fmt: skip
     _randomize_statistics(model)
-    return Case(model, _images(3, 6, 3, 2), ("0", "2", "4"), ("0.weight", "1.weight", "4.weight"), couples=True)
+    return Case(model, _images(3, 6, 3, 2), ("0", "2", "4"), ("0.weight", "1.weight", "4.weight"), interact=True)
 
 
 def _toy(kind: type[nn.Module], *names: str) -> Case:

@@ -78,7 +78,7 @@ LOSSES: dict[str, Op] = {
     "kl": lambda y, t: F.kl_div(F.log_softmax(y, 1), torch.softmax(t, 1), reduction="batchmean"),
     "logistic": lambda y, t: F.binary_cross_entropy_with_logits(y, torch.sigmoid(t)),
     "two terms": lambda y, t: F.cross_entropy(y, t.argmax(1)) + 0.1 * (y**2).mean(),
-    "coupled": lambda y, t: torch.logsumexp(y - t, (0, 1)),
+    "interacting": lambda y, t: torch.logsumexp(y - t, (0, 1)),
 }
 CLASS_WEIGHTS = torch.tensor([0.5, 1.0, 2.5])
 # What a batch's loss counts in a mean over several; None: the losses add up.
@@ -99,7 +99,7 @@ COUNTED: dict[str, tuple[Op, Callable[[Tensor], float] | None]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """One node: an op (or a layer of a shared pool) and the earlier nodes that it reads."""
+    """One node: an op (or a layer of a shared pool) and the earlier nodes that it uses."""
 
     op: str
     inputs: tuple[int, ...]
@@ -113,7 +113,7 @@ class Recipe:
     loss: str
     seed: int
 
-    def alive(self) -> list[int]:
+    def reaching(self) -> list[int]:
         """Steps that the loss depends on."""
         found = {len(self.steps)}
         for k in range(len(self.steps), 0, -1):
@@ -160,7 +160,7 @@ WRITING = {1: [*ACROSS, *ACROSS, *ACROSS, *WITHIN, "linear1"], 2: [*ACROSS_TWO, 
 
 @st.composite
 def recipes(draw: st.DrawFn, vocabulary: dict[int, list[str]] = PURE) -> Recipe:
-    """Recipes of two to six steps; the last step reads the one before it, so that nothing is cut off by chance."""
+    """Recipes of two to six steps; the last step uses the one before it, so that nothing is cut off by chance."""
     steps = [Step("linear0", (0,))]
     for k in range(1, draw(st.integers(2, 6))):
         arity = draw(st.sampled_from([1, 1, 1, 2, 2, 3]))

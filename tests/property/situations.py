@@ -95,7 +95,7 @@ WITHIN: dict[str, Step] = {
     "reparametrized": draws.reparametrized,
     "shuffled": draws.shuffled,
     "dropout": _of(lambda x: F.dropout(x, 0.4)),
-    "dropout unread": draws.dropout_unread,
+    "dropout unused": draws.dropout_unused,
     "alpha dropout": _of(lambda x: F.alpha_dropout(x, 0.3, training=True)),
     "rrelu": _of(lambda x: F.rrelu(x, training=True)),
     "gumbel": _of(lambda x: F.gumbel_softmax(x, hard=True)),

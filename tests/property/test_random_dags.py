@@ -78,9 +78,9 @@ def differentiable(model: Dag, batch: Batch, loss: Op) -> list[str]:
     try:
         output, value = run(model, batch, loss)
         grads = torch.autograd.grad(value, list(own.values()), create_graph=True, allow_unused=True)
-        live = [g for g in grads if g is not None and g.requires_grad]
-        total = sum((g.sum() for g in live), torch.zeros((), device=device.NAME))
-        further = torch.autograd.grad(total, list(own.values()), allow_unused=True) if live else ()
+        smooth = [g for g in grads if g is not None and g.requires_grad]
+        total = sum((g.sum() for g in smooth), torch.zeros((), device=device.NAME))
+        further = torch.autograd.grad(total, list(own.values()), allow_unused=True) if smooth else ()
     except (RuntimeError, IndexError, ValueError):
         require(False)
     require(float(output.detach().abs().max()) < 30)  # beyond, softmax leaves nothing but rounding
@@ -91,10 +91,10 @@ def differentiable(model: Dag, batch: Batch, loss: Op) -> list[str]:
 
 def check_blocks(recipe: Recipe) -> None:
     model, batch, loss = model_of(recipe), batch_of(BATCH), LOSSES[recipe.loss]
-    names = [f"nodes.{k}" for k in recipe.alive()]
+    names = [f"nodes.{k}" for k in recipe.reaching()]
     torch.manual_seed(recipe.seed)
-    live = differentiable(model, batch, loss)
-    points = [*names, *[name for name in PARAMETERS if name in live][:2]]
+    reaching = differentiable(model, batch, loss)
+    points = [*names, *[name for name in PARAMETERS if name in reaching][:2]]
 
     def oracle(twin: Dag, batch: Batch) -> Truth:
         torch.manual_seed(recipe.seed)
@@ -248,8 +248,8 @@ def check_batches(recipe: Recipe, name: str, reduction: str, sizes: Sequence[int
     require(counted is None or all(counted(t) for _, t in batches))
     option, shares = REDUCTIONS[reduction](batches, counted)
     torch.manual_seed(recipe.seed)
-    live = {n for batch in batches for n in differentiable(model, batch, loss)}
-    names = [n for n, _ in model.named_parameters() if n in live]
+    reaching = {n for batch in batches for n in differentiable(model, batch, loss)}
+    names = [n for n, _ in model.named_parameters() if n in reaching]
     require(names)
     torch.manual_seed(recipe.seed)
     columns = torch.randn(sum(dict(model.named_parameters())[n].numel() for n in names), 2).double().to(device.NAME)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dag_hesse._capture.batch_axis import FREE
 from dag_hesse._capture.families import FOLLOW, NONE, separate
-from dag_hesse._capture.layout import FREE, Place
-from dag_hesse.ir import Coupling, Kind, Node
+from dag_hesse.ir import BatchAxis, Interaction, Kind, Node
 from dag_hesse.ir.node import execute
 from dag_hesse.rules import RULES, Call
 from dag_hesse.rules.base import Moves, Samples
@@ -66,7 +66,7 @@ class Alone:
 
     def __init__(self, call: Call, axis: int) -> None:
         self.size = call.shape()[axis]
-        self.states = [separate(Place(axis, 1, self.size, 1)), *[NONE] * (len(call.values) - 1)]
+        self.states = [separate(BatchAxis(axis, 1, self.size, 1)), *[NONE] * (len(call.values) - 1)]
         self.graph, self.constants, self.call = self, self, call
         self.nodes = [leaf(x) for x in call.values]
 
@@ -77,8 +77,8 @@ class Alone:
         return self.call.values[k]
 
     def line(self, k: int, axis: int) -> Tensor:
-        place = self.states[k].place
-        return place.line() if place else torch.full((self.shape(k)[axis],), FREE)
+        batch_axis = self.states[k].batch_axis
+        return batch_axis.line() if batch_axis else torch.full((self.shape(k)[axis],), FREE)
 
 
 def leaf(x: Tensor) -> Node:
@@ -92,16 +92,16 @@ def test_slices_that_are_said_to_depend_on_a_sample_depend_on_no_other(name: str
     for axis in [k for k, n in enumerate(call.shape()) if n > 1 and call.values[0].is_floating_point()]:
         node = replace(call.node, inputs=tuple(range(len(call.values))))
         state = FOLLOW[RULES[name].samples](Alone(call, axis), node)  # type: ignore[arg-type]
-        if state.coupling is not Coupling.SEPARATE:
+        if state.interaction is not Interaction.SEPARATE:
             continue  # samples count as interacting: always safe
         for b in range(call.shape()[axis]):
             x = call.values[0].clone()
             x.select(axis, b).mul_(0.97).add_(0.003)
             moved = (execute(call.node, [x, *call.values[1:]]) != call.out).nonzero()
-            if state.place is None:
+            if state.batch_axis is None:
                 assert b == state.one or not len(moved), f"{name}, axis {axis}: all is said to be of sample {state.one}"
                 continue
-            owners = state.place.line()[moved[:, state.place.axis]] if len(moved) else torch.tensor([b])
+            owners = state.batch_axis.line()[moved[:, state.batch_axis.axis]] if len(moved) else torch.tensor([b])
             assert bool((owners == b).all()), f"{name}: along axis {axis}, sample {b} moves slices of others"
 
 

@@ -204,26 +204,26 @@ def test_second_order(name: str, sample: Sample, share: bool) -> None:
         assert abs(float((left[0] * full[i][0]).sum() - (right[0] * full[j][0]).sum())) < 1e-9
 
 
-class Unread(TorchDispatchMode):
+class NoLooking(TorchDispatchMode):
     """Refuses ops that bring values to the host: a recorded sweep could not replay them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        assert name not in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero"), f"{name} reads a value"
+        assert name not in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero"), f"{name} looks at a value"
         masks = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.dtype is torch.bool]
         assert not ("index" in name and masks), f"{name} looks a mask up"
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name, sample", ROWS)
-def test_sweeps_read_no_values(name: str, sample: Sample) -> None:
+def test_sweeps_look_at_no_values(name: str, sample: Sample) -> None:
     torch.manual_seed(4)
     call = make_call(name, sample)
     lin, slots = RULES[name].linearize(call), _slots(call)
     bind(lin, torch.randn_like(call.out), slots)
     tangents = {slot: torch.randn(PROBES, *call.shape(slot), dtype=torch.float64, device=device.NAME) for slot in slots}
     grad = torch.randn(PROBES, *call.out.shape, dtype=torch.float64, device=device.NAME)
-    with Unread():
+    with NoLooking():
         saved = lin.push(tangents, True, slots)[1]
         lin.pull(grad, saved, ALL, slots, {})
 

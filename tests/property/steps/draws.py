@@ -27,7 +27,7 @@ def shuffled(m: Any, x: Tensor) -> Tensor:
     return x[torch.randperm(len(x))] + 0.5 * x
 
 
-def dropout_unread(m: Any, x: Tensor) -> Tensor:
+def dropout_unused(m: Any, x: Tensor) -> Tensor:
     F.dropout(x, 0.5)
     return F.dropout(x, 0.3, inplace=False) + torch.rand(()).to(x)
 

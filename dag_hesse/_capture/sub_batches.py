@@ -1,4 +1,4 @@
-"""Parts of a batch: sliced outputs and targets put into the loss, or slices of its tensors put through the model."""
+"""Sub-batches: sliced outputs and targets put into the loss, or slices of its tensors put through the model."""
 
 from __future__ import annotations
 
@@ -11,35 +11,34 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dag_hesse._capture.batch import Batch
-from dag_hesse._capture.layout import Place
 from dag_hesse._capture.losses import Loss, evaluate
 from dag_hesse._capture.record import as_it_is
 from dag_hesse._capture.taps import map_tensors
-from dag_hesse.ir import CurvatureGraph
+from dag_hesse.ir import BatchAxis, CurvatureGraph
 
 
-def _place(x: Tensor, batch: int) -> Place | None:
+def _batch_axis(x: Tensor, batch: int) -> BatchAxis | None:
     """The first axis of the batch's size; else a leading one that holds several rows a sample."""
     axis = next((k for k, n in enumerate(x.shape) if n == batch), None)
     if axis is not None:
-        return Place(axis, 1, batch, 1)
+        return BatchAxis(axis, 1, batch, 1)
     folded = x.ndim > 0 and x.shape[0] % batch == 0 and x.shape[0] > 0
-    return Place(0, 1, batch, x.shape[0] // batch) if folded else None
+    return BatchAxis(0, 1, batch, x.shape[0] // batch) if folded else None
 
 
-def _take(x: Tensor, place: Place | None, samples: Tensor) -> Tensor:
-    if place is None:
+def _take(x: Tensor, batch_axis: BatchAxis | None, samples: Tensor) -> Tensor:
+    if batch_axis is None:
         return x
-    split = x.unflatten(place.axis, (place.outer, place.batch, place.inner))
-    picked = split.index_select(place.axis + 1, samples.to(x.device))
-    return picked.flatten(place.axis, place.axis + 2)
+    split = x.unflatten(batch_axis.axis, (batch_axis.outer, batch_axis.batch, batch_axis.inner))
+    picked = split.index_select(batch_axis.axis + 1, samples.to(x.device))
+    return picked.flatten(batch_axis.axis, batch_axis.axis + 2)
 
 
-def _join(parts: Sequence[Tensor], place: Place | None) -> Tensor:
-    if place is None or len(parts) == 1:
-        return parts[0]
-    split = [x.unflatten(place.axis, (place.outer, -1, place.inner)) for x in parts]
-    return torch.cat(split, place.axis + 1).flatten(place.axis, place.axis + 2)
+def _join(pieces: Sequence[Tensor], batch_axis: BatchAxis | None) -> Tensor:
+    if batch_axis is None or len(pieces) == 1:
+        return pieces[0]
+    split = [x.unflatten(batch_axis.axis, (batch_axis.outer, -1, batch_axis.inner)) for x in pieces]
+    return torch.cat(split, batch_axis.axis + 1).flatten(batch_axis.axis, batch_axis.axis + 2)
 
 
 @dataclass(frozen=True)
@@ -67,17 +66,17 @@ class OnOutputs:
         with as_it_is(model, batch, loss, graph.written) as forward:
             self.output = map_tensors(forward.output(), lambda x, path: x.detach())
         outputs: list[Tensor] = []
-        self.places: list[Place | None] = []
+        self.batch_axes: list[BatchAxis | None] = []
 
         def keep(x: Tensor, path: str) -> Tensor:
             outputs.append(x.detach())
-            self.places.append(_output_place(graph, path, x, batch.size))
+            self.batch_axes.append(_output_batch_axis(graph, path, x, batch.size))
             return x
 
         map_tensors(self.output, keep)
         self.all = Piece(outputs, self.others(batch))
-        places = input_places(graph, batch)
-        self.other_places = places[len(places) - len(self.all.others) :]  # positional inputs come first
+        batch_axes = input_batch_axes(graph, batch)
+        self.other_batch_axes = batch_axes[len(batch_axes) - len(self.all.others) :]  # positional inputs come first
 
     def others(self, batch: Batch) -> list[Tensor]:
         """Targets and keyword inputs of a batch like the example."""
@@ -90,8 +89,8 @@ class OnOutputs:
     def piece(self, samples: Tensor, of: Piece) -> Piece:
         """Some samples of a piece that holds as many as the example."""
         return Piece(
-            [_take(x, p, samples) for x, p in zip(of.outputs, self.places, strict=True)],
-            [_take(x, p, samples) for x, p in zip(of.others, self.other_places, strict=True)],
+            [_take(x, p, samples) for x, p in zip(of.outputs, self.batch_axes, strict=True)],
+            [_take(x, p, samples) for x, p in zip(of.others, self.other_batch_axes, strict=True)],
         )
 
     def gradients(self, *pieces: Piece) -> tuple[float, list[Tensor]]:
@@ -105,12 +104,17 @@ class OnOutputs:
         Second ones are products with random directions, of each piece from its seed (none: first derivatives alone).
         """
         floating = [[x.detach().clone().requires_grad_(x.is_floating_point()) for x in p.outputs] for p in pieces]
-        outputs = [_join(parts, place) for parts, place in zip(zip(*floating, strict=True), self.places, strict=True)]
-        others = [
-            _join(parts, place)
-            for parts, place in zip(zip(*(p.others for p in pieces), strict=True), self.other_places, strict=True)
+        outputs = [
+            _join(each, batch_axis)
+            for each, batch_axis in zip(zip(*floating, strict=True), self.batch_axes, strict=True)
         ]
-        groups = [[x for x in part if x.requires_grad] for part in floating] + [list(parameters)]
+        others = [
+            _join(each, batch_axis)
+            for each, batch_axis in zip(
+                zip(*(p.others for p in pieces), strict=True), self.other_batch_axes, strict=True
+            )
+        ]
+        groups = [[x for x in piece if x.requires_grad] for piece in floating] + [list(parameters)]
         leaves = [x for group in groups for x in group]
         with torch.enable_grad():
             value = self._value(outputs, others)
@@ -131,12 +135,10 @@ class OnOutputs:
         return evaluate(output, self.batch, targets, kwargs, self.loss)
 
 
-def _output_place(graph: CurvatureGraph, path: str, x: Tensor, batch: int) -> Place | None:
+def _output_batch_axis(graph: CurvatureGraph, path: str, x: Tensor, batch: int) -> BatchAxis | None:
     sites = graph.taps.get(f"output.{path}" if path else "output", ())
-    layout = graph.layouts[sites[0]] if sites and graph.nodes[sites[0]].shape == x.shape else None
-    if layout is None:
-        return _place(x, batch)
-    return Place(layout.axis, layout.outer, layout.batch, layout.inner)
+    batch_axis = graph.batch_axes[sites[0]] if sites and graph.nodes[sites[0]].shape == x.shape else None
+    return _batch_axis(x, batch) if batch_axis is None else batch_axis
 
 
 def _products(
@@ -168,25 +170,25 @@ def _flat(leaves: list[Tensor], first: list[Tensor | None], second: list[Tensor 
     return line(first), line(second)
 
 
-def input_places(graph: CurvatureGraph, batch: Batch) -> list[Place | None]:
-    """Where the samples lie in each of the batch's tensors; what the graph does not read goes by its sizes."""
-    known = {position: graph.layouts[k] for k, position in graph.inputs.items()}
-    found: list[Place | None] = []
+def input_batch_axes(graph: CurvatureGraph, batch: Batch) -> list[BatchAxis | None]:
+    """Where the samples lie in each of the batch's tensors; what the graph does not use goes by its sizes."""
+    known = {position: graph.batch_axes[k] for k, position in graph.inputs.items()}
+    found: list[BatchAxis | None] = []
     for position, x in enumerate(batch.tensors):
-        layout = known.get(position)
-        if layout is not None:
-            found.append(Place(layout.axis, layout.outer, layout.batch, layout.inner))
-        else:  # an axis of the batch's size that the graph reads is not the batch's
-            found.append(None if position in known and batch.size in x.shape else _place(x, batch.size))
+        batch_axis = known.get(position)
+        if batch_axis is not None:
+            found.append(batch_axis)
+        else:  # an axis of the batch's size that the graph uses is not the batch's
+            found.append(None if position in known and batch.size in x.shape else _batch_axis(x, batch.size))
     return found
 
 
-def part_of(graph: CurvatureGraph, batch: Batch, samples: Tensor) -> Batch:
+def sub_batch(graph: CurvatureGraph, batch: Batch, samples: Tensor) -> Batch:
     """Some samples of a batch."""
-    places = iter(input_places(graph, batch))
+    batch_axes = iter(input_batch_axes(graph, batch))
 
     def take(x: Any) -> Any:
-        return _take(x, next(places), samples) if isinstance(x, Tensor) else x
+        return _take(x, next(batch_axes), samples) if isinstance(x, Tensor) else x
 
     args, kwargs, targets = pytree.tree_map(take, batch.tree)
     return Batch(args, kwargs, targets, len(samples))
@@ -195,13 +197,13 @@ def part_of(graph: CurvatureGraph, batch: Batch, samples: Tensor) -> Batch:
 def put_together(graph: CurvatureGraph, batches: Sequence[Batch]) -> Batch | None:
     """All samples of several batches as one; None where their tensors do not fit."""
     columns = list(zip(*(batch.tensors for batch in batches), strict=True))
-    places, found = input_places(graph, batches[0]), list[Tensor]()
-    for column, place in zip(columns, places, strict=True):
-        axis = None if place is None else place.axis
+    batch_axes, found = input_batch_axes(graph, batches[0]), list[Tensor]()
+    for column, batch_axis in zip(columns, batch_axes, strict=True):
+        axis = None if batch_axis is None else batch_axis.axis
         rests = {tuple(n for k, n in enumerate(x.shape) if k != axis) for x in column}
-        if len(rests) > 1 or (place is None and not all(torch.equal(x, column[0]) for x in column)):
+        if len(rests) > 1 or (batch_axis is None and not all(torch.equal(x, column[0]) for x in column)):
             return None
-        found.append(_join(column, place))
+        found.append(_join(column, batch_axis))
     given = iter(found)
     args, kwargs, targets = pytree.tree_map(lambda x: next(given) if isinstance(x, Tensor) else x, batches[0].tree)
     return Batch(args, kwargs, targets, sum(batch.size for batch in batches))

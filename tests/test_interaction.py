@@ -1,4 +1,4 @@
-"""Batch layouts and couplings against the truth: what changes in a module's output when one sample does?"""
+"""Batch axes and interactions against the truth: what changes in a module's output when one sample does?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dag_hesse as dh
 from dag_hesse._capture import labels
-from dag_hesse.ir import BatchLayout, Coupling, CurvatureGraph
+from dag_hesse.ir import BatchAxis, CurvatureGraph, Interaction
 
 B = 3
 
@@ -228,20 +228,20 @@ def _with_other_sample(inputs: tuple[Tensor, ...], b: int) -> tuple[Tensor, ...]
     return tuple(changed)
 
 
-def _numbers(layout: BatchLayout, shape: torch.Size) -> Tensor:
-    line = torch.arange(shape[layout.axis]) // layout.inner % layout.batch
-    return line.reshape([-1 if k == layout.axis else 1 for k in range(len(shape))]).expand(shape)
+def _numbers(batch_axis: BatchAxis, shape: torch.Size) -> Tensor:
+    line = torch.arange(shape[batch_axis.axis]) // batch_axis.inner % batch_axis.batch
+    return line.reshape([-1 if k == batch_axis.axis else 1 for k in range(len(shape))]).expand(shape)
 
 
-def _true_layouts(changes: list[Tensor]) -> list[BatchLayout]:
-    """All layouts with which what sample b changes lies in slice b."""
+def _true_batch_axes(changes: list[Tensor]) -> list[BatchAxis]:
+    """All batch axes with which what sample b changes lies in slice b."""
     shape, found = changes[0].shape, []
     for axis, size in enumerate(shape):
         for inner in range(1, size // B + 1):
             if size % (B * inner) == 0:
-                layout = BatchLayout(axis, size // (B * inner), B, inner)
-                if all(not bool((hit & (_numbers(layout, shape) != b)).any()) for b, hit in enumerate(changes)):
-                    found.append(layout)
+                batch_axis = BatchAxis(axis, size // (B * inner), B, inner)
+                if all(not bool((hit & (_numbers(batch_axis, shape) != b)).any()) for b, hit in enumerate(changes)):
+                    found.append(batch_axis)
     return found
 
 
@@ -254,7 +254,7 @@ def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> CurvatureGraph:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_layouts_and_couplings_are_what_a_changed_sample_changes(name: str) -> None:
+def test_batch_axes_and_interactions_are_what_a_changed_sample_changes(name: str) -> None:
     torch.manual_seed(0)
     model, inputs = CASES[name]()
     model = model.double()
@@ -263,7 +263,7 @@ def test_layouts_and_couplings_are_what_a_changed_sample_changes(name: str) -> N
     turned = [_outputs(model, _with_other_sample(inputs, b)) for b in range(B)]
     seen = 0
     if any(node.op.startswith("dag_hesse.literal") for node in graph.nodes):
-        assert len(graph.lost) == 1  # integers were read out of the batch
+        assert len(graph.lost) == 1  # integers of the batch were looked at
         return
     for module, sites in graph.taps.items():
         key = "" if module.startswith("output") else module
@@ -271,13 +271,13 @@ def test_layouts_and_couplings_are_what_a_changed_sample_changes(name: str) -> N
             continue
         seen += 1
         changes = [one[key] != base[key] for one in turned]
-        layouts = _true_layouts(changes)
-        layout, coupling = graph.layouts[sites[0]], graph.couplings[sites[0]]
+        batch_axes = _true_batch_axes(changes)
+        batch_axis, interaction = graph.batch_axes[sites[0]], graph.interactions[sites[0]]
         if not any(bool(hit.any()) for hit in changes):
-            assert coupling is Coupling.NONE and layout is None
+            assert interaction is Interaction.NONE and batch_axis is None
             continue
-        assert coupling is (Coupling.SEPARATE if layouts else Coupling.MIXED), module
-        assert not layouts or layout in layouts, module
+        assert interaction is (Interaction.SEPARATE if batch_axes else Interaction.MIXED), module
+        assert not batch_axes or batch_axis in batch_axes, module
     assert seen
     assert bool(graph.lost) == (name in LOST)
 
@@ -300,7 +300,7 @@ def test_a_batch_of_one_moves_no_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
     model, x = Fn(lambda y: y[:, torch.tensor([1, 0])] + y.view(-1)[:2]), torch.randn(1, 4)
     graph = dh.capture(model, (x, torch.randn(1, 2)), points=["inner"])
     assert graph.points[0].shape == (4,)
-    assert all(c in (Coupling.NONE, Coupling.SEPARATE) for c in graph.couplings)
+    assert all(c in (Interaction.NONE, Interaction.SEPARATE) for c in graph.interactions)
     assert graph.separable
 
 
@@ -319,8 +319,8 @@ def test_axes_of_one_length_are_told_apart_by_what_keeps_samples_apart() -> None
     x, mask, y = torch.randn(B, B, 4), torch.zeros(B, B), torch.randn(B, B, 4)
     graph = dh.capture(Scores(), (x, mask, y), points=["q"])
     assert graph.separable and not graph.lost
-    by_position = {position: graph.layouts[k] for k, position in graph.inputs.items()}
-    assert by_position == {0: BatchLayout(0, 1, B, 1), 1: None, 2: BatchLayout(0, 1, B, 1)}
+    by_position = {position: graph.batch_axes[k] for k, position in graph.inputs.items()}
+    assert by_position == {0: BatchAxis(0, 1, B, 1), 1: None, 2: BatchAxis(0, 1, B, 1)}
 
     class Last(nn.Module):
         """Time first."""
@@ -334,4 +334,4 @@ def test_axes_of_one_length_are_told_apart_by_what_keeps_samples_apart() -> None
 
     graph = dh.capture(Last(), (x, torch.tensor([0, 1, 1])), points=["r"])
     assert graph.separable
-    assert graph.layouts[graph.points[0].sites[0]] == BatchLayout(1, 1, B, 1)
+    assert graph.batch_axes[graph.points[0].sites[0]] == BatchAxis(1, 1, B, 1)

@@ -43,7 +43,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Plan:
-    """The schedule. ``method`` (n×n) is how the full block's norm is obtained, ``gn_method`` that of its GN part.
+    """The plan. ``method`` (n×n) is how the full block's norm is obtained, ``gn_method`` that of its GN part.
 
     ``gram_columns`` are the reverse sweeps of the Gram route (0: not taken), ``spectral_cost`` what spectral norms of
     sampled pairs take as a rule. ``chunk`` is the number of probes swept together, ``peak_bytes`` the predicted memory
