@@ -61,7 +61,7 @@ def option(node: Node, name: str, default: Any = None) -> Any:
 Follow = Callable[["Walker", Node], State]
 
 
-def is_pointwise(node: Node) -> bool:
+def is_elementwise(node: Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
@@ -460,6 +460,6 @@ def samples_of(node: Node) -> Samples:
         return rule.samples
     if name in _NAMED:
         return _NAMED[name]
-    if is_pointwise(node):
+    if is_elementwise(node):
         return Samples.ELEMENTWISE
     return Samples.SPATIAL if any(word in node.op for word in _SPATIAL) else Samples.UNKNOWN

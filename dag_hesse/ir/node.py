@@ -15,7 +15,7 @@ class Kind(str, Enum):
 
     STRUCTURAL = "structural"  # linear data movement and sums
     CONTRACTION = "contraction"  # bilinear: mm, bmm, conv
-    POINTWISE = "pointwise"  # elementwise with second derivative
+    SMOOTH = "smooth"  # elementwise with a second derivative
     PIECEWISE_LINEAR = "piecewise"  # second derivative 0 almost everywhere
     ROWWISE = "rowwise"  # softmax, norms, logsumexp
     GATHER = "gather"  # rows picked by integer indices

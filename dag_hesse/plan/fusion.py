@@ -1,4 +1,4 @@
-"""Pointwise-region collapse: connected elementwise ops become one node (design §3, fuse). Graph in, graph out.
+"""Fusion of elementwise ops: connected elementwise ops become one node (design §3, fuse). Graph in, graph out.
 
 A region grows from its last op towards the inputs, as long as every reader of what it takes in is inside and a sweep
 moves no more tensors than before. What only a region reads of constants is evaluated inside it.
@@ -135,7 +135,7 @@ class _Grower:
         region = Region(len(inputs), inner, None if meet is None else place[meet] - len(inputs))
         refs = tuple(Ref(n) for n in range(len(inputs)))
         made = replace(last, op="region", target=region, args=refs, kwargs={}, inputs=inputs, output=None)
-        return replace(made, kind=Kind.POINTWISE if pairs_of(made) else Kind.PIECEWISE_LINEAR)
+        return replace(made, kind=Kind.SMOOTH if pairs_of(made) else Kind.PIECEWISE_LINEAR)
 
 
 def _collapse(graph: CurvatureGraph) -> CurvatureGraph:

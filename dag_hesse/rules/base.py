@@ -1,4 +1,4 @@
-"""What a rule is; its constructors, named after the kinds of rules, are in ``linear``, ``diagonal``, ``bilinear``.
+"""What a rule is; its constructors, named after the kinds of rules, are in ``linear``, ``elementwise``, ``bilinear``.
 
 A rule is *linearized* once, on the values of one call; after that it is a set of linear products.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref, execute
 from dag_hesse.kernels.arena import FRESH, Arena
-from dag_hesse.kernels.diagonal import Coefficient
+from dag_hesse.kernels.elementwise import Coefficient
 
 Tangents = Mapping[int, Tensor]
 Pairs = frozenset[tuple[int, int]]

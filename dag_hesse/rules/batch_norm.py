@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref
 from dag_hesse.kernels.batch_affine import sums
-from dag_hesse.kernels.diagonal import Coefficient, add_times, plus_times, times
+from dag_hesse.kernels.elementwise import Coefficient, add_times, plus_times, times
 from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Samples, Saved, Tangents
-from dag_hesse.rules.diagonal import diagonal
+from dag_hesse.rules.elementwise import elementwise
 
 _ARGUMENTS = "xγβmv"
 _TINY = 1e-15  # λ is not found again from γ r λ where γ r is smaller
@@ -142,14 +142,14 @@ class _FixedStatistics(Linearized):
         return found
 
 
-_DIAGONAL = diagonal(Kind.POINTWISE, _partials, _pairs, _channels, samples=Samples.AFFINE)
+_ELEMENTWISE = elementwise(Kind.SMOOTH, _partials, _pairs, _channels, samples=Samples.AFFINE)
 
 
 def _linearize(call: Call) -> Linearized:
     usual = has_fixed_statistics(call.node, call.active)
-    return _FixedStatistics(call) if usual else _DIAGONAL.linearize(call)
+    return _FixedStatistics(call) if usual else _ELEMENTWISE.linearize(call)
 
 
-TABLE: dict[str, Rule] = {"dag_hesse.batch_affine.default": replace(_DIAGONAL, linearize=_linearize)}
+TABLE: dict[str, Rule] = {"dag_hesse.batch_affine.default": replace(_ELEMENTWISE, linearize=_linearize)}
 
 __all__ = ["TABLE", "has_fixed_statistics"]

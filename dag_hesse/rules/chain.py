@@ -17,7 +17,7 @@ from torch import Tensor
 from dag_hesse.ir.node import Kind, Node, execute
 from dag_hesse.kernels import program
 from dag_hesse.kernels.arena import FRESH, Arena
-from dag_hesse.kernels.diagonal import Coefficient, plus_product, product
+from dag_hesse.kernels.elementwise import Coefficient, plus_product, product
 from dag_hesse.rules.base import Call, Rule
 
 _LOG = logging.getLogger("dag_hesse")

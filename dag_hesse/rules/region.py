@@ -13,10 +13,10 @@ from typing import final
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.kernels.diagonal import Coefficient, add_times, adjoint, adjoints, reduce_to, tangent, times
+from dag_hesse.kernels.elementwise import Coefficient, add_times, adjoint, adjoints, reduce_to, tangent, times
 from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Samples, Saved, Tangents
 from dag_hesse.rules.chain import Collapsed, collapse, is_active, rule_of
-from dag_hesse.rules.diagonal import residual
+from dag_hesse.rules.elementwise import residual
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,6 @@ def linearize(call: Call) -> Linearized:
     return _Meeting(call, shares, collapse(tail, known, [front[-1][0]], call.arena) if tail else None)
 
 
-REGION = Rule(Kind.POINTWISE, linearize, _pairs, Samples.ELEMENTWISE)
+REGION = Rule(Kind.SMOOTH, linearize, _pairs, Samples.ELEMENTWISE)
 
 __all__ = ["REGION", "Region"]

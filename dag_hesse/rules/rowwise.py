@@ -11,7 +11,7 @@ from torch import Tensor
 from dag_hesse.ir.node import Kind, Node, Ref, execute
 from dag_hesse.ir.ops import normalized_shape
 from dag_hesse.kernels.arena import Arena, added
-from dag_hesse.kernels.diagonal import times
+from dag_hesse.kernels.elementwise import times
 from dag_hesse.kernels.rowwise import softmax, standardize
 from dag_hesse.kernels.rowwise.torch import less_mean
 from dag_hesse.rules.base import Call, Rule, Run, Samples, Saved, as_it_is, own_pair

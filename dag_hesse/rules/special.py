@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind
-from dag_hesse.kernels.diagonal import Coefficient
+from dag_hesse.kernels.elementwise import Coefficient
 from dag_hesse.rules.base import Call, Rule, own_pair
-from dag_hesse.rules.diagonal import binary, diagonal, piecewise_linear, pointwise, pointwise_jointly
+from dag_hesse.rules.elementwise import binary, elementwise, piecewise_linear, smooth, smooth_jointly
 
 _LIBRARY = torch.library.Library("dag_hesse", "FRAGMENT")
 _LIBRARY.define("clamped_log(Tensor x) -> Tensor")
@@ -134,25 +134,25 @@ def _outside(c: Call) -> Tensor:
 
 
 UNARY: dict[str, Rule] = {
-    "dag_hesse.clamped_log.default": pointwise_jointly(_clamped_log),
-    "aten.erfinv.default": pointwise_jointly(_erfinv),
-    "aten.erfc.default": pointwise_jointly(_erfc),
-    "aten.special_erfcx.default": pointwise_jointly(_erfcx),
-    "aten.special_ndtr.default": pointwise_jointly(_ndtr),
-    "aten.special_log_ndtr.default": pointwise_jointly(_log_ndtr),
-    "aten.special_ndtri.default": pointwise_jointly(_ndtri),
-    "aten.i0.default": pointwise_jointly(_i0),
-    "aten.special_i0e.default": pointwise_jointly(_i0e),
-    "aten.special_i1.default": pointwise_jointly(_i1),
-    "aten.special_i1e.default": pointwise_jointly(_i1e),
-    "aten.sinc.default": pointwise_jointly(_sinc),
-    "aten.logit.default": pointwise_jointly(_logit),
-    "aten.lgamma.default": pointwise(lambda c: torch.digamma(_x(c)), lambda c: torch.polygamma(1, _x(c))),
-    "aten.digamma.default": pointwise(lambda c: torch.polygamma(1, _x(c)), lambda c: torch.polygamma(2, _x(c))),
-    "aten.polygamma.default": diagonal(Kind.POINTWISE, _polygamma_partials, own_pair),
-    "aten.asinh.default": pointwise(lambda c: (_x(c) ** 2 + 1) ** -0.5, lambda c: -_x(c) * (_x(c) ** 2 + 1) ** -1.5),
-    "aten.acosh.default": pointwise(lambda c: (_x(c) ** 2 - 1) ** -0.5, lambda c: -_x(c) * (_x(c) ** 2 - 1) ** -1.5),
-    "aten.atanh.default": pointwise(lambda c: 1 / (1 - _x(c) ** 2), lambda c: 2 * _x(c) / (1 - _x(c) ** 2) ** 2),
+    "dag_hesse.clamped_log.default": smooth_jointly(_clamped_log),
+    "aten.erfinv.default": smooth_jointly(_erfinv),
+    "aten.erfc.default": smooth_jointly(_erfc),
+    "aten.special_erfcx.default": smooth_jointly(_erfcx),
+    "aten.special_ndtr.default": smooth_jointly(_ndtr),
+    "aten.special_log_ndtr.default": smooth_jointly(_log_ndtr),
+    "aten.special_ndtri.default": smooth_jointly(_ndtri),
+    "aten.i0.default": smooth_jointly(_i0),
+    "aten.special_i0e.default": smooth_jointly(_i0e),
+    "aten.special_i1.default": smooth_jointly(_i1),
+    "aten.special_i1e.default": smooth_jointly(_i1e),
+    "aten.sinc.default": smooth_jointly(_sinc),
+    "aten.logit.default": smooth_jointly(_logit),
+    "aten.lgamma.default": smooth(lambda c: torch.digamma(_x(c)), lambda c: torch.polygamma(1, _x(c))),
+    "aten.digamma.default": smooth(lambda c: torch.polygamma(1, _x(c)), lambda c: torch.polygamma(2, _x(c))),
+    "aten.polygamma.default": elementwise(Kind.SMOOTH, _polygamma_partials, own_pair),
+    "aten.asinh.default": smooth(lambda c: (_x(c) ** 2 + 1) ** -0.5, lambda c: -_x(c) * (_x(c) ** 2 + 1) ** -1.5),
+    "aten.acosh.default": smooth(lambda c: (_x(c) ** 2 - 1) ** -0.5, lambda c: -_x(c) * (_x(c) ** 2 - 1) ** -1.5),
+    "aten.atanh.default": smooth(lambda c: 1 / (1 - _x(c) ** 2), lambda c: 2 * _x(c) / (1 - _x(c) ** 2) ** 2),
     "aten.hardshrink.default": piecewise_linear(_outside),
     "aten.softshrink.default": piecewise_linear(_outside),
     "aten.fmod.Scalar": piecewise_linear(lambda c: 1.0),

@@ -6,14 +6,14 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
 from dag_hesse.kernels.arena import FRESH, Arena
-from dag_hesse.rules import batch_norm, contraction, determinant, gather, pointwise, rowwise, special, structural
+from dag_hesse.rules import batch_norm, contraction, determinant, functions, gather, rowwise, special, structural
 from dag_hesse.rules.base import Pairs, Rule
 from dag_hesse.rules.opaque import OPAQUE
 from dag_hesse.rules.region import REGION, Region
 
 RULES: dict[str, Rule] = {
     **structural.TABLE,
-    **pointwise.TABLE,
+    **functions.TABLE,
     **special.TABLE,
     **contraction.TABLE,
     **gather.TABLE,

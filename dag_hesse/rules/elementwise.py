@@ -8,7 +8,7 @@ from typing import Any, final
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref
-from dag_hesse.kernels.diagonal import Coefficient, adjoints, tangent, times
+from dag_hesse.kernels.elementwise import Coefficient, adjoints, tangent, times
 from dag_hesse.rules.base import (
     Buffers,
     Call,
@@ -33,7 +33,7 @@ def residual(seconds: Seconds, tangents: Tangents, bend: Sequence[int]) -> Saved
 
 
 @final
-class _Diagonal(Linearized):
+class _Elementwise(Linearized):
     def __init__(self, call: Call, partials: Partials, align: Align | None) -> None:
         first, self.raw = partials(call)
         self.curved, self.arena = call.curved, call.arena
@@ -69,7 +69,7 @@ class _Diagonal(Linearized):
         return {slot: x.reshape(len(x), *self.shapes[slot]) for slot, x in found.items()}
 
 
-def diagonal(
+def elementwise(
     kind: Kind,
     partials: Partials,
     pairs: Callable[[Node], Pairs],
@@ -82,30 +82,30 @@ def diagonal(
 
     ``align(call, slot)`` is the shape in which an input broadcasts, where that is not its own.
     """
-    return Rule(kind, lambda call: _Diagonal(call, partials, align), pairs, samples, partials, align, linear=linear)
+    return Rule(kind, lambda call: _Elementwise(call, partials, align), pairs, samples, partials, align, linear=linear)
 
 
 Derivative = Callable[[Call], Coefficient]
 
 
-def pointwise(d1: Derivative, d2: Derivative) -> Rule:
+def smooth(d1: Derivative, d2: Derivative) -> Rule:
     """A smooth unary op with derivatives d1 and d2 as functions of the call (``values[0]`` is x, ``out`` is y)."""
-    return diagonal(Kind.POINTWISE, lambda c: ({0: d1(c)}, {(0, 0): d2(c)}), own_pair)
+    return elementwise(Kind.SMOOTH, lambda c: ({0: d1(c)}, {(0, 0): d2(c)}), own_pair)
 
 
-def pointwise_jointly(derivatives: Callable[[Call], tuple[Tensor, Tensor]]) -> Rule:
+def smooth_jointly(derivatives: Callable[[Call], tuple[Tensor, Tensor]]) -> Rule:
     """A smooth unary op whose derivatives share what is costly: ``derivatives(call)`` is (d1, d2)."""
 
     def partials(call: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
         first, second = derivatives(call)
         return {0: first}, {(0, 0): second}
 
-    return diagonal(Kind.POINTWISE, partials, own_pair)
+    return elementwise(Kind.SMOOTH, partials, own_pair)
 
 
 def piecewise_linear(d1: Derivative, *, linear: bool = False) -> Rule:
     """A unary op with second derivative 0 almost everywhere."""
-    return diagonal(Kind.PIECEWISE_LINEAR, lambda c: ({0: d1(c)}, {}), no_pairs, linear=linear)
+    return elementwise(Kind.PIECEWISE_LINEAR, lambda c: ({0: d1(c)}, {}), no_pairs, linear=linear)
 
 
 def _like(value: Any, y: Tensor) -> Any:
@@ -121,7 +121,7 @@ def binary(
     daa: Operand | None = None,
     dab: Operand | None = None,
     dbb: Operand | None = None,
-    kind: Kind = Kind.POINTWISE,
+    kind: Kind = Kind.SMOOTH,
 ) -> Rule:
     """An elementwise op of two operands (tensors or numbers); each partial is a function of (a, b, y)."""
     firsts = (da, db)
@@ -145,7 +145,7 @@ def binary(
         slots = {p: arg.slot for p, arg in enumerate(node.args[:2]) if isinstance(arg, Ref)}
         return frozenset((slots[p], slots[q]) for (p, q), d in second_table.items() if d and p in slots and q in slots)
 
-    return diagonal(kind, partials, pairs)
+    return elementwise(kind, partials, pairs)
 
 
-__all__ = ["binary", "diagonal", "piecewise_linear", "pointwise", "pointwise_jointly", "residual"]
+__all__ = ["binary", "elementwise", "piecewise_linear", "residual", "smooth", "smooth_jointly"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena
-from dag_hesse.kernels.diagonal.coefficients import Coefficient, Gate, lift, reduce_to
+from dag_hesse.kernels.elementwise.coefficients import Coefficient, Gate, lift, reduce_to
 
 
 def _dense(c: Coefficient) -> Tensor | float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena, plus_term
-from dag_hesse.kernels.diagonal.coefficients import Coefficient, add_times, lift, plus_times, reduce_to, times
+from dag_hesse.kernels.elementwise.coefficients import Coefficient, add_times, lift, plus_times, reduce_to, times
 
 Seconds = Mapping[tuple[int, int], Coefficient]
 

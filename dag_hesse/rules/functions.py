@@ -1,4 +1,4 @@
-"""Elementwise ops: one row each, first and second derivative side by side."""
+"""The usual elementwise ops: one row each, first and second derivative side by side."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node
-from dag_hesse.kernels.diagonal import Coefficient, Gate
+from dag_hesse.kernels.elementwise import Coefficient, Gate
 from dag_hesse.rules.base import Call, Pairs, Rule
-from dag_hesse.rules.diagonal import binary, diagonal, piecewise_linear, pointwise, pointwise_jointly
+from dag_hesse.rules.elementwise import binary, elementwise, piecewise_linear, smooth, smooth_jointly
 
 _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 _SELU_ALPHA = 1.6732632423543772
@@ -142,42 +142,42 @@ def _scalar_multiple(sign: int) -> Rule:
 
 
 SMOOTH: dict[str, Rule] = {
-    "aten.exp.default": pointwise(lambda c: c.out, lambda c: c.out),
-    "aten.exp2.default": pointwise(lambda c: math.log(2) * c.out, lambda c: math.log(2) ** 2 * c.out),
-    "aten.expm1.default": pointwise(lambda c: c.out + 1, lambda c: c.out + 1),
-    "aten.log.default": pointwise(lambda c: 1 / _x(c), lambda c: -1 / _x(c) ** 2),
-    "aten.log2.default": pointwise(lambda c: 1 / (_x(c) * math.log(2)), lambda c: -1 / (_x(c) ** 2 * math.log(2))),
-    "aten.log10.default": pointwise(lambda c: 1 / (_x(c) * math.log(10)), lambda c: -1 / (_x(c) ** 2 * math.log(10))),
-    "aten.log1p.default": pointwise(lambda c: 1 / (1 + _x(c)), lambda c: -1 / (1 + _x(c)) ** 2),
-    "aten.sqrt.default": pointwise(lambda c: 0.5 / c.out, lambda c: -0.25 / c.out**3),
-    "aten.rsqrt.default": pointwise(lambda c: -0.5 * c.out**3, lambda c: 0.75 * c.out**5),
-    "aten.reciprocal.default": pointwise(lambda c: -(c.out**2), lambda c: 2 * c.out**3),
-    "aten.sin.default": pointwise(lambda c: torch.cos(_x(c)), lambda c: -c.out),
-    "aten.cos.default": pointwise(lambda c: -torch.sin(_x(c)), lambda c: -c.out),
-    "aten.tan.default": pointwise(lambda c: 1 + c.out**2, lambda c: 2 * c.out * (1 + c.out**2)),
-    "aten.sinh.default": pointwise(lambda c: torch.cosh(_x(c)), lambda c: c.out),
-    "aten.cosh.default": pointwise(lambda c: torch.sinh(_x(c)), lambda c: c.out),
-    "aten.tanh.default": pointwise_jointly(_tanh),
-    "aten.atan.default": pointwise(lambda c: 1 / (1 + _x(c) ** 2), lambda c: -2 * _x(c) / (1 + _x(c) ** 2) ** 2),
-    "aten.asin.default": pointwise(lambda c: (1 - _x(c) ** 2) ** -0.5, lambda c: _x(c) * (1 - _x(c) ** 2) ** -1.5),
-    "aten.acos.default": pointwise(lambda c: -((1 - _x(c) ** 2) ** -0.5), lambda c: -_x(c) * (1 - _x(c) ** 2) ** -1.5),
-    "aten.sigmoid.default": pointwise_jointly(_sigmoid),
-    "aten.log_sigmoid_forward.default": pointwise(
+    "aten.exp.default": smooth(lambda c: c.out, lambda c: c.out),
+    "aten.exp2.default": smooth(lambda c: math.log(2) * c.out, lambda c: math.log(2) ** 2 * c.out),
+    "aten.expm1.default": smooth(lambda c: c.out + 1, lambda c: c.out + 1),
+    "aten.log.default": smooth(lambda c: 1 / _x(c), lambda c: -1 / _x(c) ** 2),
+    "aten.log2.default": smooth(lambda c: 1 / (_x(c) * math.log(2)), lambda c: -1 / (_x(c) ** 2 * math.log(2))),
+    "aten.log10.default": smooth(lambda c: 1 / (_x(c) * math.log(10)), lambda c: -1 / (_x(c) ** 2 * math.log(10))),
+    "aten.log1p.default": smooth(lambda c: 1 / (1 + _x(c)), lambda c: -1 / (1 + _x(c)) ** 2),
+    "aten.sqrt.default": smooth(lambda c: 0.5 / c.out, lambda c: -0.25 / c.out**3),
+    "aten.rsqrt.default": smooth(lambda c: -0.5 * c.out**3, lambda c: 0.75 * c.out**5),
+    "aten.reciprocal.default": smooth(lambda c: -(c.out**2), lambda c: 2 * c.out**3),
+    "aten.sin.default": smooth(lambda c: torch.cos(_x(c)), lambda c: -c.out),
+    "aten.cos.default": smooth(lambda c: -torch.sin(_x(c)), lambda c: -c.out),
+    "aten.tan.default": smooth(lambda c: 1 + c.out**2, lambda c: 2 * c.out * (1 + c.out**2)),
+    "aten.sinh.default": smooth(lambda c: torch.cosh(_x(c)), lambda c: c.out),
+    "aten.cosh.default": smooth(lambda c: torch.sinh(_x(c)), lambda c: c.out),
+    "aten.tanh.default": smooth_jointly(_tanh),
+    "aten.atan.default": smooth(lambda c: 1 / (1 + _x(c) ** 2), lambda c: -2 * _x(c) / (1 + _x(c) ** 2) ** 2),
+    "aten.asin.default": smooth(lambda c: (1 - _x(c) ** 2) ** -0.5, lambda c: _x(c) * (1 - _x(c) ** 2) ** -1.5),
+    "aten.acos.default": smooth(lambda c: -((1 - _x(c) ** 2) ** -0.5), lambda c: -_x(c) * (1 - _x(c) ** 2) ** -1.5),
+    "aten.sigmoid.default": smooth_jointly(_sigmoid),
+    "aten.log_sigmoid_forward.default": smooth(
         lambda c: torch.sigmoid(-_x(c)), lambda c: -torch.sigmoid(_x(c)) * torch.sigmoid(-_x(c))
     ),
-    "aten.erf.default": pointwise(
+    "aten.erf.default": smooth(
         lambda c: 2 / math.sqrt(math.pi) * torch.exp(-(_x(c) ** 2)),
         lambda c: -4 / math.sqrt(math.pi) * _x(c) * torch.exp(-(_x(c) ** 2)),
     ),
-    "aten.silu.default": pointwise_jointly(_silu),
-    "aten.gelu.default": pointwise_jointly(_gelu),
-    "aten.softplus.default": pointwise(_softplus_d1, _softplus_d2),
-    "aten.elu.default": pointwise(_elu_d1, _elu_d2),
-    "aten.selu.default": pointwise(_elu_d1, _elu_d2),
-    "aten.celu.default": pointwise(_elu_d1, _elu_d2),
-    "aten.mish.default": pointwise(_mish_d1, _mish_d2),
-    "aten.hardswish.default": pointwise(_hardswish_d1, lambda c: _between(_x(c), -3, 3, closed=False) / 3),
-    "aten.pow.Tensor_Scalar": diagonal(Kind.POINTWISE, _power_partials, _power_pairs),
+    "aten.silu.default": smooth_jointly(_silu),
+    "aten.gelu.default": smooth_jointly(_gelu),
+    "aten.softplus.default": smooth(_softplus_d1, _softplus_d2),
+    "aten.elu.default": smooth(_elu_d1, _elu_d2),
+    "aten.selu.default": smooth(_elu_d1, _elu_d2),
+    "aten.celu.default": smooth(_elu_d1, _elu_d2),
+    "aten.mish.default": smooth(_mish_d1, _mish_d2),
+    "aten.hardswish.default": smooth(_hardswish_d1, lambda c: _between(_x(c), -3, 3, closed=False) / 3),
+    "aten.pow.Tensor_Scalar": elementwise(Kind.SMOOTH, _power_partials, _power_pairs),
 }
 
 PIECEWISE: dict[str, Rule] = {
@@ -232,7 +232,7 @@ def _scaled_sum(sign: float) -> Rule:
         scales = (1.0, sign * float(c.node.kwargs.get("alpha", 1)))
         return {slot: k for slot, k in zip(slots, scales, strict=True) if slot is not None}, {}
 
-    return diagonal(Kind.PIECEWISE_LINEAR, partials, lambda node: frozenset(), linear=True)
+    return elementwise(Kind.PIECEWISE_LINEAR, partials, lambda node: frozenset(), linear=True)
 
 
 def _where(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
@@ -305,10 +305,10 @@ BINARY: dict[str, Rule] = {
     "aten.pow.Scalar": binary(_one, lambda a, b, y: y * _log(a, b, y), dbb=lambda a, b, y: y * _log(a, b, y) ** 2),
     "aten.maximum.default": binary(_maximum_a, _maximum_b, kind=Kind.PIECEWISE_LINEAR),
     "aten.minimum.default": binary(_minimum_a, _minimum_b, kind=Kind.PIECEWISE_LINEAR),
-    "aten.where.self": diagonal(Kind.PIECEWISE_LINEAR, _where, lambda node: frozenset()),
-    "aten.masked_fill.Scalar": diagonal(Kind.PIECEWISE_LINEAR, _masked_fill, lambda node: frozenset()),
-    "aten.masked_fill.Tensor": diagonal(Kind.PIECEWISE_LINEAR, _masked_fill, lambda node: frozenset()),
-    "aten.clamp.Tensor": diagonal(Kind.PIECEWISE_LINEAR, _tensor_clamp, lambda node: frozenset()),
+    "aten.where.self": elementwise(Kind.PIECEWISE_LINEAR, _where, lambda node: frozenset()),
+    "aten.masked_fill.Scalar": elementwise(Kind.PIECEWISE_LINEAR, _masked_fill, lambda node: frozenset()),
+    "aten.masked_fill.Tensor": elementwise(Kind.PIECEWISE_LINEAR, _masked_fill, lambda node: frozenset()),
+    "aten.clamp.Tensor": elementwise(Kind.PIECEWISE_LINEAR, _tensor_clamp, lambda node: frozenset()),
 }
 
 TABLE: dict[str, Rule] = {**SMOOTH, **PIECEWISE, **BINARY}
