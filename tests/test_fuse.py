@@ -1,4 +1,4 @@
-"""Fusion keeps the function, its points and every block; and it does collapse what it should."""
+"""Fusion keeps the function, its points and every block; and it does fuse what it should."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_a_linearization_leaves_nothing_nonlinear_for_the_sweeps(
     found = [call for k, call in lin.calls.items() if lin.graph.nodes[k].op == "region"]
     assert len(found) >= 2
     # What the partials come of has been given up.
-    assert all(getattr(call, "tail", None) is None and getattr(call, "collapsed", None) is None for call in found)
+    assert all(getattr(call, "tail", None) is None and getattr(call, "fused", None) is None for call in found)
 
 
 def _hardshrink_by_hand(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

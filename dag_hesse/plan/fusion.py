@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dag_hesse.ir import CurvatureGraph, Kind, Node, Ref, verify
-from dag_hesse.plan.biases import absorb_biases
+from dag_hesse.plan.biases import fuse_biases
 from dag_hesse.plan.simplify import seeded_or_read, simplify, without
 from dag_hesse.rules.region import Region
 from dag_hesse.rules.table import RULES, pairs_of
@@ -18,7 +18,7 @@ from dag_hesse.rules.table import RULES, pairs_of
 
 def fuse(graph: CurvatureGraph) -> CurvatureGraph:
     """The same function with fewer nodes; points, ``out`` and the loss stay nodes of their own."""
-    return verify(_collapse(absorb_biases(simplify(graph))))
+    return verify(_fuse_regions(fuse_biases(simplify(graph))))
 
 
 def fuse_all(graphs: Sequence[CurvatureGraph]) -> list[CurvatureGraph]:
@@ -138,7 +138,7 @@ class _Grower:
         return replace(made, kind=Kind.SMOOTH if pairs_of(made) else Kind.PIECEWISE_LINEAR)
 
 
-def _collapse(graph: CurvatureGraph) -> CurvatureGraph:
+def _fuse_regions(graph: CurvatureGraph) -> CurvatureGraph:
     grower, regions, gone = _Grower(graph), dict[int, Node](), set[int]()
     for node in reversed(graph.nodes):
         if grower.elementwise(node.index):

@@ -172,7 +172,7 @@ class Rule:
         linearize: a call as linear maps. What it keeps and saves is found by running it on shapes (``footprint``).
         pairs: slot pairs with a second derivative.
         samples: what it does to the axis of the samples.
-        partials: of an elementwise op, which may be collapsed into regions; with ``align``, only where nothing but its
+        partials: of an elementwise op, which may be fused into regions; with ``align``, only where nothing but its
             first input is active.
         run: evaluates the op itself, where a memory layout suits its products.
         moves: what it does with elements, where it computes nothing.

@@ -37,7 +37,7 @@ class Descent:
     pulled: dict[int, Tensor]
 
 
-class Collapsed(ABC):
+class Fused(ABC):
     """Members as one function of their sources, by which the partials are numbered."""
 
     @property
@@ -62,7 +62,7 @@ def is_active(member: Node) -> bool:
     return member.kind is not Kind.CONST
 
 
-def collapse(members: Members, known: Known, sources: Sequence[int], arena: Arena = FRESH) -> Collapsed:
+def fuse_members(members: Members, known: Known, sources: Sequence[int], arena: Arena = FRESH) -> Fused:
     """The last of ``members`` as a function of the values at ``sources``."""
     if any(rule_of(node).pairs(node) for _, node in _live(members, sources)):
         recorded = _Recorded.of(members, known, sources, arena)
@@ -96,7 +96,7 @@ def _steps(members: Members, known: Known, sources: Sequence[int], arena: Arena)
         yield node, place, *partials(Call(node, tuple(known[k] for k in node.inputs), known[place], on, arena=arena))
 
 
-class _ByOp(Collapsed):
+class _ByOp(Fused):
     arena: Arena
 
     @abstractmethod
@@ -202,7 +202,7 @@ _RECORDINGS: dict[Hashable, program.Recording | None] = {}
 
 
 @final
-class _Recorded(Collapsed):
+class _Recorded(Fused):
     """Programs that make all partials in one pass over the values of the sources, whenever they are asked for."""
 
     def __init__(self, members: Members, operands: Known, sources: Sequence[int], like: Tensor, arena: Arena) -> None:
@@ -277,4 +277,4 @@ class _Recorded(Collapsed):
         return Descent(found["first"], found["second"], found["pulled"])  # type: ignore[arg-type]  # λ is a tensor
 
 
-__all__ = ["Collapsed", "Descent", "collapse", "is_active", "rule_of"]
+__all__ = ["Descent", "Fused", "fuse_members", "is_active", "rule_of"]

@@ -1,4 +1,4 @@
-"""A region: elementwise ops collapsed into one node, linearized as one (design §3, fuse).
+"""A region: elementwise ops fused into one node, linearized as one (design §3, fuse).
 
 Where all active inputs meet in one sum z first, tangents and adjoints are added there and the rest is a function of z
 alone; otherwise first partials c_i and λ-weighted second partials h_ij are dense in the region's inputs.
@@ -15,7 +15,7 @@ from torch import Tensor
 from dag_hesse.ir.node import Kind, Node, execute
 from dag_hesse.kernels.elementwise import Coefficient, add_times, adjoint, adjoints, reduce_to, tangent, times
 from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Samples, Saved, Tangents
-from dag_hesse.rules.chain import Collapsed, collapse, is_active, rule_of
+from dag_hesse.rules.chain import Fused, fuse_members, is_active, rule_of
 from dag_hesse.rules.elementwise import residual
 
 
@@ -65,7 +65,7 @@ def _pairs(node: Node) -> Pairs:
 class _Meeting(Linearized):
     """z = Σ a_i x_i, y = φ(z): c = φ'(z), h = λ φ''(z)."""
 
-    def __init__(self, call: Call, shares: dict[int, Coefficient], tail: Collapsed | None) -> None:
+    def __init__(self, call: Call, shares: dict[int, Coefficient], tail: Fused | None) -> None:
         self.shares, self.tail, self.curved, self.arena = shares, tail, call.curved, call.arena
         self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.out.shape
         self.c: Coefficient = 1.0
@@ -109,21 +109,21 @@ class _Meeting(Linearized):
 class _Dense(Linearized):
     """y = φ(x_1 … x_k) with partials in every input."""
 
-    def __init__(self, call: Call, sources: Sequence[int], collapsed: Collapsed) -> None:
+    def __init__(self, call: Call, sources: Sequence[int], fused: Fused) -> None:
         self.sources, self.number = sources, {slot: i for i, slot in enumerate(sources)}
-        self.collapsed: Collapsed | None = collapsed
+        self.fused: Fused | None = fused
         self.curved, self.arena = call.curved, call.arena
         self.first: list[Coefficient | None] = []
         self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.out.shape
         self.seconds: dict[tuple[int, int], Coefficient] = {}
 
     def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
-        collapsed, self.collapsed = self.collapsed, None
-        assert collapsed is not None
+        fused, self.fused = self.fused, None
+        assert fused is not None
         if lam is None or not self.curved:
-            self.first = self._by_slot(collapsed.first)
+            self.first = self._by_slot(fused.first)
             return super().bind(lam, slots, into)
-        descent = collapsed.descend(lam[0], [self.number[slot] for slot in slots])
+        descent = fused.descend(lam[0], [self.number[slot] for slot in slots])
         self.first = self._by_slot(descent.first)
         self.seconds = {(self.sources[i], self.sources[j]): h for (i, j), h in descent.second.items()}
         return {slot: reduce_to(descent.pulled[self.number[slot]][None], self.shapes[slot]) for slot in slots}
@@ -148,10 +148,10 @@ def linearize(call: Call) -> Linearized:
     members = list(enumerate(region.members, region.inputs))
     active = [slot for slot, on in enumerate(call.active) if on]
     if region.meet is None:
-        return _Dense(call, active, collapse(members, known, active, call.arena))
+        return _Dense(call, active, fuse_members(members, known, active, call.arena))
     front, tail = members[: region.meet + 1], members[region.meet + 1 :]
-    shares = {active[i]: a for i, a in collapse(front, known, active, call.arena).first.items()}
-    return _Meeting(call, shares, collapse(tail, known, [front[-1][0]], call.arena) if tail else None)
+    shares = {active[i]: a for i, a in fuse_members(front, known, active, call.arena).first.items()}
+    return _Meeting(call, shares, fuse_members(tail, known, [front[-1][0]], call.arena) if tail else None)
 
 
 REGION = Rule(Kind.SMOOTH, linearize, _pairs, Samples.ELEMENTWISE)

@@ -189,9 +189,9 @@ def test_partials_of_rules_recorded_and_op_by_op(
         monkeypatch.setattr(chain, "_RECORDINGS", {})
         values = tuple(v.double() if least and v.is_floating_point() else v for v in call.values)
         known = dict(enumerate([*values, call.out.double() if least else call.out]))
-        collapsed = chain.collapse([(place, one.node)], known, sources)
+        fused = chain.fuse_members([(place, one.node)], known, sources)
         lam = torch.linspace(-1, 2, call.out.numel(), dtype=torch.float64 if least else dtype).reshape(call.out.shape)
-        found.append((collapsed, collapsed.descend(lam, sources)))
+        found.append((fused, fused.descend(lam, sources)))
     (recorded, mine), (_, theirs) = found
     plain = name.split(".")[1] in BY_OP
     if len(sources) == 1 and all(v.is_floating_point() and v.shape == call.out.shape for v in call.values):
