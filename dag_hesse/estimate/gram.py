@@ -77,7 +77,7 @@ def _factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _seeds(entry: Entry, roots: Tensor, alone: bool, separable: bool) -> Iterator[tuple[Tensor, str]]:
-    """Cotangents at out, (rows, groups, size) each, and how they are embedded."""
+    """Adjoints at out, (rows, groups, size) each, and how they are embedded."""
     if not separable:
         yield roots.permute(2, 0, 1), "whole"
         return

@@ -176,9 +176,9 @@ def added(x: Tensor, into: Tensor | None) -> Tensor:
     return x if into is None else into.add_(x)
 
 
-def plus_term(x: Tensor, grad: Tensor, rows: slice, second: Callable[[Tensor | None], Tensor | None]) -> Tensor:
-    """``x``, which came of ``grad``, with a term added to its ``rows``; ``second(into)`` makes or adds it."""
-    if is_fresh(x, grad):
+def plus_term(x: Tensor, abar: Tensor, rows: slice, second: Callable[[Tensor | None], Tensor | None]) -> Tensor:
+    """``x``, which came of ``abar``, with a term added to its ``rows``; ``second(into)`` makes or adds it."""
+    if is_fresh(x, abar):
         second(x[rows])
         return x
     term = second(None)

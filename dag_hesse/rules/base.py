@@ -93,11 +93,11 @@ class Linearized(ABC):
 
     @abstractmethod
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         """Return D_slotᵀ ā per slot, (rows, *input), with the second-order term of ``saved`` added to ``rows`` of it.
 
-        One of ``grad``, (rows, *output), and ``saved`` may be None; a slot whose term is zero may be left out then.
+        One of ``abar``, (rows, *output), and ``saved`` may be None; a slot whose term is zero may be left out then.
         A slot's result may be added to its buffer in ``into``, where that is less work: the buffer is what is returned.
         """
 

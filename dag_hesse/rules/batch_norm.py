@@ -119,21 +119,21 @@ class _FixedStatistics(Linearized):
         return add_times(self.arena, total, self.gain, xdot) if own else plus_times(self.arena, total, self.gain, xdot)
 
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         share, turned = saved or (None, None)
         x, scale, shift = self.slots["x"], self.slots["γ"], self.slots.get("β")
         found: dict[int, Tensor] = {}
-        if x in slots and grad is not None:
-            found[x] = times(self.arena, self.gain, grad)
+        if x in slots and abar is not None:
+            found[x] = times(self.arena, self.gain, abar)
         if x in slots and share is not None:
             assert self.lam is not None
-            if grad is None:
+            if abar is None:
                 found[x] = self.lam * self._spread(share)
             else:
                 found[x][rows].addcmul_(self.lam, self._spread(share))
-        if grad is not None and {scale, shift} & set(slots):
-            of_scale, of_shift = self._sums(grad, self.x[None], self.mean)
+        if abar is not None and {scale, shift} & set(slots):
+            of_scale, of_shift = self._sums(abar, self.x[None], self.mean)
             if turned is not None:
                 of_scale[rows] += turned
             found |= {k: data for k, data in ((scale, of_scale), (shift, of_shift)) if k is not None and k in slots}

@@ -86,15 +86,15 @@ class _Bilinear(Linearized):
         return bias if total is None else total.add_(bias)  # a product's memory is its own
 
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         kept = saved or _Saved(None, None, None)
         adjoints = (self._of_first, self._of_second, self._of_bias)
-        found = {slot: adjoints[slot](grad, kept, rows) for slot in slots}
+        found = {slot: adjoints[slot](abar, kept, rows) for slot in slots}
         return {slot: x for slot, x in found.items() if x is not None}
 
-    def _of_first(self, grad: Tensor | None, saved: _Saved, rows: slice) -> Tensor | None:
-        x = None if grad is None else self._inner(grad, self.b, None)
+    def _of_first(self, abar: Tensor | None, saved: _Saved, rows: slice) -> Tensor | None:
+        x = None if abar is None else self._inner(abar, self.b, None)
         if saved.b is None:
             return x
         if x is None:
@@ -102,28 +102,28 @@ class _Bilinear(Linearized):
         self._inner(self.lam, saved.b, x[rows])
         return x
 
-    def _of_second(self, grad: Tensor | None, saved: _Saved, rows: slice) -> Tensor | None:
+    def _of_second(self, abar: Tensor | None, saved: _Saved, rows: slice) -> Tensor | None:
         bend = [] if saved.a is None else [(self.lam, saved.a)]
-        if grad is None:
+        if abar is None:
             return self._outer(bend, None) if bend else saved.early
         if rows == ALL:  # one product of both
-            return self._outer([(grad, self.a), *bend], saved.early)
-        x = self._outer([(grad, self.a)], None)
+            return self._outer([(abar, self.a), *bend], saved.early)
+        x = self._outer([(abar, self.a)], None)
         if saved.early is not None:
             x[rows] += saved.early
         elif bend:
             self._outer(bend, x[rows])
         return x
 
-    def _of_bias(self, grad: Tensor | None, saved: _Saved, rows: slice) -> Tensor | None:
-        return None if grad is None else grad.sum([1, *range(3, grad.ndim)])
+    def _of_bias(self, abar: Tensor | None, saved: _Saved, rows: slice) -> Tensor | None:
+        return None if abar is None else abar.sum([1, *range(3, abar.ndim)])
 
-    def _inner(self, grad: Tensor | None, b: Tensor | None, into: Tensor | None) -> Tensor:
-        assert grad is not None and b is not None
-        return self.left(self.call, grad, b, into)
+    def _inner(self, abar: Tensor | None, b: Tensor | None, into: Tensor | None) -> Tensor:
+        assert abar is not None and b is not None
+        return self.left(self.call, abar, b, into)
 
     def _outer(self, terms: Sequence[tuple[Tensor | None, Tensor | None]], into: Tensor | None) -> Tensor:
-        pairs = [(grad, a) for grad, a in terms if grad is not None and a is not None]
+        pairs = [(abar, a) for abar, a in terms if abar is not None and a is not None]
         assert len(pairs) == len(terms)
         return self.right(self.call, pairs, into)
 
@@ -151,8 +151,8 @@ def bilinear(
 ) -> Rule:
     """A product of two operands, with an optional third input added per channel (a convolution's bias).
 
-    ``product(call, a, b, into)``, ``left(call, cotangent, b, into)`` (adjoint in a) and ``right(call, [(cotangent, a),
-    …], into)`` (adjoints in b, summed) take operands with a leading probe axis, of size 1 where the operand is the same
+    ``product(call, a, b, into)``, ``left(call, abar, b, into)`` (transpose in a) and ``right(call, [(abar, a), …],
+    into)`` (transposes in b, summed) take operands with a leading probe axis, of size 1 where the operand is the same
     for all probes; the result is added to ``into`` where that is given.
     ``keep(call, slot, value)`` gives an operand that axis, in the memory layout that the products like; ``run`` gives
     the op's own result one. ``early(call)``: the product of λ and ȧ is taken in the tangent pass, as it is smaller than

@@ -16,8 +16,8 @@ from dag_hesse.kernels.convolution import (
     crop,
     forward,
     geometry,
-    input_adjoint,
-    weight_adjoint,
+    input_transpose,
+    weight_transpose,
 )
 from dag_hesse.kernels.layout import laid_out
 from dag_hesse.rules.base import Call, Samples, Shapes
@@ -62,8 +62,8 @@ def _workspace(node: Node, shapes: Shapes, rows: int) -> int:
 
 convolution = bilinear(
     lambda c, x, w, into: forward(c.arena, _of(c), x, w, into),
-    lambda c, g, w, into: input_adjoint(c.arena, _of(c), g, w, into),
-    lambda c, terms, into: weight_adjoint(c.arena, _of(c), terms, into),
+    lambda c, g, w, into: input_transpose(c.arena, _of(c), g, w, into),
+    lambda c, terms, into: weight_transpose(c.arena, _of(c), terms, into),
     _kept,
     _run,
     lambda call: not _of(call).joins,

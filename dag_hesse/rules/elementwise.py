@@ -62,10 +62,10 @@ class _Elementwise(Linearized):
         return moved, residual(self.seconds, tangents, bend)
 
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         shapes = {slot: self.aligned[slot] for slot in slots}
-        found = adjoints(self.arena, self.first, self.seconds, grad, saved or {}, rows, shapes, self.out_shape)
+        found = adjoints(self.arena, self.first, self.seconds, abar, saved or {}, rows, shapes, self.out_shape)
         return {slot: x.reshape(len(x), *self.shapes[slot]) for slot, x in found.items()}
 
 

@@ -1,9 +1,9 @@
 """The fallback: autograd on one op alone, exact wherever the op can be differentiated twice in reverse mode.
 
-Linearization runs the op once; cotangents read the tape that this left, tangents too where the op has no forward mode
+Linearization runs the op once; adjoints read the tape that this left, tangents too where the op has no forward mode
 (or a wrong one). An op that draws random numbers is refused, as it would draw others.
 
-Complex tensors follow PyTorch's convention: tangents and cotangents are complex, and adjoint means adjoint in the real
+Complex tensors follow PyTorch's convention: tangents and adjoints are complex, and transpose means the one in the real
 inner product Re⟨a, b⟩.
 """
 
@@ -37,13 +37,13 @@ class _Tape:
             copies = {slot: leaf.clone() for slot, leaf in zip(slots, self.leaves, strict=True)}
             self.out = execute(node, [copies.get(slot, value) for slot, value in enumerate(values)])
 
-    def pull(self, cotangent: Tensor) -> list[Tensor]:
+    def pull(self, abar: Tensor) -> list[Tensor]:
         """Dᵀ ā."""
-        return _gradient([self.out], self.leaves, [cotangent])
+        return _gradient([self.out], self.leaves, [abar])
 
-    def pullback(self, cotangent: Tensor) -> list[Tensor]:
-        """Dᵀ ā on the tape: a function of the leaves, and of the cotangent if that requires grad."""
-        return _gradient([self.out], self.leaves, [cotangent], on_tape=True)
+    def pullback(self, abar: Tensor) -> list[Tensor]:
+        """Dᵀ ā on the tape: a function of the leaves, and of ā if that requires grad."""
+        return _gradient([self.out], self.leaves, [abar], on_tape=True)
 
 
 def _gradient(of: _Tensors, leaves: _Tensors, seeds: _Tensors, *, on_tape: bool = False) -> list[Tensor]:
@@ -115,11 +115,11 @@ class _Opaque(Linearized):
         self.bent: list[Tensor] | None = None
 
     def _checked_push(self) -> Callable[[_Tensors], Tensor]:
-        """A way to move tangents that is adjoint to the pullback, as the formulas of rare ops are not always right."""
+        """A way to move tangents whose transpose is the pullback, as the formulas of rare ops are not always right."""
         if not self.tape.out.requires_grad:
             return lambda tangents: torch.zeros_like(self.tape.out).detach()
-        (cotangent,), tangents = _random([self.tape.out], 1), _random(self.tape.leaves, 2)
-        pulled = self.tape.pull(cotangent)
+        (abar,), tangents = _random([self.tape.out], 1), _random(self.tape.leaves, 2)
+        pulled = self.tape.pull(abar)
         expected = _inner(pulled, tangents)
         reasons: list[str] = []
         for way in (self._forward_mode, self._transposed):
@@ -131,8 +131,8 @@ class _Opaque(Linearized):
                     raise
                 reasons.append(str(error).split("\n")[0])
                 continue
-            scale = max(_norm([cotangent]) * _norm([moved]), _norm(tangents) * _norm(pulled))
-            off = abs(_inner([moved], [cotangent]) - expected)
+            scale = max(_norm([abar]) * _norm([moved]), _norm(tangents) * _norm(pulled))
+            off = abs(_inner([moved], [abar]) - expected)
             if not math.isfinite(expected) or off <= torch.finfo(moved.dtype).eps ** 0.6 * scale:
                 return push
             reasons.append("its backward is not linear, or cannot be differentiated itself (once_differentiable)")
@@ -151,10 +151,10 @@ class _Opaque(Linearized):
 
     def _transposed(self) -> Callable[[_Tensors], Tensor]:
         """The transpose of the pullback, which is linear: taken where no formula is at a point of its own."""
-        (cotangent,) = _random([self.tape.out], 3)
-        cotangent.requires_grad_()
-        pulled = self.tape.pullback(cotangent)
-        return lambda tangents: _gradient(pulled, [cotangent], tangents)[0]
+        (abar,) = _random([self.tape.out], 3)
+        abar.requires_grad_()
+        pulled = self.tape.pullback(abar)
+        return lambda tangents: _gradient(pulled, [abar], tangents)[0]
 
     def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
         found = super().bind(lam, slots, into)
@@ -169,14 +169,14 @@ class _Opaque(Linearized):
         return moved, full if bend and self.bent is not None else None
 
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         if not slots:
             return {}
         terms = {} if saved is None else self._bends(saved)
-        if grad is None:
+        if abar is None:
             return {slot: terms[slot] for slot in slots}
-        every = [torch.stack(column) for column in zip(*map(self.tape.pull, _rows(grad)), strict=True)]
+        every = [torch.stack(column) for column in zip(*map(self.tape.pull, _rows(abar)), strict=True)]
         found = {slot: every[self.slots.index(slot)] for slot in slots}
         for slot in found if saved is not None else ():
             found[slot][rows] += terms[slot]

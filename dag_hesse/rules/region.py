@@ -13,7 +13,7 @@ from typing import final
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.kernels.elementwise import Coefficient, add_times, adjoint, adjoints, reduce_to, tangent, times
+from dag_hesse.kernels.elementwise import Coefficient, add_times, adjoints, reduce_to, tangent, times, transpose
 from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Samples, Saved, Tangents
 from dag_hesse.rules.chain import Fused, fuse_members, is_active, rule_of
 from dag_hesse.rules.elementwise import residual
@@ -87,13 +87,13 @@ class _Meeting(Linearized):
         return times(self.arena, self.c, met) if out else None, met if bend and self.h is not None else None
 
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
-        if grad is None:
+        if abar is None:
             return self._apart(times(self.arena, self._curvature(), saved), slots)
-        at_z = times(self.arena, self.c, grad)
+        at_z = times(self.arena, self.c, abar)
         if saved is not None:
-            at_z = grad.clone() if at_z is grad else at_z
+            at_z = abar.clone() if at_z is abar else at_z
             add_times(self.arena, at_z[rows], self._curvature(), saved)
         return self._apart(at_z, slots)
 
@@ -102,7 +102,7 @@ class _Meeting(Linearized):
         return self.h
 
     def _apart(self, at_z: Tensor, slots: Sequence[int]) -> dict[int, Tensor]:
-        return {slot: adjoint(self.arena, self.shares[slot], at_z, self.shapes[slot]) for slot in slots}
+        return {slot: transpose(self.arena, self.shares[slot], at_z, self.shapes[slot]) for slot in slots}
 
 
 @final
@@ -136,10 +136,10 @@ class _Dense(Linearized):
         return moved, residual(self.seconds, tangents, bend)
 
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         shapes = {slot: self.shapes[slot] for slot in slots}
-        return adjoints(self.arena, self.first, self.seconds, grad, saved or {}, rows, shapes, self.out_shape)
+        return adjoints(self.arena, self.first, self.seconds, abar, saved or {}, rows, shapes, self.out_shape)
 
 
 def linearize(call: Call) -> Linearized:

@@ -1,4 +1,4 @@
-"""Rules of ops of one input, written as maps: its tangent, its adjoint, and its second-order term."""
+"""Rules of ops of one input, written as maps: its tangent, its transpose, and its second-order term."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Single(Linearized):
         return moved if out else None, saved if bend and self.bound else None
 
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         if not slots:
             return {}
-        if grad is None:
+        if abar is None:
             return {0: self.second(saved, None)}
-        x = self.transpose(grad)
-        return {0: x if saved is None else plus_term(x, grad, rows, partial(self.second, saved))}
+        x = self.transpose(abar)
+        return {0: x if saved is None else plus_term(x, abar, rows, partial(self.second, saved))}
 
 
 __all__ = ["Single"]

@@ -108,15 +108,15 @@ def _widened(adjoint: Adjoint | None, to_gn: bool) -> tuple[Adjoint | None, slic
 
 def _pull(
     lin: Linearization,
-    cotangents: Mapping[int, Tensor],
+    given: Mapping[int, Tensor],
     residuals: dict[int, Saved],
     reads: set[int],
     needed: list[bool],
     channels: str,
     read: Read,
 ) -> dict[int, Adjoint]:
-    """Adjoint pass from ``cotangents`` (GN channel) and the residuals of a tangent pass, which it uses up."""
-    adjoints = {k: Adjoint(g, gn=True, tensor=False) for k, g in cotangents.items()}
+    """Adjoint pass from the ``given`` adjoints (GN channel) and the residuals of a tangent pass, which it uses up."""
+    adjoints = {k: Adjoint(x, gn=True, tensor=False) for k, x in given.items()}
     found: dict[int, Adjoint] = {}
     for node in reversed(lin.graph.nodes):
         mine, saved = adjoints.pop(node.index, None), residuals.pop(node.index, None)
@@ -130,7 +130,7 @@ def _pull(
         to_gn, rows = lin.in_loss[node.index] or channels == "sum", ALL
         if saved is not None:
             mine, rows = _widened(mine, to_gn)
-        grad = None if mine is None else mine.data
+        abar = None if mine is None else mine.data
         gn, tensor = (to_gn, not to_gn) if mine is None else (mine.gn, mine.tensor)
         slots = _slots(lin, node, needed)
         into = {
@@ -138,10 +138,10 @@ def _pull(
             for slot in slots
             if (have := adjoints.get(node.inputs[slot])) is not None and have.takes(gn, tensor)
         }
-        pulled = call.pull(grad, saved, rows, slots, into)
-        given = [] if grad is None else [grad]
-        own = {s: is_fresh(x, *given, *(y for t, y in pulled.items() if t != s)) for s, x in pulled.items()}
-        del mine, saved, grad, given  # nothing is held longer than it is wanted
+        pulled = call.pull(abar, saved, rows, slots, into)
+        theirs = [] if abar is None else [abar]
+        own = {s: is_fresh(x, *theirs, *(y for t, y in pulled.items() if t != s)) for s, x in pulled.items()}
+        del mine, saved, abar, theirs  # nothing is held longer than it is wanted
         while pulled:
             slot, data = pulled.popitem()
             if data is into.get(slot):
@@ -184,10 +184,10 @@ def sweep(
 
 
 def pullback(
-    lin: Linearization, cotangents: Mapping[int, Tensor], reads: Iterable[int], read: Read = _whole
+    lin: Linearization, given: Mapping[int, Tensor], reads: Iterable[int], read: Read = _whole
 ) -> dict[int, Tensor]:
-    """First-order adjoints Σ J[u←v]ᵀ ū at ``reads`` for ``cotangents`` (probes, *node) at nodes u."""
+    """First-order adjoints Σ J[u←v]ᵀ ū at ``reads`` for the ``given`` ū, (probes, *node), at nodes u."""
     reads = set(reads)
     with torch.no_grad():
-        found = _pull(lin, cotangents, {}, reads, lin.graph.descendants(reads), "both", read)
+        found = _pull(lin, given, {}, reads, lin.graph.descendants(reads), "both", read)
     return {k: adjoint.data for k, adjoint in found.items()}

@@ -18,9 +18,9 @@ def jvp(lin: Linearized, tangents: Mapping[int, Tensor]) -> Tensor:
     return moved
 
 
-def vjp(lin: Linearized, grad: Tensor, slot: int) -> Tensor:
+def vjp(lin: Linearized, abar: Tensor, slot: int) -> Tensor:
     """D_slotᵀ ā."""
-    return lin.pull(grad, None, ALL, [slot], {})[slot]
+    return lin.pull(abar, None, ALL, [slot], {})[slot]
 
 
 def second(lin: Linearized, tangents: Mapping[int, Tensor], slot: int) -> Tensor | None:

@@ -165,22 +165,22 @@ def test_products_are_those_of_the_ops_own_backward(name: str) -> None:
     tangents = {
         slot: torch.randn(2, *call.shape(slot), dtype=call.values[slot].dtype, device=device.NAME) for slot in slots
     }
-    cotangents, lam = (
+    adjoints, lam = (
         torch.randn(2, *call.out.shape, dtype=call.out.dtype, device=device.NAME),
         torch.randn_like(call.out),
     )
     pushed, zero = jvp(lin, tangents), {slot: torch.zeros_like(call.values[slot]) for slot in slots}
     assert pushed.shape == (2, *call.out.shape)
     assert pushed.dtype == call.out.dtype
-    for g, row in zip(cotangents, pushed, strict=True):
+    for g, row in zip(adjoints, pushed, strict=True):
         expected = pullback(call, g, zero)
-        k = int(torch.equal(g, cotangents[1]))
+        k = int(torch.equal(g, adjoints[1]))
         total = sum(inner(expected[slot], tangents[slot][k]) for slot in slots)
         assert abs(total - inner(row, g)) < 1e-10 * (1 + abs(total))
         for slot in slots:
-            assert error(real(vjp(lin, cotangents, slot)[k]), real(expected[slot]), 1e-3) < 1e-12
+            assert error(real(vjp(lin, adjoints, slot)[k]), real(expected[slot]), 1e-3) < 1e-12
     bind(lin, lam)
-    pulled = lin.pull(cotangents, lin.push(tangents, False, slots)[1], ALL, slots, {})
+    pulled = lin.pull(adjoints, lin.push(tangents, False, slots)[1], ALL, slots, {})
     for k in range(2):
         step = {slot: 1e-5 * tangents[slot][k] for slot in slots}
         ahead, back = pullback(call, lam, step), pullback(call, lam, {slot: -x for slot, x in step.items()})
@@ -189,7 +189,7 @@ def test_products_are_those_of_the_ops_own_backward(name: str) -> None:
             term = second(lin, tangents, slot)
             assert term is not None
             assert error(real(term[k]), expected_bend, 1.0) < 1e-7
-            both = real(vjp(lin, cotangents, slot)[k] + term[k])
+            both = real(vjp(lin, adjoints, slot)[k] + term[k])
             assert error(real(pulled[slot][k]), both, 1e-3) < 1e-12
 
 

@@ -143,20 +143,20 @@ def test_products(name: str, sample: Sample, dtype: torch.dtype) -> None:
             back = _run(call, {slot: call.values[slot] - d for slot, d in step.items()})
             bound = LOOSE_FORWARD.get(name, 2e-8) if device.NAME.startswith("cuda") else 2e-8
             assert error(pushed[k], (ahead - back) / 2e-5, 1e-3) < bound
-    cotangent = torch.randn(PROBES, *call.out.shape, dtype=dtype, device=device.NAME)
-    pulled = {slot: vjp(lin, cotangent, slot) for slot in tangents}
-    inner = sum((pulled[slot] * tangents[slot]).sum() for slot in tangents)  # ⟨Dᵀḡ, ẋ⟩ = ⟨ḡ, Dẋ⟩
-    scale = float(cotangent.norm() * pushed.norm())
-    assert abs(float(inner - (cotangent * pushed).sum())) <= tolerance * max(scale, 1.0)
+    abar = torch.randn(PROBES, *call.out.shape, dtype=dtype, device=device.NAME)
+    pulled = {slot: vjp(lin, abar, slot) for slot in tangents}
+    inner = sum((pulled[slot] * tangents[slot]).sum() for slot in tangents)  # ⟨Dᵀā, ẋ⟩ = ⟨ā, Dẋ⟩
+    scale = float(abar.norm() * pushed.norm())
+    assert abs(float(inner - (abar * pushed).sum())) <= tolerance * max(scale, 1.0)
     for slot, value in pulled.items():
         assert value.shape == tangents[slot].shape
         before, buffer = torch.ones_like(value), torch.ones_like(value)
-        found = lin.pull(cotangent, None, ALL, [slot], {slot: buffer})[slot]
+        found = lin.pull(abar, None, ALL, [slot], {slot: buffer})[slot]
         if found is buffer:
             assert error(buffer - before, value, 1e-3) < tolerance
         else:
             assert torch.equal(buffer, before)
-    together = lin.pull(cotangent, None, ALL, list(tangents), {})
+    together = lin.pull(abar, None, ALL, list(tangents), {})
     assert all(error(together[slot], value, 1e-3) < tolerance for slot, value in pulled.items())
     # one slot at a time is what a graph with other inputs constant does
     alone = sum(jvp(lin, {slot: tangent}) for slot, tangent in tangents.items())
@@ -188,10 +188,10 @@ def test_second_order(name: str, sample: Sample, share: bool) -> None:
         # a pull adds both terms, for all probes or for some rows of them
         for count, rows in ((1, slice(None)), (PROBES, slice(None)), (PROBES, slice(1, None))):
             near = {slot: t[: len(range(count)[rows])] for slot, t in given.items()}
-            cotangent = torch.randn(count, *call.out.shape, dtype=torch.float64, device=device.NAME)
-            joined = lin.pull(cotangent, lin.push(near, True, slots)[1], rows, slots, {})
+            abar = torch.randn(count, *call.out.shape, dtype=torch.float64, device=device.NAME)
+            joined = lin.pull(abar, lin.push(near, True, slots)[1], rows, slots, {})
             for slot in slots:
-                expected, bend = vjp(lin, cotangent, slot).clone(), second(lin, near, slot)
+                expected, bend = vjp(lin, abar, slot).clone(), second(lin, near, slot)
                 if bend is not None:
                     expected[rows] += bend
                 assert error(joined[slot], expected, 1e-3) < 1e-10
@@ -222,10 +222,10 @@ def test_sweeps_read_no_values(name: str, sample: Sample) -> None:
     lin, slots = RULES[name].linearize(call), _slots(call)
     bind(lin, torch.randn_like(call.out), slots)
     tangents = {slot: torch.randn(PROBES, *call.shape(slot), dtype=torch.float64, device=device.NAME) for slot in slots}
-    grad = torch.randn(PROBES, *call.out.shape, dtype=torch.float64, device=device.NAME)
+    abar = torch.randn(PROBES, *call.out.shape, dtype=torch.float64, device=device.NAME)
     with Unread():
         saved = lin.push(tangents, True, slots)[1]
-        lin.pull(grad, saved, ALL, slots, {})
+        lin.pull(abar, saved, ALL, slots, {})
 
 
 SPECIAL = [

@@ -5,11 +5,17 @@ from dag_hesse.kernels.convolution.sizes import CHANNELS_LAST, Geometry, crop, g
 from dag_hesse.kernels.dispatch import Implementation, Kernel
 
 forward = Kernel("convolution.forward", reference.forward, (Implementation("torch", torch.forward),), writes=1)
-input_adjoint = Kernel(
-    "convolution.input_adjoint", reference.input_adjoint, (Implementation("torch", torch.input_adjoint),), writes=1
+input_transpose = Kernel(
+    "convolution.input_transpose",
+    reference.input_transpose,
+    (Implementation("torch", torch.input_transpose),),
+    writes=1,
 )
-weight_adjoint = Kernel(
-    "convolution.weight_adjoint", reference.weight_adjoint, (Implementation("torch", torch.weight_adjoint),), writes=1
+weight_transpose = Kernel(
+    "convolution.weight_transpose",
+    reference.weight_transpose,
+    (Implementation("torch", torch.weight_transpose),),
+    writes=1,
 )
 
-__all__ = ["CHANNELS_LAST", "Geometry", "crop", "forward", "geometry", "input_adjoint", "weight_adjoint"]
+__all__ = ["CHANNELS_LAST", "Geometry", "crop", "forward", "geometry", "input_transpose", "weight_transpose"]

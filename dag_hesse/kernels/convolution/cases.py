@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dag_hesse.kernels.convolution import forward, geometry, input_adjoint, weight_adjoint
+from dag_hesse.kernels.convolution import forward, geometry, input_transpose, weight_transpose
 
 # input, weight, (stride, padding, dilation, transposed, output padding, groups)
 _CALLS: tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], ...] = (
@@ -41,7 +41,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
                 yield forward, (geo, left, b, None)
             yield forward, (geo, a, b, normal(rows, y))
             for into in (None, normal(rows, x)):
-                yield input_adjoint, (geo, g, b, into)
+                yield input_transpose, (geo, g, b, into)
             for terms in ([(g, normal(q, x))], [(g, normal(q, x)), (normal(q, y), a)]):
                 for into in (None, normal(rows, w)):
-                    yield weight_adjoint, (geo, terms, into)
+                    yield weight_transpose, (geo, terms, into)

@@ -27,7 +27,7 @@ def forward(arena: Arena, geo: Geometry, x: Tensor, w: Tensor, into: Tensor | No
     return added(torch.stack(found), into)
 
 
-def input_adjoint(arena: Arena, geo: Geometry, g: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
+def input_transpose(arena: Arena, geo: Geometry, g: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
     """What comes of g (rows, batch, O, *S') at the input."""
     found = []
     for a, b in _rows(g, crop(geo, w)):
@@ -36,7 +36,9 @@ def input_adjoint(arena: Arena, geo: Geometry, g: Tensor, w: Tensor, into: Tenso
     return added(torch.stack(found), into)
 
 
-def weight_adjoint(arena: Arena, geo: Geometry, terms: Sequence[tuple[Tensor, Tensor]], into: Tensor | None) -> Tensor:
+def weight_transpose(
+    arena: Arena, geo: Geometry, terms: Sequence[tuple[Tensor, Tensor]], into: Tensor | None
+) -> Tensor:
     """Σ over ``terms`` (g, x) of what comes of g at the weight, zero where a tap meets no input."""
     for g, x in terms:
         rows = []

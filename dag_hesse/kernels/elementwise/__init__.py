@@ -12,7 +12,7 @@ from dag_hesse.kernels.elementwise.coefficients import (
     reduce_to,
     times,
 )
-from dag_hesse.kernels.elementwise.torch import adjoint
+from dag_hesse.kernels.elementwise.torch import transpose
 
 tangent = Kernel("elementwise.tangent", reference.tangent, (Implementation("torch", torch.tangent),))
 adjoints = Kernel("elementwise.adjoints", reference.adjoints, (Implementation("torch", torch.adjoints),))
@@ -21,7 +21,6 @@ __all__ = [
     "Coefficient",
     "Gate",
     "add_times",
-    "adjoint",
     "adjoints",
     "plus_product",
     "plus_times",
@@ -29,4 +28,5 @@ __all__ = [
     "reduce_to",
     "tangent",
     "times",
+    "transpose",
 ]

@@ -31,7 +31,7 @@ def adjoints(
     arena: Arena,
     first: Sequence[Coefficient | None],
     seconds: Seconds,
-    grad: Tensor | None,
+    abar: Tensor | None,
     tangents: Mapping[int, Tensor],
     rows: slice,
     shapes: Mapping[int, Sequence[int]],
@@ -40,21 +40,21 @@ def adjoints(
     found: dict[int, Tensor] = {}
     for slot, shape in shapes.items():
         second = partial(_curvature, arena, seconds, tangents, slot, shape, out_shape)
-        if grad is None:
+        if abar is None:
             term = second(None)
             if term is not None:
                 found[slot] = term
             continue
         c = first[slot]
         assert c is not None
-        x = adjoint(arena, c, grad, shape)
-        found[slot] = plus_term(x, grad, rows, second) if tangents else x
+        x = transpose(arena, c, abar, shape)
+        found[slot] = plus_term(x, abar, rows, second) if tangents else x
     return found
 
 
-def adjoint(arena: Arena, partial: Coefficient, cotangent: Tensor, shape: Sequence[int]) -> Tensor:
+def transpose(arena: Arena, partial: Coefficient, abar: Tensor, shape: Sequence[int]) -> Tensor:
     """Return x̄_i = c_i ∘ ā summed to the input's ``shape``."""
-    return reduce_to(times(arena, partial, cotangent), shape)
+    return reduce_to(times(arena, partial, abar), shape)
 
 
 def _curvature(
