@@ -21,7 +21,7 @@ from dag_hesse.kernels.elementwise import Coefficient
 Tangents = Mapping[int, Tensor]
 Pairs = frozenset[tuple[int, int]]
 Buffers = Mapping[int, Tensor]  # per slot, what a result may be added to
-Saved = Any  # a residual: what a call keeps of a tangent pass for the adjoint pass that follows
+Residual = Any  # what a call saves of a tangent pass for the adjoint pass that follows
 ALL = slice(None)
 Run = Callable[[Node, Sequence[Tensor], Arena], Tensor]
 Partials = Callable[["Call"], tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]]
@@ -84,7 +84,7 @@ class Linearized(ABC):
         return {} if lam is None else self.pull(lam, None, ALL, slots, into)
 
     @abstractmethod
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Residual]:
         """Return the output tangent Σ_i D_i ẋ_i, (rows, *output), where ``out`` asks for it, and a residual.
 
         The residual is what :meth:`pull` takes of these tangents for the second-order terms of the slots in ``bend``;
@@ -93,11 +93,11 @@ class Linearized(ABC):
 
     @abstractmethod
     def pull(
-        self, abar: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
-        """Return D_slotᵀ ā per slot, (rows, *input), with the second-order term of ``saved`` added to ``rows`` of it.
+        """Return D_slotᵀ ā per slot, (rows, *input), with the second-order term of ``residual`` added to its ``rows``.
 
-        One of ``abar``, (rows, *output), and ``saved`` may be None; a slot whose term is zero may be left out then.
+        One of ``abar``, (rows, *output), and ``residual`` may be None; a slot whose term is zero may be left out then.
         A slot's result may be added to its buffer in ``into``, where that is less work: the buffer is what is returned.
         """
 

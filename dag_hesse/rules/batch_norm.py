@@ -12,7 +12,7 @@ from torch import Tensor
 from dag_hesse.ir.node import Kind, Node, Ref
 from dag_hesse.kernels.batch_affine import sums
 from dag_hesse.kernels.elementwise import Coefficient, add_times, plus_times, times
-from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Samples, Saved, Tangents
+from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Residual, Rule, Samples, Tangents
 from dag_hesse.rules.elementwise import elementwise
 
 _ARGUMENTS = "xγβmv"
@@ -91,7 +91,7 @@ class _FixedStatistics(Linearized):
                 self.lam, self.factor = found[x], 1 / self.gamma
         return found
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Residual]:
         xdot, scale, shift = (tangents.get(self.slots.get(name, -1)) for name in "xγβ")
         moved = self._move(xdot, scale, shift) if out else None
         share = turned = None
@@ -119,9 +119,9 @@ class _FixedStatistics(Linearized):
         return add_times(self.arena, total, self.gain, xdot) if own else plus_times(self.arena, total, self.gain, xdot)
 
     def pull(
-        self, abar: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
-        share, turned = saved or (None, None)
+        share, turned = residual or (None, None)
         x, scale, shift = self.slots["x"], self.slots["γ"], self.slots.get("β")
         found: dict[int, Tensor] = {}
         if x in slots and abar is not None:

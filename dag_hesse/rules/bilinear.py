@@ -15,10 +15,10 @@ from dag_hesse.rules.base import (
     Call,
     Linearized,
     Pairs,
+    Residual,
     Rule,
     Run,
     Samples,
-    Saved,
     Shapes,
     Tangents,
     as_it_is,
@@ -37,7 +37,7 @@ def _as_it_is(call: Call, slot: int, value: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Saved:
+class _Residual:
     """Tangents that second-order terms take: of a for b's, and of b for a's; or b's term itself, made ``early``."""
 
     a: Tensor | None
@@ -62,14 +62,14 @@ class _Bilinear(Linearized):
         self.lam = lam if self.call.curved else None
         return super().bind(lam, slots, into)
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Residual]:
         a = tangents.get(0) if self.lam is not None and 1 in bend else None
         b = tangents.get(1) if self.lam is not None and 0 in bend else None
         early = None
         moved = self._move(tangents) if out else None
         if a is not None and self.early:
             a, early = None, self._outer([(self.lam, a)], None)
-        return moved, (None if a is b is early else _Saved(a, b, early))
+        return moved, (None if a is b is early else _Residual(a, b, early))
 
     def _move(self, tangents: Tangents) -> Tensor:
         total: Tensor | None = None
@@ -86,36 +86,36 @@ class _Bilinear(Linearized):
         return bias if total is None else total.add_(bias)  # a product's memory is its own
 
     def pull(
-        self, abar: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
-        kept = saved or _Saved(None, None, None)
+        kept = residual or _Residual(None, None, None)
         adjoints = (self._of_first, self._of_second, self._of_bias)
         found = {slot: adjoints[slot](abar, kept, rows) for slot in slots}
         return {slot: x for slot, x in found.items() if x is not None}
 
-    def _of_first(self, abar: Tensor | None, saved: _Saved, rows: slice) -> Tensor | None:
+    def _of_first(self, abar: Tensor | None, residual: _Residual, rows: slice) -> Tensor | None:
         x = None if abar is None else self._inner(abar, self.b, None)
-        if saved.b is None:
+        if residual.b is None:
             return x
         if x is None:
-            return self._inner(self.lam, saved.b, None)
-        self._inner(self.lam, saved.b, x[rows])
+            return self._inner(self.lam, residual.b, None)
+        self._inner(self.lam, residual.b, x[rows])
         return x
 
-    def _of_second(self, abar: Tensor | None, saved: _Saved, rows: slice) -> Tensor | None:
-        bend = [] if saved.a is None else [(self.lam, saved.a)]
+    def _of_second(self, abar: Tensor | None, residual: _Residual, rows: slice) -> Tensor | None:
+        bend = [] if residual.a is None else [(self.lam, residual.a)]
         if abar is None:
-            return self._outer(bend, None) if bend else saved.early
+            return self._outer(bend, None) if bend else residual.early
         if rows == ALL:  # one product of both
-            return self._outer([(abar, self.a), *bend], saved.early)
+            return self._outer([(abar, self.a), *bend], residual.early)
         x = self._outer([(abar, self.a)], None)
-        if saved.early is not None:
-            x[rows] += saved.early
+        if residual.early is not None:
+            x[rows] += residual.early
         elif bend:
             self._outer(bend, x[rows])
         return x
 
-    def _of_bias(self, abar: Tensor | None, saved: _Saved, rows: slice) -> Tensor | None:
+    def _of_bias(self, abar: Tensor | None, residual: _Residual, rows: slice) -> Tensor | None:
         return None if abar is None else abar.sum([1, *range(3, abar.ndim)])
 
     def _inner(self, abar: Tensor | None, b: Tensor | None, into: Tensor | None) -> Tensor:

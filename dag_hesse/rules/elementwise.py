@@ -15,9 +15,9 @@ from dag_hesse.rules.base import (
     Linearized,
     Pairs,
     Partials,
+    Residual,
     Rule,
     Samples,
-    Saved,
     Tangents,
     no_pairs,
     own_pair,
@@ -27,7 +27,7 @@ Align = Callable[[Call, int], tuple[int, ...]]
 Seconds = Mapping[tuple[int, int], Coefficient]
 
 
-def residual(seconds: Seconds, tangents: Tangents, bend: Sequence[int]) -> Saved:
+def tangents_met(seconds: Seconds, tangents: Tangents, bend: Sequence[int]) -> Residual:
     """The tangents that second partials of the slots in ``bend`` meet; None where there are none."""
     return {j: x for j, x in tangents.items() if any((i, j) in seconds for i in bend)} or None
 
@@ -56,16 +56,16 @@ class _Elementwise(Linearized):
         self.raw = {}
         return super().bind(lam, slots, into)
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Residual]:
         tangents = self._align(tangents)
         moved = tangent(self.arena, self.first, tangents, self.out_shape) if out else None
-        return moved, residual(self.seconds, tangents, bend)
+        return moved, tangents_met(self.seconds, tangents, bend)
 
     def pull(
-        self, abar: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         shapes = {slot: self.aligned[slot] for slot in slots}
-        found = adjoints(self.arena, self.first, self.seconds, abar, saved or {}, rows, shapes, self.out_shape)
+        found = adjoints(self.arena, self.first, self.seconds, abar, residual or {}, rows, shapes, self.out_shape)
         return {slot: x.reshape(len(x), *self.shapes[slot]) for slot, x in found.items()}
 
 
@@ -148,4 +148,4 @@ def binary(
     return elementwise(kind, partials, pairs)
 
 
-__all__ = ["binary", "elementwise", "piecewise_linear", "residual", "smooth", "smooth_jointly"]
+__all__ = ["binary", "elementwise", "piecewise_linear", "smooth", "smooth_jointly", "tangents_met"]

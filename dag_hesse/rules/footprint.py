@@ -132,12 +132,12 @@ def _by_running(key: _Key) -> Footprint:
     theirs = {_place(x): slot for slot, x in pulled.items()} | {_place(lam): OUT}
     bound, adjoints = _held(lin, names | dict.fromkeys(theirs, None)), _held(lin, theirs).slots
     tangents = {slot: torch.empty_like(inputs[slot]).unsqueeze(0) for slot in slots}
-    moved, saved = lin.push(tangents, True, slots)
+    moved, residual = lin.push(tangents, True, slots)
     given = {_place(x): slot for slot, x in tangents.items()}
     if moved is not None:
         given.setdefault(_place(moved), OUT)
     passed = frozenset(slot for slot, x in pulled.items() if _place(x) == _place(lam))
-    return Footprint(values, bound, adjoints, _held(saved, given), passed)
+    return Footprint(values, bound, adjoints, _held(residual, given), passed)
 
 
 def _place(x: Tensor) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Ref, bind
 from dag_hesse.kernels.arena import is_dense
-from dag_hesse.rules.base import Call, Rule, Samples, Saved, no_pairs
+from dag_hesse.rules.base import Call, Residual, Rule, Samples, no_pairs
 from dag_hesse.rules.linear import linear, shell
 from dag_hesse.rules.single import Single
 from dag_hesse.rules.structural import axes
@@ -132,7 +132,7 @@ class _Picked(Single):
         index = results[1]
         self.index = index if index.ndim == len(shape) else index.unsqueeze(self.dim)
 
-    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+    def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         picked = x.gather(self.dim + 1, self.index.expand(x.shape[0], *self.index.shape))
         return picked.reshape(x.shape[0], *self.out_shape), None
 
@@ -167,7 +167,7 @@ class _MaxPool(Single):
         x = call.values[0]
         self.like = shell(x if _cells_lie_evenly(x, self.spatial) else x.contiguous())
 
-    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+    def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         picked = x.flatten(-self.spatial).gather(-1, self.index.expand(len(x), *self.index.shape))
         return picked.reshape(len(x), *self.out_shape), None
 
@@ -192,7 +192,7 @@ class _Extremum(Single):
         self.share = ties / ties.sum(self.dims, keepdim=True)
         self.kept_shape, self.out_shape = keep, call.out.shape
 
-    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+    def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         total = (self.share * x).sum([d + 1 for d in self.dims])
         return total.reshape(len(x), *self.out_shape), None
 

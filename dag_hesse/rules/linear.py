@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, execute
-from dag_hesse.rules.base import NOTHING, Buffers, Call, Linearized, Moves, Rule, Samples, Saved, Tangents, no_pairs
+from dag_hesse.rules.base import NOTHING, Buffers, Call, Linearized, Moves, Residual, Rule, Samples, Tangents, no_pairs
 
 Transpose = Callable[[Call, Tensor, int], Tensor]
 Forward = Callable[[Call, tuple[Tensor, ...]], Tensor]
@@ -29,7 +29,7 @@ class _Linear(Linearized):
         self.call = replace(call, values=kept, out=shell(call.out))
         self.forward, self.transpose = forward, transpose
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Residual]:
         return self._move(tangents) if out else None, None
 
     def _move(self, tangents: Tangents) -> Tensor:
@@ -48,7 +48,7 @@ class _Linear(Linearized):
         return _each_probe(apply, *(tangents[slot] for slot in slots))
 
     def pull(
-        self, abar: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         assert abar is not None
         transpose = self.transpose

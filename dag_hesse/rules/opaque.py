@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from dag_hesse.errors import NonDifferentiableError, out_of_memory
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Samples, Saved, Tangents
+from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Residual, Rule, Samples, Tangents
 
 _Tensors = Sequence[Tensor]
 
@@ -163,22 +163,22 @@ class _Opaque(Linearized):
                 self.bent = self.tape.pullback(lam[0].detach())
         return found
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Residual]:
         full = self._full(tangents)
         moved = torch.stack([self.push_one(row) for row in zip(*map(_rows, full), strict=True)]) if out else None
         return moved, full if bend and self.bent is not None else None
 
     def pull(
-        self, abar: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         if not slots:
             return {}
-        terms = {} if saved is None else self._bends(saved)
+        terms = {} if residual is None else self._bends(residual)
         if abar is None:
             return {slot: terms[slot] for slot in slots}
         every = [torch.stack(column) for column in zip(*map(self.tape.pull, _rows(abar)), strict=True)]
         found = {slot: every[self.slots.index(slot)] for slot in slots}
-        for slot in found if saved is not None else ():
+        for slot in found if residual is not None else ():
             found[slot][rows] += terms[slot]
         return found
 

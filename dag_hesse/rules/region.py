@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
 from dag_hesse.kernels.elementwise import Coefficient, add_times, adjoints, reduce_to, tangent, times, transpose
-from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Samples, Saved, Tangents
+from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Residual, Rule, Samples, Tangents
 from dag_hesse.rules.chain import Fused, fuse_members, is_active, rule_of
-from dag_hesse.rules.elementwise import residual
+from dag_hesse.rules.elementwise import tangents_met
 
 
 @dataclass(frozen=True)
@@ -82,23 +82,23 @@ class _Meeting(Linearized):
         self.c, self.h = descent.first[0], descent.second.get((0, 0))
         return self._apart(descent.pulled[0][None], slots) if slots else {}
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Residual]:
         met = tangent(self.arena, [self.shares.get(slot) for slot in range(len(self.shapes))], tangents, self.out_shape)
         return times(self.arena, self.c, met) if out else None, met if bend and self.h is not None else None
 
     def pull(
-        self, abar: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         if abar is None:
-            return self._apart(times(self.arena, self._curvature(), saved), slots)
+            return self._apart(times(self.arena, self._curvature(), residual), slots)
         at_z = times(self.arena, self.c, abar)
-        if saved is not None:
+        if residual is not None:
             at_z = abar.clone() if at_z is abar else at_z
-            add_times(self.arena, at_z[rows], self._curvature(), saved)
+            add_times(self.arena, at_z[rows], self._curvature(), residual)
         return self._apart(at_z, slots)
 
     def _curvature(self) -> Coefficient:
-        assert self.h is not None  # else nothing was saved
+        assert self.h is not None  # else no residual was saved
         return self.h
 
     def _apart(self, at_z: Tensor, slots: Sequence[int]) -> dict[int, Tensor]:
@@ -131,15 +131,15 @@ class _Dense(Linearized):
     def _by_slot(self, first: dict[int, Coefficient]) -> list[Coefficient | None]:
         return [first.get(self.number.get(slot, -1)) for slot in range(len(self.shapes))]
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Residual]:
         moved = tangent(self.arena, self.first, tangents, self.out_shape) if out else None
-        return moved, residual(self.seconds, tangents, bend)
+        return moved, tangents_met(self.seconds, tangents, bend)
 
     def pull(
-        self, abar: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         shapes = {slot: self.shapes[slot] for slot in slots}
-        return adjoints(self.arena, self.first, self.seconds, abar, saved or {}, rows, shapes, self.out_shape)
+        return adjoints(self.arena, self.first, self.seconds, abar, residual or {}, rows, shapes, self.out_shape)
 
 
 def linearize(call: Call) -> Linearized:

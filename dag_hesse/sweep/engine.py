@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dag_hesse.ir import Node
 from dag_hesse.kernels.arena import Arena, is_fresh
-from dag_hesse.rules.base import ALL, Saved
+from dag_hesse.rules.base import ALL, Residual
 from dag_hesse.sweep.linearize import Linearization
 
 Read = Callable[[int, Tensor], Tensor]
@@ -67,9 +67,9 @@ def _sum(arena: Arena, x: Tensor, y: Tensor) -> Tensor:
     return torch.add(x, y, out=arena.room(x, y))
 
 
-def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], channels: str) -> dict[int, Saved]:
+def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], channels: str) -> dict[int, Residual]:
     """Tangent pass; returns the residuals of second-order terms at inputs that are ``needed``, per node."""
-    graph, tangents, residuals = lin.graph, dict(seeds), dict[int, Saved]()
+    graph, tangents, residuals = lin.graph, dict(seeds), dict[int, Residual]()
     readers = [len(children) for children in graph.children]
     useful, bends = lin.feeds[channels], lin.bends[channels]
     for node in graph.nodes[min(seeds, default=len(graph.nodes)) :]:
@@ -77,11 +77,11 @@ def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], c
         given = {slot: tangents[k] for slot, k in enumerate(node.inputs) if k in tangents and lin.active[k]}
         bend = _slots(lin, node, needed) if node.index in bends else []
         if call is not None and given and (out or bend):
-            moved, saved = call.push(given, out, bend)
+            moved, residual = call.push(given, out, bend)
             if moved is not None:
                 tangents[node.index] = _sum(lin.arena, moved, seeds[node.index]) if node.index in seeds else moved
-            if saved is not None:
-                residuals[node.index] = saved
+            if residual is not None:
+                residuals[node.index] = residual
         for k in set(node.inputs):
             readers[k] -= 1
             if readers[k] == 0:
@@ -109,7 +109,7 @@ def _widened(adjoint: Adjoint | None, to_gn: bool) -> tuple[Adjoint | None, slic
 def _pull(
     lin: Linearization,
     given: Mapping[int, Tensor],
-    residuals: dict[int, Saved],
+    residuals: dict[int, Residual],
     reads: set[int],
     needed: list[bool],
     channels: str,
@@ -119,16 +119,16 @@ def _pull(
     adjoints = {k: Adjoint(x, gn=True, tensor=False) for k, x in given.items()}
     found: dict[int, Adjoint] = {}
     for node in reversed(lin.graph.nodes):
-        mine, saved = adjoints.pop(node.index, None), residuals.pop(node.index, None)
+        mine, residual = adjoints.pop(node.index, None), residuals.pop(node.index, None)
         if mine is not None and lin.sample is not None and node.index in lin.graph.out:
             mine = Adjoint(lin.mask(node.index, mine.data), mine.gn, mine.tensor, owned=True)
         if mine is not None and node.index in reads:
             found[node.index] = Adjoint(read(node.index, mine.data), mine.gn, mine.tensor)
         call = lin.calls.get(node.index)
-        if call is None or not needed[node.index] or (mine is None and saved is None):
+        if call is None or not needed[node.index] or (mine is None and residual is None):
             continue
         to_gn, rows = lin.in_loss[node.index] or channels == "sum", ALL
-        if saved is not None:
+        if residual is not None:
             mine, rows = _widened(mine, to_gn)
         abar = None if mine is None else mine.data
         gn, tensor = (to_gn, not to_gn) if mine is None else (mine.gn, mine.tensor)
@@ -138,10 +138,10 @@ def _pull(
             for slot in slots
             if (have := adjoints.get(node.inputs[slot])) is not None and have.takes(gn, tensor)
         }
-        pulled = call.pull(abar, saved, rows, slots, into)
+        pulled = call.pull(abar, residual, rows, slots, into)
         theirs = [] if abar is None else [abar]
         own = {s: is_fresh(x, *theirs, *(y for t, y in pulled.items() if t != s)) for s, x in pulled.items()}
-        del mine, saved, abar, theirs  # nothing is held longer than it is wanted
+        del mine, residual, abar, theirs  # nothing is held longer than it is wanted
         while pulled:
             slot, data = pulled.popitem()
             if data is into.get(slot):

@@ -110,16 +110,16 @@ class Written:
         for place, node in reversed(self.nodes):
             mine, slots = adjoints.get(place), self._slots(node)
             self._pass(node, self.lin[place].bind(mine, () if mine is None else slots, {}), adjoints)
-        saved: dict[int, Any] = {}
+        residuals: dict[int, Any] = {}
         for place, node in self.nodes:
             given = {s: tangents[node.inputs[s]] for s in self._slots(node)}
-            moved, saved[place] = self.lin[place].push(given, True, self._slots(node))
+            moved, residuals[place] = self.lin[place].push(given, True, self._slots(node))
             assert moved is not None
             tangents[place] = moved
         bent: dict[int, Tensor] = {}
         for place, node in reversed(self.nodes):
-            if place in bent or saved[place] is not None:
-                found = self.lin[place].pull(bent.get(place), saved[place], ALL, self._slots(node), {})
+            if place in bent or residuals[place] is not None:
+                found = self.lin[place].pull(bent.get(place), residuals[place], ALL, self._slots(node), {})
                 self._pass(node, found, bent)
         return self._flat(adjoints, 1)[0], self._flat(bent, sum(sizes))
 

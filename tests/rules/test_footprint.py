@@ -60,8 +60,8 @@ def test_what_a_rule_keeps(name: str, sample: Sample) -> None:
     own = {k: size for k, size in after.items() if k not in theirs or k in named}
     assert split(own, named) == (set(predicted.bound.slots), predicted.bound.bytes)
     tangents = {slot: torch.randn(1, *call.shape(slot), dtype=torch.float64, device=device.NAME) for slot in slots}
-    moved, saved = lin.push(tangents, True, slots)
+    moved, residual = lin.push(tangents, True, slots)
     assert moved is not None
     given = {place(x): slot for slot, x in tangents.items()}
     given.setdefault(place(moved), OUT)
-    assert split(held(saved), given) == (set(predicted.residual.slots), predicted.residual.bytes)
+    assert split(held(residual), given) == (set(predicted.residual.slots), predicted.residual.bytes)

@@ -224,8 +224,8 @@ def test_sweeps_read_no_values(name: str, sample: Sample) -> None:
     tangents = {slot: torch.randn(PROBES, *call.shape(slot), dtype=torch.float64, device=device.NAME) for slot in slots}
     abar = torch.randn(PROBES, *call.out.shape, dtype=torch.float64, device=device.NAME)
     with Unread():
-        saved = lin.push(tangents, True, slots)[1]
-        lin.pull(abar, saved, ALL, slots, {})
+        residual = lin.push(tangents, True, slots)[1]
+        lin.pull(abar, residual, ALL, slots, {})
 
 
 SPECIAL = [
