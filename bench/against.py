@@ -136,7 +136,7 @@ def compare_bits(other: str) -> int:
 
 
 def main(other: str, only: Sequence[str] = ()) -> int:
-    """Hold products against each other, then time; print, and write ``bench/results/against.json``."""
+    """Compare products with each other, then time; print, and write ``bench/results/against.json``."""
     checkouts = [Checkout(Path(other)), Checkout(ROOT)]
     console, rows = Console(width=110), []
     for name in [n for n in WORKLOADS if not only or any(part in n for part in only)]:

@@ -1,4 +1,4 @@
-"""Loaders: held, or read again in every pass and held against the first one."""
+"""Loaders: held, or read again in every pass and compared with the first one."""
 
 from __future__ import annotations
 

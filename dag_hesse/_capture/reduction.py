@@ -214,7 +214,7 @@ def _confirm(
     loss: Loss | None,
     tolerance: float,
 ) -> None:
-    """Hold the batches' losses, gradients and curvature, as they are to be added, against those of all put together.
+    """Compare the batches' losses, gradients and curvature, as they are to be added, with those of all put together.
 
     Parts of one batch may all lie on one side of a threshold or a kink, and what vanishes there may still bend.
 

@@ -44,7 +44,7 @@ class CurvatureOperator(SymmetricOperator):
             a callable that gives a batch's weight; None: found by evaluating the loss on parts of a batch (for a mean,
             a loader that is not held is read once more).
         memory: as for :func:`~dag_hesse.analyze`: bytes that each product may use, and what is kept between them.
-        verify: as for :func:`~dag_hesse.analyze`: what the captured graph is held against, once.
+        verify: as for :func:`~dag_hesse.analyze`: what the captured graph is compared with, once.
 
     Raises:
         DagHesseError: as :func:`~dag_hesse.analyze`; :class:`~dag_hesse.errors.VectorError` for a bad vector;

@@ -203,7 +203,7 @@ _STEPS = (1e-4, 1e-5)  # of the input's size, in double precision
 def second_order_fault(call: Call) -> str | None:
     """What is wrong with autograd's second derivative of an OPAQUE call; None: nothing.
 
-    Σ_j (T·λ) ẋ_j at a random λ and ẋ is held against central differences of the pullback, in double precision where
+    Σ_j (T·λ) ẋ_j at a random λ and ẋ is compared with central differences of the pullback, in double precision where
     the op runs in it: about seven times the op's own backward. Where the pullback jumps (a kink lies at the very
     input), there is no second derivative, and autograd's is as good as any.
 

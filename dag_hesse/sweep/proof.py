@@ -1,4 +1,4 @@
-"""A captured graph is held against the model itself before any product is given out: its loss and its gradient."""
+"""A captured graph is compared with the model itself before any product is given out: its loss and its gradient."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Random DAGs against the dense oracle: blocks, their parts, and every claim of the structure stage.
 
-Models with state, writes, draws and branches are held against a copy that runs from the same random state. Where
+Models with state, writes, draws and branches are compared with a copy that runs from the same random state. Where
 autograd itself has no second derivative, there is no oracle, and the model is passed over.
 """
 

@@ -1,4 +1,4 @@
-"""An op as its lowering writes it, differentiated twice by the rules alone; and what to hold that against."""
+"""An op as its lowering writes it, differentiated twice by the rules alone; and what to compare that with."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Row:
-    """``truth``: what the Hessian is held against. ``formula``: the op in plain torch, where it has no derivative."""
+    """``truth``: what the Hessian is compared with. ``formula``: the op in plain torch, where it has no derivative."""
 
     op: Any
     make: Callable[[], tuple[Any, ...]]
