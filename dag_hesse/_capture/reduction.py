@@ -216,7 +216,7 @@ def _confirm(
 ) -> None:
     """Compare the batches' losses, gradients and curvature, as they are to be added, with those of all put together.
 
-    Parts of one batch may all lie on one side of a threshold or a kink, and what vanishes there may still bend.
+    Parts of one batch may all lie on one side of a threshold or a kink, and what vanishes there may still be curved.
 
     Raises:
         ReductionError: they are not the same.

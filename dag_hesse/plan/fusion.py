@@ -47,7 +47,7 @@ class _Grower:
             return False
         return rule.align is None or [self.active[i] for i in node.inputs] == [True] + [False] * (len(node.inputs) - 1)
 
-    def bends(self, node: Node) -> bool:
+    def is_curved(self, node: Node) -> bool:
         """Whether a node alone is worth a region: its derivatives are to be found in one pass."""
         return len(node.inputs) == 1 and bool(pairs_of(node))
 
@@ -143,7 +143,7 @@ def _fuse_regions(graph: CurvatureGraph) -> CurvatureGraph:
     for node in reversed(graph.nodes):
         if grower.elementwise(node.index):
             members = grower.region(node.index)
-            if len(members) > 1 or grower.bends(node):
+            if len(members) > 1 or grower.is_curved(node):
                 regions[node.index] = grower.node(members)
                 gone |= members - {node.index}
                 grower.taken |= members

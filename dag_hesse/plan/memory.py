@@ -186,8 +186,8 @@ def _back(tangents: _Live, prints: dict[int, Footprint], reads: set[int], channe
     """Peak of the adjoint pass, which uses up the residuals; of what is read, one ``share``-th is kept."""
     graph = tangents.graph
     in_loss, inner = graph.loss_subgraph, [graph.nodes[k] for k in prints]
-    bent = [n for n in inner if prints[n.index].residual != NOTHING and not in_loss[n.index]]
-    both = graph.ancestors(k for n in bent for k in n.inputs)  # where the T channel comes by as well
+    curved = [n for n in inner if prints[n.index].residual != NOTHING and not in_loss[n.index]]
+    both = graph.ancestors(k for n in curved for k in n.inputs)  # where the T channel comes by as well
     copies = [channels if on else 1 for on in both]
     adjoints = _Live(graph, copies)
     needed, met, active = graph.descendants(reads), set[int](), {n.index for n in inner} | reads

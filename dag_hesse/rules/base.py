@@ -84,10 +84,10 @@ class Linearized(ABC):
         return {} if lam is None else self.pull(lam, None, ALL, slots, into)
 
     @abstractmethod
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Residual]:
+    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         """Return the output tangent Σ_i D_i ẋ_i, (rows, *output), where ``out`` asks for it, and a residual.
 
-        The residual is what :meth:`pull` takes of these tangents for the second-order terms of the slots in ``bend``;
+        The residual is what :meth:`pull` takes of these tangents for the second-order terms of the slots in ``curved``;
         None where those terms are zero, as they are before a λ was bound.
         """
 

@@ -38,20 +38,20 @@ def _partials(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Co
     gain = r if weight is None else r * weight
     slots = _active(c.node, c.active)
     off = c.values[0] - mean if {"γ", "v"} & set(slots) else None
-    bend = -0.5 * gain * r * r  # ∂(γ r)/∂v
+    dgain = -0.5 * gain * r * r  # ∂(γ r)/∂v
     first: dict[str, Any] = {"x": gain, "β": 1.0, "m": -gain}
-    second: dict[str, Any] = {"xγ": r, "xv": bend, "mγ": -r, "mv": -bend}
+    second: dict[str, Any] = {"xγ": r, "xv": dgain, "mγ": -r, "mv": -dgain}
     if off is not None:
-        first |= {"γ": off * r, "v": off * bend}
-        second |= {"γv": -0.5 * off * r**3, "vv": -1.5 * off * bend * r * r}
+        first |= {"γ": off * r, "v": off * dgain}
+        second |= {"γv": -0.5 * off * r**3, "vv": -1.5 * off * dgain * r * r}
     found = {(slots[p[0]], slots[p[1]]): h for p, h in second.items() if p[0] in slots and p[1] in slots}
     return {slot: first[name] for name, slot in slots.items()}, found | {(j, i): h for (i, j), h in found.items()}
 
 
 def _pairs(node: Node) -> Pairs:
     slots = _active(node, [True] * len(node.inputs))
-    bends = (("x", "γ"), ("x", "v"), ("m", "γ"), ("m", "v"), ("γ", "v"), ("v", "v"))
-    found = {(slots[i], slots[j]) for i, j in bends if i in slots and j in slots}
+    curved = (("x", "γ"), ("x", "v"), ("m", "γ"), ("m", "v"), ("γ", "v"), ("v", "v"))
+    found = {(slots[i], slots[j]) for i, j in curved if i in slots and j in slots}
     return frozenset(found | {(j, i) for i, j in found})
 
 
@@ -91,13 +91,13 @@ class _FixedStatistics(Linearized):
                 self.lam, self.factor = found[x], 1 / self.gamma
         return found
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Residual]:
+    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         xdot, scale, shift = (tangents.get(self.slots.get(name, -1)) for name in "xγβ")
         moved = self._move(xdot, scale, shift) if out else None
         share = turned = None
-        if self.lam is not None and scale is not None and self.slots["x"] in bend:
+        if self.lam is not None and scale is not None and self.slots["x"] in curved:
             share = scale * self.factor
-        if self.lam is not None and xdot is not None and self.slots["γ"] in bend:
+        if self.lam is not None and xdot is not None and self.slots["γ"] in curved:
             turned = self._sums(self.lam, xdot, torch.zeros_like(self.mean))[0] * (self.factor / self.r)
         return moved, None if share is None and turned is None else (share, turned)
 

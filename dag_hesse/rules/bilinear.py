@@ -62,9 +62,9 @@ class _Bilinear(Linearized):
         self.lam = lam if self.call.curved else None
         return super().bind(lam, slots, into)
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Residual]:
-        a = tangents.get(0) if self.lam is not None and 1 in bend else None
-        b = tangents.get(1) if self.lam is not None and 0 in bend else None
+    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
+        a = tangents.get(0) if self.lam is not None and 1 in curved else None
+        b = tangents.get(1) if self.lam is not None and 0 in curved else None
         early = None
         moved = self._move(tangents) if out else None
         if a is not None and self.early:
@@ -103,16 +103,16 @@ class _Bilinear(Linearized):
         return x
 
     def _of_second(self, abar: Tensor | None, residual: _Residual, rows: slice) -> Tensor | None:
-        bend = [] if residual.a is None else [(self.lam, residual.a)]
+        second = [] if residual.a is None else [(self.lam, residual.a)]
         if abar is None:
-            return self._outer(bend, None) if bend else residual.early
+            return self._outer(second, None) if second else residual.early
         if rows == ALL:  # one product of both
-            return self._outer([(abar, self.a), *bend], residual.early)
+            return self._outer([(abar, self.a), *second], residual.early)
         x = self._outer([(abar, self.a)], None)
         if residual.early is not None:
             x[rows] += residual.early
-        elif bend:
-            self._outer(bend, x[rows])
+        elif second:
+            self._outer(second, x[rows])
         return x
 
     def _of_bias(self, abar: Tensor | None, residual: _Residual, rows: slice) -> Tensor | None:

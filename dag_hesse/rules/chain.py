@@ -100,12 +100,12 @@ class _ByOp(Fused):
     arena: Arena
 
     @abstractmethod
-    def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
+    def second_partials(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
         """h_ij."""
 
     def descend(self, lam: Tensor, wanted: Sequence[int]) -> Descent:
         pulled = {i: product(self.arena, self.first[i], lam) for i in wanted}
-        return Descent(self.first, self.curvature(lam), pulled)  # type: ignore[arg-type]  # λ is a tensor
+        return Descent(self.first, self.second_partials(lam), pulled)  # type: ignore[arg-type]  # λ is a tensor
 
 
 @final
@@ -133,7 +133,7 @@ class _OfOne(_ByOp):
     def first(self) -> dict[int, Coefficient]:
         return self._first
 
-    def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
+    def second_partials(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
         return {} if self.second is None else {(0, 0): product(self.arena, self.second, lam)}
 
 
@@ -167,7 +167,7 @@ class _OfSeveral(_ByOp):
     def first(self) -> dict[int, Coefficient]:
         return self.own[self.last]
 
-    def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
+    def second_partials(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
         adjoints: dict[int, Coefficient] = {self.last: lam}
         inner = {place for _, place, _, _ in self.steps}
         found: dict[tuple[int, int], Coefficient] = {}

@@ -27,9 +27,9 @@ Align = Callable[[Call, int], tuple[int, ...]]
 Seconds = Mapping[tuple[int, int], Coefficient]
 
 
-def tangents_met(seconds: Seconds, tangents: Tangents, bend: Sequence[int]) -> Residual:
-    """The tangents that second partials of the slots in ``bend`` meet; None where there are none."""
-    return {j: x for j, x in tangents.items() if any((i, j) in seconds for i in bend)} or None
+def tangents_met(seconds: Seconds, tangents: Tangents, curved: Sequence[int]) -> Residual:
+    """The tangents that second partials of the slots in ``curved`` meet; None where there are none."""
+    return {j: x for j, x in tangents.items() if any((i, j) in seconds for i in curved)} or None
 
 
 @final
@@ -56,10 +56,10 @@ class _Elementwise(Linearized):
         self.raw = {}
         return super().bind(lam, slots, into)
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Residual]:
+    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         tangents = self._align(tangents)
         moved = tangent(self.arena, self.first, tangents, self.out_shape) if out else None
-        return moved, tangents_met(self.seconds, tangents, bend)
+        return moved, tangents_met(self.seconds, tangents, curved)
 
     def pull(
         self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers

@@ -29,7 +29,7 @@ class _Linear(Linearized):
         self.call = replace(call, values=kept, out=shell(call.out))
         self.forward, self.transpose = forward, transpose
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Residual]:
+    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         return self._move(tangents) if out else None, None
 
     def _move(self, tangents: Tangents) -> Tensor:

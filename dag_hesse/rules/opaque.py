@@ -112,7 +112,7 @@ class _Opaque(Linearized):
         self.slots = [slot for slot, on in enumerate(call.active) if on]
         self.tape = _Tape(call.node, call.values, self.slots)
         self.push_one = self._checked_push()
-        self.bent: list[Tensor] | None = None
+        self.mu: list[Tensor] | None = None
 
     def _checked_push(self) -> Callable[[_Tensors], Tensor]:
         """A way to move tangents whose transpose is the pullback, as the formulas of rare ops are not always right."""
@@ -160,20 +160,20 @@ class _Opaque(Linearized):
         found = super().bind(lam, slots, into)
         if lam is not None and self.call.curved:
             with _named(self.call.node):
-                self.bent = self.tape.pullback(lam[0].detach())
+                self.mu = self.tape.pullback(lam[0].detach())
         return found
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Residual]:
+    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         full = self._full(tangents)
         moved = torch.stack([self.push_one(row) for row in zip(*map(_rows, full), strict=True)]) if out else None
-        return moved, full if bend and self.bent is not None else None
+        return moved, full if curved and self.mu is not None else None
 
     def pull(
         self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         if not slots:
             return {}
-        terms = {} if residual is None else self._bends(residual)
+        terms = {} if residual is None else self._terms(residual)
         if abar is None:
             return {slot: terms[slot] for slot in slots}
         every = [torch.stack(column) for column in zip(*map(self.tape.pull, _rows(abar)), strict=True)]
@@ -182,11 +182,11 @@ class _Opaque(Linearized):
             found[slot][rows] += terms[slot]
         return found
 
-    def _bends(self, tangents: _Tensors) -> dict[int, Tensor]:
+    def _terms(self, tangents: _Tensors) -> dict[int, Tensor]:
         """Per slot Σ_j (T·λ) ẋ_j: T·λ is symmetric, so that is the gradient of ⟨Dᵀλ, ẋ⟩."""
-        assert self.bent is not None
+        assert self.mu is not None
         with _named(self.call.node):
-            rows = [_gradient(self.bent, self.tape.leaves, row) for row in zip(*map(_rows, tangents), strict=True)]
+            rows = [_gradient(self.mu, self.tape.leaves, row) for row in zip(*map(_rows, tangents), strict=True)]
         return {slot: torch.stack(column) for slot, column in zip(self.slots, zip(*rows, strict=True), strict=True)}
 
     def _full(self, tangents: Tangents) -> list[Tensor]:
@@ -232,7 +232,7 @@ def second_order_fault(call: Call) -> str | None:
 
 
 def _fault_along(call: Call, lin: _Opaque, lam: Tensor, xdot: _Tensors) -> str | None:
-    found = lin._bends([x.unsqueeze(0) for x in xdot])
+    found = lin._terms([x.unsqueeze(0) for x in xdot])
     exact = torch.cat([_real(found[slot][0]) for slot in lin.slots])
     eps = torch.finfo(lin.tape.out.dtype).eps
     steps = [step * (1 if eps < 1e-10 else 100) for step in _STEPS]

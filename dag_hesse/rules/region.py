@@ -82,22 +82,22 @@ class _Meeting(Linearized):
         self.c, self.h = descent.first[0], descent.second.get((0, 0))
         return self._apart(descent.pulled[0][None], slots) if slots else {}
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Residual]:
+    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         met = tangent(self.arena, [self.shares.get(slot) for slot in range(len(self.shapes))], tangents, self.out_shape)
-        return times(self.arena, self.c, met) if out else None, met if bend and self.h is not None else None
+        return times(self.arena, self.c, met) if out else None, met if curved and self.h is not None else None
 
     def pull(
         self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         if abar is None:
-            return self._apart(times(self.arena, self._curvature(), residual), slots)
+            return self._apart(times(self.arena, self._second(), residual), slots)
         at_z = times(self.arena, self.c, abar)
         if residual is not None:
             at_z = abar.clone() if at_z is abar else at_z
-            add_times(self.arena, at_z[rows], self._curvature(), residual)
+            add_times(self.arena, at_z[rows], self._second(), residual)
         return self._apart(at_z, slots)
 
-    def _curvature(self) -> Coefficient:
+    def _second(self) -> Coefficient:
         assert self.h is not None  # else no residual was saved
         return self.h
 
@@ -131,9 +131,9 @@ class _Dense(Linearized):
     def _by_slot(self, first: dict[int, Coefficient]) -> list[Coefficient | None]:
         return [first.get(self.number.get(slot, -1)) for slot in range(len(self.shapes))]
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Residual]:
+    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         moved = tangent(self.arena, self.first, tangents, self.out_shape) if out else None
-        return moved, tangents_met(self.seconds, tangents, bend)
+        return moved, tangents_met(self.seconds, tangents, curved)
 
     def pull(
         self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers

@@ -186,11 +186,11 @@ def _share_of_2(a: Any, b: Any, y: Tensor) -> Tensor:
 
 
 def _log_sum(share: Any, scale: float) -> Rule:
-    def bend(a: Any, b: Any, y: Tensor) -> Tensor:
+    def second(a: Any, b: Any, y: Tensor) -> Tensor:
         s = share(a, b, y)
         return scale * s * (1 - s)
 
-    return binary(share, lambda a, b, y: share(b, a, y), bend, lambda a, b, y: -bend(a, b, y), bend)
+    return binary(share, lambda a, b, y: share(b, a, y), second, lambda a, b, y: -second(a, b, y), second)
 
 
 def _tensor(x: Any, y: Tensor) -> Tensor:

@@ -71,13 +71,13 @@ def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], c
     """Tangent pass; returns the residuals of second-order terms at inputs that are ``needed``, per node."""
     graph, tangents, residuals = lin.graph, dict(seeds), dict[int, Residual]()
     readers = [len(children) for children in graph.children]
-    useful, bends = lin.feeds[channels], lin.bends[channels]
+    useful, wanted = lin.feeds[channels], lin.curved_in[channels]
     for node in graph.nodes[min(seeds, default=len(graph.nodes)) :]:
         call, out = lin.calls.get(node.index), useful[node.index]
         given = {slot: tangents[k] for slot, k in enumerate(node.inputs) if k in tangents and lin.active[k]}
-        bend = _slots(lin, node, needed) if node.index in bends else []
-        if call is not None and given and (out or bend):
-            moved, residual = call.push(given, out, bend)
+        curved = _slots(lin, node, needed) if node.index in wanted else []
+        if call is not None and given and (out or curved):
+            moved, residual = call.push(given, out, curved)
             if moved is not None:
                 tangents[node.index] = _sum(lin.arena, moved, seeds[node.index]) if node.index in seeds else moved
             if residual is not None:

@@ -65,15 +65,15 @@ class Linearization:
         self.in_loss = graph.loss_subgraph
         self.calls: dict[int, Linearized] = {}
         self.curved = self._find_curved()
-        self.bends = {channels: {c for c in self.curved if self._bends(c, channels)} for channels in CHANNELS}
+        self.curved_in = {channels: {c for c in self.curved if self._is_in(c, channels)} for channels in CHANNELS}
         with torch.no_grad():
             self.loss = self._forward(dict(model.named_parameters()), tensors)
-            self.feeds = {channels: self._feeds(self.bends[channels]) for channels in CHANNELS}
+            self.feeds = {channels: self._feeds(self.curved_in[channels]) for channels in CHANNELS}
             if not bool(torch.isfinite(self.loss)):
                 raise LossError(f"the loss is {float(self.loss)}; curvature there is undefined.")
             self._backward()
 
-    def _bends(self, node: int, channels: str) -> bool:
+    def _is_in(self, node: int, channels: str) -> bool:
         """Whether the node's second-order term belongs to what is asked for."""
         return channels in ("both", "sum") or (channels == "gn") == self.in_loss[node]
 

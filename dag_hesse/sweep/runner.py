@@ -121,6 +121,6 @@ class Runner:
             if bad and all(bool(z.sum().isfinite()) for z in request.z.values()):
                 names = ", ".join(repr(name) for name in dict.fromkeys(bad[:4]))
                 raise NonFiniteError(
-                    f"second derivatives at {names} are not finite: some op of the model bends infinitely at its "
+                    f"second derivatives at {names} are not finite: some op of the model has infinite ones at its "
                     "present values (a root or a power below 2 at 0, say)."
                 )

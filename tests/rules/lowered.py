@@ -116,12 +116,12 @@ class Written:
             moved, residuals[place] = self.lin[place].push(given, True, self._slots(node))
             assert moved is not None
             tangents[place] = moved
-        bent: dict[int, Tensor] = {}
+        second: dict[int, Tensor] = {}
         for place, node in reversed(self.nodes):
-            if place in bent or residuals[place] is not None:
-                found = self.lin[place].pull(bent.get(place), residuals[place], ALL, self._slots(node), {})
-                self._pass(node, found, bent)
-        return self._flat(adjoints, 1)[0], self._flat(bent, sum(sizes))
+            if place in second or residuals[place] is not None:
+                found = self.lin[place].pull(second.get(place), residuals[place], ALL, self._slots(node), {})
+                self._pass(node, found, second)
+        return self._flat(adjoints, 1)[0], self._flat(second, sum(sizes))
 
     def _pass(self, node: Node, found: Mapping[int, Tensor], into: dict[int, Tensor]) -> None:
         for slot, x in found.items():

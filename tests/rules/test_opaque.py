@@ -185,10 +185,10 @@ def test_products_are_those_of_the_ops_own_backward(name: str) -> None:
         step = {slot: 1e-5 * tangents[slot][k] for slot in slots}
         ahead, back = pullback(call, lam, step), pullback(call, lam, {slot: -x for slot, x in step.items()})
         for slot in slots:
-            expected_bend = real(ahead[slot] - back[slot]) / 2e-5
+            expected_term = real(ahead[slot] - back[slot]) / 2e-5
             term = second(lin, tangents, slot)
             assert term is not None
-            assert error(real(term[k]), expected_bend, 1.0) < 1e-7
+            assert error(real(term[k]), expected_term, 1.0) < 1e-7
             both = real(vjp(lin, adjoints, slot)[k] + term[k])
             assert error(real(pulled[slot][k]), both, 1e-3) < 1e-12
 
@@ -246,7 +246,7 @@ def test_ops_that_read_one_triangle_are_no_faults(op: Any) -> None:
     assert second_order_fault(call_of(op, x @ x.mT + torch.eye(3).to(x), output=0)) is None
 
 
-def test_differences_that_a_near_pole_bends_are_no_faults() -> None:
+def test_differences_that_a_near_pole_spoils_are_no_faults() -> None:
     x = torch.tensor([1.0, 1.0, 1e-4], dtype=F64)
     assert second_order_fault(call_of(lambda x: 1 / x, x)) is None
 

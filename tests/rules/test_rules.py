@@ -177,12 +177,12 @@ def test_second_order(name: str, sample: Sample, share: bool) -> None:
     for given in [full, *({slot: full[slot]} for slot in slots)]:
         for k in range(PROBES):
             rest = {slot: torch.zeros_like(call.values[slot]) for slot in slots}
-            pulled, bent = _autograd(call, lam, {**rest, **{slot: t[k] for slot, t in given.items()}})
+            pulled, terms = _autograd(call, lam, {**rest, **{slot: t[k] for slot, t in given.items()}})
             for slot in slots:
                 assert error(vjp(lin, lam.unsqueeze(0), slot)[0], pulled[slot], 1e-3) < LOOSE.get(name, 1e-10)
                 found = second(lin, given, slot)
                 zero = torch.zeros_like(call.values[slot])
-                assert error(zero if found is None else found[k], bent[slot], 1e-3) < 1e-9
+                assert error(zero if found is None else found[k], terms[slot], 1e-3) < 1e-9
                 if not any((slot, other) in pairs for other in given):
                     assert found is None  # structure says so, and nobody computes it
         # a pull adds both terms, for all probes or for some rows of them
@@ -191,9 +191,9 @@ def test_second_order(name: str, sample: Sample, share: bool) -> None:
             abar = torch.randn(count, *call.out.shape, dtype=torch.float64, device=device.NAME)
             joined = lin.pull(abar, lin.push(near, True, slots)[1], rows, slots, {})
             for slot in slots:
-                expected, bend = vjp(lin, abar, slot).clone(), second(lin, near, slot)
-                if bend is not None:
-                    expected[rows] += bend
+                expected, term = vjp(lin, abar, slot).clone(), second(lin, near, slot)
+                if term is not None:
+                    expected[rows] += term
                 assert error(joined[slot], expected, 1e-3) < 1e-10
                 place = joined[slot].untyped_storage().data_ptr()
                 assert all(x.untyped_storage().data_ptr() != place for x in near.values())
@@ -244,9 +244,9 @@ def test_conventions_at_kinks_are_those_of_autograd(name: str, sample: Sample, p
     lam = torch.randn_like(call.out)
     bind(lin, lam)
     tangents = {slot: torch.randn_like(call.values[slot]) for slot in slots}
-    pulled, bent = _autograd(call, lam, tangents)
+    pulled, terms = _autograd(call, lam, tangents)
     for slot in slots:
-        for order, expected in enumerate((pulled[slot], bent[slot])):
+        for order, expected in enumerate((pulled[slot], terms[slot])):
             found = vjp(lin, lam.unsqueeze(0), slot)
             if order:
                 term = second(lin, {k: t.unsqueeze(0) for k, t in tangents.items()}, slot)

@@ -39,7 +39,7 @@ def adjoints(
 ) -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
     for slot, shape in shapes.items():
-        second = partial(_curvature, arena, seconds, tangents, slot, shape, out_shape)
+        second = partial(_second_order, arena, seconds, tangents, slot, shape, out_shape)
         if abar is None:
             term = second(None)
             if term is not None:
@@ -57,7 +57,7 @@ def transpose(arena: Arena, partial: Coefficient, abar: Tensor, shape: Sequence[
     return reduce_to(times(arena, partial, abar), shape)
 
 
-def _curvature(
+def _second_order(
     arena: Arena,
     seconds: Mapping[tuple[int, int], Coefficient],
     tangents: Mapping[int, Tensor],

@@ -77,8 +77,8 @@ def _gelu(b: Builder, x: Scalar, *, approximate: str = "none") -> Scalar:
 def _gelu_backward(b: Builder, g: Scalar, x: Scalar, *, approximate: str = "none") -> Scalar:
     if approximate == "tanh":
         t, inner = _tanh_of_gelu(b, x)
-        bend = b.multiply(b.subtract(1.0, b.multiply(t, t)), inner)
-        slope = b.add(b.multiply(b.fused(x, bend, t), 0.5), 0.5)
+        dt = b.multiply(b.subtract(1.0, b.multiply(t, t)), inner)
+        slope = b.add(b.multiply(b.fused(x, dt, t), 0.5), 0.5)
     else:
         density = b.multiply(b.apply("exp", b.multiply(b.multiply(x, x), -0.5)), _INV_SQRT_2PI)
         slope = b.fused(x, density, _normal_cdf(b, x))
