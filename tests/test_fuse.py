@@ -108,8 +108,8 @@ def _same_products(model: nn.Module, batch: object, graph: CurvatureGraph, fused
     every = tuple(range(len(graph.points)))
     plain, ours = (Problem(model, [g], parsed, "shared", with_out=False) for g in (graph, fused))
     requests = [Request({w: torch.randn(2, 1, plain.dim(w), dtype=plain.dtype)}, every) for w in every]
-    for channels in ("both", "sum", "gn", "tensor"):
-        expected, found = (p.run(requests, channels=channels) for p in (plain, ours))
+    for asked in ("both", "full", "gn", "tensor"):
+        expected, found = (p.run(requests, parts=asked) for p in (plain, ours))
         # Where a product is zero in exact arithmetic, what matters is that it is small beside the others.
         parts = [x for r in expected for b in r.values() for x in (b.gn, b.tensor) if x is not None]
         scale = max((float(x.norm()) for x in parts), default=0.0)

@@ -301,7 +301,7 @@ def convolution(walk: Walker, node: Node) -> State:
 
 
 def _grouped(walk: Walker, node: Node, x: Place, w: Place | None) -> State:
-    """A batch that is folded into the channels, every group of them being of one sample."""
+    """A batch that is folded into the image channels, every group of them being of one sample."""
     groups, transposed = option(node, "groups"), option(node, "transposed")
     into, out = walk.shape(node.inputs[0])[1] // groups, node.shape[1] // groups
     if x.inner % into or transposed:

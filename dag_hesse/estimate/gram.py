@@ -60,7 +60,7 @@ def loss_hessian(graph: CurvatureGraph, lin: Linearization, chunk: int) -> Tenso
     rows = []
     for piece in eye.split(chunk):
         seeds = _out_tensors(graph, piece, "sum" if how == "each" else how)
-        found = sweep(lin, seeds, graph.out, "sum")
+        found = sweep(lin, seeds, graph.out, "full")
         rows.append(_out_vector(graph, {k: a.data for k, a in found.items()}, piece, how))
     return torch.cat(rows).transpose(0, 1)
 

@@ -24,7 +24,7 @@ class Products:
         """GN and T apart, per request and read point."""
         if self.factors is None:
             return self.problem.run(requests, progress=progress)
-        found = self.problem.run(requests, channels="tensor", progress=progress)
+        found = self.problem.run(requests, parts="tensor", progress=progress)
         return [
             {v: Blocks(self.factors.product(v, source, z), blocks.tensor) for v, blocks in each.items()}
             for request, each in zip(requests, found, strict=True)
@@ -36,7 +36,7 @@ class Products:
     ) -> list[dict[int, Tensor | None]]:
         """GN + T, per request and read point; None where nothing arrives."""
         if self.factors is None:
-            found = self.problem.run(requests, channels="sum", progress=progress)
+            found = self.problem.run(requests, parts="full", progress=progress)
         else:
             found = self.parts(requests, progress)
         return [{v: blocks.full for v, blocks in each.items()} for each in found]

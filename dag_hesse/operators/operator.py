@@ -52,7 +52,7 @@ class CurvatureOperator(SymmetricOperator):
             :class:`~dag_hesse.errors.ReductionError` where the losses of batches do not add up to one.
     """
 
-    channels: ClassVar[str]
+    _part: ClassVar[str]
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class CurvatureOperator(SymmetricOperator):
         """Capture, prove and pose the problem."""
         module = self.model
         graphs = capture_all(module, batches, loss=loss, output=output, points=points, space=space)
-        if self.channels != "sum":
+        if self._part != "full":
             needs_split(graphs)
         like = partial(points_like, graphs[0], module)
         prove_all(graphs, batches, module, loss, output, verify)
@@ -165,14 +165,14 @@ class CurvatureOperator(SymmetricOperator):
         return self._apply(blocks)[0]
 
     def _run(
-        self, blocks: Sequence[Tensor], channels: str, sources: Sequence[int], reads: Sequence[int]
+        self, blocks: Sequence[Tensor], parts: str, sources: Sequence[int], reads: Sequence[int]
     ) -> dict[int, Blocks]:
         self._problem.check("the operator was made", "call refresh() first.")
         groups = self._problem.groups
         pairs = [(self._order[k], x) for k, x in zip(sources, blocks, strict=True)]
         z = {k: x.detach().reshape(len(x), groups, -1) for k, x in pairs if k is not None}
         read = tuple(k for r in reads if (k := self._order[r]) is not None)
-        return self._problem.run([Request(z, read)], channels=channels)[0] if z and read else {}
+        return self._problem.run([Request(z, read)], parts=parts)[0] if z and read else {}
 
     def _collect(self, found: dict[int, Blocks], part: str, count: int, reads: Sequence[int]) -> list[Tensor]:
         blocks = []
@@ -184,11 +184,11 @@ class CurvatureOperator(SymmetricOperator):
         return blocks
 
     def _apply(
-        self, blocks: Sequence[Tensor], parts: Sequence[str] = ("full",), channels: str | None = None
+        self, blocks: Sequence[Tensor], read: Sequence[str] = ("full",), parts: str | None = None
     ) -> list[list[Tensor]]:
         every = range(len(self.layout.names))
-        found = self._run(blocks, channels or self.channels, every, every)
-        return [self._collect(found, part, len(blocks[0]), every) for part in parts]
+        found = self._run(blocks, parts or self._part, every, every)
+        return [self._collect(found, part, len(blocks[0]), every) for part in read]
 
     def refresh(self) -> None:
         """Linearize anew at the parameters' present values.
@@ -225,7 +225,7 @@ class HessianOperator(CurvatureOperator):
         ((26, 26), torch.Size([26]))
     """
 
-    channels = "sum"
+    _part = "full"
 
     def parts(self, v: Any) -> tuple[Any, Any]:
         """(GGN · v, tensor part · v) from one sweep, in the form of ``v``."""
@@ -239,14 +239,14 @@ class HessianOperator(CurvatureOperator):
 class GGNOperator(CurvatureOperator):
     """The generalized Gauss–Newton part Jᵀ(∇²L)J."""
 
-    channels = "gn"
+    _part = "gn"
 
 
 @final
 class TensorOperator(CurvatureOperator):
     """What Gauss–Newton leaves out of the Hessian."""
 
-    channels = "tensor"
+    _part = "tensor"
 
 
 @final
@@ -283,7 +283,7 @@ class Block:
     def __matmul__(self, z: Any) -> Any:
         """The product (d_v,) or (d_v, k) with z (d_w,) or (d_w, k); of an array, an array."""
         blocks, _ = self._only(self.w).pack(z, self.parent._arena)
-        found = self.parent._run(blocks, self.parent.channels, [self.w], [self.v])
+        found = self.parent._run(blocks, self.parent._part, [self.w], [self.v])
         rows = self.parent._collect(found, "full", len(blocks[0]), [self.v])[0]
         first = next(iter(z.values())) if isinstance(z, Mapping) else z[0] if isinstance(z, (list, tuple)) else None
         flat = z.ndim == 1 if first is None else first.ndim == len(self.parent.layout.shapes[self.w])

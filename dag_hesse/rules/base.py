@@ -105,7 +105,7 @@ class Linearized(ABC):
 class Samples(Enum):
     """What an op does to the axis of the samples, as :mod:`dag_hesse._capture.families` follows it."""
 
-    AFFINE = auto()  # per channel, along axis 1, by statistics that are given
+    AFFINE = auto()  # per image channel, along axis 1, by statistics that are given
     BAGS = auto()  # sums of rows of a table, a bag each
     CAT = auto()
     CONVOLUTION = auto()

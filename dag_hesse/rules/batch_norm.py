@@ -1,4 +1,4 @@
-"""BatchNorm with statistics as inputs: y = γ (x − m) r + β per channel, r = (v + ε)^-½."""
+"""BatchNorm with statistics as inputs: y = γ (x − m) r + β per image channel, r = (v + ε)^-½."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def _pairs(node: Node) -> Pairs:
 
 
 def _channels(c: Call, slot: int) -> tuple[int, ...]:
-    """How an input lies against the output: what is not x has one number per channel."""
+    """How an input lies against the output: what is not x has one number per image channel."""
     return tuple(c.shape(0)) if slot == 0 else (1, -1, *(1,) * (c.values[0].ndim - 2))
 
 
 @final
 class _FixedStatistics(Linearized):
-    """:func:`has_fixed_statistics`: x and λ are kept as they are, for the rest is per channel.
+    """:func:`has_fixed_statistics`: x and λ are kept as they are, for the rest is per image channel.
 
     The transpose μ = γ r λ is kept in λ's place, as what comes before keeps it too; unless a γ is zero.
     """

@@ -149,7 +149,7 @@ def bilinear(
     flops: Callable[[Node, Shapes], int],
     workspace: Callable[[Node, Shapes, int], int] = no_workspace,
 ) -> Rule:
-    """A product of two operands, with an optional third input added per channel (a convolution's bias).
+    """A product of two operands, with an optional third input added per image channel (a convolution's bias).
 
     ``product(call, a, b, into)``, ``left(call, abar, b, into)`` (transpose in a) and ``right(call, [(abar, a), …],
     into)`` (transposes in b, summed) take operands with a leading probe axis, of size 1 where the operand is the same

@@ -67,11 +67,11 @@ def _sum(arena: Arena, x: Tensor, y: Tensor) -> Tensor:
     return torch.add(x, y, out=arena.room(x, y))
 
 
-def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], channels: str) -> dict[int, Residual]:
+def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], parts: str) -> dict[int, Residual]:
     """Tangent pass; returns the residuals of second-order terms at inputs that are ``needed``, per node."""
     graph, tangents, residuals = lin.graph, dict(seeds), dict[int, Residual]()
     readers = [len(children) for children in graph.children]
-    useful, wanted = lin.feeds[channels], lin.curved_in[channels]
+    useful, wanted = lin.feeds[parts], lin.curved_in[parts]
     for node in graph.nodes[min(seeds, default=len(graph.nodes)) :]:
         call, out = lin.calls.get(node.index), useful[node.index]
         given = {slot: tangents[k] for slot, k in enumerate(node.inputs) if k in tangents and lin.active[k]}
@@ -112,7 +112,7 @@ def _pull(
     residuals: dict[int, Residual],
     reads: set[int],
     needed: list[bool],
-    channels: str,
+    parts: str,
     read: Read,
 ) -> dict[int, Adjoint]:
     """Adjoint pass from the ``given`` adjoints (GN channel) and the residuals of a tangent pass, which it uses up."""
@@ -127,7 +127,7 @@ def _pull(
         call = lin.calls.get(node.index)
         if call is None or not needed[node.index] or (mine is None and residual is None):
             continue
-        to_gn, rows = lin.in_loss[node.index] or channels == "sum", ALL
+        to_gn, rows = lin.in_loss[node.index] or parts == "full", ALL
         if residual is not None:
             mine, rows = _widened(mine, to_gn)
         abar = None if mine is None else mine.data
@@ -161,7 +161,7 @@ def sweep(
     lin: Linearization,
     seeds: Mapping[int, Tensor],
     reads: Iterable[int],
-    channels: str = "both",
+    parts: str = "both",
     read: Read = _whole,
 ) -> dict[int, Adjoint]:
     """One Hessian product: perturb the nodes in ``seeds``, return the adjoints' change at ``reads``.
@@ -170,7 +170,7 @@ def sweep(
         lin: the linearized graph.
         seeds: per node, its perturbation (probes, *node).
         reads: nodes to read.
-        channels: ``"both"`` keeps GN and T apart, ``"sum"`` adds them into the GN channel, ``"gn"`` and
+        parts: ``"both"`` keeps GN and T apart, ``"full"`` adds them into the GN channel, ``"gn"`` and
             ``"tensor"`` compute one alone.
         read: ``(node, data) -> data``: what to keep of the adjoint of a read node, taken as soon as it is known.
 
@@ -180,7 +180,7 @@ def sweep(
     reads = set(reads)
     needed = lin.graph.descendants(reads)
     with torch.no_grad():
-        return _pull(lin, {}, _push(lin, seeds, needed, channels), reads, needed, channels, read)
+        return _pull(lin, {}, _push(lin, seeds, needed, parts), reads, needed, parts, read)
 
 
 def pullback(

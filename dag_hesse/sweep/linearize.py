@@ -14,7 +14,7 @@ from dag_hesse.rules import Call, Linearized, rule_for
 from dag_hesse.rules.table import evaluate, pairs_of
 
 # What a sweep is to return: GN and T apart, their sum, or one alone.
-CHANNELS = ("both", "sum", "gn", "tensor")
+PARTS = ("both", "full", "gn", "tensor")
 # Ops whose result has a shape that its values decide.
 _SHAPED_BY_VALUES = {"aten.index.Tensor", "aten.nonzero.default", "aten.masked_select.default"}
 
@@ -65,17 +65,17 @@ class Linearization:
         self.in_loss = graph.loss_subgraph
         self.calls: dict[int, Linearized] = {}
         self.curved = self._find_curved()
-        self.curved_in = {channels: {c for c in self.curved if self._is_in(c, channels)} for channels in CHANNELS}
+        self.curved_in = {parts: {c for c in self.curved if self._is_in(c, parts)} for parts in PARTS}
         with torch.no_grad():
             self.loss = self._forward(dict(model.named_parameters()), tensors)
-            self.feeds = {channels: self._feeds(self.curved_in[channels]) for channels in CHANNELS}
+            self.feeds = {parts: self._feeds(self.curved_in[parts]) for parts in PARTS}
             if not bool(torch.isfinite(self.loss)):
                 raise LossError(f"the loss is {float(self.loss)}; curvature there is undefined.")
             self._backward()
 
-    def _is_in(self, node: int, channels: str) -> bool:
+    def _is_in(self, node: int, parts: str) -> bool:
         """Whether the node's second-order term belongs to what is asked for."""
-        return channels in ("both", "sum") or (channels == "gn") == self.in_loss[node]
+        return parts in ("both", "full") or (parts == "gn") == self.in_loss[node]
 
     def _feeds(self, curved: Iterable[int]) -> list[bool]:
         """Nodes whose tangents the second-order terms of ``curved`` come from."""

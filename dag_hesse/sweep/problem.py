@@ -154,9 +154,9 @@ class Problem:
         return iter(self._kept)
 
     def run(
-        self, requests: Sequence[Request], *, channels: str = "both", progress: Progress | None = None
+        self, requests: Sequence[Request], *, parts: str = "both", progress: Progress | None = None
     ) -> list[dict[int, Blocks]]:
-        """Sweep all requests through all entries; ``channels`` as in :func:`~dag_hesse.sweep.engine.sweep`.
+        """Sweep all requests through all entries; ``parts`` as in :func:`~dag_hesse.sweep.engine.sweep`.
 
         Returns:
             Per request, ``{read point: Blocks}``; shared entries are added, per-sample groups put side by side.
@@ -165,4 +165,4 @@ class Problem:
             UnstableLoaderError: a loader that is read again does not give what it gave first.
             NonFiniteError: second derivatives are not finite.
         """
-        return self._runner.run(requests, channels, progress)
+        return self._runner.run(requests, parts, progress)

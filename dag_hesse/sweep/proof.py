@@ -202,7 +202,7 @@ def _prove_product(graph: CurvatureGraph, model: nn.Module, batch: Batch, loss: 
     sites = {name: graph.parameters[name] for name in along}
     with preserved():
         lin = Linearization(graph, model, batch.tensors, sites.values())
-    found = sweep(lin, {sites[n]: v[None] for n, v in along.items()}, sites.values(), "sum")
+    found = sweep(lin, {sites[n]: v[None] for n, v in along.items()}, sites.values(), "full")
     size = sqrt(sum(float(h.norm()) ** 2 for h in expected.values()))
     tolerance = _tolerance(graph.nodes[graph.loss].dtype)
     wrong = [

@@ -34,7 +34,7 @@ class Runner:
     def __init__(self, meaning: Meaning, kept: Linearizations, chunk: int) -> None:
         self.meaning, self.kept, self.chunk, self.sweeps = meaning, kept, chunk, 0
 
-    def run(self, requests: Sequence[Request], channels: str, progress: Progress | None) -> list[dict[int, Blocks]]:
+    def run(self, requests: Sequence[Request], parts: str, progress: Progress | None) -> list[dict[int, Blocks]]:
         """Per request, ``{read point: Blocks}``; shared entries are added, per-sample groups put side by side."""
         results: list[dict[int, Blocks]] = [{} for _ in requests]
         separate, anew, start = self.meaning.separate_groups, not self.kept.complete, 0
@@ -42,7 +42,7 @@ class Runner:
             stop = start + entry.groups
             for request, result in zip(requests, results, strict=True):
                 z = {k: x[:, start:stop] if separate else x for k, x in request.z.items()}
-                for v, blocks in self._swept(entry, lin, z, request.reads, channels, progress).items():
+                for v, blocks in self._swept(entry, lin, z, request.reads, parts, progress).items():
                     if v not in result:
                         result[v] = blocks
                     elif separate:
@@ -60,24 +60,24 @@ class Runner:
         lin: Linearization,
         z: Mapping[int, Tensor],
         reads: Sequence[int],
-        channels: str,
+        parts: str,
         progress: Progress | None,
     ) -> dict[int, Blocks]:
         """Products of one entry, all probes."""
         like = next(iter(z.values()))
-        parts: dict[int, tuple[list[Tensor | None], list[Tensor | None]]] = {v: ([], []) for v in reads}
-        for count, found in self._chunks(entry, lin, z, reads, channels):
+        swept: dict[int, tuple[list[Tensor | None], list[Tensor | None]]] = {v: ([], []) for v in reads}
+        for count, found in self._chunks(entry, lin, z, reads, parts):
             for v, pair in found.items():
-                for part, x in zip(parts[v], pair, strict=True):
+                for part, x in zip(swept[v], pair, strict=True):
                     part.append(x if x is None else x.to(like.dtype))
             self.sweeps += count
             if progress is not None:
                 progress(count)
         joined = partial(in_a_row, lin.arena, scale=entry.scale)
-        return {v: Blocks(joined(gn), joined(tensor)) for v, (gn, tensor) in parts.items()}
+        return {v: Blocks(joined(gn), joined(tensor)) for v, (gn, tensor) in swept.items()}
 
     def _chunks(
-        self, entry: Entry, lin: Linearization, z: Mapping[int, Tensor], reads: Sequence[int], channels: str
+        self, entry: Entry, lin: Linearization, z: Mapping[int, Tensor], reads: Sequence[int], parts: str
     ) -> Iterator[tuple[int, dict[int, Parts]]]:
         """(probes, what is read of them), in chunks of equal size that memory has room for."""
         count, done = len(next(iter(z.values()))), 0
@@ -86,7 +86,7 @@ class Runner:
             stop = done + -(-left // -(-left // self.chunk))
             pieces = {k: x[done:stop] for k, x in z.items()}
             try:
-                found = self._one(entry, lin, pieces, reads, channels)
+                found = self._one(entry, lin, pieces, reads, parts)
             except (MemoryError, RuntimeError) as error:
                 if self.chunk == 1 or not out_of_memory(error):
                     raise
@@ -96,12 +96,12 @@ class Runner:
             done = stop
 
     def _one(
-        self, entry: Entry, lin: Linearization, z: Mapping[int, Tensor], reads: Sequence[int], channels: str
+        self, entry: Entry, lin: Linearization, z: Mapping[int, Tensor], reads: Sequence[int], parts: str
     ) -> dict[int, Parts]:
         """One sweep: per read point, (GN, T)."""
         graph, how, like = entry.graph, self.meaning.how, next(iter(z.values()))
         sites = {k for v in reads for k in entry.points[v].sites}
-        found = sweep(lin, self._seeds(entry, z), sites, channels, reader(graph, how))
+        found = sweep(lin, self._seeds(entry, z), sites, parts, reader(graph, how))
         return {v: read_parts(graph, entry.points[v], found, like, how) for v in reads}
 
     def _seeds(self, entry: Entry, z: Mapping[int, Tensor]) -> dict[int, Tensor]:

@@ -1,4 +1,4 @@
-"""Products of a convolution, (rows, batch, channels, *side): its value, and its adjoints at input and weight."""
+"""Products of a convolution, (rows, batch, image channels, *side): its value, and its adjoints at input and weight."""
 
 from dag_hesse.kernels.convolution import reference, torch
 from dag_hesse.kernels.convolution.sizes import CHANNELS_LAST, Geometry, crop, geometry
