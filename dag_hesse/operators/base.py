@@ -13,7 +13,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from dag_hesse.errors import MemoryBudgetError, OptionError, integer
-from dag_hesse.kernels.arena import FRESH, Arena
+from dag_hesse.kernels.arena import SYSTEM, Arena
 from dag_hesse.measure import available_memory
 from dag_hesse.operators import estimates
 from dag_hesse.operators.interop import estimate, to_curvlinops
@@ -37,7 +37,7 @@ class SymmetricOperator(ABC):
     @property
     def _arena(self) -> Arena:
         """Where products are written."""
-        return FRESH
+        return SYSTEM
 
     @property
     def names(self) -> tuple[str, ...]:

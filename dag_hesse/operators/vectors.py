@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.errors import VectorError
-from dag_hesse.kernels.arena import FRESH, Arena
+from dag_hesse.kernels.arena import SYSTEM, Arena
 
 _BLOCK = 1 << 16  # elements
 _DETACHED = (
@@ -43,7 +43,7 @@ class Layout:
         """Elements of the whole vector."""
         return sum(self.sizes)
 
-    def pack(self, v: Any, arena: Arena = FRESH) -> tuple[list[Tensor], Unpack]:
+    def pack(self, v: Any, arena: Arena = SYSTEM) -> tuple[list[Tensor], Unpack]:
         """Cut any accepted form into blocks of rows (k, size), and say how to turn such blocks back into that form.
 
         Nothing is copied but columns that do not lie one behind the other in memory; what is put together again lies in

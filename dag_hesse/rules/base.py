@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref, execute
-from dag_hesse.kernels.arena import FRESH, Arena
+from dag_hesse.kernels.arena import SYSTEM, Arena
 from dag_hesse.kernels.elementwise import Coefficient
 
 Tangents = Mapping[int, Tensor]
@@ -45,7 +45,7 @@ class Call:
     out: Tensor
     active: tuple[bool, ...]
     curved: bool = True
-    arena: Arena = FRESH
+    arena: Arena = SYSTEM
 
     def shape(self, slot: int = 0) -> torch.Size:
         """Shape of the ``slot``-th tensor input."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
 from dag_hesse.kernels import program
-from dag_hesse.kernels.arena import FRESH, Arena
+from dag_hesse.kernels.arena import SYSTEM, Arena
 from dag_hesse.kernels.elementwise import Coefficient, plus_product, product
 from dag_hesse.rules.base import Call, Rule
 
@@ -62,7 +62,7 @@ def is_active(member: Node) -> bool:
     return member.kind is not Kind.CONST
 
 
-def fuse_members(members: Members, known: Known, sources: Sequence[int], arena: Arena = FRESH) -> Fused:
+def fuse_members(members: Members, known: Known, sources: Sequence[int], arena: Arena = SYSTEM) -> Fused:
     """The last of ``members`` as a function of the values at ``sources``."""
     if any(rule_of(node).pairs(node) for _, node in _live(members, sources)):
         recorded = _Recorded.of(members, known, sources, arena)
@@ -226,7 +226,7 @@ class _Recorded(Fused):
         known = dict(zip(self.operands, tensors, strict=False))
         for place, node in self.members:
             known[place] = execute(node, [known[k] for k in node.inputs])
-        found = _by_op(self.members, known, self.sources, FRESH)
+        found = _by_op(self.members, known, self.sources, SYSTEM)
         named: dict[Hashable, Any] = {("first", i): c for i, c in found.first.items()}
         if len(tensors) == len(self.operands):
             return named

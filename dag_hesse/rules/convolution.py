@@ -29,7 +29,7 @@ def _of(c: Call) -> Geometry:
 
 
 def _kept(c: Call, slot: int, value: Tensor) -> Tensor:
-    """An operand as the products like it, (1, …): weights cut to their live taps, activations in their layout."""
+    """An operand as the products like it, (1, …): weights cropped to their kernel taps, activations in their layout."""
     geo = _of(c)
     if slot == 1:
         return crop(geo, value).contiguous()[None]

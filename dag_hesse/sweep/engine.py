@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir import Node
-from dag_hesse.kernels.arena import Arena, is_fresh
+from dag_hesse.kernels.arena import Arena, is_owned
 from dag_hesse.rules.base import ALL, Residual
 from dag_hesse.sweep.linearize import Linearization
 
@@ -140,7 +140,7 @@ def _pull(
         }
         pulled = call.pull(abar, residual, rows, slots, into)
         theirs = [] if abar is None else [abar]
-        own = {s: is_fresh(x, *theirs, *(y for t, y in pulled.items() if t != s)) for s, x in pulled.items()}
+        own = {s: is_owned(x, *theirs, *(y for t, y in pulled.items() if t != s)) for s, x in pulled.items()}
         del mine, residual, abar, theirs  # nothing is held longer than it is wanted
         while pulled:
             slot, data = pulled.popitem()

@@ -9,7 +9,7 @@ from torch import Tag, Tensor, nn
 
 from dag_hesse.errors import CaptureError, LossError, NonDifferentiableError, out_of_memory
 from dag_hesse.ir import CurvatureGraph, Kind, Node
-from dag_hesse.kernels.arena import FRESH, Arena, is_fresh
+from dag_hesse.kernels.arena import SYSTEM, Arena, is_owned
 from dag_hesse.rules import Call, Linearized, rule_for
 from dag_hesse.rules.table import evaluate, pairs_of
 
@@ -57,7 +57,7 @@ class Linearization:
         sample: int | None = None,
         checked: bool = True,
         inspect: Callable[[Call], None] = lambda call: None,
-        arena: Arena = FRESH,
+        arena: Arena = SYSTEM,
     ) -> None:
         self.graph, self.sample, self.tensor_part, self.arena = graph, sample, tensor_part, arena
         self.inspect, self.guards = inspect, {guard.node: guard for guard in graph.guards} if checked else {}
@@ -176,7 +176,7 @@ class Linearization:
                 if k in owned:
                     lam[k].add_(term)
                     continue
-                if k in lam or (len(pulled) == 1 and node.index not in self.curved and is_fresh(term, mine)):
+                if k in lam or (len(pulled) == 1 and node.index not in self.curved and is_owned(term, mine)):
                     owned.add(k)
                 lam[k] = lam[k] + term if k in lam else term
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dag_hesse as dh
 from dag_hesse.kernels import machine
-from dag_hesse.kernels.arena import FRESH, Arena
+from dag_hesse.kernels.arena import SYSTEM, Arena
 from dag_hesse.kernels.program import Builder, Program, Refused, record, reference, run
 from dag_hesse.rules import RULES, chain, special
 from tests.oracle import error
@@ -69,8 +69,8 @@ def test_an_instruction_does_what_its_definition_does(name: str, size: int, dtyp
     if name in ("log", "sqrt"):
         operands = [x.abs() + 0.1 for x in operands]
     like = torch.empty(size, dtype=dtype)
-    exact = reference.run(FRESH, program, [x.double() for x in operands], like.double())[0]
-    assert error(run(FRESH, program, operands, like)[0].double(), exact, 1.0) < TOLERANCE[dtype]
+    exact = reference.run(SYSTEM, program, [x.double() for x in operands], like.double())[0]
+    assert error(run(SYSTEM, program, operands, like)[0].double(), exact, 1.0) < TOLERANCE[dtype]
 
 
 @TYPES
@@ -79,7 +79,7 @@ def test_special_points_are_torchs(name: str, dtype: torch.dtype) -> None:
     program, arity = _one(name, 0.0)
     x = torch.tensor(SPECIAL, dtype=dtype)
     operands = [x, x.flip(0), -x][:arity]
-    found, expected = run(FRESH, program, operands, x)[0], reference.run(FRESH, program, operands, x)[0]
+    found, expected = run(SYSTEM, program, operands, x)[0], reference.run(SYSTEM, program, operands, x)[0]
     torch.testing.assert_close(found, expected, rtol=3e-6, atol=1e-37, equal_nan=True)
 
 
@@ -87,8 +87,8 @@ def test_special_points_are_torchs(name: str, dtype: torch.dtype) -> None:
 def test_functions_are_good_to_some_ulps(name: str) -> None:
     program, _ = _one(name, 0.0)
     x = torch.cat([torch.linspace(-20, 20, 400_001), torch.logspace(-30, 0, 1000), -torch.logspace(-30, 0, 1000)])
-    exact = reference.run(FRESH, program, [x.double()], x.double())[0]
-    off = (run(FRESH, program, [x], x)[0].double() - exact).abs() / exact.abs()
+    exact = reference.run(SYSTEM, program, [x.double()], x.double())[0]
+    off = (run(SYSTEM, program, [x], x)[0].double() - exact).abs() / exact.abs()
     assert off.max() < 4 * 2**-23
 
 
@@ -115,8 +115,8 @@ def test_operands_of_any_layout(
     b = Builder(3)
     total = b.fused(b.operand(0), b.operand(1), b.operand(2))
     program = b.program([b.dense(b.multiply(total, 2.0)), b.dense(total)])
-    found = run(FRESH, program, [like, spread, wide], like)
-    for x, y in zip(found, reference.run(FRESH, program, [like, spread, wide], like), strict=True):
+    found = run(SYSTEM, program, [like, spread, wide], like)
+    for x, y in zip(found, reference.run(SYSTEM, program, [like, spread, wide], like), strict=True):
         assert x.stride() == like.stride()
         torch.testing.assert_close(x, y)
 
@@ -134,7 +134,7 @@ def test_registers_are_reused() -> None:
 def test_a_clamp_to_both_sides_is_recorded() -> None:
     x = torch.randn(4, 3)
     recording = record(lambda x: {"y": torch.nn.functional.hardtanh(x, -0.5, 0.7) * x}, [x], x)
-    torch.testing.assert_close(run(FRESH, recording.program, [x], x)[0], x.clamp(-0.5, 0.7) * x)
+    torch.testing.assert_close(run(SYSTEM, recording.program, [x], x)[0], x.clamp(-0.5, 0.7) * x)
 
 
 def test_what_is_no_elementwise_program_is_refused() -> None:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from dag_hesse.ir.node import Node, Ref, execute
 from dag_hesse.kernels import batch_affine, machine
-from dag_hesse.kernels.arena import FRESH
+from dag_hesse.kernels.arena import SYSTEM
 from dag_hesse.rules import RULES, Call, rowwise
 from dag_hesse.rules.base import ALL, as_it_is
 from tests import device
@@ -111,7 +111,7 @@ def test_an_op_evaluated_in_another_layout_is_the_same(name: str, sample: Sample
     call = make_call(name, sample)
     turned = call.values[0].mT.contiguous().mT if call.values[0].ndim > 1 else call.values[0]
     for first in (call.values[0], turned):
-        found = RULES[name].run(call.node, [first, *call.values[1:]], FRESH)
+        found = RULES[name].run(call.node, [first, *call.values[1:]], SYSTEM)
         assert error(found, execute(call.node, [first, *call.values[1:]]), 1e-3) < 1e-12
 
 
@@ -122,7 +122,7 @@ def test_a_convolution_rounds_as_the_model_does(sample: Sample) -> None:
     call = make_call("aten.convolution.default", sample, torch.float32)
     x, *rest = call.values
     laid = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and not x.is_cuda else x
-    assert torch.equal(RULES["aten.convolution.default"].run(call.node, [laid, *rest], FRESH), call.out)
+    assert torch.equal(RULES["aten.convolution.default"].run(call.node, [laid, *rest], SYSTEM), call.out)
 
 
 @pytest.mark.parametrize("name, sample", ROWS)
@@ -270,7 +270,7 @@ def test_a_safe_softmax_is_zero_in_rows_of_minus_infinity() -> None:
     name = "aten._safe_softmax.default"
     node = make_call(name, SAMPLES[name][0]).node
     for rows in (x, x[:1]):
-        assert torch.equal(RULES[name].run(node, [rows], FRESH), torch.ops.aten._safe_softmax(rows, -1))
+        assert torch.equal(RULES[name].run(node, [rows], SYSTEM), torch.ops.aten._safe_softmax(rows, -1))
 
 
 @pytest.mark.parametrize("samples", [1, 2])

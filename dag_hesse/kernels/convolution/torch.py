@@ -48,7 +48,7 @@ def _stacked(arena: Arena, rows: Sequence[Tensor]) -> Tensor:
 def _uncrop(arena: Arena, geo: Geometry, w: Tensor) -> Tensor:
     if geo.kernel == geo.weight[2:]:
         return w
-    full = arena.empty(w, *w.shape[: -len(geo.taps)], *geo.weight[2:]).zero_()
+    full = arena.empty(w, *w.shape[: -len(geo.kernel_taps)], *geo.weight[2:]).zero_()
     full[geo.live] = w
     return full
 
