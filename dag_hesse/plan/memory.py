@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from dag_hesse.ir import CurvatureGraph, Kind, Node
 from dag_hesse.rules.base import Moves
-from dag_hesse.rules.footprint import EMPTY, NOTHING, OUT, Footprint, footprint
+from dag_hesse.rules.footprint import EMPTY, NOTHING, OWN, Footprint, footprint
 from dag_hesse.rules.region import Region
 from dag_hesse.rules.table import pairs_of, rule_for
 
@@ -32,7 +32,7 @@ def footprints(graph: CurvatureGraph, active: list[bool]) -> dict[int, Footprint
 
 def _nodes(node: Node, slots: Iterable[int]) -> list[int]:
     """The nodes that a call's slots stand for."""
-    return [node.index if slot == OUT else node.inputs[slot] for slot in slots]
+    return [node.index if slot == OWN else node.inputs[slot] for slot in slots]
 
 
 def _workspace(graph: CurvatureGraph, node: Node, rows: int) -> int:

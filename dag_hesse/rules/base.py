@@ -34,7 +34,7 @@ class Call:
     Attributes:
         node: the node.
         values: one tensor per input slot; for a region, its members' values follow.
-        out: the node's own value.
+        value: the node's own value.
         active: per slot, whether a point reaches that input.
         curved: whether its second-order term will be asked for.
         arena: where products are written.
@@ -42,7 +42,7 @@ class Call:
 
     node: Node
     values: tuple[Tensor, ...]
-    out: Tensor
+    value: Tensor
     active: tuple[bool, ...]
     curved: bool = True
     arena: Arena = SYSTEM
@@ -84,8 +84,8 @@ class Linearized(ABC):
         return {} if lam is None else self.pull(lam, None, ALL, slots, into)
 
     @abstractmethod
-    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
-        """Return the output tangent Σ_i D_i ẋ_i, (rows, *output), where ``out`` asks for it, and a residual.
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
+        """Return the output tangent Σ_i D_i ẋ_i, (rows, *output), where ``onward`` asks for it, and a residual.
 
         The residual is what :meth:`pull` takes of these tangents for the second-order terms of the slots in ``curved``;
         None where those terms are zero, as they are before a λ was bound.

@@ -91,9 +91,9 @@ class _FixedStatistics(Linearized):
                 self.lam, self.factor = found[x], 1 / self.gamma
         return found
 
-    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         xdot, scale, shift = (tangents.get(self.slots.get(name, -1)) for name in "xγβ")
-        moved = self._move(xdot, scale, shift) if out else None
+        moved = self._move(xdot, scale, shift) if onward else None
         share = turned = None
         if self.lam is not None and scale is not None and self.slots["x"] in curved:
             share = scale * self.factor

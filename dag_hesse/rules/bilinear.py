@@ -52,7 +52,7 @@ class _Bilinear(Linearized):
     ) -> None:
         a_on, b_on = call.active[0], call.active[1]
         self.early = a_on and b_on and early(call)
-        self.call = replace(call, values=tuple(shell(v) for v in call.values), out=shell(call.out))
+        self.call = replace(call, values=tuple(shell(v) for v in call.values), value=shell(call.value))
         self.a = keep(call, 0, call.values[0]) if b_on else None
         self.b = keep(call, 1, call.values[1]) if a_on else None
         self.product, self.left, self.right = product, left, right
@@ -62,11 +62,11 @@ class _Bilinear(Linearized):
         self.lam = lam if self.call.curved else None
         return super().bind(lam, slots, into)
 
-    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         a = tangents.get(0) if self.lam is not None and 1 in curved else None
         b = tangents.get(1) if self.lam is not None and 0 in curved else None
         early = None
-        moved = self._move(tangents) if out else None
+        moved = self._move(tangents) if onward else None
         if a is not None and self.early:
             a, early = None, self._outer([(self.lam, a)], None)
         return moved, (None if a is b is early else _Residual(a, b, early))
@@ -128,8 +128,8 @@ class _Bilinear(Linearized):
         return self.right(self.call, pairs, into)
 
     def _spread_bias(self, bias: Tensor) -> Tensor:
-        out = self.call.out.shape
-        return bias.reshape(bias.shape[0], 1, -1, *(1,) * (len(out) - 2)).expand(bias.shape[0], *out)
+        shape = self.call.value.shape
+        return bias.reshape(bias.shape[0], 1, -1, *(1,) * (len(shape) - 2)).expand(bias.shape[0], *shape)
 
 
 def _smaller(call: Call) -> bool:

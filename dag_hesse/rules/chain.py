@@ -214,8 +214,8 @@ class _Recorded(Fused):
         """None where there is no program for these members and values."""
         live = dict(_live(members, sources))
         places = dict.fromkeys(k for node in live.values() for k in node.inputs if k not in live)
-        operands, out = {k: known[k] for k in places}, known[members[-1][0]]
-        like = next((x for x in operands.values() if x.shape == out.shape), None)
+        operands, value = {k: known[k] for k in places}, known[members[-1][0]]
+        like = next((x for x in operands.values() if x.shape == value.shape), None)
         if like is None or program.refuse(None, list(operands.values()), like):
             return None
         made = cls(list(live.items()), operands, sources, like, arena)

@@ -25,7 +25,7 @@ from dag_hesse.rules.bilinear import bilinear
 
 
 def _of(c: Call) -> Geometry:
-    return geometry(c.shape(0), c.shape(1), c.out.shape, c.node.args)
+    return geometry(c.shape(0), c.shape(1), c.value.shape, c.node.args)
 
 
 def _kept(c: Call, slot: int, value: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class _Constant(Single):
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
-        self.shape, self.out_shape = call.shape(), call.out.shape
+        self.shape, self.out_shape = call.shape(), call.value.shape
 
     def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         return x.new_zeros(len(x), *self.out_shape), None

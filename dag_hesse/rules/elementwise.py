@@ -39,7 +39,7 @@ class _Elementwise(Linearized):
         self.curved, self.arena = call.curved, call.arena
         self.first = [first.get(slot) for slot in range(len(call.values))]
         self.shapes = [value.shape for value in call.values]
-        self.out_shape = call.out.shape
+        self.out_shape = call.value.shape
         self.aligned = self.shapes
         if align is not None:
             self.aligned = [v.reshape(align(call, slot)).shape for slot, v in enumerate(call.values)]
@@ -56,9 +56,9 @@ class _Elementwise(Linearized):
         self.raw = {}
         return super().bind(lam, slots, into)
 
-    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         tangents = self._align(tangents)
-        moved = tangent(self.arena, self.first, tangents, self.out_shape) if out else None
+        moved = tangent(self.arena, self.first, tangents, self.out_shape) if onward else None
         return moved, tangents_met(self.seconds, tangents, curved)
 
     def pull(
@@ -89,7 +89,7 @@ Derivative = Callable[[Call], Coefficient]
 
 
 def smooth(d1: Derivative, d2: Derivative) -> Rule:
-    """A smooth unary op with derivatives d1 and d2 as functions of the call (``values[0]`` is x, ``out`` is y)."""
+    """A smooth unary op with derivatives d1 and d2 as functions of the call (``values[0]`` is x, ``value`` is y)."""
     return elementwise(Kind.SMOOTH, lambda c: ({0: d1(c)}, {(0, 0): d2(c)}), own_pair)
 
 
@@ -128,7 +128,7 @@ def binary(
     second_table = {(0, 0): daa, (0, 1): dab, (1, 0): dab, (1, 1): dbb}
 
     def partials(call: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
-        y = call.out
+        y = call.value
         a, b = (_like(v, y) for v in (call.argument(0), call.argument(1, "other")))  # a count divides in y's precision
         slots = {
             position: slot for position in (0, 1) if (slot := call.slot(position)) is not None and call.active[slot]

@@ -128,7 +128,7 @@ class _Picked(Single):
         shape = call.shape()
         results = _results(call)
         self.dim = int(call.argument(_DIM_POSITION.get(call.node.op, 1), "dim", -1)) % max(len(shape), 1)
-        self.shape, self.out_shape = shape, call.out.shape
+        self.shape, self.out_shape = shape, call.value.shape
         index = results[1]
         self.index = index if index.ndim == len(shape) else index.unsqueeze(self.dim)
 
@@ -163,7 +163,7 @@ class _MaxPool(Single):
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self.spatial = 3 if "3d" in call.node.op else 2
-        self.out_shape, self.index = call.out.shape, _results(call)[1].flatten(-self.spatial)
+        self.out_shape, self.index = call.value.shape, _results(call)[1].flatten(-self.spatial)
         x = call.values[0]
         self.like = shell(x if _cells_lie_evenly(x, self.spatial) else x.contiguous())
 
@@ -188,9 +188,9 @@ class _Extremum(Single):
         x = call.values[0]
         self.dims = axes(call.argument(1, "dim"), x.ndim)
         keep = [1 if k in self.dims else n for k, n in enumerate(x.shape)]
-        ties = (x == call.out.reshape(keep)).to(x.dtype)
+        ties = (x == call.value.reshape(keep)).to(x.dtype)
         self.share = ties / ties.sum(self.dims, keepdim=True)
-        self.kept_shape, self.out_shape = keep, call.out.shape
+        self.kept_shape, self.out_shape = keep, call.value.shape
 
     def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         total = (self.share * x).sum([d + 1 for d in self.dims])

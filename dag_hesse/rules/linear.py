@@ -26,11 +26,11 @@ class _Linear(Linearized):
     def __init__(self, call: Call, forward: Forward, transpose: Transpose | None) -> None:
         # Shapes and strides are all that is needed of the active inputs.
         kept = tuple(shell(v) if on else v for v, on in zip(call.values, call.active, strict=True))
-        self.call = replace(call, values=kept, out=shell(call.out))
+        self.call = replace(call, values=kept, value=shell(call.value))
         self.forward, self.transpose = forward, transpose
 
-    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
-        return self._move(tangents) if out else None, None
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
+        return self._move(tangents) if onward else None, None
 
     def _move(self, tangents: Tangents) -> Tensor:
         slots = sorted(tangents)

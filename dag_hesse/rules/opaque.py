@@ -35,15 +35,15 @@ class _Tape:
         with torch.enable_grad():
             # A copy goes in: what the op saves as its own output must not be a leaf, nor what it writes to be ours.
             copies = {slot: leaf.clone() for slot, leaf in zip(slots, self.leaves, strict=True)}
-            self.out = execute(node, [copies.get(slot, value) for slot, value in enumerate(values)])
+            self.value = execute(node, [copies.get(slot, value) for slot, value in enumerate(values)])
 
     def pull(self, abar: Tensor) -> list[Tensor]:
         """Dᵀ ā."""
-        return _gradient([self.out], self.leaves, [abar])
+        return _gradient([self.value], self.leaves, [abar])
 
     def pullback(self, abar: Tensor) -> list[Tensor]:
         """Dᵀ ā on the tape: a function of the leaves, and of ā if that requires grad."""
-        return _gradient([self.out], self.leaves, [abar], on_tape=True)
+        return _gradient([self.value], self.leaves, [abar], on_tape=True)
 
 
 def _gradient(of: _Tensors, leaves: _Tensors, seeds: _Tensors, *, on_tape: bool = False) -> list[Tensor]:
@@ -116,9 +116,9 @@ class _Opaque(Linearized):
 
     def _checked_push(self) -> Callable[[_Tensors], Tensor]:
         """A way to move tangents whose transpose is the pullback, as the formulas of rare ops are not always right."""
-        if not self.tape.out.requires_grad:
-            return lambda tangents: torch.zeros_like(self.tape.out).detach()
-        (abar,), tangents = _random([self.tape.out], 1), _random(self.tape.leaves, 2)
+        if not self.tape.value.requires_grad:
+            return lambda tangents: torch.zeros_like(self.tape.value).detach()
+        (abar,), tangents = _random([self.tape.value], 1), _random(self.tape.leaves, 2)
         pulled = self.tape.pull(abar)
         expected = _inner(pulled, tangents)
         reasons: list[str] = []
@@ -145,13 +145,13 @@ class _Opaque(Linearized):
                 for slot, leaf, xdot in zip(self.slots, self.tape.leaves, tangents, strict=True):
                     values[slot] = forward_ad.make_dual(leaf.detach().clone(), xdot)
                 moved = forward_ad.unpack_dual(execute(self.call.node, values)).tangent
-            return torch.zeros_like(self.tape.out).detach() if moved is None else moved.detach()
+            return torch.zeros_like(self.tape.value).detach() if moved is None else moved.detach()
 
         return push
 
     def _transposed(self) -> Callable[[_Tensors], Tensor]:
         """The transpose of the pullback, which is linear: taken where no formula is at a point of its own."""
-        (abar,) = _random([self.tape.out], 3)
+        (abar,) = _random([self.tape.value], 3)
         abar.requires_grad_()
         pulled = self.tape.pullback(abar)
         return lambda tangents: _gradient(pulled, [abar], tangents)[0]
@@ -163,9 +163,9 @@ class _Opaque(Linearized):
                 self.mu = self.tape.pullback(lam[0].detach())
         return found
 
-    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         full = self._full(tangents)
-        moved = torch.stack([self.push_one(row) for row in zip(*map(_rows, full), strict=True)]) if out else None
+        moved = torch.stack([self.push_one(row) for row in zip(*map(_rows, full), strict=True)]) if onward else None
         return moved, full if curved and self.mu is not None else None
 
     def pull(
@@ -217,7 +217,7 @@ def second_order_fault(call: Call) -> str | None:
     try:
         call = replace(_widened(call), curved=True)
         lin = _Opaque(call)
-        (lam,), rest = _random([lin.tape.out], 4), _random(lin.tape.leaves, 5)
+        (lam,), rest = _random([lin.tape.value], 4), _random(lin.tape.leaves, 5)
         lin.bind(lam[None], (), {})
         xdot = [x * _size(leaf) for x, leaf in zip(rest, lin.tape.leaves, strict=True)]
         found = _fault_along(call, lin, lam, xdot)
@@ -234,7 +234,7 @@ def second_order_fault(call: Call) -> str | None:
 def _fault_along(call: Call, lin: _Opaque, lam: Tensor, xdot: _Tensors) -> str | None:
     found = lin._terms([x.unsqueeze(0) for x in xdot])
     exact = torch.cat([_real(found[slot][0]) for slot in lin.slots])
-    eps = torch.finfo(lin.tape.out.dtype).eps
+    eps = torch.finfo(lin.tape.value.dtype).eps
     steps = [step * (1 if eps < 1e-10 else 100) for step in _STEPS]
     coarse, fine = (_differences(call, lin, lam, xdot, step) for step in steps)
     noise = 30 * eps / steps[1] * float(torch.cat([_real(g) for g in lin.tape.pull(lam)]).abs().max())

@@ -67,7 +67,7 @@ class _Meeting(Linearized):
 
     def __init__(self, call: Call, shares: dict[int, Coefficient], tail: Fused | None) -> None:
         self.shares, self.tail, self.curved, self.arena = shares, tail, call.curved, call.arena
-        self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.out.shape
+        self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.value.shape
         self.c: Coefficient = 1.0
         self.h: Coefficient | None = None
 
@@ -82,9 +82,9 @@ class _Meeting(Linearized):
         self.c, self.h = descent.first[0], descent.second.get((0, 0))
         return self._apart(descent.pulled[0][None], slots) if slots else {}
 
-    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         met = tangent(self.arena, [self.shares.get(slot) for slot in range(len(self.shapes))], tangents, self.out_shape)
-        return times(self.arena, self.c, met) if out else None, met if curved and self.h is not None else None
+        return times(self.arena, self.c, met) if onward else None, met if curved and self.h is not None else None
 
     def pull(
         self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
@@ -114,7 +114,7 @@ class _Dense(Linearized):
         self.fused: Fused | None = fused
         self.curved, self.arena = call.curved, call.arena
         self.first: list[Coefficient | None] = []
-        self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.out.shape
+        self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.value.shape
         self.seconds: dict[tuple[int, int], Coefficient] = {}
 
     def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
@@ -131,8 +131,8 @@ class _Dense(Linearized):
     def _by_slot(self, first: dict[int, Coefficient]) -> list[Coefficient | None]:
         return [first.get(self.number.get(slot, -1)) for slot in range(len(self.shapes))]
 
-    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
-        moved = tangent(self.arena, self.first, tangents, self.out_shape) if out else None
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
+        moved = tangent(self.arena, self.first, tangents, self.out_shape) if onward else None
         return moved, tangents_met(self.seconds, tangents, curved)
 
     def pull(
@@ -144,7 +144,7 @@ class _Dense(Linearized):
 
 def linearize(call: Call) -> Linearized:
     region: Region = call.node.target  # type: ignore[assignment]
-    known = dict(enumerate([*call.values, call.out]))
+    known = dict(enumerate([*call.values, call.value]))
     members = list(enumerate(region.members, region.inputs))
     active = [slot for slot, on in enumerate(call.active) if on]
     if region.meet is None:

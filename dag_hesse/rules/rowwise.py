@@ -36,7 +36,7 @@ class _Softmax(Single):
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
-        self.y, self.dim = call.out, _trailing(call, call.argument(1))
+        self.y, self.dim = call.value, _trailing(call, call.argument(1))
 
     def _center(self, x: Tensor) -> Tensor:
         return less_mean(self.arena, x, self.y, self.dim)
@@ -62,7 +62,7 @@ class _LogSoftmax(Single):
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
-        self.p, self.dim = call.out.exp(), _trailing(call, call.argument(1))
+        self.p, self.dim = call.value.exp(), _trailing(call, call.argument(1))
 
     def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         moved = less_mean(self.arena, x, self.p, self.dim)
@@ -89,7 +89,7 @@ class _LogSumExp(Single):
         total = torch.logsumexp(x, self.dims, keepdim=True) if x.ndim else x
         self.p = torch.exp(x - total).masked_fill_(total == -torch.inf, 0.0)  # autograd passes nothing on to such rows
         self.kept_shape = [1 if k - x.ndim in self.dims else n for k, n in enumerate(x.shape)]
-        self.out_shape = call.out.shape
+        self.out_shape = call.value.shape
 
     def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         moved = (self.p * x).sum(self.dims, keepdim=True) if self.dims else self.p * x
@@ -115,7 +115,7 @@ class _Standardize(Single):
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         x, dims, eps, self.center = call.values[0], call.argument(1), call.argument(2), call.argument(3)
-        self.dims, self.y = _trailing(call, dims), call.out
+        self.dims, self.y = _trailing(call, dims), call.value
         self.inner = normalized_shape(x.shape, dims, self.center)
         if self.inner is not None:
             self.r = aten.native_layer_norm(x, self.inner, None, None, eps)[2].to(x.dtype)

@@ -42,9 +42,9 @@ class Single(Linearized):
             self.bound = True
         return {} if mu is None else {0: mu}
 
-    def push(self, tangents: Tangents, out: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         moved, residual = self.move(tangents[0])
-        return moved if out else None, residual if curved and self.bound else None
+        return moved if onward else None, residual if curved and self.bound else None
 
     def pull(
         self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers

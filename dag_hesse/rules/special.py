@@ -32,8 +32,8 @@ def _clamped_log(c: Call) -> tuple[Tensor, Tensor]:
 
 
 def _erfinv(c: Call) -> tuple[Tensor, Tensor]:
-    first = math.sqrt(math.pi) / 2 * torch.exp(c.out * c.out)
-    return first, 2 * c.out * first * first
+    first = math.sqrt(math.pi) / 2 * torch.exp(c.value * c.value)
+    return first, 2 * c.value * first * first
 
 
 def _erfc(c: Call) -> tuple[Tensor, Tensor]:
@@ -42,8 +42,8 @@ def _erfc(c: Call) -> tuple[Tensor, Tensor]:
 
 
 def _erfcx(c: Call) -> tuple[Tensor, Tensor]:
-    first = 2 * _x(c) * c.out - 2 / math.sqrt(math.pi)
-    return first, 2 * (c.out + _x(c) * first)
+    first = 2 * _x(c) * c.value - 2 / math.sqrt(math.pi)
+    return first, 2 * (c.value + _x(c) * first)
 
 
 def _ndtr(c: Call) -> tuple[Tensor, Tensor]:
@@ -58,8 +58,8 @@ def _log_ndtr(c: Call) -> tuple[Tensor, Tensor]:
 
 
 def _ndtri(c: Call) -> tuple[Tensor, Tensor]:
-    first = math.sqrt(2 * math.pi) * torch.exp(0.5 * c.out * c.out)
-    return first, c.out * first * first
+    first = math.sqrt(2 * math.pi) * torch.exp(0.5 * c.value * c.value)
+    return first, c.value * first * first
 
 
 def _bessel_over_x(x: Tensor, first: Tensor) -> Tensor:
@@ -70,12 +70,12 @@ def _bessel_over_x(x: Tensor, first: Tensor) -> Tensor:
 
 def _i0(c: Call) -> tuple[Tensor, Tensor]:
     first = torch.special.i1(_x(c))
-    return first, c.out - _bessel_over_x(_x(c), first)
+    return first, c.value - _bessel_over_x(_x(c), first)
 
 
 def _i0e(c: Call) -> tuple[Tensor, Tensor]:
     x, sign, i1e = _x(c), torch.sign(_x(c)), torch.special.i1e(_x(c))
-    return i1e - sign * c.out, (1 + sign * sign) * c.out - 2 * sign * i1e - _bessel_over_x(x, i1e)
+    return i1e - sign * c.value, (1 + sign * sign) * c.value - 2 * sign * i1e - _bessel_over_x(x, i1e)
 
 
 def _i2_over_x(x: Tensor, zeroth: Tensor, ratio: Tensor) -> Tensor:
@@ -89,23 +89,23 @@ def _i2_over_x(x: Tensor, zeroth: Tensor, ratio: Tensor) -> Tensor:
 
 def _i1(c: Call) -> tuple[Tensor, Tensor]:
     x = _x(c)
-    zeroth, ratio = torch.special.i0(x), _bessel_over_x(x, c.out)
-    return zeroth - ratio, c.out - _i2_over_x(x, zeroth, ratio)
+    zeroth, ratio = torch.special.i0(x), _bessel_over_x(x, c.value)
+    return zeroth - ratio, c.value - _i2_over_x(x, zeroth, ratio)
 
 
 def _i1e(c: Call) -> tuple[Tensor, Tensor]:
     x, sign = _x(c), torch.sign(_x(c))
-    zeroth, ratio = torch.special.i0e(x), _bessel_over_x(x, c.out)
-    first = zeroth - ratio - sign * c.out
-    return first, c.out - sign * (zeroth - ratio + first) - _i2_over_x(x, zeroth, ratio)
+    zeroth, ratio = torch.special.i0e(x), _bessel_over_x(x, c.value)
+    first = zeroth - ratio - sign * c.value
+    return first, c.value - sign * (zeroth - ratio + first) - _i2_over_x(x, zeroth, ratio)
 
 
 def _sinc(c: Call) -> tuple[Tensor, Tensor]:
     """sin(u)/u at u = πx: near zero by its series, which does not cancel."""
     u = math.pi * _x(c)
     near, safe = u.abs() < 1, torch.where(u == 0, 1.0, u)
-    first = (torch.cos(u) - c.out) / safe
-    second = -c.out - 2 * first / safe
+    first = (torch.cos(u) - c.value) / safe
+    second = -c.value - 2 * first / safe
     series = [torch.zeros_like(u), torch.zeros_like(u)]
     for k in range(9, 0, -1):
         scale = (-1) ** k / factorial(2 * k + 1)
@@ -130,7 +130,7 @@ def _polygamma_partials(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int
 
 def _outside(c: Call) -> Tensor:
     limit = c.argument(1, "lambd", 0.5)
-    return (_x(c).abs() > limit).to(c.out.dtype)
+    return (_x(c).abs() > limit).to(c.value.dtype)
 
 
 UNARY: dict[str, Rule] = {
@@ -157,7 +157,7 @@ UNARY: dict[str, Rule] = {
     "aten.softshrink.default": piecewise_linear(_outside),
     "aten.fmod.Scalar": piecewise_linear(lambda c: 1.0),
     "aten.remainder.Scalar": piecewise_linear(lambda c: 1.0),
-    "aten.copysign.Scalar": piecewise_linear(lambda c: _sign_kept(c.argument(0), None, c.out)),
+    "aten.copysign.Scalar": piecewise_linear(lambda c: _sign_kept(c.argument(0), None, c.value)),
     "aten.sgn.default": piecewise_linear(lambda c: 0.0),
     "aten.angle.default": piecewise_linear(lambda c: 0.0),
 }

@@ -35,8 +35,8 @@ def rule_for(node: Node) -> Rule:
 def evaluate(node: Node, inputs: tuple[Tensor, ...], arena: Arena = SYSTEM) -> tuple[tuple[Tensor, ...], Tensor]:
     """What :class:`Call` holds of a node: values of its inputs (and, for a region, of its members), and its own."""
     if isinstance(node.target, Region):
-        *known, out = node.target.values(inputs)
-        return tuple(known), out
+        *known, value = node.target.values(inputs)
+        return tuple(known), value
     rule = None if node.kind is Kind.OPAQUE else RULES.get(node.op)
     return inputs, execute(node, inputs) if rule is None else rule.run(node, inputs, arena)
 

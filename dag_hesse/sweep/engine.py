@@ -73,11 +73,11 @@ def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], p
     readers = [len(children) for children in graph.children]
     useful, wanted = lin.feeds[parts], lin.curved_in[parts]
     for node in graph.nodes[min(seeds, default=len(graph.nodes)) :]:
-        call, out = lin.calls.get(node.index), useful[node.index]
+        call, onward = lin.calls.get(node.index), useful[node.index]
         given = {slot: tangents[k] for slot, k in enumerate(node.inputs) if k in tangents and lin.active[k]}
         curved = _slots(lin, node, needed) if node.index in wanted else []
-        if call is not None and given and (out or curved):
-            moved, residual = call.push(given, out, curved)
+        if call is not None and given and (onward or curved):
+            moved, residual = call.push(given, onward, curved)
             if moved is not None:
                 tangents[node.index] = _sum(lin.arena, moved, seeds[node.index]) if node.index in seeds else moved
             if residual is not None:

@@ -99,13 +99,13 @@ class Linearization:
                 values[node.index] = self._leaf(node.index, parameters, tensors)
                 continue
             inputs = tuple(values[k] for k in node.inputs)
-            known, out = self._evaluate(node, inputs)
-            values[node.index] = out
-            self._check(node, out)
+            known, value = self._evaluate(node, inputs)
+            values[node.index] = value
+            self._check(node, value)
             if self.active[node.index] and node.is_differentiable:
                 on = tuple(self.active[k] for k in node.inputs)
                 if any(on):
-                    call = Call(node, known, out, on, node.index in self.curved, self.arena)
+                    call = Call(node, known, value, on, node.index in self.curved, self.arena)
                     self.calls[node.index] = self._linearize(call)
             for k in set(node.inputs):
                 readers[k] -= 1
@@ -115,16 +115,16 @@ class Linearization:
                 del values[node.index]
         return values[self.graph.loss].reshape(())
 
-    def _check(self, node: Node, out: Tensor) -> None:
+    def _check(self, node: Node, value: Tensor) -> None:
         guard = self.guards.get(node.index)
-        if guard is not None and not guard.holds(out.item()):
+        if guard is not None and not guard.holds(value.item()):
             raise OtherGraphError(
-                f"{node.where} is {out.item()} now; it was {guard.value} when the graph was captured."
+                f"{node.where} is {value.item()} now; it was {guard.value} when the graph was captured."
             )
         if (node.op in _SHAPED_BY_VALUES or Tag.dynamic_output_shape in getattr(node.target, "tags", ())) and (
-            tuple(out.shape) != node.shape
+            tuple(value.shape) != node.shape
         ):
-            raise OtherGraphError(f"{node.where} gives {tuple(out.shape)} now; it gave {node.shape} at capture.")
+            raise OtherGraphError(f"{node.where} gives {tuple(value.shape)} now; it gave {node.shape} at capture.")
 
     def _evaluate(self, node: Node, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         try:

@@ -188,13 +188,15 @@ def test_partials_of_rules_recorded_and_op_by_op(
         monkeypatch.setattr(machine.CPU, "program", least)
         monkeypatch.setattr(chain, "_RECORDINGS", {})
         values = tuple(v.double() if least and v.is_floating_point() else v for v in call.values)
-        known = dict(enumerate([*values, call.out.double() if least else call.out]))
+        known = dict(enumerate([*values, call.value.double() if least else call.value]))
         fused = chain.fuse_members([(place, one.node)], known, sources)
-        lam = torch.linspace(-1, 2, call.out.numel(), dtype=torch.float64 if least else dtype).reshape(call.out.shape)
+        lam = torch.linspace(-1, 2, call.value.numel(), dtype=torch.float64 if least else dtype).reshape(
+            call.value.shape
+        )
         found.append((fused, fused.descend(lam, sources)))
     (recorded, mine), (_, theirs) = found
     plain = name.split(".")[1] in BY_OP
-    if len(sources) == 1 and all(v.is_floating_point() and v.shape == call.out.shape for v in call.values):
+    if len(sources) == 1 and all(v.is_floating_point() and v.shape == call.value.shape for v in call.values):
         assert isinstance(recorded, chain._Recorded) != plain or "pow" in name  # as the exponent may be
     for a, b in ((mine.first, theirs.first), (mine.second, theirs.second), (mine.pulled, theirs.pulled)):
         assert {k for k, v in a.items()} == {k for k, v in b.items()}

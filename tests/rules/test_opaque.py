@@ -166,12 +166,12 @@ def test_products_are_those_of_the_ops_own_backward(name: str) -> None:
         slot: torch.randn(2, *call.shape(slot), dtype=call.values[slot].dtype, device=device.NAME) for slot in slots
     }
     adjoints, lam = (
-        torch.randn(2, *call.out.shape, dtype=call.out.dtype, device=device.NAME),
-        torch.randn_like(call.out),
+        torch.randn(2, *call.value.shape, dtype=call.value.dtype, device=device.NAME),
+        torch.randn_like(call.value),
     )
     pushed, zero = jvp(lin, tangents), {slot: torch.zeros_like(call.values[slot]) for slot in slots}
-    assert pushed.shape == (2, *call.out.shape)
-    assert pushed.dtype == call.out.dtype
+    assert pushed.shape == (2, *call.value.shape)
+    assert pushed.dtype == call.value.dtype
     for g, row in zip(adjoints, pushed, strict=True):
         expected = pullback(call, g, zero)
         k = int(torch.equal(g, adjoints[1]))
@@ -275,7 +275,7 @@ def test_nothing_runs_twice_and_no_random_number_is_drawn() -> None:
     g, x, state = normal(2, 3), normal(2, 3), torch.get_rng_state()
     lin, _ = linearized(call)
     ran = runs - before
-    bind(lin, torch.ones_like(call.out))
+    bind(lin, torch.ones_like(call.value))
     for _ in range(3):
         lin.pull(g, lin.push({0: x}, True, [0])[1], ALL, [0], {})
     assert ran <= 2  # one for the tape, one to see whether there is a forward mode

@@ -122,7 +122,7 @@ def test_a_convolution_rounds_as_the_model_does(sample: Sample) -> None:
     call = make_call("aten.convolution.default", sample, torch.float32)
     x, *rest = call.values
     laid = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and not x.is_cuda else x
-    assert torch.equal(RULES["aten.convolution.default"].run(call.node, [laid, *rest], SYSTEM), call.out)
+    assert torch.equal(RULES["aten.convolution.default"].run(call.node, [laid, *rest], SYSTEM), call.value)
 
 
 @pytest.mark.parametrize("name, sample", ROWS)
@@ -134,7 +134,7 @@ def test_products(name: str, sample: Sample, dtype: torch.dtype) -> None:
     lin = RULES[name].linearize(call)
     tangents = {slot: torch.randn(PROBES, *call.shape(slot), dtype=dtype, device=device.NAME) for slot in _slots(call)}
     pushed = jvp(lin, tangents)
-    assert pushed.shape == (PROBES, *call.out.shape)
+    assert pushed.shape == (PROBES, *call.value.shape)
     assert pushed.dtype == dtype
     if dtype is torch.float64 and sample.differences:
         for k in range(PROBES):  # jvp by central differences
@@ -143,7 +143,7 @@ def test_products(name: str, sample: Sample, dtype: torch.dtype) -> None:
             back = _run(call, {slot: call.values[slot] - d for slot, d in step.items()})
             bound = LOOSE_FORWARD.get(name, 2e-8) if device.NAME.startswith("cuda") else 2e-8
             assert error(pushed[k], (ahead - back) / 2e-5, 1e-3) < bound
-    abar = torch.randn(PROBES, *call.out.shape, dtype=dtype, device=device.NAME)
+    abar = torch.randn(PROBES, *call.value.shape, dtype=dtype, device=device.NAME)
     pulled = {slot: vjp(lin, abar, slot) for slot in tangents}
     inner = sum((pulled[slot] * tangents[slot]).sum() for slot in tangents)  # ⟨Dᵀā, ẋ⟩ = ⟨ā, Dẋ⟩
     scale = float(abar.norm() * pushed.norm())
@@ -171,7 +171,7 @@ def test_second_order(name: str, sample: Sample, share: bool) -> None:
     rule = RULES[name]
     lin, slots = rule.linearize(call), _slots(call)
     pairs = {pair for pair in rule.pairs(call.node) if set(pair) <= set(slots)}
-    lam = torch.randn_like(call.out)
+    lam = torch.randn_like(call.value)
     bind(lin, lam, slots if share else ())
     full = {slot: torch.randn(PROBES, *call.shape(slot), dtype=torch.float64, device=device.NAME) for slot in slots}
     for given in [full, *({slot: full[slot]} for slot in slots)]:
@@ -188,7 +188,7 @@ def test_second_order(name: str, sample: Sample, share: bool) -> None:
         # a pull adds both terms, for all probes or for some rows of them
         for count, rows in ((1, slice(None)), (PROBES, slice(None)), (PROBES, slice(1, None))):
             near = {slot: t[: len(range(count)[rows])] for slot, t in given.items()}
-            abar = torch.randn(count, *call.out.shape, dtype=torch.float64, device=device.NAME)
+            abar = torch.randn(count, *call.value.shape, dtype=torch.float64, device=device.NAME)
             joined = lin.pull(abar, lin.push(near, True, slots)[1], rows, slots, {})
             for slot in slots:
                 expected, term = vjp(lin, abar, slot).clone(), second(lin, near, slot)
@@ -220,9 +220,9 @@ def test_sweeps_read_no_values(name: str, sample: Sample) -> None:
     torch.manual_seed(4)
     call = make_call(name, sample)
     lin, slots = RULES[name].linearize(call), _slots(call)
-    bind(lin, torch.randn_like(call.out), slots)
+    bind(lin, torch.randn_like(call.value), slots)
     tangents = {slot: torch.randn(PROBES, *call.shape(slot), dtype=torch.float64, device=device.NAME) for slot in slots}
-    abar = torch.randn(PROBES, *call.out.shape, dtype=torch.float64, device=device.NAME)
+    abar = torch.randn(PROBES, *call.value.shape, dtype=torch.float64, device=device.NAME)
     with Unread():
         residual = lin.push(tangents, True, slots)[1]
         lin.pull(abar, residual, ALL, slots, {})
@@ -241,7 +241,7 @@ def test_conventions_at_kinks_are_those_of_autograd(name: str, sample: Sample, p
     torch.manual_seed(2)
     call = make_call(name, sample, special=point)
     lin, slots = RULES[name].linearize(call), _slots(call)
-    lam = torch.randn_like(call.out)
+    lam = torch.randn_like(call.value)
     bind(lin, lam)
     tangents = {slot: torch.randn_like(call.values[slot]) for slot in slots}
     pulled, terms = _autograd(call, lam, tangents)
@@ -285,10 +285,10 @@ def test_sums_of_batch_norm_in_any_memory_layout(
     name = "dag_hesse.batch_affine.default"
     sample = Sample(lambda: (normal(samples, *shape), normal(3), normal(3), normal(3), positive(3), 1e-3), fixed=(3, 4))
     call = make_call(name, sample)
-    g = torch.randn_like(call.out)
+    g = torch.randn_like(call.value)
 
     def scale_slope(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        lin = RULES[name].linearize(Call(call.node, (x, *call.values[1:]), call.out, call.active))
+        lin = RULES[name].linearize(Call(call.node, (x, *call.values[1:]), call.value, call.active))
         return vjp(lin, g[None], 1)[0], vjp(lin, g[None], 2)[0]
 
     over = [0, *range(2, g.ndim)]
