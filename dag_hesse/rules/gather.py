@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from dag_hesse.ir.node import Kind, Ref, bind
+from dag_hesse.ir.node import Kind, Ref, fill
 from dag_hesse.kernels.arena import is_dense
 from dag_hesse.rules.base import Call, Residual, Rule, Samples, no_pairs
 from dag_hesse.rules.linear import linear, shell
@@ -143,7 +143,7 @@ class _Picked(Single):
 
 def _results(call: Call) -> tuple[Tensor, ...]:
     """Run the op again for all its results: the indices are wanted here, the values were there."""
-    args, kwargs = bind(call.node, call.values)
+    args, kwargs = fill(call.node, call.values)
     return call.node.target(*args, **kwargs)  # type: ignore[misc]
 
 
