@@ -1,6 +1,6 @@
 """Exact Gauss–Newton norms without probes (design §3, Gram route).
 
-∇²L = R Σ Rᵀ with Σ = diag(±1) (all + for a convex loss). Reverse sweeps seeded with R's columns give S_v, and
+∇²L = R Σ Rᵀ with Σ = diag(±1) (all + for a convex loss). Adjoint passes from R's columns give S_v, and
 H_GN[v, w] = S_vᵀ Σ S_w. Where S has more columns than rows its norms come from Gram matrices of the size of the
 batches' outputs; where it has more rows, as over many batches, the blocks themselves are added up, batch by batch.
 """
@@ -76,8 +76,8 @@ def _factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return roots.to(hessian.dtype), torch.where(values[..., keep] < 0, -1.0, 1.0)
 
 
-def _seeds(entry: Entry, roots: Tensor, alone: bool, separable: bool) -> Iterator[tuple[Tensor, str]]:
-    """Adjoints at out, (rows, groups, size) each, and how they are embedded."""
+def _columns(entry: Entry, roots: Tensor, alone: bool, separable: bool) -> Iterator[tuple[Tensor, str]]:
+    """Columns at out, (rows, groups, size) each, and how they are embedded."""
     if not separable:
         yield roots.permute(2, 0, 1), "whole"
         return
@@ -104,7 +104,7 @@ def _rows(
     how = "each" if alone else problem.how
     sites = {k for point in points for k in point.sites}
     parts: list[list[Tensor]] = [[] for _ in points]
-    for z, embed in _seeds(entry, roots, alone, separable):
+    for z, embed in _columns(entry, roots, alone, separable):
         for piece in z.split(2 * problem.chunk):
             found = pullback(lin, _out_tensors(graph, piece, embed), sites, reader(graph, how))
             for rows, point in zip(parts, points, strict=True):
@@ -225,7 +225,7 @@ def _entered(
 
 
 def gram_factors(problem: Problem, progress: Callable[[int], None] | None = None) -> GramFactors | GramBlocks:
-    """Reverse sweeps from the factors of ∇²L through all batches: of S or of blocks, what takes less room is kept."""
+    """Adjoint passes from the factors of ∇²L through all batches: of S or of blocks, what takes less room is kept."""
     dims = [problem.dim(k) for k in range(len(problem.points))]
     height = sum(entry.graph.nodes[k].numel for entry in problem.entries for k in entry.graph.out)
     if not problem.separate_groups and gram_in_blocks(height, dims):

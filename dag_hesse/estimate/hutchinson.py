@@ -71,7 +71,7 @@ class Sketch:
                 self.start[v] = full
 
     def enter(self, table: NormTable, gn_known: dict[tuple[int, int], Array]) -> None:
-        """Enter norms with their spread; ``gn_known`` holds exact ‖H_GN‖_F² per group."""
+        """Enter norms with their pseudo-values; ``gn_known`` holds exact ‖H_GN‖_F² per group."""
         w = self.source.point
         for v in self.source.reads:
             pair = (min(v, w), max(v, w))

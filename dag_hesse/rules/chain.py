@@ -196,9 +196,9 @@ class _OfSeveral(_ByOp):
         return found | {(j, i): h for (i, j), h in found.items()}
 
 
-# Recordings by what they were made of, the oldest first; None where the code was refused.
+# Programs by what they were made of, the oldest first; None where the code was refused.
 _MOST = 1 << 12
-_RECORDINGS: dict[Hashable, program.Recording | None] = {}
+_PROGRAMS: dict[Hashable, program.NamedProgram | None] = {}
 
 
 @final
@@ -219,7 +219,7 @@ class _Recorded(Fused):
         if like is None or program.refuse(None, list(operands.values()), like):
             return None
         made = cls(list(live.items()), operands, sources, like, arena)
-        return None if made._recording() is None or made._recording(like) is None else made
+        return None if made._program() is None or made._program(like) is None else made
 
     def _code(self, wanted: Sequence[int], *tensors: Tensor) -> dict[Hashable, Any]:
         """What is recorded: the partials op by op, and, if λ is given behind the operands, what descends from it."""
@@ -234,31 +234,31 @@ class _Recorded(Fused):
         named |= {("second", *pair): h for pair, h in descent.second.items()}
         return named | {("pulled", i): x for i, x in descent.pulled.items()}
 
-    def _recording(self, lam: Tensor | None = None, wanted: Sequence[int] = ()) -> program.Recording | None:
+    def _program(self, lam: Tensor | None = None, wanted: Sequence[int] = ()) -> program.NamedProgram | None:
         given = [*self.operands.values(), *([] if lam is None else [lam])]
         code = [(k, node.op, repr(node.args), repr(node.kwargs), node.inputs) for k, node in self.members]
         kinds = [(x.dtype, tuple(size == 1 for size in x.shape)) for x in given]
         key = tuple(tuple(part) for part in (code, self.operands, self.sources, kinds, wanted))
-        if key not in _RECORDINGS:
-            if len(_RECORDINGS) >= _MOST:
-                del _RECORDINGS[next(iter(_RECORDINGS))]
+        if key not in _PROGRAMS:
+            if len(_PROGRAMS) >= _MOST:
+                del _PROGRAMS[next(iter(_PROGRAMS))]
             try:
-                recording = program.record(partial(self._code, wanted), given, self.like)
+                named = program.record(partial(self._code, wanted), given, self.like)
             except program.Refused as refused:
                 _LOG.info("no program for %s: %s", " ".join(node.op for _, node in self.members), refused)
-                _RECORDINGS[key] = None
+                _PROGRAMS[key] = None
             else:  # partials that are operands or numbers cost nothing as they are
-                new = any(k[0] != "pulled" and r.computed is not None for k, r in recording.results.items())  # type: ignore[index]
-                _RECORDINGS[key] = recording if new or lam is None else None
-        return _RECORDINGS[key]
+                new = any(k[0] != "pulled" and r.computed is not None for k, r in named.results.items())  # type: ignore[index]
+                _PROGRAMS[key] = named if new or lam is None else None
+        return _PROGRAMS[key]
 
     def _run(self, lam: Tensor | None = None, wanted: Sequence[int] = ()) -> dict[str, dict[Any, Coefficient]]:
-        recording = self._recording(lam, wanted)
-        assert recording is not None
+        named = self._program(lam, wanted)
+        assert named is not None
         given = [*self.operands.values(), *([] if lam is None else [lam])]
-        made = program.run(self.arena, recording.program, given, self.like) if recording.program.results else []
+        made = program.run(self.arena, named.program, given, self.like) if named.program.results else []
         found: dict[str, dict[Any, Coefficient]] = {"first": {}, "second": {}, "pulled": {}}
-        for key, result in recording.results.items():
+        for key, result in named.results.items():
             what, *numbers = cast(tuple[Any, ...], key)
             value: Any = result.number
             if result.computed is not None:

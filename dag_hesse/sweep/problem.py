@@ -32,7 +32,7 @@ class Problem:
         batch_mode: ``"shared"``, ``"per_sample"`` or ``"joint"`` (design §2.3).
         reduction: how the batches' losses add up.
         tensor_part: whether the T channel is wanted.
-        with_out: linearize from ``out`` on as well (the Gram route seeds there).
+        with_out: linearize from ``out`` on as well (the Gram route's columns start there).
         chunk: most probes in one sweep; halved when memory runs out.
         again: captures a batch whose values lead the forward another way than its graph goes (it is told once).
         loss: what the loss was asked of; watched for changes.

@@ -89,8 +89,8 @@ def _adjoints(
     wanted = set(sites)
     with preserved():
         lin = Linearization(graph, model, tensors, wanted, tensor_part=False, inspect=_inspect)
-    seed = torch.ones(1, *graph.nodes[graph.loss].shape, dtype=lin.loss.dtype, device=lin.loss.device)
-    found = pullback(lin, {graph.loss: seed}, wanted)
+    one = torch.ones(1, *graph.nodes[graph.loss].shape, dtype=lin.loss.dtype, device=lin.loss.device)
+    found = pullback(lin, {graph.loss: one}, wanted)
     return float(lin.loss), {k: x[0] for k, x in found.items()}
 
 

@@ -133,8 +133,8 @@ def test_registers_are_reused() -> None:
 
 def test_a_clamp_to_both_sides_is_recorded() -> None:
     x = torch.randn(4, 3)
-    recording = record(lambda x: {"y": torch.nn.functional.hardtanh(x, -0.5, 0.7) * x}, [x], x)
-    torch.testing.assert_close(run(SYSTEM, recording.program, [x], x)[0], x.clamp(-0.5, 0.7) * x)
+    named = record(lambda x: {"y": torch.nn.functional.hardtanh(x, -0.5, 0.7) * x}, [x], x)
+    torch.testing.assert_close(run(SYSTEM, named.program, [x], x)[0], x.clamp(-0.5, 0.7) * x)
 
 
 def test_what_is_no_elementwise_program_is_refused() -> None:
@@ -186,7 +186,7 @@ def test_partials_of_rules_recorded_and_op_by_op(
     found = []
     for least, one in ((0, call), (1 << 60, exact)):
         monkeypatch.setattr(machine.CPU, "program", least)
-        monkeypatch.setattr(chain, "_RECORDINGS", {})
+        monkeypatch.setattr(chain, "_PROGRAMS", {})
         values = tuple(v.double() if least and v.is_floating_point() else v for v in call.values)
         known = dict(enumerate([*values, call.value.double() if least else call.value]))
         fused = chain.fuse_members([(place, one.node)], known, sources)
@@ -225,14 +225,14 @@ class Activations(torch.nn.Module):
 def test_products_with_programs_are_those_without(space: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, batch = Activations().double(), (torch.randn(5, 8).double(), torch.randn(5, 8).double())
-    products, recordings = [], dict[object, object]()
-    monkeypatch.setattr(chain, "_RECORDINGS", recordings)
+    products, programs = [], dict[object, object]()
+    monkeypatch.setattr(chain, "_PROGRAMS", programs)
     for least in (1 << 60, 0):
         monkeypatch.setattr(machine.CPU, "program", least)
         H = dh.HessianOperator(model, batch, space=space)
         v = torch.randn(H.shape[1], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         products.append(H.parts(v))
-        assert bool(recordings) == (least == 0)
-    assert any(recordings.values())
+        assert bool(programs) == (least == 0)
+    assert any(programs.values())
     for plain, recorded in zip(*products, strict=True):
         torch.testing.assert_close(recorded, plain, rtol=1e-11, atol=1e-13)

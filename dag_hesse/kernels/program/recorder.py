@@ -28,7 +28,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Recording:
+class NamedProgram:
     """A program, and per name what of it is meant."""
 
     program: Program
@@ -219,7 +219,7 @@ def _example(x: Tensor) -> Tensor:
     return torch.full([min(size, 2) for size in x.shape], 0.5, dtype=x.dtype, device=x.device)
 
 
-def record(code: Callable[..., Mapping[Hashable, Any]], operands: Sequence[Tensor], like: Tensor) -> Recording:
+def record(code: Callable[..., Mapping[Hashable, Any]], operands: Sequence[Tensor], like: Tensor) -> NamedProgram:
     """Record ``code(*operands)``, which returns tensors of the shape of ``like``, operands and numbers by name.
 
     Raises:
@@ -248,7 +248,7 @@ def record(code: Callable[..., Mapping[Hashable, Any]], operands: Sequence[Tenso
             raise Refused(f"a result of shape {tuple(x.shape)}, smaller than {tuple(shape)}")
         else:
             results[key] = Result(computed=computed.setdefault(value, len(computed)))
-    return Recording(recorder.builder.program(list(computed)), results)
+    return NamedProgram(recorder.builder.program(list(computed)), results)
 
 
-__all__ = ["Recording", "Refused", "Result", "record"]
+__all__ = ["NamedProgram", "Refused", "Result", "record"]
