@@ -24,27 +24,27 @@ from dag_hesse.sweep.embed import joined, reader, to_tensor, to_vector
 from dag_hesse.sweep.meaning import Entry
 
 
-def _sizes(graph: CurvatureGraph, how: str) -> list[int]:
+def _sizes(graph: CurvatureGraph, embedding: str) -> list[int]:
     """Lengths of the out tensors' vectors."""
     numels = [graph.nodes[k].numel for k in graph.out]
-    return numels if how == "whole" else [n // graph.batch_size for n in numels]
+    return numels if embedding == "whole" else [n // graph.batch_size for n in numels]
 
 
-def _out_tensors(graph: CurvatureGraph, z: Tensor, how: str) -> dict[int, Tensor]:
-    pieces = z.split(_sizes(graph, how), dim=-1)
+def _out_tensors(graph: CurvatureGraph, z: Tensor, embedding: str) -> dict[int, Tensor]:
+    pieces = z.split(_sizes(graph, embedding), dim=-1)
     return {
-        k: to_tensor(piece, graph.nodes[k].shape, graph.layouts[k], how)
+        k: to_tensor(piece, graph.nodes[k].shape, graph.layouts[k], embedding)
         for k, piece in zip(graph.out, pieces, strict=True)
     }
 
 
-def _out_vector(graph: CurvatureGraph, found: dict[int, Tensor], like: Tensor, how: str) -> Tensor:
+def _out_vector(graph: CurvatureGraph, found: dict[int, Tensor], like: Tensor, embedding: str) -> Tensor:
     vectors = [
         to_vector(
             found.get(k, like.new_zeros(1).expand(like.shape[0], *graph.nodes[k].shape)),
             graph.nodes[k].shape,
             graph.layouts[k],
-            how,
+            embedding,
         )
         for k in graph.out
     ]
@@ -53,15 +53,15 @@ def _out_vector(graph: CurvatureGraph, found: dict[int, Tensor], like: Tensor, h
 
 def loss_hessian(graph: CurvatureGraph, lin: Linearization, chunk: int) -> Tensor:
     """∇²L over ``out``: (batch, C, C) per sample where the loss separates, else (1, B·C, B·C)."""
-    how = "each" if graph.separable_loss else "whole"
-    size = sum(_sizes(graph, how))
+    embedding = "each" if graph.separable_loss else "whole"
+    size = sum(_sizes(graph, embedding))
     dtype, device = lin.loss.dtype, lin.loss.device
     eye = torch.eye(size, dtype=dtype, device=device)[:, None, :]
     rows = []
     for piece in eye.split(chunk):
-        seeds = _out_tensors(graph, piece, "sum" if how == "each" else how)
+        seeds = _out_tensors(graph, piece, "sum" if embedding == "each" else embedding)
         found = sweep(lin, seeds, graph.out, "full")
-        rows.append(_out_vector(graph, {k: a.data for k, a in found.items()}, piece, how))
+        rows.append(_out_vector(graph, {k: a.data for k, a in found.items()}, piece, embedding))
     return torch.cat(rows).transpose(0, 1)
 
 
@@ -101,14 +101,14 @@ def _rows(
     roots, signs = _factor(loss_hessian(graph, lin, 4 * problem.chunk))
     unbatched = any(p.kind == "parameter" or any(graph.layouts[k] is None for k in p.sites) for p in points)
     alone = separable and graph.separable and not unbatched and entry.sample is None
-    how = "each" if alone else problem.how
+    embedding = "each" if alone else problem.embedding
     sites = {k for point in points for k in point.sites}
     parts: list[list[Tensor]] = [[] for _ in points]
-    for z, embed in _columns(entry, roots, alone, separable):
+    for z, at_out in _columns(entry, roots, alone, separable):
         for piece in z.split(2 * problem.chunk):
-            found = pullback(lin, _out_tensors(graph, piece, embed), sites, reader(graph, how))
+            found = pullback(lin, _out_tensors(graph, piece, at_out), sites, reader(graph, embedding))
             for rows, point in zip(parts, points, strict=True):
-                rows.append(joined(graph, point, found, piece, how))
+                rows.append(joined(graph, point, found, piece, embedding))
             if progress is not None:
                 progress(piece.shape[0])
     stacked = [torch.cat(rows) for rows in parts]  # (rows, groups or batch, dim)

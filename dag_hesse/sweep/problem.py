@@ -39,7 +39,7 @@ class Problem:
         memory: bytes that may be used, a quarter of them for linearizations that are kept; None: what is free.
 
     Attributes:
-        points, groups, mode, how, entries, separate_groups: as of :class:`~dag_hesse.sweep.meaning.Meaning`.
+        points, groups, mode, embedding, entries, separate_groups: as of :class:`~dag_hesse.sweep.meaning.Meaning`.
         watch: notices changes of what was linearized.
     """
 
@@ -61,7 +61,7 @@ class Problem:
         self.model, self.batches, self.reduction, self.mode = model, batches, reduction, batch_mode
         self._given = list(graphs)
         self._meaning = meaning = read_meaning(graphs, batches.sizes, batch_mode, reduction)
-        self.points, self.groups, self.how = meaning.points, meaning.groups, meaning.how
+        self.points, self.groups, self.embedding = meaning.points, meaning.groups, meaning.embedding
         self.entries, self.separate_groups = meaning.entries, meaning.separate_groups
         self._kept = Linearizations(
             model,

@@ -99,16 +99,16 @@ class Runner:
         self, entry: Entry, lin: Linearization, z: Mapping[int, Tensor], reads: Sequence[int], parts: str
     ) -> dict[int, Parts]:
         """One sweep: per read point, (GN, T)."""
-        graph, how, like = entry.graph, self.meaning.how, next(iter(z.values()))
+        graph, embedding, like = entry.graph, self.meaning.embedding, next(iter(z.values()))
         sites = {k for v in reads for k in entry.points[v].sites}
-        found = sweep(lin, self._seeds(entry, z), sites, parts, reader(graph, how))
-        return {v: read_parts(graph, entry.points[v], found, like, how) for v in reads}
+        found = sweep(lin, self._seeds(entry, z), sites, parts, reader(graph, embedding))
+        return {v: read_parts(graph, entry.points[v], found, like, embedding) for v in reads}
 
     def _seeds(self, entry: Entry, z: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Perturbations of all nodes of the sources; points that share a node are added there."""
         seeds: dict[int, Tensor] = {}
         for k, vectors in z.items():
-            for node, x in seed(entry.graph, entry.points[k], vectors, self.meaning.how).items():
+            for node, x in seed(entry.graph, entry.points[k], vectors, self.meaning.embedding).items():
                 x = x.to(entry.graph.nodes[node].dtype)
                 seeds[node] = seeds[node] + x if node in seeds else x
         return seeds
