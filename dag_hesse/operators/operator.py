@@ -22,7 +22,7 @@ from dag_hesse.operators.functional import as_module, chosen_parameters, read_pa
 from dag_hesse.operators.vectors import Layout, to_numpy
 from dag_hesse.plan import fuse_all
 from dag_hesse.plan.memory import probe_chunk, shared_chunk, sweep_bytes
-from dag_hesse.sweep import VERIFY, Blocks, Problem, Request, prove_all
+from dag_hesse.sweep import VERIFY, Parts, Problem, Request, prove_all
 
 
 class CurvatureOperator(SymmetricOperator):
@@ -166,7 +166,7 @@ class CurvatureOperator(SymmetricOperator):
 
     def _run(
         self, blocks: Sequence[Tensor], parts: str, sources: Sequence[int], reads: Sequence[int]
-    ) -> dict[int, Blocks]:
+    ) -> dict[int, Parts]:
         self._problem.check("the operator was made", "call refresh() first.")
         groups = self._problem.groups
         pairs = [(self._order[k], x) for k, x in zip(sources, blocks, strict=True)]
@@ -174,7 +174,7 @@ class CurvatureOperator(SymmetricOperator):
         read = tuple(k for r in reads if (k := self._order[r]) is not None)
         return self._problem.run([Request(z, read)], parts=parts)[0] if z and read else {}
 
-    def _collect(self, found: dict[int, Blocks], part: str, count: int, reads: Sequence[int]) -> list[Tensor]:
+    def _collect(self, found: dict[int, Parts], part: str, count: int, reads: Sequence[int]) -> list[Tensor]:
         blocks = []
         for k in reads:
             place, shape = self._order[k], (count, self.layout.sizes[k])

@@ -15,10 +15,10 @@ from dag_hesse.budget import Budget
 from dag_hesse.errors import StaleError
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.arena import Pool
-from dag_hesse.sweep.blocks import Blocks, Request
 from dag_hesse.sweep.kept import Linearizations
 from dag_hesse.sweep.linearize import Linearization
 from dag_hesse.sweep.meaning import Entry, read_meaning
+from dag_hesse.sweep.parts import Parts, Request
 from dag_hesse.sweep.runner import Progress, Runner
 from dag_hesse.sweep.watch import Watch
 
@@ -155,11 +155,11 @@ class Problem:
 
     def run(
         self, requests: Sequence[Request], *, parts: str = "both", progress: Progress | None = None
-    ) -> list[dict[int, Blocks]]:
+    ) -> list[dict[int, Parts]]:
         """Sweep all requests through all entries; ``parts`` as in :func:`~dag_hesse.sweep.engine.sweep`.
 
         Returns:
-            Per request, ``{read point: Blocks}``; shared entries are added, per-sample groups put side by side.
+            Per request, ``{read point: Parts}``; shared entries are added, per-sample groups put side by side.
 
         Raises:
             UnstableLoaderError: a loader that is read again does not give what it gave first.
