@@ -62,7 +62,8 @@ def _calls(name: str) -> dict[str, Callable[[], Any]]:
     many = {key: torch.randn(*x.shape, PROBES) for key, x in v.items()}
     H = dh.HessianOperator(work.model, batch, loss=F.cross_entropy)
     A = dh.HessianOperator(work.model, batch, loss=F.cross_entropy, space="activation")
-    z = {key: torch.randn(*shape, PROBES) for key, shape in zip(A.names, A.layout.shapes, strict=True)}
+    form: Any = vars(A).get("form") or vars(A)["layout"]  # as older checkouts call it
+    z = {key: torch.randn(*shape, PROBES) for key, shape in zip(A.names, form.shapes, strict=True)}
 
     def fresh() -> Any:
         H.refresh()

@@ -106,7 +106,7 @@ def check_blocks(recipe: Recipe) -> None:
     require(all(bool(block.isfinite().all()) for block in truth.full.values()))  # the norm of a zero row has no second
     torch.manual_seed(recipe.seed)
     operator = dh.HessianOperator(model, batch, loss=loss, points=points, space="activation")
-    for name, size in zip(operator.names, operator.layout.sizes, strict=True):
+    for name, size in zip(operator.names, operator.form.sizes, strict=True):
         if name in names and size == BATCH * WIDTH:  # where samples mix, the axis of the batch may be lost
             del truth.axes[name]
     size = operator.shape[0]
@@ -129,7 +129,7 @@ def check_blocks(recipe: Recipe) -> None:
 
 
 def _split(operator: dh.HessianOperator, whole: Tensor) -> dict[tuple[str, str], Tensor]:
-    sizes = operator.layout.sizes
+    sizes = operator.form.sizes
     rows = dict(zip(operator.names, whole.split(sizes), strict=True))
     return {(v, w): x for v in rows for w, x in zip(operator.names, rows[v].split(sizes, 1), strict=True)}
 
