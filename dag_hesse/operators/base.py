@@ -75,8 +75,8 @@ class SymmetricOperator(ABC):
         """The product with a vector; same form back, detached from autograd.
 
         Args:
-            v: (n,), columns (n, k), a list or dict like the segments; tensors, or NumPy arrays for the flat forms. A
-                flat vector goes through the parameters as ``torch.nn.utils.parameters_to_vector(model.parameters())`` does.
+            v: (n,), columns (n, k), a list or dict of segments; tensors, or NumPy arrays for the flat forms. A flat
+                vector goes through the parameters as ``torch.nn.utils.parameters_to_vector(model.parameters())`` does.
 
         Raises:
             VectorError: it does not fit.

@@ -59,7 +59,7 @@ def _count(operator: SymmetricOperator, matvecs: int | None) -> tuple[int, bool]
 
 
 def _units(operator: SymmetricOperator) -> Iterator[list[Tensor]]:
-    """Unit vectors by their segments, a chunk at a time."""
+    """Unit vectors by segments, a chunk at a time."""
     size = operator.shape[0]
     for start in range(0, size, operator.chunk):
         rows = torch.zeros(min(operator.chunk, size - start), size, dtype=operator.dtype, device=operator.device)
@@ -68,7 +68,7 @@ def _units(operator: SymmetricOperator) -> Iterator[list[Tensor]]:
 
 
 def _signs(operator: SymmetricOperator, count: int, seed: int) -> Iterator[list[Tensor]]:
-    """Random signs by their segments, a chunk at a time. They hang neither on how large chunks are nor on the device."""
+    """Random signs by segments, a chunk at a time. They do not hang on how large chunks are, nor on the device."""
     generator, left = torch.Generator().manual_seed(integer("seed", seed)), count
     while left:
         now = min(operator.chunk, left)
