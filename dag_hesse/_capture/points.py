@@ -217,11 +217,11 @@ class _Chooser:
     def __init__(self, graph: CurvatureGraph, model: nn.Module) -> None:
         self.graph, self.modules = graph, dict(model.named_modules())
         self.own = {id(module): name for name, module in self.modules.items()}  # of several names, the first
-        alive, after_out = _alive(graph), graph.descendants(graph.out)
+        alive, from_out = _alive(graph), graph.descendants(graph.out)
         self.sites = {
             name: sites
             for name, sites in graph.taps.items()
-            if name in self.modules and any(alive[s] and not after_out[s] for s in sites)
+            if name in self.modules and any(alive[s] and not from_out[s] for s in sites)
         }
 
     def children(self, name: str) -> list[tuple[str, bool]]:
