@@ -62,7 +62,8 @@ def _calls(name: str) -> dict[str, Callable[[], Any]]:
     many = {key: torch.randn(*x.shape, PROBES) for key, x in v.items()}
     H = dh.HessianOperator(work.model, batch, loss=F.cross_entropy)
     A = dh.HessianOperator(work.model, batch, loss=F.cross_entropy, space="activation")
-    z = {key: torch.randn(*shape, PROBES) for key, shape in zip(A.names, A.layout.shapes, strict=True)}
+    form: Any = vars(A).get("form") or vars(A)["layout"]  # as older checkouts call it
+    z = {key: torch.randn(*shape, PROBES) for key, shape in zip(A.names, form.shapes, strict=True)}
 
     def fresh() -> Any:
         H.refresh()
@@ -136,7 +137,7 @@ def compare_bits(other: str) -> int:
 
 
 def main(other: str, only: Sequence[str] = ()) -> int:
-    """Hold products against each other, then time; print, and write ``bench/results/against.json``."""
+    """Compare products with each other, then time; print, and write ``bench/results/against.json``."""
     checkouts = [Checkout(Path(other)), Checkout(ROOT)]
     console, rows = Console(width=110), []
     for name in [n for n in WORKLOADS if not only or any(part in n for part in only)]:

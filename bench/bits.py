@@ -15,7 +15,7 @@ from dag_hesse.kernels import machine
 from tests.models.zoo import CASES, Case, case
 
 KINDS: dict[str, tuple[Any, Callable[[Any, Tensor], Iterable[Tensor]]]] = {
-    "sum": (dh.HessianOperator, lambda H, v: [H @ v]),
+    "full": (dh.HessianOperator, lambda H, v: [H @ v]),
     "both": (dh.HessianOperator, lambda H, v: H.parts(v)),
     "gn": (dh.GGNOperator, lambda H, v: [H @ v]),
     "tensor": (dh.TensorOperator, lambda H, v: [H @ v]),
@@ -44,7 +44,7 @@ def _of(one: Case, space: str, kind: str, count: int) -> str:
 
 
 def digests(dtype: torch.dtype = torch.float64) -> dict[str, str]:
-    """SHA-256 of every product: models × spaces × channels × 1 and 3 vectors × programs on and off."""
+    """SHA-256 of every product: models × spaces × parts × 1 and 3 vectors × programs on and off."""
     found = {}
     for name in sorted(CASES):
         for space in ("activation", "parameter"):

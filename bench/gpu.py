@@ -1,4 +1,4 @@
-"""``python -m bench gpu``: products on a GPU, first held against double-backward, then timed beside functorch.
+"""``python -m bench gpu``: products on a GPU, first compared with double-backward, then timed beside functorch.
 
 Every figure is of the card that the file is named after. Without a GPU it runs on the CPU, which shows that it runs.
 """

@@ -125,7 +125,7 @@ def measure(name: str) -> dict[str, Any]:
         batch = (work.x, work.y)
         H = dh.HessianOperator(work.model, batch, loss=F.cross_entropy)
         A = dh.HessianOperator(work.model, batch, loss=F.cross_entropy, space="activation")
-        z = {name: torch.randn(shape) for name, shape in zip(A.names, A.layout.shapes, strict=True)}
+        z = {name: torch.randn(shape) for name, shape in zip(A.names, A.form.shapes, strict=True)}
         runs = _ours(work, H, A, v, z)
         runs |= theirs(hessians(work, v), "H") | theirs(gauss_newtons(work, v), "GN")
         errors, unable = agreed(runs, truth(work, v, z))

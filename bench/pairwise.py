@@ -60,8 +60,8 @@ def gauss_newton(
     pushed = torch.autograd.grad(back, dummy, z, retain_graph=True)[0]
     out = output.detach().requires_grad_()
     slope = torch.autograd.grad(loss(out), out, create_graph=True)[0]
-    bent = torch.autograd.grad(slope, out, pushed)[0]
-    return torch.autograd.grad(output, reads, bent, retain_graph=True)
+    ybar = torch.autograd.grad(slope, out, pushed)[0]
+    return torch.autograd.grad(output, reads, ybar, retain_graph=True)
 
 
 class PairwiseBaseline:

@@ -58,8 +58,8 @@ def gauss_newtons(work: Workload, v: dict[str, Tensor]) -> Products:
 
         pushed = torch.func.jvp(forward, (params,), (v,))[1]
         out, pull = torch.func.vjp(forward, params)[:2]
-        bent = torch.func.jvp(torch.func.grad(work.loss), (out,), (pushed,))[1]
-        return pull(bent)[0]
+        ybar = torch.func.jvp(torch.func.grad(work.loss), (out,), (pushed,))[1]
+        return pull(ybar)[0]
 
     return {"functorch GGN": functorch, **_curvlinops("GGNLinearOperator", "curvlinops GGN", work, v)}
 

@@ -71,7 +71,7 @@ def analyze(
         seed: of the probes. The global RNG is neither read for them nor changed.
         progress: True: a bar on stderr (lines where that is no terminal); a callable: called with (stage, sweeps done,
             sweeps predicted).
-        verify: what the captured graph is held against before any product is given out: ``"gradient"`` (the model's own
+        verify: what the captured graph is compared with before a product is given out: ``"gradient"`` (the model's own
             loss and gradient, at the cost of one gradient), ``"product"`` (one H·v by double-backward as well), or
             ``"none"``.
 

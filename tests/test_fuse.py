@@ -1,4 +1,4 @@
-"""Fusion keeps the function, its points and every block; and it does collapse what it should."""
+"""Fusion keeps the function, its points and every block; and it does fuse what it should."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def _same_products(model: nn.Module, batch: object, graph: CurvatureGraph, fused
     every = tuple(range(len(graph.points)))
     plain, ours = (Problem(model, [g], parsed, "shared", with_out=False) for g in (graph, fused))
     requests = [Request({w: torch.randn(2, 1, plain.dim(w), dtype=plain.dtype)}, every) for w in every]
-    for channels in ("both", "sum", "gn", "tensor"):
-        expected, found = (p.run(requests, channels=channels) for p in (plain, ours))
+    for asked in ("both", "full", "gn", "tensor"):
+        expected, found = (p.run(requests, parts=asked) for p in (plain, ours))
         # Where a product is zero in exact arithmetic, what matters is that it is small beside the others.
         parts = [x for r in expected for b in r.values() for x in (b.gn, b.tensor) if x is not None]
         scale = max((float(x.norm()) for x in parts), default=0.0)
@@ -157,7 +157,7 @@ def test_a_linearization_leaves_nothing_nonlinear_for_the_sweeps(
     found = [call for k, call in lin.calls.items() if lin.graph.nodes[k].op == "region"]
     assert len(found) >= 2
     # What the partials come of has been given up.
-    assert all(getattr(call, "tail", None) is None and getattr(call, "collapsed", None) is None for call in found)
+    assert all(getattr(call, "tail", None) is None and getattr(call, "fused", None) is None for call in found)
 
 
 def _hardshrink_by_hand(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

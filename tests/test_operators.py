@@ -212,7 +212,7 @@ def test_curvlinops_estimators_run_on_our_operators() -> None:
     X = torch.randn(n, 3, dtype=dense.dtype)
     torch.set_rng_state(before)
     assert error(wrapped @ X, dense @ X) < 1e-10
-    # Hutchinson's estimators: 200 seeds of 20 products, held against their own spread.
+    # Hutchinson's estimators: 200 seeds of 20 products, compared with their own spread.
     traces = torch.stack([H.trace(20, seed=seed) for seed in range(200)])
     assert abs(traces.mean() - dense.trace()) < 3 * traces.std() / 200**0.5
     diagonals = torch.stack([H.diagonal(20, seed=seed) for seed in range(200)])

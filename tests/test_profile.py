@@ -30,7 +30,7 @@ def test_flops_of_a_convolution_leave_out_dead_taps() -> None:
     net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(3, 2))
     graph = dh.capture(net, (torch.randn(5, 2, 1, 1), torch.tensor([0, 1, 0, 1, 0])), points=["0"])
     node = next(n for n in graph.nodes if n.op == "aten.convolution.default")
-    assert product_flops(graph, node) == 2 * 5 * 3 * 2  # only the middle tap of nine meets the input
+    assert product_flops(graph, node) == 2 * 5 * 3 * 2  # only the middle kernel tap of nine meets the input
 
 
 def test_profile_measures_every_swept_node() -> None:

@@ -1,4 +1,4 @@
-"""Loaders: held, or iterated again in every pass and held against the first one."""
+"""Loaders: held, or iterated again in every pass and compared with the first one."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_probes_beside_blocks_of_many_batches() -> None:
 
 
 class Forks(nn.Module):
-    """Bends or does not, as the batch's values are."""
+    """Curved or not, as the batch's values are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ class Forks(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:captured anew")
-@pytest.mark.parametrize("order", [1, -1], ids=["bends first", "bends last"])
+@pytest.mark.parametrize("order", [1, -1], ids=["curved first", "curved last"])
 @pytest.mark.parametrize("batch_mode", ["shared", "per_sample"])
 @pytest.mark.parametrize("last", [2, 3], ids=["one shape", "two shapes"])
 def test_what_is_zero_is_zero_in_every_batch(last: int, batch_mode: str, order: int) -> None:

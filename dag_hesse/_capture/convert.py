@@ -70,7 +70,7 @@ def _is_the_loss(graph: CurvatureGraph, site: int) -> bool:
     linear = {site}
     for node in graph.nodes[site + 1 :]:
         if linear.intersection(node.inputs):
-            if node.numel > 1 or node.kind not in (Kind.STRUCTURAL, Kind.PIECEWISE_LINEAR, Kind.POINTWISE):
+            if node.numel > 1 or node.kind not in (Kind.STRUCTURAL, Kind.PIECEWISE_LINEAR, Kind.SMOOTH):
                 return False
             linear.add(node.index)
     return graph.loss in linear

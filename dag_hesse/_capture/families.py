@@ -61,7 +61,7 @@ def option(node: Node, name: str, default: Any = None) -> Any:
 Follow = Callable[["Walker", Node], State]
 
 
-def is_pointwise(node: Node) -> bool:
+def is_elementwise(node: Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
@@ -303,7 +303,7 @@ def convolution(walk: Walker, node: Node) -> State:
 
 
 def _grouped(walk: Walker, node: Node, x: BatchAxis, w: BatchAxis | None) -> State:
-    """A batch that is folded into the channels, every group of them being of one sample."""
+    """A batch that is folded into the image channels, every group of them being of one sample."""
     groups, transposed = option(node, "groups"), option(node, "transposed")
     into, out = walk.shape(node.inputs[0])[1] // groups, node.shape[1] // groups
     if x.inner % into or transposed:
@@ -462,6 +462,6 @@ def samples_of(node: Node) -> Samples:
         return rule.samples
     if name in _NAMED:
         return _NAMED[name]
-    if is_pointwise(node):
+    if is_elementwise(node):
         return Samples.ELEMENTWISE
     return Samples.SPATIAL if any(word in node.op for word in _SPATIAL) else Samples.UNKNOWN

@@ -118,7 +118,7 @@ _WAYS_OUT = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})  # of val
 _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 
 
-class Calls(torch.overrides.TorchFunctionMode):
+class LossTaps(torch.overrides.TorchFunctionMode):
     """Taps what recognised loss functions are given, and keeps recurrent layers from kernels that hide their ops."""
 
     def __init__(self, tap: Callable[[Tensor], Tensor]) -> None:

@@ -25,13 +25,13 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What the ``number``-th call of a recipe gave."""
+    """What the ``number``-th op of a recipe gave."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class RecipeOp:
     """One op of a recipe: its arguments hold :class:`Given`, :class:`Made` and constant tensors."""
 
     op: Callable[..., Any]
@@ -43,9 +43,9 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Calls in order, and per output of the op what holds it (None where it has none)."""
+    """Its ops in order, and per output of the op what holds it (None where it has none)."""
 
-    calls: tuple[Call, ...]
+    ops: tuple[RecipeOp, ...]
     results: tuple[Given | Made | Tensor | None, ...]
     integers: tuple[int, ...] = ()  # numbers of the tensor arguments whose values it was written for
 
@@ -57,7 +57,7 @@ class _Noting(TorchDispatchMode):
         super().__init__()
         self.places: dict[int, Given | Made] = {id(x): Given(k) for k, x in enumerate(given)}
         self.held: list[Any] = list(given)  # no id is used twice
-        self.calls: list[Call] = []
+        self.ops: list[RecipeOp] = []
         self.device = device
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,11 +80,11 @@ class _Noting(TorchDispatchMode):
         for number, x in enumerate(tensors):
             if isinstance(x, Tensor):
                 output = None if isinstance(result, Tensor) else number
-                self.calls.append(Call(pure, where[0], where[1], Like(tuple(x.shape), x.dtype), output))
-                self.places[id(x)] = Made(len(self.calls) - 1)
+                self.ops.append(RecipeOp(pure, where[0], where[1], Like(tuple(x.shape), x.dtype), output))
+                self.places[id(x)] = Made(len(self.ops) - 1)
                 self.held.append(x)
-        if op._schema.is_mutable:  # the written argument is what the call gave
-            self.places[id(args[0])] = Made(len(self.calls) - 1)
+        if op._schema.is_mutable:  # the written argument is what the op gave
+            self.places[id(args[0])] = Made(len(self.ops) - 1)
         return result
 
     def _place(self, arg: Any) -> Any:
@@ -136,7 +136,7 @@ def _noted(
         return None
     results = (found,) if isinstance(found, Tensor) else tuple(found)
     integers = tuple(k for k, x in enumerate(tensors) if keep_integers and not _is_float(x))
-    return Recipe(tuple(noting.calls), tuple(noting.result(x) for x in results), integers)
+    return Recipe(tuple(noting.ops), tuple(noting.result(x) for x in results), integers)
 
 
 def _empty(x: Tensor, keep_integers: bool) -> Tensor:

@@ -217,11 +217,11 @@ class _Chooser:
     def __init__(self, graph: CurvatureGraph, model: nn.Module) -> None:
         self.graph, self.modules = graph, dict(model.named_modules())
         self.own = {id(module): name for name, module in self.modules.items()}  # of several names, the first
-        reaching, after_out = _reach_loss(graph), graph.descendants(graph.out)
+        reaching, from_out = _reach_loss(graph), graph.descendants(graph.out)
         self.sites = {
             name: sites
             for name, sites in graph.taps.items()
-            if name in self.modules and any(reaching[s] and not after_out[s] for s in sites)
+            if name in self.modules and any(reaching[s] and not from_out[s] for s in sites)
         }
 
     def children(self, name: str) -> list[tuple[str, bool]]:

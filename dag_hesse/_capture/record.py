@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from dag_hesse._capture.batch import Batch
 from dag_hesse._capture.functions import custom_functions
-from dag_hesse._capture.losses import Calls, Loss, evaluate
+from dag_hesse._capture.losses import Loss, LossTaps, evaluate
 from dag_hesse._capture.recorder import Recorder
 from dag_hesse._capture.state import restored
 from dag_hesse._capture.taps import Tapper, map_tensors, tapping
@@ -230,7 +230,7 @@ def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bo
             _plain_attention(),
             _eager(),
             custom_functions(recorder),
-            calls := Calls(tapped),
+            loss_taps := LossTaps(tapped),
             recorder,
         ):
             stack.enter_context(context)  # type: ignore[arg-type]
@@ -246,7 +246,7 @@ def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bo
                 f"{type(model).__name__} fails{_where(error)}{op}: {type(error).__name__}: {text}"
             ) from error
         rng_after = RandomState.now()
-        recorder.trail.batch_bound |= (recorder.numbers and calls.left_torch) or rng_before.drew_outside(rng_after)
+        recorder.trail.batch_bound |= (recorder.numbers and loss_taps.left_torch) or rng_before.drew_outside(rng_after)
         node = recorder.use(value)
         with recorder.pause():
             number = float(value.detach())
@@ -292,7 +292,7 @@ def as_it_is(
             torch.enable_grad(),
             _plain_attention(),  # fused kernels draw other dropout masks
             _eager(),
-            Calls(lambda x: x),
+            LossTaps(lambda x: x),
         ):
             stack.enter_context(context)  # type: ignore[arg-type]
         yield Forward(model, batch, loss, edges)

@@ -244,10 +244,10 @@ class Recorder(TorchDispatchMode):
                 return type(arg)(at(item) for item in arg)
             return arg
 
-        for call in written.calls:
-            options = {key: at(arg) for key, arg in call.kwargs.items()}
-            detached = constant or call.op is aten.detach.default
-            made.append(emit(call.op, at(call.args), call.like, kwargs=options, output=call.output, constant=detached))
+        for one in written.ops:
+            options = {key: at(arg) for key, arg in one.kwargs.items()}
+            detached = constant or one.op is aten.detach.default
+            made.append(emit(one.op, at(one.args), one.like, kwargs=options, output=one.output, constant=detached))
         found: list[int | None] = []
         for x in written.results:
             place = at(x)

@@ -214,9 +214,9 @@ def _confirm(
     loss: Loss | None,
     tolerance: float,
 ) -> None:
-    """Hold the batches' losses, gradients and curvature, as they are to be added, against those of all put together.
+    """Compare the batches' losses, gradients and curvature, as they are to be added, with those of all put together.
 
-    Sub-batches may all lie on one side of a threshold or a kink, and what vanishes there may still bend.
+    Sub-batches may all lie on one side of a threshold or a kink, and what vanishes there may still be curved.
 
     Raises:
         ReductionError: they are not the same.

@@ -183,7 +183,7 @@ def needs_split(graphs: Sequence[CurvatureGraph]) -> None:
 
 
 def _beside_out(graph: CurvatureGraph) -> Node | None:
-    """The first op of the loss that bends in something that reaches it from a point, but not through ``out``."""
+    """The first op of the loss that is curved in something that reaches it from a point, but not through ``out``."""
     in_loss, active = graph.loss_subgraph, graph.descendants(k for point in graph.points for k in point.sites)
     beside = [False] * len(graph.nodes)
     for node in graph.nodes:

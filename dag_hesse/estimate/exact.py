@@ -10,7 +10,7 @@ from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor
 
 from dag_hesse.estimate.norms import NormTable
-from dag_hesse.sweep import Blocks, Problem, Request
+from dag_hesse.sweep import Parts, Problem, Request
 
 _DENSE = 512
 
@@ -24,7 +24,7 @@ def identity(problem: Problem, source: int) -> Tensor:
 
 def exact_blocks(
     problem: Problem, source: int, reads: tuple[int, ...], progress: Callable[[int], None] | None = None
-) -> dict[int, Blocks]:
+) -> dict[int, Parts]:
     """Blocks H[v, source] for v in ``reads``: tensors (d_source, groups, d_v), None where nothing reaches v."""
     return problem.run([Request({source: identity(problem, source)}, reads)], progress=progress)[0]
 
@@ -48,7 +48,7 @@ def spectral_norm(matrix: Tensor) -> float:
     return float(svds(operator, k=1, tol=0, v0=start, return_singular_vectors=False)[0])
 
 
-def enter(problem: Problem, table: NormTable, source: int, blocks: dict[int, Blocks]) -> None:
+def enter(problem: Problem, table: NormTable, source: int, blocks: dict[int, Parts]) -> None:
     """Enter the norms of exact blocks into the table."""
     for v, block in blocks.items():
         pair = (min(v, source), max(v, source))

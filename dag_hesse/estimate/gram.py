@@ -1,6 +1,6 @@
 """Exact Gauss–Newton norms without probes (design §3, Gram route).
 
-∇²L = R Σ Rᵀ with Σ = diag(±1) (all + for a convex loss). Reverse sweeps seeded with R's columns give S_v, and
+∇²L = R Σ Rᵀ with Σ = diag(±1) (all + for a convex loss). Adjoint passes from R's columns give S_v, and
 H_GN[v, w] = S_vᵀ Σ S_w. Where S has more columns than rows its norms come from Gram matrices of the size of the
 batches' outputs; where it has more rows, as over many batches, the blocks themselves are added up, batch by batch.
 """
@@ -24,27 +24,27 @@ from dag_hesse.sweep.embed import joined, reader, to_tensor, to_vector
 from dag_hesse.sweep.meaning import Entry
 
 
-def _sizes(graph: CurvatureGraph, how: str) -> list[int]:
+def _sizes(graph: CurvatureGraph, embedding: str) -> list[int]:
     """Lengths of the out tensors' vectors."""
     numels = [graph.nodes[k].numel for k in graph.out]
-    return numels if how == "whole" else [n // graph.batch_size for n in numels]
+    return numels if embedding == "whole" else [n // graph.batch_size for n in numels]
 
 
-def _out_tensors(graph: CurvatureGraph, z: Tensor, how: str) -> dict[int, Tensor]:
-    pieces = z.split(_sizes(graph, how), dim=-1)
+def _out_tensors(graph: CurvatureGraph, z: Tensor, embedding: str) -> dict[int, Tensor]:
+    pieces = z.split(_sizes(graph, embedding), dim=-1)
     return {
-        k: to_tensor(piece, graph.nodes[k].shape, graph.batch_axes[k], how)
+        k: to_tensor(piece, graph.nodes[k].shape, graph.batch_axes[k], embedding)
         for k, piece in zip(graph.out, pieces, strict=True)
     }
 
 
-def _out_vector(graph: CurvatureGraph, found: dict[int, Tensor], like: Tensor, how: str) -> Tensor:
+def _out_vector(graph: CurvatureGraph, found: dict[int, Tensor], like: Tensor, embedding: str) -> Tensor:
     vectors = [
         to_vector(
             found.get(k, like.new_zeros(1).expand(like.shape[0], *graph.nodes[k].shape)),
             graph.nodes[k].shape,
             graph.batch_axes[k],
-            how,
+            embedding,
         )
         for k in graph.out
     ]
@@ -53,15 +53,15 @@ def _out_vector(graph: CurvatureGraph, found: dict[int, Tensor], like: Tensor, h
 
 def loss_hessian(graph: CurvatureGraph, lin: Linearization, chunk: int) -> Tensor:
     """∇²L over ``out``: (batch, C, C) per sample where the loss separates, else (1, B·C, B·C)."""
-    how = "each" if graph.separable_loss else "whole"
-    size = sum(_sizes(graph, how))
+    embedding = "each" if graph.separable_loss else "whole"
+    size = sum(_sizes(graph, embedding))
     dtype, device = lin.loss.dtype, lin.loss.device
     eye = torch.eye(size, dtype=dtype, device=device)[:, None, :]
     rows = []
     for piece in eye.split(chunk):
-        seeds = _out_tensors(graph, piece, "sum" if how == "each" else how)
-        found = sweep(lin, seeds, graph.out, "sum")
-        rows.append(_out_vector(graph, {k: a.data for k, a in found.items()}, piece, how))
+        seeds = _out_tensors(graph, piece, "sum" if embedding == "each" else embedding)
+        found = sweep(lin, seeds, graph.out, "full")
+        rows.append(_out_vector(graph, {k: a.data for k, a in found.items()}, piece, embedding))
     return torch.cat(rows).transpose(0, 1)
 
 
@@ -76,8 +76,8 @@ def _factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return roots.to(hessian.dtype), torch.where(values[..., keep] < 0, -1.0, 1.0)
 
 
-def _seeds(entry: Entry, roots: Tensor, alone: bool, separable: bool) -> Iterator[tuple[Tensor, str]]:
-    """Cotangents at out, (rows, groups, size) each, and how they are embedded."""
+def _columns(entry: Entry, roots: Tensor, alone: bool, separable: bool) -> Iterator[tuple[Tensor, str]]:
+    """Columns at out, (rows, groups, size) each, and how they are embedded."""
     if not separable:
         yield roots.permute(2, 0, 1), "whole"
         return
@@ -101,14 +101,14 @@ def _rows(
     roots, signs = _factor(loss_hessian(graph, lin, 4 * problem.chunk))
     unbatched = any(p.kind == "parameter" or any(graph.batch_axes[k] is None for k in p.sites) for p in points)
     alone = separable and graph.separable and not unbatched and entry.sample is None
-    how = "each" if alone else problem.how
+    embedding = "each" if alone else problem.embedding
     sites = {k for point in points for k in point.sites}
     parts: list[list[Tensor]] = [[] for _ in points]
-    for z, embed in _seeds(entry, roots, alone, separable):
+    for z, at_out in _columns(entry, roots, alone, separable):
         for piece in z.split(2 * problem.chunk):
-            found = pullback(lin, _out_tensors(graph, piece, embed), sites, reader(graph, how))
+            found = pullback(lin, _out_tensors(graph, piece, at_out), sites, reader(graph, embedding))
             for rows, point in zip(parts, points, strict=True):
-                rows.append(joined(graph, point, found, piece, how))
+                rows.append(joined(graph, point, found, piece, embedding))
             if progress is not None:
                 progress(piece.shape[0])
     stacked = [torch.cat(rows) for rows in parts]  # (rows, groups or batch, dim)
@@ -225,7 +225,7 @@ def _entered(
 
 
 def gram_factors(problem: Problem, progress: Callable[[int], None] | None = None) -> GramFactors | GramBlocks:
-    """Reverse sweeps from the factors of ∇²L through all batches: of S or of blocks, what takes less room is kept."""
+    """Adjoint passes from the factors of ∇²L through all batches: of S or of blocks, what takes less room is kept."""
     dims = [problem.dim(k) for k in range(len(problem.points))]
     height = sum(entry.graph.nodes[k].numel for entry in problem.entries for k in entry.graph.out)
     if not problem.separate_groups and gram_in_blocks(height, dims):

@@ -63,15 +63,15 @@ class Sketch:
     def extend(self, probes: int, progress: Callable[[int], None] | None = None) -> None:
         """Sweep ``probes`` more."""
         groups = self.problem.groups
-        for v, blocks in self.products.parts([self.request(probes)], progress)[0].items():
-            full = blocks.full
-            for part, data in (("full", full), ("gn", blocks.gn), ("tensor", blocks.tensor)):
+        for v, parts in self.products.parts([self.request(probes)], progress)[0].items():
+            full = parts.full
+            for part, data in (("full", full), ("gn", parts.gn), ("tensor", parts.tensor)):
                 self.samples[part][v].append(_squares(data, probes, groups))
             if full is not None and v not in self.start:
                 self.start[v] = full
 
     def enter(self, table: NormTable, gn_known: dict[tuple[int, int], Array]) -> None:
-        """Enter norms with their spread; ``gn_known`` holds exact ‖H_GN‖_F² per group."""
+        """Enter norms with their pseudo-values; ``gn_known`` holds exact ‖H_GN‖_F² per group."""
         w = self.source.point
         for v in self.source.reads:
             pair = (min(v, w), max(v, w))

@@ -1,7 +1,7 @@
 """Spectral norms by Golub–Kahan bidiagonalization of all pairs at once, started from the probes' products.
 
-Each half-step is one probe per pair, and probes of one point share a sweep. The stated error is the residual r of the
-leading Ritz pair, or r²/gap where that is less (gap: to the next Ritz value), as for any symmetric eigenproblem.
+Each half-step is one probe per pair, and probes of one point share a sweep. The stated error is the Ritz residual r of
+the leading Ritz pair, or r²/gap where that is less (gap: to the next Ritz value), as for any symmetric eigenproblem.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Bidiagonal:
         self.right.append(x / norm.clamp_min(torch.finfo(x.dtype).tiny).unsqueeze(-1))
 
     def take_left(self, product: Tensor) -> None:
-        """H x_k has come: the next left vector; then the Ritz values are known with their residual."""
+        """H x_k has come: the next left vector; then the Ritz values are known with their Ritz residual."""
         u = _orthogonal(product, self.left)
         norm = u.norm(dim=-1)
         self.betas.append(norm)
@@ -51,7 +51,7 @@ class _Bidiagonal:
             lower[:, k + 1, k] = self.betas[k].double().cpu()
         u_small, s, _ = torch.linalg.svd(lower, full_matrices=False)
         self.value = s[:, 0]
-        # H x − σu = 0 and Hᵀu − σx = α_{k+1} e_{k+1}ᵀ u: the new row's weight bounds the residual.
+        # H x − σu = 0 and Hᵀu − σx = α_{k+1} e_{k+1}ᵀ u: the new row's weight bounds the Ritz residual.
         bound = torch.stack([a.double().cpu() for a in self.alphas]).amax(0).maximum(s[:, 0])
         residual = (u_small[:, steps, 0].abs() * bound).minimum(s[:, 0])
         gap = s[:, 0] - s[:, 1] if steps > 1 else torch.zeros_like(residual)

@@ -30,9 +30,9 @@ def _relative_error(terms: Sequence[tuple[Norm, float]]) -> float:
     """Relative standard error of Π normᵖ: terms from the same source share their probes, others are independent."""
     by_source: dict[int, Array] = {}
     for norm, power in terms:
-        if norm.spread is None or norm.value == 0.0:
+        if norm.pseudo_values is None or norm.value == 0.0:
             continue
-        deviation = power * (norm.spread - norm.value) / norm.value
+        deviation = power * (norm.pseudo_values - norm.value) / norm.value
         held = by_source.get(norm.source)
         by_source[norm.source] = deviation if held is None or len(held) != len(deviation) else held + deviation
     variances = (d.var(ddof=1) / len(d) for d in by_source.values())

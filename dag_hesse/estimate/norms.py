@@ -1,4 +1,4 @@
-"""What estimators hand over: norms of a pair's block, per group of samples, with the probes' spread."""
+"""What estimators hand over: norms of a pair's block, per group of samples, with the probes' pseudo-values."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class Norm:
 
     Attributes:
         value: the norm.
-        spread: jackknife pseudo-values (probes,) whose mean is ``value``; None where it is exact.
-        source: which point's probes ``spread`` belongs to (spreads of one source are correlated).
+        pseudo_values: the jackknife's, (probes,), whose mean is ``value``; None where it is exact.
+        source: which point's probes ``pseudo_values`` belong to (those of one source are correlated).
     """
 
     value: float
-    spread: Array | None = None
+    pseudo_values: Array | None = None
     source: int = -1
 
     @property
     def stderr(self) -> float:
         """Standard error; 0.0 where exact."""
-        if self.spread is None:
+        if self.pseudo_values is None:
             return 0.0
-        return float(self.spread.std(ddof=1) / np.sqrt(len(self.spread)))
+        return float(self.pseudo_values.std(ddof=1) / np.sqrt(len(self.pseudo_values)))
 
 
 @dataclass
@@ -68,7 +68,7 @@ class NormTable:
             self.frobenius[part][pair] = Norm(float(whole), np.full(max(count, 2), whole), source)
         else:
             without = self.aggregate((mean * count - samples) / (count - 1))
-            spread = count * whole - (count - 1) * without
-            self.frobenius[part][pair] = Norm(float(max(spread.mean(), 0.0)), spread, source)
+            pseudo_values = count * whole - (count - 1) * without
+            self.frobenius[part][pair] = Norm(float(max(pseudo_values.mean(), 0.0)), pseudo_values, source)
         if part == "full":
             self.squares[pair] = np.maximum(mean, 0.0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dag_hesse.estimate.gram import GramBlocks, GramFactors
-from dag_hesse.sweep import Blocks, Problem, Request
+from dag_hesse.sweep import Parts, Problem, Request
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Products:
 
     def parts(
         self, requests: Sequence[Request], progress: Callable[[int], None] | None = None
-    ) -> list[dict[int, Blocks]]:
+    ) -> list[dict[int, Parts]]:
         """GN and T apart, per request and read point."""
         if self.factors is None:
             return self.problem.run(requests, progress=progress)
-        found = self.problem.run(requests, channels="tensor", progress=progress)
+        found = self.problem.run(requests, parts="tensor", progress=progress)
         return [
-            {v: Blocks(self.factors.product(v, source, z), blocks.tensor) for v, blocks in each.items()}
+            {v: Parts(self.factors.product(v, source, z), parts.tensor) for v, parts in each.items()}
             for request, each in zip(requests, found, strict=True)
             for source, z in request.z.items()  # estimators probe one point at a time
         ]
@@ -36,7 +36,7 @@ class Products:
     ) -> list[dict[int, Tensor | None]]:
         """GN + T, per request and read point; None where nothing arrives."""
         if self.factors is None:
-            found = self.problem.run(requests, channels="sum", progress=progress)
+            found = self.problem.run(requests, parts="full", progress=progress)
         else:
             found = self.parts(requests, progress)
-        return [{v: blocks.full for v, blocks in each.items()} for each in found]
+        return [{v: parts.full for v, parts in each.items()} for each in found]

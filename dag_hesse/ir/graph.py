@@ -157,10 +157,10 @@ class CurvatureGraph:
     def loss_subgraph(self) -> list[bool]:
         """Mark the ops downstream of ``out``: their second-order terms make the GN channel (design §2.2)."""
         if self._in_loss is None or self._in_loss[:2] != (self.out, len(self.nodes)):
-            self._in_loss = self.out, len(self.nodes), self._behind_out()
+            self._in_loss = self.out, len(self.nodes), self._find_loss_subgraph()
         return self._in_loss[2]
 
-    def _behind_out(self) -> list[bool]:
+    def _find_loss_subgraph(self) -> list[bool]:
         marked = self.descendants(self.out)
         for index in self.out:
             marked[index] = any(marked[parent] for parent in self.nodes[index].inputs)

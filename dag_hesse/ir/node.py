@@ -15,7 +15,7 @@ class Kind(str, Enum):
 
     STRUCTURAL = "structural"  # linear data movement and sums
     CONTRACTION = "contraction"  # bilinear: mm, bmm, conv
-    POINTWISE = "pointwise"  # elementwise with second derivative
+    SMOOTH = "smooth"  # elementwise with a second derivative
     PIECEWISE_LINEAR = "piecewise"  # second derivative 0 almost everywhere
     ROWWISE = "rowwise"  # softmax, norms, logsumexp
     GATHER = "gather"  # rows picked by integer indices
@@ -103,24 +103,24 @@ class Guard:
         return value == self.value or abs(value - self.value) <= 1e-5 * abs(self.value) or value != value
 
 
-def rebind(tree: Any, fn: Callable[[Ref], Any]) -> Any:
+def refill(tree: Any, fn: Callable[[Ref], Any]) -> Any:
     """Replace every :class:`Ref` in an argument tree by ``fn(ref)``."""
     if isinstance(tree, Ref):
         return fn(tree)
     if isinstance(tree, (list, tuple)):
-        return type(tree)(rebind(item, fn) for item in tree)
+        return type(tree)(refill(item, fn) for item in tree)
     return tree
 
 
-def bind(node: Node, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def fill(node: Node, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return ``(args, kwargs)`` of ``node`` with its inputs' ``values`` (one per slot) put in."""
-    args = tuple(rebind(arg, lambda ref: values[ref.slot]) for arg in node.args)
-    return args, {key: rebind(arg, lambda ref: values[ref.slot]) for key, arg in node.kwargs.items()}
+    args = tuple(refill(arg, lambda ref: values[ref.slot]) for arg in node.args)
+    return args, {key: refill(arg, lambda ref: values[ref.slot]) for key, arg in node.kwargs.items()}
 
 
 def execute(node: Node, values: Sequence[torch.Tensor]) -> torch.Tensor:
     """Run the node's op on the values of its inputs (one per slot)."""
     assert node.target is not None, f"{node.op} is a leaf and has no op to run"
-    args, kwargs = bind(node, values)
+    args, kwargs = fill(node, values)
     result = node.target(*args, **kwargs)
     return result if node.output is None else result[node.output]

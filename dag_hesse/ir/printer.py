@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from dag_hesse.ir.graph import CurvatureGraph
-from dag_hesse.ir.node import Kind, Node, Ref, rebind
+from dag_hesse.ir.node import Kind, Node, Ref, refill
 
 
 def _argument(node: Node, arg: Any) -> str:
-    shown = rebind(arg, lambda ref: _Name(f"%{node.inputs[ref.slot]}"))
+    shown = refill(arg, lambda ref: _Name(f"%{node.inputs[ref.slot]}"))
     return repr(shown)
 
 

@@ -1,6 +1,6 @@
 """Memory that products write to, handed from problem to engine to kernels.
 
-A system hands out large blocks as fresh pages, and those cost more than what is written to them. The products of an
+A system hands out large allocations as new pages, and those cost more than what is written to them. The products of an
 operator therefore take them from a pool of its own, to which they come back by themselves.
 """
 
@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_LARGE = 1 << 22  # bytes; smaller blocks are reused by the system's allocator as they are
+_LARGE = 1 << 22  # bytes; smaller allocations are reused by the system's allocator as they are
 _ALIGNED = 64  # bytes
-_STAGGER = 17 * _ALIGNED  # between blocks: operands that lie a power of two apart evict each other from the caches
+_STAGGER = 17 * _ALIGNED  # between allocations: operands that lie a power of two apart evict each other from the caches
 _FIRST = 1 << 26  # bytes of the first slab; the next ones are as large as all before
 
 
 class Arena:
-    """Where results are written. This one takes fresh memory for each; a :class:`Pool` uses what others gave back."""
+    """Where results are written. This one takes new memory for each; a :class:`Pool` uses what others gave back."""
 
     def serves(self, like: Tensor, count: int) -> bool:
         """Whether memory for ``count`` elements comes from here; else PyTorch finds it."""
@@ -65,11 +65,11 @@ class Arena:
         return self.empty(probes, len(probes), *(value.shape[axis] for axis in order)).permute(0, *places)
 
 
-FRESH = Arena()
+SYSTEM = Arena()
 
 
 class Pool(Arena):
-    """CPU memory in slabs, given out in blocks. A block is free again when the last tensor in it is gone.
+    """CPU memory in slabs, given out in allocations. One is free again when the last tensor in it is gone.
 
     What is asked for lies as low as it can, so that pages above the most that was ever in use are never touched.
 
@@ -100,13 +100,13 @@ class Pool(Arena):
         self._collect()
         taken = size + -size % _ALIGNED + _STAGGER
         for slab in self._slabs:
-            start = slab.cut(taken)
+            start = slab.allocate(taken)
             if start is not None:
                 break
         else:
             slab = _Slab(max(taken, _FIRST, self.size))
             self._slabs.append(slab)
-            start = slab.cut(taken) or 0
+            start = slab.allocate(taken) or 0
         piece = slab.memory[start : start + size]
         weakref.finalize(piece, self._returned.append, (slab, start, start + taken)).atexit = False
         return torch.from_numpy(piece)
@@ -129,7 +129,7 @@ class _Slab:
         first = -whole.ctypes.data % _ALIGNED
         self.memory, self.size, self.gaps = whole[first : first + size], size, [(0, size)]
 
-    def cut(self, size: int) -> int | None:
+    def allocate(self, size: int) -> int | None:
         """Start of ``size`` bytes in the lowest gap that has them; None if there is none."""
         for k, (start, stop) in enumerate(self.gaps):
             if stop - start >= size:
@@ -138,7 +138,7 @@ class _Slab:
         return None
 
     def join(self, start: int, stop: int) -> None:
-        """Free a cut, as one gap with its neighbours."""
+        """Free an allocation, as one gap with its neighbours."""
         k = bisect(self.gaps, (start, stop))
         if k < len(self.gaps) and self.gaps[k][0] == stop:
             stop = self.gaps.pop(k)[1]
@@ -160,7 +160,7 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
-def is_fresh(x: Tensor, *others: Tensor) -> bool:
+def is_owned(x: Tensor, *others: Tensor) -> bool:
     """Whether ``x`` can be written to: it has memory of its own, apart from these tensors, once for every element.
 
     A product is linear in what it is given, so it is new, or a view of that.
@@ -176,9 +176,9 @@ def added(x: Tensor, into: Tensor | None) -> Tensor:
     return x if into is None else into.add_(x)
 
 
-def plus_term(x: Tensor, grad: Tensor, rows: slice, second: Callable[[Tensor | None], Tensor | None]) -> Tensor:
-    """``x``, which came of ``grad``, with a term added to its ``rows``; ``second(into)`` makes or adds it."""
-    if is_fresh(x, grad):
+def plus_term(x: Tensor, abar: Tensor, rows: slice, second: Callable[[Tensor | None], Tensor | None]) -> Tensor:
+    """``x``, which came of ``abar``, with a term added to its ``rows``; ``second(into)`` makes or adds it."""
+    if is_owned(x, abar):
         second(x[rows])
         return x
     term = second(None)
@@ -188,4 +188,4 @@ def plus_term(x: Tensor, grad: Tensor, rows: slice, second: Callable[[Tensor | N
     return x
 
 
-__all__ = ["FRESH", "Arena", "Pool", "added", "is_dense", "is_fresh", "plus_term"]
+__all__ = ["SYSTEM", "Arena", "Pool", "added", "is_dense", "is_owned", "plus_term"]

@@ -42,11 +42,11 @@ class Kernel(Generic[Arguments, Result]):
 
     Example:
         >>> import torch
-        >>> from dag_hesse.kernels.arena import FRESH
+        >>> from dag_hesse.kernels.arena import SYSTEM
         >>> def double(arena, x): return x + x
         >>> def refuse(x): return None if x.numel() < 4 else "it is large"
         >>> kernel = Kernel("double", double, (Implementation("small", lambda arena, x: 2 * x, refuse),))
-        >>> kernel(FRESH, torch.ones(5)).sum(), kernel.refusals
+        >>> kernel(SYSTEM, torch.ones(5)).sum(), kernel.refusals
         (tensor(10.), {'small': {'it is large': 1}})
         >>> _ = KERNELS.pop("double")
     """

@@ -15,7 +15,7 @@ class Machine:
         program: elements from which a program is worth setting up.
         row_kernel: elements of a probe from which the vendor's kernel is called for each, rather than once for all.
         product: multiply-adds of a probe's matrix product from which it is taken by itself: batched ones are slow then.
-        cells: of a channel, copied at a time between layouts, so that the caches hold them until the next is read.
+        cells: of an image channel, copied at a time between layouts, so that caches hold them until the next is read.
     """
 
     program: int

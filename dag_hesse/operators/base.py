@@ -13,21 +13,21 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from dag_hesse.errors import MemoryBudgetError, OptionError, integer
-from dag_hesse.kernels.arena import FRESH, Arena
+from dag_hesse.kernels.arena import SYSTEM, Arena
 from dag_hesse.measure import available_memory
 from dag_hesse.operators import estimates
 from dag_hesse.operators.interop import estimate, to_curvlinops
-from dag_hesse.operators.vectors import Layout, to_numpy
+from dag_hesse.operators.vectors import VectorForm, to_numpy
 
 
 class SymmetricOperator(ABC):
-    """A symmetric operator over named blocks. It can be scaled: ``2 * H``, ``-H``, ``H / n``."""
+    """A symmetric operator over a vector's named segments. It can be scaled: ``2 * H``, ``-H``, ``H / n``."""
 
-    layout: Layout
+    form: VectorForm
 
     @abstractmethod
-    def _products(self, blocks: list[Tensor]) -> list[Tensor]:
-        """Per block, products (k, size) of k vectors given by their blocks (k, size)."""
+    def _products(self, segments: list[Tensor]) -> list[Tensor]:
+        """Per segment, products (k, size) of k vectors given by their segments (k, size)."""
 
     @property
     @abstractmethod
@@ -37,27 +37,27 @@ class SymmetricOperator(ABC):
     @property
     def _arena(self) -> Arena:
         """Where products are written."""
-        return FRESH
+        return SYSTEM
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the blocks, in the order of the flat vector."""
-        return self.layout.names
+        """Names of the segments, in the order of the flat vector."""
+        return self.form.names
 
     @property
     def shape(self) -> tuple[int, int]:
         """(n, n)."""
-        return self.layout.size, self.layout.size
+        return self.form.size, self.form.size
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point type of flat vectors: the widest of the blocks'."""
-        return self.layout.dtype
+        """Floating-point type of flat vectors: the widest of the segments'."""
+        return self.form.dtype
 
     @property
     def device(self) -> torch.device:
         """Where vectors lie."""
-        return self.layout.device
+        return self.form.device
 
     @property
     def T(self) -> SymmetricOperator:
@@ -68,21 +68,21 @@ class SymmetricOperator(ABC):
     __array_ufunc__ = None
 
     def __repr__(self) -> str:
-        blocks = len(self.layout.names)
-        return f"{type(self).__name__}({self.shape[0]} × {self.shape[1]}, {blocks} blocks, {self.dtype})"
+        segments = len(self.form.names)
+        return f"{type(self).__name__}({self.shape[0]} × {self.shape[1]}, {segments} segments, {self.dtype})"
 
     def __matmul__(self, v: Any) -> Any:
         """The product with a vector; same form back, detached from autograd.
 
         Args:
-            v: (n,), columns (n, k), a list or dict like the blocks; tensors, or NumPy arrays for the flat forms. A flat
+            v: (n,), columns (n, k), a list or dict of segments; tensors, or NumPy arrays for the flat forms. A flat
                 vector goes through the parameters as ``torch.nn.utils.parameters_to_vector(model.parameters())`` does.
 
         Raises:
             VectorError: it does not fit.
         """
-        blocks, unpack = self.layout.pack(v, self._arena)
-        return unpack(self._products(blocks))
+        segments, unpack = self.form.pack(v, self._arena)
+        return unpack(self._products(segments))
 
     def __rmatmul__(self, v: Any) -> Any:
         """``v @ H`` for (n,) or rows (k, n): the operator is symmetric."""
@@ -186,7 +186,7 @@ class Scaled(SymmetricOperator):
     """A number times an operator."""
 
     def __init__(self, of: SymmetricOperator, factor: float) -> None:
-        self.of, self.factor, self.layout = of, factor, of.layout
+        self.of, self.factor, self.form = of, factor, of.form
 
     @property
     def chunk(self) -> int:
@@ -197,8 +197,8 @@ class Scaled(SymmetricOperator):
     def _arena(self) -> Arena:
         return self.of._arena
 
-    def _products(self, blocks: list[Tensor]) -> list[Tensor]:
-        return [self.factor * block for block in self.of._products(blocks)]
+    def _products(self, segments: list[Tensor]) -> list[Tensor]:
+        return [self.factor * segment for segment in self.of._products(segments)]
 
     def __repr__(self) -> str:
         return f"{self.factor:g} · {self.of!r}"

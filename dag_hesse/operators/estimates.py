@@ -59,16 +59,16 @@ def _count(operator: SymmetricOperator, matvecs: int | None) -> tuple[int, bool]
 
 
 def _units(operator: SymmetricOperator) -> Iterator[list[Tensor]]:
-    """Unit vectors by their blocks, a chunk at a time."""
+    """Unit vectors by segments, a chunk at a time."""
     size = operator.shape[0]
     for start in range(0, size, operator.chunk):
         rows = torch.zeros(min(operator.chunk, size - start), size, dtype=operator.dtype, device=operator.device)
         rows.diagonal(start).fill_(1.0)
-        yield list(rows.split(operator.layout.sizes, dim=1))
+        yield list(rows.split(operator.form.sizes, dim=1))
 
 
 def _signs(operator: SymmetricOperator, count: int, seed: int) -> Iterator[list[Tensor]]:
-    """Random signs by their blocks, a chunk at a time. They do not hang on how large chunks are, nor on the device."""
+    """Random signs by segments, a chunk at a time. They do not hang on how large chunks are, nor on the device."""
     generator, left = torch.Generator().manual_seed(integer("seed", seed)), count
     while left:
         now = min(operator.chunk, left)
@@ -76,5 +76,5 @@ def _signs(operator: SymmetricOperator, count: int, seed: int) -> Iterator[list[
         for row in rows:
             row.random_(0, 2, generator=generator)
         signs = (2 * rows - 1).to(dtype=operator.dtype, device=operator.device)
-        yield list(signs.split(operator.layout.sizes, dim=1))
+        yield list(signs.split(operator.form.sizes, dim=1))
         left -= now

@@ -25,7 +25,7 @@ def _curvlinops() -> Any:
 
 
 def to_curvlinops(operator: SymmetricOperator) -> Any:
-    """A ``curvlinops`` linear operator with the same blocks, dtype and device."""
+    """A ``curvlinops`` linear operator with the same segments, dtype and device."""
     _curvlinops()
     from curvlinops._torch_base import PyTorchLinearOperator
 
@@ -36,7 +36,7 @@ def to_curvlinops(operator: SymmetricOperator) -> Any:
         def _matmat(self, X: list[Tensor]) -> list[Tensor]:
             return operator @ X
 
-    shapes = list(operator.layout.shapes)
+    shapes = list(operator.form.shapes)
     return Wrapped(shapes, shapes)
 
 

@@ -19,10 +19,10 @@ from dag_hesse.errors import OptionError, choose, position
 from dag_hesse.kernels.arena import Arena
 from dag_hesse.operators.base import SymmetricOperator, dense, to_scipy
 from dag_hesse.operators.functional import as_module, chosen_parameters, read_parameters
-from dag_hesse.operators.vectors import Layout, to_numpy
+from dag_hesse.operators.vectors import VectorForm, to_numpy
 from dag_hesse.plan import fuse_all
 from dag_hesse.plan.memory import probe_chunk, shared_chunk, sweep_bytes
-from dag_hesse.sweep import VERIFY, Blocks, Problem, Request, prove_all
+from dag_hesse.sweep import VERIFY, Parts, Problem, Request, prove_all
 
 
 class CurvatureOperator(SymmetricOperator):
@@ -44,7 +44,7 @@ class CurvatureOperator(SymmetricOperator):
             a callable that gives a batch's weight; None: found by evaluating the loss on sub-batches (for a mean,
             a loader that is not held is iterated once more).
         memory: as for :func:`~dag_hesse.analyze`: bytes that each product may use, and what is kept between them.
-        verify: as for :func:`~dag_hesse.analyze`: what the captured graph is held against, once.
+        verify: as for :func:`~dag_hesse.analyze`: what the captured graph is compared with, once.
 
     Raises:
         DagHesseError: as :func:`~dag_hesse.analyze`; :class:`~dag_hesse.errors.VectorError` for a bad vector;
@@ -52,7 +52,7 @@ class CurvatureOperator(SymmetricOperator):
             :class:`~dag_hesse.errors.ReductionError` where the losses of batches do not add up to one.
     """
 
-    channels: ClassVar[str]
+    _part: ClassVar[str]
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class CurvatureOperator(SymmetricOperator):
         """Capture, prove and pose the problem."""
         module = self.model
         graphs = capture_all(module, batches, loss=loss, output=output, points=points, space=space)
-        if self.channels != "sum":
+        if self._part != "full":
             needs_split(graphs)
         like = partial(points_like, graphs[0], module)
         prove_all(graphs, batches, module, loss, output, verify)
@@ -135,9 +135,9 @@ class CurvatureOperator(SymmetricOperator):
         every = [name for name, _ in module.named_parameters()]
         rest = sorted(found, key=lambda name: every.index(name) if name in every else found[name])
         self._order = [found.get(name) for name in own or rest]
-        self.layout = self._make_layout(own or rest)
+        self.form = self._make_form(own or rest)
 
-    def _make_layout(self, names: Sequence[str]) -> Layout:
+    def _make_form(self, names: Sequence[str]) -> VectorForm:
         problem, parameters = self._problem, dict(self.model.named_parameters())
         shapes, dtypes = [], []
         for name, k in zip(names, self._order, strict=True):
@@ -150,7 +150,7 @@ class CurvatureOperator(SymmetricOperator):
             shape = (problem.dim(k),) if whole else point.shape
             shapes.append(shape if problem.groups == 1 else (problem.groups, *shape))
             dtypes.append(problem.dtype_of(k))
-        return Layout(tuple(names), tuple(shapes), problem.dtype, problem.device, tuple(dtypes))
+        return VectorForm(tuple(names), tuple(shapes), problem.dtype, problem.device, tuple(dtypes))
 
     @property
     def chunk(self) -> int:
@@ -161,34 +161,34 @@ class CurvatureOperator(SymmetricOperator):
     def _arena(self) -> Arena:
         return self._problem.arena
 
-    def _products(self, blocks: list[Tensor]) -> list[Tensor]:
-        return self._apply(blocks)[0]
+    def _products(self, segments: list[Tensor]) -> list[Tensor]:
+        return self._apply(segments)[0]
 
     def _run(
-        self, blocks: Sequence[Tensor], channels: str, sources: Sequence[int], reads: Sequence[int]
-    ) -> dict[int, Blocks]:
+        self, segments: Sequence[Tensor], parts: str, sources: Sequence[int], reads: Sequence[int]
+    ) -> dict[int, Parts]:
         self._problem.check("the operator was made", "call refresh() first.")
         groups = self._problem.groups
-        pairs = [(self._order[k], x) for k, x in zip(sources, blocks, strict=True)]
+        pairs = [(self._order[k], x) for k, x in zip(sources, segments, strict=True)]
         z = {k: x.detach().reshape(len(x), groups, -1) for k, x in pairs if k is not None}
         read = tuple(k for r in reads if (k := self._order[r]) is not None)
-        return self._problem.run([Request(z, read)], channels=channels)[0] if z and read else {}
+        return self._problem.run([Request(z, read)], parts=parts)[0] if z and read else {}
 
-    def _collect(self, found: dict[int, Blocks], part: str, count: int, reads: Sequence[int]) -> list[Tensor]:
-        blocks = []
+    def _collect(self, found: dict[int, Parts], part: str, count: int, reads: Sequence[int]) -> list[Tensor]:
+        segments = []
         for k in reads:
-            place, shape = self._order[k], (count, self.layout.sizes[k])
+            place, shape = self._order[k], (count, self.form.sizes[k])
             value: Tensor | None = None if place not in found else getattr(found[place], part)
             blank = torch.zeros(shape, dtype=self.dtype, device=self.device) if value is None else value
-            blocks.append(blank.reshape(shape))
-        return blocks
+            segments.append(blank.reshape(shape))
+        return segments
 
     def _apply(
-        self, blocks: Sequence[Tensor], parts: Sequence[str] = ("full",), channels: str | None = None
+        self, segments: Sequence[Tensor], read: Sequence[str] = ("full",), parts: str | None = None
     ) -> list[list[Tensor]]:
-        every = range(len(self.layout.names))
-        found = self._run(blocks, channels or self.channels, every, every)
-        return [self._collect(found, part, len(blocks[0]), every) for part in parts]
+        every = range(len(self.form.names))
+        found = self._run(segments, parts or self._part, every, every)
+        return [self._collect(found, part, len(segments[0]), every) for part in read]
 
     def refresh(self) -> None:
         """Linearize anew at the parameters' present values.
@@ -210,7 +210,7 @@ class CurvatureOperator(SymmetricOperator):
         Raises:
             PointError: there is no such point.
         """
-        return Block(self, *(position(name, self.layout.names, "this operator") for name in (v, w)))
+        return Block(self, *(position(name, self.form.names, "this operator") for name in (v, w)))
 
 
 @final
@@ -225,13 +225,13 @@ class HessianOperator(CurvatureOperator):
         ((26, 26), torch.Size([26]))
     """
 
-    channels = "sum"
+    _part = "full"
 
     def parts(self, v: Any) -> tuple[Any, Any]:
         """(GGN · v, tensor part · v) from one sweep, in the form of ``v``."""
         needs_split(self._problem.graphs)
-        blocks, unpack = self.layout.pack(v, self._arena)
-        gn, tensor = self._apply(blocks, ("gn", "tensor"), "both")
+        segments, unpack = self.form.pack(v, self._arena)
+        gn, tensor = self._apply(segments, ("gn", "tensor"), "both")
         return unpack(gn), unpack(tensor)
 
 
@@ -239,14 +239,14 @@ class HessianOperator(CurvatureOperator):
 class GGNOperator(CurvatureOperator):
     """The generalized Gauss–Newton part Jᵀ(∇²L)J."""
 
-    channels = "gn"
+    _part = "gn"
 
 
 @final
 class TensorOperator(CurvatureOperator):
     """What Gauss–Newton leaves out of the Hessian."""
 
-    channels = "tensor"
+    _part = "tensor"
 
 
 @final
@@ -259,7 +259,7 @@ class Block:
     @property
     def shape(self) -> tuple[int, int]:
         """(d_v, d_w)."""
-        return self.parent.layout.sizes[self.v], self.parent.layout.sizes[self.w]
+        return self.parent.form.sizes[self.v], self.parent.form.sizes[self.w]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -276,17 +276,17 @@ class Block:
         """The block [w, v]."""
         return Block(self.parent, self.w, self.v)
 
-    def _only(self, k: int) -> Layout:
-        whole = self.parent.layout
-        return Layout((whole.names[k],), (whole.shapes[k],), whole.dtype, whole.device)
+    def _only(self, k: int) -> VectorForm:
+        whole = self.parent.form
+        return VectorForm((whole.names[k],), (whole.shapes[k],), whole.dtype, whole.device)
 
     def __matmul__(self, z: Any) -> Any:
         """The product (d_v,) or (d_v, k) with z (d_w,) or (d_w, k); of an array, an array."""
-        blocks, _ = self._only(self.w).pack(z, self.parent._arena)
-        found = self.parent._run(blocks, self.parent.channels, [self.w], [self.v])
-        rows = self.parent._collect(found, "full", len(blocks[0]), [self.v])[0]
+        segments, _ = self._only(self.w).pack(z, self.parent._arena)
+        found = self.parent._run(segments, self.parent._part, [self.w], [self.v])
+        rows = self.parent._collect(found, "full", len(segments[0]), [self.v])[0]
         first = next(iter(z.values())) if isinstance(z, Mapping) else z[0] if isinstance(z, (list, tuple)) else None
-        flat = z.ndim == 1 if first is None else first.ndim == len(self.parent.layout.shapes[self.w])
+        flat = z.ndim == 1 if first is None else first.ndim == len(self.parent.form.shapes[self.w])
         product = rows[0] if flat else rows.T
         return to_numpy(product) if isinstance(z, np.ndarray) else product
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dag_hesse.errors import VectorError
-from dag_hesse.kernels.arena import FRESH, Arena
+from dag_hesse.kernels.arena import SYSTEM, Arena
 
-_BLOCK = 1 << 16  # elements
+_PIECE = 1 << 16  # elements
 _DETACHED = (
     "the vector requires gradients, but products are detached from autograd: no gradient goes back to it. Pass "
     "v.detach() where that is meant; differentiate the loss by torch.autograd where it is not."
@@ -24,18 +24,18 @@ Unpack = Callable[[list[Tensor]], Any]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a flat vector of length ``size`` is cut into named blocks of given shapes."""
+class VectorForm:
+    """How a flat vector of length ``size`` is divided into named segments of given shapes."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype  # of flat vectors
     device: torch.device
-    dtypes: tuple[torch.dtype, ...] = ()  # of the blocks, where they are not all that
+    dtypes: tuple[torch.dtype, ...] = ()  # of the segments, where they are not all that
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Elements of every block."""
+        """Elements of every segment."""
         return [torch.Size(shape).numel() for shape in self.shapes]
 
     @property
@@ -43,8 +43,8 @@ class Layout:
         """Elements of the whole vector."""
         return sum(self.sizes)
 
-    def pack(self, v: Any, arena: Arena = FRESH) -> tuple[list[Tensor], Unpack]:
-        """Cut any accepted form into blocks of rows (k, size), and say how to turn such blocks back into that form.
+    def pack(self, v: Any, arena: Arena = SYSTEM) -> tuple[list[Tensor], Unpack]:
+        """Divide any accepted form into segments of rows (k, size), and say how to turn such back into that form.
 
         Nothing is copied but columns that do not lie one behind the other in memory; what is put together again lies in
         ``arena``.
@@ -53,8 +53,8 @@ class Layout:
             VectorError: wrong size, dtype, device or keys.
         """
         if isinstance(v, np.ndarray):
-            blocks, unpack = self.pack(self._from_numpy(v), arena)
-            return blocks, lambda out: to_numpy(unpack(out))
+            segments, unpack = self.pack(self._from_numpy(v), arena)
+            return segments, lambda out: to_numpy(unpack(out))
         if isinstance(v, Tensor):
             if v.layout is not torch.strided:
                 raise VectorError(f"the vector is sparse ({v.layout}); expected a dense one: .to_dense().")
@@ -72,13 +72,13 @@ class Layout:
             if set(v) != set(self.names):
                 missing, extra = sorted(set(self.names) - set(v)), sorted(set(v) - set(self.names))
                 raise VectorError(f"the vector's keys do not match: missing {missing[:4]}, unknown {extra[:4]}.")
-            blocks, unpack = self._shaped([v[name] for name in self.names])
-            return blocks, lambda out: dict(zip(self.names, unpack(out), strict=True))
+            segments, unpack = self._shaped([v[name] for name in self.names])
+            return segments, lambda out: dict(zip(self.names, unpack(out), strict=True))
         if isinstance(v, (list, tuple)) and all(isinstance(x, Tensor) for x in v):
             if len(v) != len(self.names):
-                raise VectorError(f"the vector has {len(v)} tensors; expected {len(self.names)}, one per block.")
-            blocks, unpack = self._shaped(list(v))
-            return blocks, lambda out: type(v)(unpack(out))
+                raise VectorError(f"the vector has {len(v)} tensors; expected {len(self.names)}, one per segment.")
+            segments, unpack = self._shaped(list(v))
+            return segments, lambda out: type(v)(unpack(out))
         raise VectorError(
             f"a {type(v).__name__} is no vector; expected a tensor, an array, a list of tensors or a dict of them."
         )
@@ -89,19 +89,19 @@ class Layout:
         native = v.astype(np.float64 if v.itemsize > 8 else v.dtype.newbyteorder("="), copy=False)
         return torch.from_numpy(np.ascontiguousarray(native)).to(dtype=self.dtype, device=self.device)
 
-    def _shaped(self, parts: list[Tensor]) -> tuple[list[Tensor], Callable[[list[Tensor]], list[Tensor]]]:
-        """Blocks of their own shapes, all with one more axis of k columns or none with."""
-        several = len(parts) > 0 and parts[0].ndim == len(self.shapes[0]) + 1
-        columns = parts[0].shape[-1:] if several else torch.Size()
+    def _shaped(self, segments: list[Tensor]) -> tuple[list[Tensor], Callable[[list[Tensor]], list[Tensor]]]:
+        """Segments of their own shapes, all with one more axis of k columns or none with."""
+        several = len(segments) > 0 and segments[0].ndim == len(self.shapes[0]) + 1
+        columns = segments[0].shape[-1:] if several else torch.Size()
         if columns == (0,):
             raise VectorError("the vector has no columns to multiply with.")
         dtypes = self.dtypes or (self.dtype,) * len(self.names)
-        for name, shape, part, dtype in zip(self.names, self.shapes, parts, dtypes, strict=True):
-            self._check(f"'{name}'", part, dtype)
-            if part.shape != torch.Size(shape) + columns:
-                raise VectorError(f"'{name}' has shape {tuple(part.shape)}; expected {(*shape, *columns)}.")
-        sizes, parts = self.sizes, [part.detach() for part in parts]
-        rows = [(_rows(p) if several else p.reshape(1, n)).to(self.dtype) for p, n in zip(parts, sizes, strict=True)]
+        for name, shape, segment, dtype in zip(self.names, self.shapes, segments, dtypes, strict=True):
+            self._check(f"'{name}'", segment, dtype)
+            if segment.shape != torch.Size(shape) + columns:
+                raise VectorError(f"'{name}' has shape {tuple(segment.shape)}; expected {(*shape, *columns)}.")
+        sizes, segments = self.sizes, [segment.detach() for segment in segments]
+        rows = [(_rows(p) if several else p.reshape(1, n)).to(self.dtype) for p, n in zip(segments, sizes, strict=True)]
 
         def unpack(out: list[Tensor]) -> list[Tensor]:
             own = [p.to(dtype) for p, dtype in zip(out, dtypes, strict=True)]
@@ -129,15 +129,15 @@ def _rows(columns: Tensor) -> Tensor:
     if turned.is_contiguous():
         return turned.reshape(len(turned), -1)
     columns = columns.reshape(-1, len(turned))
-    # Blocks that stay in a core's cache: one strided copy would read everything once a row.
+    # Pieces that stay in a core's cache: one strided copy would read everything once a row.
     rows = columns.new_empty(columns.shape[::-1])
-    step = max(1, _BLOCK // max(1, len(rows)))
-    for target, block in zip(rows.split(step, dim=1), columns.split(step), strict=True):
-        target.copy_(block.T)
+    step = max(1, _PIECE // max(1, len(rows)))
+    for target, piece in zip(rows.split(step, dim=1), columns.split(step), strict=True):
+        target.copy_(piece.T)
     return rows
 
 
-def _flat(arena: Arena, blocks: list[Tensor], single: bool) -> Tensor:
-    count, size = len(blocks[0]), sum(block.shape[1] for block in blocks)
-    rows = torch.cat(blocks, dim=1, out=arena.empty(blocks[0], count, size)) if len(blocks) > 1 else blocks[0]
+def _flat(arena: Arena, segments: list[Tensor], single: bool) -> Tensor:
+    count, size = len(segments[0]), sum(segment.shape[1] for segment in segments)
+    rows = torch.cat(segments, dim=1, out=arena.empty(segments[0], count, size)) if len(segments) > 1 else segments[0]
     return rows[0] if single else rows.T

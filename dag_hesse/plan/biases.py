@@ -9,7 +9,7 @@ from dag_hesse.ir.ops import mm_bias
 from dag_hesse.plan.simplify import seeded_or_read, without
 
 
-def absorb_biases(graph: CurvatureGraph) -> CurvatureGraph:
+def fuse_biases(graph: CurvatureGraph) -> CurvatureGraph:
     """The same function, where a product on the way of derivatives and the bias added to it are one node."""
     kept, in_loss = seeded_or_read(graph), graph.loss_subgraph
     active = graph.active(kept - {graph.loss})

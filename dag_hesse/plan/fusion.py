@@ -1,4 +1,4 @@
-"""Pointwise-region collapse: connected elementwise ops become one node (design §3, fuse). Graph in, graph out.
+"""Fusion of elementwise ops: connected elementwise ops become one node (design §3, fuse). Graph in, graph out.
 
 A region grows from its last op towards the inputs, as long as every child of what it takes in is inside and a sweep
 moves no more tensors than before. What only a region needs of constants is evaluated inside it.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dag_hesse.ir import CurvatureGraph, Kind, Node, Ref, verify
-from dag_hesse.plan.biases import absorb_biases
+from dag_hesse.plan.biases import fuse_biases
 from dag_hesse.plan.simplify import seeded_or_read, simplify, without
 from dag_hesse.rules.region import Region
 from dag_hesse.rules.table import RULES, pairs_of
@@ -18,7 +18,7 @@ from dag_hesse.rules.table import RULES, pairs_of
 
 def fuse(graph: CurvatureGraph) -> CurvatureGraph:
     """The same function with fewer nodes; points, ``out`` and the loss stay nodes of their own."""
-    return verify(_collapse(absorb_biases(simplify(graph))))
+    return verify(_fuse_regions(fuse_biases(simplify(graph))))
 
 
 def fuse_all(graphs: Sequence[CurvatureGraph]) -> list[CurvatureGraph]:
@@ -47,7 +47,7 @@ class _Grower:
             return False
         return rule.align is None or [self.active[i] for i in node.inputs] == [True] + [False] * (len(node.inputs) - 1)
 
-    def bends(self, node: Node) -> bool:
+    def is_curved(self, node: Node) -> bool:
         """Whether a node alone is worth a region: its derivatives are to be found in one pass."""
         return len(node.inputs) == 1 and bool(pairs_of(node))
 
@@ -135,15 +135,15 @@ class _Grower:
         region = Region(len(inputs), inner, None if meet is None else place[meet] - len(inputs))
         refs = tuple(Ref(n) for n in range(len(inputs)))
         made = replace(last, op="region", target=region, args=refs, kwargs={}, inputs=inputs, output=None)
-        return replace(made, kind=Kind.POINTWISE if pairs_of(made) else Kind.PIECEWISE_LINEAR)
+        return replace(made, kind=Kind.SMOOTH if pairs_of(made) else Kind.PIECEWISE_LINEAR)
 
 
-def _collapse(graph: CurvatureGraph) -> CurvatureGraph:
+def _fuse_regions(graph: CurvatureGraph) -> CurvatureGraph:
     grower, regions, gone = _Grower(graph), dict[int, Node](), set[int]()
     for node in reversed(graph.nodes):
         if grower.elementwise(node.index):
             members = grower.region(node.index)
-            if len(members) > 1 or grower.bends(node):
+            if len(members) > 1 or grower.is_curved(node):
                 regions[node.index] = grower.node(members)
                 gone |= members - {node.index}
                 grower.taken |= members

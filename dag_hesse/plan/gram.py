@@ -38,8 +38,8 @@ def gram_in_blocks(rows: int, dims: Sequence[int]) -> bool:
 
 def can_gram(graphs: Sequence[CurvatureGraph]) -> bool:
     """Whether all points have a Jacobian from ``out``."""
-    after_out = graphs[0].loss_subgraph
-    inside = any(after_out[k] or k in graphs[0].out for p in graphs[0].points for k in p.sites)
+    in_loss = graphs[0].loss_subgraph
+    inside = any(in_loss[k] or k in graphs[0].out for p in graphs[0].points for k in p.sites)
     return not inside and not any(_nested_out(graph) for graph in graphs)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from dag_hesse.ir import CurvatureGraph, Kind, Node
 from dag_hesse.rules.base import Moves
-from dag_hesse.rules.footprint import EMPTY, NOTHING, OUT, Footprint, footprint
+from dag_hesse.rules.footprint import EMPTY, NOTHING, OWN, Footprint, footprint
 from dag_hesse.rules.region import Region
 from dag_hesse.rules.table import pairs_of, rule_for
 
@@ -32,7 +32,7 @@ def footprints(graph: CurvatureGraph, active: list[bool]) -> dict[int, Footprint
 
 def _nodes(node: Node, slots: Iterable[int]) -> list[int]:
     """The nodes that a call's slots stand for."""
-    return [node.index if slot == OUT else node.inputs[slot] for slot in slots]
+    return [node.index if slot == OWN else node.inputs[slot] for slot in slots]
 
 
 def _workspace(graph: CurvatureGraph, node: Node, rows: int) -> int:
@@ -162,7 +162,7 @@ def sweep_bytes(
 
 def _ahead(tangents: _InMemory, prints: dict[int, Footprint]) -> int:
     """Peak of the tangent pass; what it saves is left in ``tangents``."""
-    graph, saved, peak = tangents.graph, 0, 0
+    graph, residuals, peak = tangents.graph, 0, 0
     inner = [graph.nodes[k] for k in prints]
     useful = graph.ancestors(k for n in inner if prints[n.index].residual != NOTHING for k in n.inputs)
     uses, held = [len({c for c in children if c in prints}) for children in graph.children], set[int]()
@@ -171,10 +171,10 @@ def _ahead(tangents: _InMemory, prints: dict[int, Footprint]) -> int:
         if useful[node.index]:
             tangents.add(node.index)
             held.add(node.index)
-        saved += residual.bytes
+        residuals += residual.bytes
         for k in _nodes(node, residual.slots):
             tangents.add(k)
-        peak = max(peak, tangents.bytes + saved)
+        peak = max(peak, tangents.bytes + residuals)
         for k in set(node.inputs):
             uses[k] -= 1
             if uses[k] == 0 and k in held:
@@ -183,15 +183,15 @@ def _ahead(tangents: _InMemory, prints: dict[int, Footprint]) -> int:
 
 
 def _back(tangents: _InMemory, prints: dict[int, Footprint], reads: set[int], channels: int, share: int) -> int:
-    """Peak of the adjoint pass, which uses up what was saved; of what is read, one ``share``-th is kept."""
+    """Peak of the adjoint pass, which uses up the residuals; of what is read, one ``share``-th is kept."""
     graph = tangents.graph
     in_loss, inner = graph.loss_subgraph, [graph.nodes[k] for k in prints]
-    bent = [n for n in inner if prints[n.index].residual != NOTHING and not in_loss[n.index]]
-    both = graph.ancestors(k for n in bent for k in n.inputs)  # where the T channel comes by as well
+    curved = [n for n in inner if prints[n.index].residual != NOTHING and not in_loss[n.index]]
+    both = graph.ancestors(k for n in curved for k in n.inputs)  # where the T channel comes by as well
     copies = [channels if on else 1 for on in both]
     adjoints = _InMemory(graph, copies)
     needed, met, active = graph.descendants(reads), set[int](), {n.index for n in inner} | reads
-    saved, found, peak = sum(one.residual.bytes for one in prints.values()), 0, 0
+    residuals, found, peak = sum(one.residual.bytes for one in prints.values()), 0, 0
     for node in reversed(inner):
         residual = prints[node.index].residual
         if not needed[node.index] or not (node.index in met or residual != NOTHING):
@@ -207,8 +207,8 @@ def _back(tangents: _InMemory, prints: dict[int, Footprint], reads: set[int], ch
                 found += base.bytes * copies[k]
                 met.add(base.index)
             met.add(k)
-        peak = max(peak, tangents.bytes + saved + adjoints.bytes + found + working)
-        saved -= residual.bytes
+        peak = max(peak, tangents.bytes + residuals + adjoints.bytes + found + working)
+        residuals -= residual.bytes
         for k in _nodes(node, residual.slots):
             tangents.drop(k)
         if node.index in met:

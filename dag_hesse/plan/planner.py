@@ -55,7 +55,7 @@ def plan(
     task = Task(structures, counts, mode, batch_mode, probes, budget)
     _check_separable(task)
     route = _chosen_route(task)
-    pairs = task.alive_pairs if route is None else task.bent_pairs
+    pairs = task.alive_pairs if route is None else task.curved_pairs
     if mode == "exact":
         _check_exact(task, pairs)
     sources = sources_of(task, pairs)
@@ -94,7 +94,7 @@ def _pays(task: Task, route: GramRoute) -> bool:
     swept = sources_of(task, task.alive_pairs)
     if any(source.method is not Method.EXACT for source in swept):
         return True
-    beside = sum(source.flops for source in sources_of(task, task.bent_pairs))
+    beside = sum(source.flops for source in sources_of(task, task.curved_pairs))
     return sum(source.flops for source in swept) >= route.cost.flops + beside
 
 

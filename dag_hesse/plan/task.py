@@ -64,7 +64,7 @@ class Task:
         return [(v, w) for v in range(count) for w in range(v, count) if alive[v, w]]
 
     @cached_property
-    def bent_pairs(self) -> list[Pair]:
+    def curved_pairs(self) -> list[Pair]:
         """Those with a tensor part: the Gram route does not settle them."""
         return [pair for pair in self.alive_pairs if self.structure.tensor_alive[pair]]
 

@@ -21,9 +21,9 @@ class BlockReader:
         problem.check("analyze()", "analyze it again to read blocks.")
         from_w = problem.dim(w) <= problem.dim(v)
         source, target = (w, v) if from_w else (v, w)
-        blocks = exact_blocks(problem, source, (target,))[target]
+        parts = exact_blocks(problem, source, (target,))[target]
         problem.release()
-        found = {"full": blocks.full, "gn": blocks.gn, "tensor": blocks.tensor}[part]
+        found = {"full": parts.full, "gn": parts.gn, "tensor": parts.tensor}[part]
         if found is None:
             shape = (problem.dim(source), problem.groups, problem.dim(target))
             found = torch.zeros(shape, dtype=problem.dtype, device=problem.device)

@@ -1,4 +1,4 @@
-"""What a rule is; its constructors, named after the kinds of rules, are in ``linear``, ``diagonal``, ``bilinear``.
+"""What a rule is; its constructors, named after the kinds of rules, are in ``linear``, ``elementwise``, ``bilinear``.
 
 A rule is *linearized* once, on the values of one call; after that it is a set of linear products.
 """
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref, execute
-from dag_hesse.kernels.arena import FRESH, Arena
-from dag_hesse.kernels.diagonal import Coefficient
+from dag_hesse.kernels.arena import SYSTEM, Arena
+from dag_hesse.kernels.elementwise import Coefficient
 
 Tangents = Mapping[int, Tensor]
 Pairs = frozenset[tuple[int, int]]
 Buffers = Mapping[int, Tensor]  # per slot, what a result may be added to
-Saved = Any  # a residual: what a call keeps of a tangent pass for the adjoint pass that follows
+Residual = Any  # what a call saves of a tangent pass for the adjoint pass that follows
 ALL = slice(None)
 Run = Callable[[Node, Sequence[Tensor], Arena], Tensor]
 Partials = Callable[["Call"], tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]]
@@ -34,7 +34,7 @@ class Call:
     Attributes:
         node: the node.
         values: one tensor per input slot; for a region, its members' values follow.
-        out: the node's own value.
+        value: the node's own value.
         active: per slot, whether a point reaches that input.
         curved: whether its second-order term will be asked for.
         arena: where products are written.
@@ -42,10 +42,10 @@ class Call:
 
     node: Node
     values: tuple[Tensor, ...]
-    out: Tensor
+    value: Tensor
     active: tuple[bool, ...]
     curved: bool = True
-    arena: Arena = FRESH
+    arena: Arena = SYSTEM
 
     def shape(self, slot: int = 0) -> torch.Size:
         """Shape of the ``slot``-th tensor input."""
@@ -84,20 +84,20 @@ class Linearized(ABC):
         return {} if lam is None else self.pull(lam, None, ALL, slots, into)
 
     @abstractmethod
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
-        """Return the output tangent Σ_i D_i ẋ_i, (rows, *output), where ``out`` asks for it, and a residual.
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
+        """Return the output tangent Σ_i D_i ẋ_i, (rows, *output), where ``onward`` asks for it, and a residual.
 
-        The residual is what :meth:`pull` takes of these tangents for the second-order terms of the slots in ``bend``;
+        The residual is what :meth:`pull` takes of these tangents for the second-order terms of the slots in ``curved``;
         None where those terms are zero, as they are before a λ was bound.
         """
 
     @abstractmethod
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
-        """Return D_slotᵀ ā per slot, (rows, *input), with the second-order term of ``saved`` added to ``rows`` of it.
+        """Return D_slotᵀ ā per slot, (rows, *input), with the second-order term of ``residual`` added to its ``rows``.
 
-        One of ``grad``, (rows, *output), and ``saved`` may be None; a slot whose term is zero may be left out then.
+        One of ``abar``, (rows, *output), and ``residual`` may be None; a slot whose term is zero may be left out then.
         A slot's result may be added to its buffer in ``into``, where that is less work: the buffer is what is returned.
         """
 
@@ -105,7 +105,7 @@ class Linearized(ABC):
 class Samples(Enum):
     """What an op does to the axis of the samples, as :mod:`dag_hesse._capture.families` follows it."""
 
-    AFFINE = auto()  # per channel, along axis 1, by statistics that are given
+    AFFINE = auto()  # per image channel, along axis 1, by statistics that are given
     BAGS = auto()  # sums of rows of a table, a bag each
     CAT = auto()
     CONVOLUTION = auto()
@@ -172,7 +172,7 @@ class Rule:
         linearize: a call as linear maps. What it keeps and saves is found by running it on shapes (``footprint``).
         pairs: slot pairs with a second derivative.
         samples: what it does to the axis of the samples.
-        partials: of an elementwise op, which may be collapsed into regions; with ``align``, only where nothing but its
+        partials: of an elementwise op, which may be fused into regions; with ``align``, only where nothing but its
             first input is active.
         run: evaluates the op itself, where a memory layout suits its products.
         moves: what it does with elements, where it computes nothing.

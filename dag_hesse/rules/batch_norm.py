@@ -1,4 +1,4 @@
-"""BatchNorm with statistics as inputs: y = γ (x − m) r + β per channel, r = (v + ε)^-½."""
+"""BatchNorm with statistics as inputs: y = γ (x − m) r + β per image channel, r = (v + ε)^-½."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref
 from dag_hesse.kernels.batch_affine import sums
-from dag_hesse.kernels.diagonal import Coefficient, add_times, plus_times, times
-from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Samples, Saved, Tangents
-from dag_hesse.rules.diagonal import diagonal
+from dag_hesse.kernels.elementwise import Coefficient, add_times, plus_times, times
+from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Residual, Rule, Samples, Tangents
+from dag_hesse.rules.elementwise import elementwise
 
 _ARGUMENTS = "xγβmv"
 _TINY = 1e-15  # λ is not found again from γ r λ where γ r is smaller
@@ -38,31 +38,31 @@ def _partials(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Co
     gain = r if weight is None else r * weight
     slots = _active(c.node, c.active)
     off = c.values[0] - mean if {"γ", "v"} & set(slots) else None
-    bend = -0.5 * gain * r * r  # ∂(γ r)/∂v
+    dgain = -0.5 * gain * r * r  # ∂(γ r)/∂v
     first: dict[str, Any] = {"x": gain, "β": 1.0, "m": -gain}
-    second: dict[str, Any] = {"xγ": r, "xv": bend, "mγ": -r, "mv": -bend}
+    second: dict[str, Any] = {"xγ": r, "xv": dgain, "mγ": -r, "mv": -dgain}
     if off is not None:
-        first |= {"γ": off * r, "v": off * bend}
-        second |= {"γv": -0.5 * off * r**3, "vv": -1.5 * off * bend * r * r}
+        first |= {"γ": off * r, "v": off * dgain}
+        second |= {"γv": -0.5 * off * r**3, "vv": -1.5 * off * dgain * r * r}
     found = {(slots[p[0]], slots[p[1]]): h for p, h in second.items() if p[0] in slots and p[1] in slots}
     return {slot: first[name] for name, slot in slots.items()}, found | {(j, i): h for (i, j), h in found.items()}
 
 
 def _pairs(node: Node) -> Pairs:
     slots = _active(node, [True] * len(node.inputs))
-    bends = (("x", "γ"), ("x", "v"), ("m", "γ"), ("m", "v"), ("γ", "v"), ("v", "v"))
-    found = {(slots[i], slots[j]) for i, j in bends if i in slots and j in slots}
+    curved = (("x", "γ"), ("x", "v"), ("m", "γ"), ("m", "v"), ("γ", "v"), ("v", "v"))
+    found = {(slots[i], slots[j]) for i, j in curved if i in slots and j in slots}
     return frozenset(found | {(j, i) for i, j in found})
 
 
 def _channels(c: Call, slot: int) -> tuple[int, ...]:
-    """How an input lies against the output: what is not x has one number per channel."""
+    """How an input lies against the output: what is not x has one number per image channel."""
     return tuple(c.shape(0)) if slot == 0 else (1, -1, *(1,) * (c.values[0].ndim - 2))
 
 
 @final
 class _FixedStatistics(Linearized):
-    """:func:`has_fixed_statistics`: x and λ are kept as they are, for the rest is per channel.
+    """:func:`has_fixed_statistics`: x and λ are kept as they are, for the rest is per image channel.
 
     The transpose μ = γ r λ is kept in λ's place, as what comes before keeps it too; unless a γ is zero.
     """
@@ -91,13 +91,13 @@ class _FixedStatistics(Linearized):
                 self.lam, self.factor = found[x], 1 / self.gamma
         return found
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         xdot, scale, shift = (tangents.get(self.slots.get(name, -1)) for name in "xγβ")
-        moved = self._move(xdot, scale, shift) if out else None
+        moved = self._move(xdot, scale, shift) if onward else None
         share = turned = None
-        if self.lam is not None and scale is not None and self.slots["x"] in bend:
+        if self.lam is not None and scale is not None and self.slots["x"] in curved:
             share = scale * self.factor
-        if self.lam is not None and xdot is not None and self.slots["γ"] in bend:
+        if self.lam is not None and xdot is not None and self.slots["γ"] in curved:
             turned = self._sums(self.lam, xdot, torch.zeros_like(self.mean))[0] * (self.factor / self.r)
         return moved, None if share is None and turned is None else (share, turned)
 
@@ -119,21 +119,21 @@ class _FixedStatistics(Linearized):
         return add_times(self.arena, total, self.gain, xdot) if own else plus_times(self.arena, total, self.gain, xdot)
 
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
-        share, turned = saved or (None, None)
+        share, turned = residual or (None, None)
         x, scale, shift = self.slots["x"], self.slots["γ"], self.slots.get("β")
         found: dict[int, Tensor] = {}
-        if x in slots and grad is not None:
-            found[x] = times(self.arena, self.gain, grad)
+        if x in slots and abar is not None:
+            found[x] = times(self.arena, self.gain, abar)
         if x in slots and share is not None:
             assert self.lam is not None
-            if grad is None:
+            if abar is None:
                 found[x] = self.lam * self._spread(share)
             else:
                 found[x][rows].addcmul_(self.lam, self._spread(share))
-        if grad is not None and {scale, shift} & set(slots):
-            of_scale, of_shift = self._sums(grad, self.x[None], self.mean)
+        if abar is not None and {scale, shift} & set(slots):
+            of_scale, of_shift = self._sums(abar, self.x[None], self.mean)
             if turned is not None:
                 of_scale[rows] += turned
             found |= {k: data for k, data in ((scale, of_scale), (shift, of_shift)) if k is not None and k in slots}
@@ -142,14 +142,14 @@ class _FixedStatistics(Linearized):
         return found
 
 
-_DIAGONAL = diagonal(Kind.POINTWISE, _partials, _pairs, _channels, samples=Samples.AFFINE)
+_ELEMENTWISE = elementwise(Kind.SMOOTH, _partials, _pairs, _channels, samples=Samples.AFFINE)
 
 
 def _linearize(call: Call) -> Linearized:
     usual = has_fixed_statistics(call.node, call.active)
-    return _FixedStatistics(call) if usual else _DIAGONAL.linearize(call)
+    return _FixedStatistics(call) if usual else _ELEMENTWISE.linearize(call)
 
 
-TABLE: dict[str, Rule] = {"dag_hesse.batch_affine.default": replace(_DIAGONAL, linearize=_linearize)}
+TABLE: dict[str, Rule] = {"dag_hesse.batch_affine.default": replace(_ELEMENTWISE, linearize=_linearize)}
 
 __all__ = ["TABLE", "has_fixed_statistics"]

@@ -15,10 +15,10 @@ from dag_hesse.rules.base import (
     Call,
     Linearized,
     Pairs,
+    Residual,
     Rule,
     Run,
     Samples,
-    Saved,
     Shapes,
     Tangents,
     as_it_is,
@@ -37,7 +37,7 @@ def _as_it_is(call: Call, slot: int, value: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Saved:
+class _Residual:
     """Tangents that second-order terms take: of a for b's, and of b for a's; or b's term itself, made ``early``."""
 
     a: Tensor | None
@@ -52,7 +52,7 @@ class _Bilinear(Linearized):
     ) -> None:
         a_on, b_on = call.active[0], call.active[1]
         self.early = a_on and b_on and early(call)
-        self.call = replace(call, values=tuple(shell(v) for v in call.values), out=shell(call.out))
+        self.call = replace(call, values=tuple(shell(v) for v in call.values), value=shell(call.value))
         self.a = keep(call, 0, call.values[0]) if b_on else None
         self.b = keep(call, 1, call.values[1]) if a_on else None
         self.product, self.left, self.right = product, left, right
@@ -62,14 +62,14 @@ class _Bilinear(Linearized):
         self.lam = lam if self.call.curved else None
         return super().bind(lam, slots, into)
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
-        a = tangents.get(0) if self.lam is not None and 1 in bend else None
-        b = tangents.get(1) if self.lam is not None and 0 in bend else None
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
+        a = tangents.get(0) if self.lam is not None and 1 in curved else None
+        b = tangents.get(1) if self.lam is not None and 0 in curved else None
         early = None
-        moved = self._move(tangents) if out else None
+        moved = self._move(tangents) if onward else None
         if a is not None and self.early:
             a, early = None, self._outer([(self.lam, a)], None)
-        return moved, (None if a is b is early else _Saved(a, b, early))
+        return moved, (None if a is b is early else _Residual(a, b, early))
 
     def _move(self, tangents: Tangents) -> Tensor:
         total: Tensor | None = None
@@ -86,50 +86,50 @@ class _Bilinear(Linearized):
         return bias if total is None else total.add_(bias)  # a product's memory is its own
 
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
-        kept = saved or _Saved(None, None, None)
+        kept = residual or _Residual(None, None, None)
         adjoints = (self._of_first, self._of_second, self._of_bias)
-        found = {slot: adjoints[slot](grad, kept, rows) for slot in slots}
+        found = {slot: adjoints[slot](abar, kept, rows) for slot in slots}
         return {slot: x for slot, x in found.items() if x is not None}
 
-    def _of_first(self, grad: Tensor | None, saved: _Saved, rows: slice) -> Tensor | None:
-        x = None if grad is None else self._inner(grad, self.b, None)
-        if saved.b is None:
+    def _of_first(self, abar: Tensor | None, residual: _Residual, rows: slice) -> Tensor | None:
+        x = None if abar is None else self._inner(abar, self.b, None)
+        if residual.b is None:
             return x
         if x is None:
-            return self._inner(self.lam, saved.b, None)
-        self._inner(self.lam, saved.b, x[rows])
+            return self._inner(self.lam, residual.b, None)
+        self._inner(self.lam, residual.b, x[rows])
         return x
 
-    def _of_second(self, grad: Tensor | None, saved: _Saved, rows: slice) -> Tensor | None:
-        bend = [] if saved.a is None else [(self.lam, saved.a)]
-        if grad is None:
-            return self._outer(bend, None) if bend else saved.early
+    def _of_second(self, abar: Tensor | None, residual: _Residual, rows: slice) -> Tensor | None:
+        second = [] if residual.a is None else [(self.lam, residual.a)]
+        if abar is None:
+            return self._outer(second, None) if second else residual.early
         if rows == ALL:  # one product of both
-            return self._outer([(grad, self.a), *bend], saved.early)
-        x = self._outer([(grad, self.a)], None)
-        if saved.early is not None:
-            x[rows] += saved.early
-        elif bend:
-            self._outer(bend, x[rows])
+            return self._outer([(abar, self.a), *second], residual.early)
+        x = self._outer([(abar, self.a)], None)
+        if residual.early is not None:
+            x[rows] += residual.early
+        elif second:
+            self._outer(second, x[rows])
         return x
 
-    def _of_bias(self, grad: Tensor | None, saved: _Saved, rows: slice) -> Tensor | None:
-        return None if grad is None else grad.sum([1, *range(3, grad.ndim)])
+    def _of_bias(self, abar: Tensor | None, residual: _Residual, rows: slice) -> Tensor | None:
+        return None if abar is None else abar.sum([1, *range(3, abar.ndim)])
 
-    def _inner(self, grad: Tensor | None, b: Tensor | None, into: Tensor | None) -> Tensor:
-        assert grad is not None and b is not None
-        return self.left(self.call, grad, b, into)
+    def _inner(self, abar: Tensor | None, b: Tensor | None, into: Tensor | None) -> Tensor:
+        assert abar is not None and b is not None
+        return self.left(self.call, abar, b, into)
 
     def _outer(self, terms: Sequence[tuple[Tensor | None, Tensor | None]], into: Tensor | None) -> Tensor:
-        pairs = [(grad, a) for grad, a in terms if grad is not None and a is not None]
+        pairs = [(abar, a) for abar, a in terms if abar is not None and a is not None]
         assert len(pairs) == len(terms)
         return self.right(self.call, pairs, into)
 
     def _spread_bias(self, bias: Tensor) -> Tensor:
-        out = self.call.out.shape
-        return bias.reshape(bias.shape[0], 1, -1, *(1,) * (len(out) - 2)).expand(bias.shape[0], *out)
+        shape = self.call.value.shape
+        return bias.reshape(bias.shape[0], 1, -1, *(1,) * (len(shape) - 2)).expand(bias.shape[0], *shape)
 
 
 def _smaller(call: Call) -> bool:
@@ -149,10 +149,10 @@ def bilinear(
     flops: Callable[[Node, Shapes], int],
     workspace: Callable[[Node, Shapes, int], int] = no_workspace,
 ) -> Rule:
-    """A product of two operands, with an optional third input added per channel (a convolution's bias).
+    """A product of two operands, with an optional third input added per image channel (a convolution's bias).
 
-    ``product(call, a, b, into)``, ``left(call, cotangent, b, into)`` (adjoint in a) and ``right(call, [(cotangent, a),
-    …], into)`` (adjoints in b, summed) take operands with a leading probe axis, of size 1 where the operand is the same
+    ``product(call, a, b, into)``, ``left(call, abar, b, into)`` (transpose in a) and ``right(call, [(abar, a), …],
+    into)`` (transposes in b, summed) take operands with a leading probe axis, of size 1 where the operand is the same
     for all probes; the result is added to ``into`` where that is given.
     ``keep(call, slot, value)`` gives an operand that axis, in the memory layout that the products like; ``run`` gives
     the op's own result one. ``early(call)``: the product of λ and ȧ is taken in the tangent pass, as it is smaller than

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
 from dag_hesse.kernels import program
-from dag_hesse.kernels.arena import FRESH, Arena
-from dag_hesse.kernels.diagonal import Coefficient, plus_product, product
+from dag_hesse.kernels.arena import SYSTEM, Arena
+from dag_hesse.kernels.elementwise import Coefficient, plus_product, product
 from dag_hesse.rules.base import Call, Rule
 
 _LOG = logging.getLogger("dag_hesse")
@@ -37,7 +37,7 @@ class Descent:
     pulled: dict[int, Tensor]
 
 
-class Collapsed(ABC):
+class Fused(ABC):
     """Members as one function of their variables, by which the partials are numbered."""
 
     @property
@@ -62,7 +62,7 @@ def is_active(member: Node) -> bool:
     return member.kind is not Kind.CONST
 
 
-def collapse(members: Members, known: Known, variables: Sequence[int], arena: Arena = FRESH) -> Collapsed:
+def fuse_members(members: Members, known: Known, variables: Sequence[int], arena: Arena = SYSTEM) -> Fused:
     """The last of ``members`` as a function of the values at ``variables``."""
     if any(rule_of(node).pairs(node) for _, node in _reached(members, variables)):
         recorded = _Recorded.of(members, known, variables, arena)
@@ -96,16 +96,16 @@ def _steps(members: Members, known: Known, variables: Sequence[int], arena: Aren
         yield node, place, *partials(Call(node, tuple(known[k] for k in node.inputs), known[place], on, arena=arena))
 
 
-class _ByOp(Collapsed):
+class _ByOp(Fused):
     arena: Arena
 
     @abstractmethod
-    def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
+    def second_partials(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
         """h_ij."""
 
     def descend(self, lam: Tensor, wanted: Sequence[int]) -> Descent:
         pulled = {i: product(self.arena, self.first[i], lam) for i in wanted}
-        return Descent(self.first, self.curvature(lam), pulled)  # type: ignore[arg-type]  # λ is a tensor
+        return Descent(self.first, self.second_partials(lam), pulled)  # type: ignore[arg-type]  # λ is a tensor
 
 
 @final
@@ -133,7 +133,7 @@ class _OfOne(_ByOp):
     def first(self) -> dict[int, Coefficient]:
         return self._first
 
-    def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
+    def second_partials(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
         return {} if self.second is None else {(0, 0): product(self.arena, self.second, lam)}
 
 
@@ -167,7 +167,7 @@ class _OfSeveral(_ByOp):
     def first(self) -> dict[int, Coefficient]:
         return self.own[self.last]
 
-    def curvature(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
+    def second_partials(self, lam: Tensor) -> dict[tuple[int, int], Coefficient]:
         adjoints: dict[int, Coefficient] = {self.last: lam}
         inner = {place for _, place, _, _ in self.steps}
         found: dict[tuple[int, int], Coefficient] = {}
@@ -196,13 +196,13 @@ class _OfSeveral(_ByOp):
         return found | {(j, i): h for (i, j), h in found.items()}
 
 
-# Recordings by what they were made of, the oldest first; None where the code was refused.
+# Programs by what they were made of, the oldest first; None where the code was refused.
 _MOST = 1 << 12
-_RECORDINGS: dict[Hashable, program.Recording | None] = {}
+_PROGRAMS: dict[Hashable, program.NamedProgram | None] = {}
 
 
 @final
-class _Recorded(Collapsed):
+class _Recorded(Fused):
     """Programs that make all partials in one pass over the values of the variables, whenever they are asked for."""
 
     def __init__(self, members: Members, operands: Known, variables: Sequence[int], like: Tensor, arena: Arena) -> None:
@@ -214,19 +214,19 @@ class _Recorded(Collapsed):
         """None where there is no program for these members and values."""
         reached = dict(_reached(members, variables))
         places = dict.fromkeys(k for node in reached.values() for k in node.inputs if k not in reached)
-        operands, out = {k: known[k] for k in places}, known[members[-1][0]]
-        like = next((x for x in operands.values() if x.shape == out.shape), None)
+        operands, value = {k: known[k] for k in places}, known[members[-1][0]]
+        like = next((x for x in operands.values() if x.shape == value.shape), None)
         if like is None or program.refuse(None, list(operands.values()), like):
             return None
         made = cls(list(reached.items()), operands, variables, like, arena)
-        return None if made._recording() is None or made._recording(like) is None else made
+        return None if made._program() is None or made._program(like) is None else made
 
     def _code(self, wanted: Sequence[int], *tensors: Tensor) -> dict[Hashable, Any]:
         """What is recorded: the partials op by op, and, if λ is given behind the operands, what descends from it."""
         known = dict(zip(self.operands, tensors, strict=False))
         for place, node in self.members:
             known[place] = execute(node, [known[k] for k in node.inputs])
-        found = _by_op(self.members, known, self.variables, FRESH)
+        found = _by_op(self.members, known, self.variables, SYSTEM)
         named: dict[Hashable, Any] = {("first", i): c for i, c in found.first.items()}
         if len(tensors) == len(self.operands):
             return named
@@ -234,31 +234,31 @@ class _Recorded(Collapsed):
         named |= {("second", *pair): h for pair, h in descent.second.items()}
         return named | {("pulled", i): x for i, x in descent.pulled.items()}
 
-    def _recording(self, lam: Tensor | None = None, wanted: Sequence[int] = ()) -> program.Recording | None:
+    def _program(self, lam: Tensor | None = None, wanted: Sequence[int] = ()) -> program.NamedProgram | None:
         given = [*self.operands.values(), *([] if lam is None else [lam])]
         code = [(k, node.op, repr(node.args), repr(node.kwargs), node.inputs) for k, node in self.members]
         kinds = [(x.dtype, tuple(size == 1 for size in x.shape)) for x in given]
         key = tuple(tuple(part) for part in (code, self.operands, self.variables, kinds, wanted))
-        if key not in _RECORDINGS:
-            if len(_RECORDINGS) >= _MOST:
-                del _RECORDINGS[next(iter(_RECORDINGS))]
+        if key not in _PROGRAMS:
+            if len(_PROGRAMS) >= _MOST:
+                del _PROGRAMS[next(iter(_PROGRAMS))]
             try:
-                recording = program.record(partial(self._code, wanted), given, self.like)
+                named = program.record(partial(self._code, wanted), given, self.like)
             except program.Refused as refused:
                 _LOG.info("no program for %s: %s", " ".join(node.op for _, node in self.members), refused)
-                _RECORDINGS[key] = None
+                _PROGRAMS[key] = None
             else:  # partials that are operands or numbers cost nothing as they are
-                new = any(k[0] != "pulled" and r.computed is not None for k, r in recording.results.items())  # type: ignore[index]
-                _RECORDINGS[key] = recording if new or lam is None else None
-        return _RECORDINGS[key]
+                new = any(k[0] != "pulled" and r.computed is not None for k, r in named.results.items())  # type: ignore[index]
+                _PROGRAMS[key] = named if new or lam is None else None
+        return _PROGRAMS[key]
 
     def _run(self, lam: Tensor | None = None, wanted: Sequence[int] = ()) -> dict[str, dict[Any, Coefficient]]:
-        recording = self._recording(lam, wanted)
-        assert recording is not None
+        named = self._program(lam, wanted)
+        assert named is not None
         given = [*self.operands.values(), *([] if lam is None else [lam])]
-        made = program.run(self.arena, recording.program, given, self.like) if recording.program.results else []
+        made = program.run(self.arena, named.program, given, self.like) if named.program.results else []
         found: dict[str, dict[Any, Coefficient]] = {"first": {}, "second": {}, "pulled": {}}
-        for key, result in recording.results.items():
+        for key, result in named.results.items():
             what, *numbers = cast(tuple[Any, ...], key)
             value: Any = result.number
             if result.computed is not None:
@@ -277,4 +277,4 @@ class _Recorded(Collapsed):
         return Descent(found["first"], found["second"], found["pulled"])  # type: ignore[arg-type]  # λ is a tensor
 
 
-__all__ = ["Collapsed", "Descent", "collapse", "is_active", "rule_of"]
+__all__ = ["Descent", "Fused", "fuse_members", "is_active", "rule_of"]

@@ -16,8 +16,8 @@ from dag_hesse.kernels.convolution import (
     crop,
     forward,
     geometry,
-    input_adjoint,
-    weight_adjoint,
+    input_transpose,
+    weight_transpose,
 )
 from dag_hesse.kernels.layout import laid_out
 from dag_hesse.rules.base import Call, Samples, Shapes
@@ -25,11 +25,11 @@ from dag_hesse.rules.bilinear import bilinear
 
 
 def _of(c: Call) -> Geometry:
-    return geometry(c.shape(0), c.shape(1), c.out.shape, c.node.args)
+    return geometry(c.shape(0), c.shape(1), c.value.shape, c.node.args)
 
 
 def _kept(c: Call, slot: int, value: Tensor) -> Tensor:
-    """An operand as the products like it, (1, …): weights cut to their live taps, activations in their layout."""
+    """An operand as the products like it, (1, …): weights cropped to their kernel taps, activations in their layout."""
     geo = _of(c)
     if slot == 1:
         return crop(geo, value).contiguous()[None]
@@ -62,8 +62,8 @@ def _workspace(node: Node, shapes: Shapes, rows: int) -> int:
 
 convolution = bilinear(
     lambda c, x, w, into: forward(c.arena, _of(c), x, w, into),
-    lambda c, g, w, into: input_adjoint(c.arena, _of(c), g, w, into),
-    lambda c, terms, into: weight_adjoint(c.arena, _of(c), terms, into),
+    lambda c, g, w, into: input_transpose(c.arena, _of(c), g, w, into),
+    lambda c, terms, into: weight_transpose(c.arena, _of(c), terms, into),
     _kept,
     _run,
     lambda call: not _of(call).joins,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node
 from dag_hesse.kernels.arena import added
-from dag_hesse.rules.base import Call, Linearized, Pairs, Rule, Samples, Saved, no_pairs, own_pair
+from dag_hesse.rules.base import Call, Linearized, Pairs, Residual, Rule, Samples, no_pairs, own_pair
 from dag_hesse.rules.single import Single
 
 
@@ -35,7 +35,7 @@ class _Determinant(Single):
         self.u, self.vh, self.sign, self.s = u * sign[..., None, None], vh, sign, s
         self.first = (self.u * _products_of_others(s).unsqueeze(-2)) @ vh
 
-    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+    def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         return (self.first * x).sum((-2, -1)), x
 
     def transpose(self, g: Tensor) -> Tensor:
@@ -47,8 +47,8 @@ class _Determinant(Single):
         others = _products_of_others(torch.where(eye, 1.0, self.s.unsqueeze(-2)))  # row i: s_i taken for 1
         self.pairs = others.masked_fill(eye, 0.0) * (self.sign * lam)[..., None, None]
 
-    def second(self, saved: Saved, into: Tensor | None) -> Tensor:
-        turned = self.u.mT @ saved @ self.vh.mT
+    def second(self, residual: Residual, into: Tensor | None) -> Tensor:
+        turned = self.u.mT @ residual @ self.vh.mT
         own = (self.pairs @ turned.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).squeeze(-1)
         return added(self.u @ (torch.diag_embed(own) - self.pairs * turned.mT) @ self.vh, into)
 
@@ -61,7 +61,7 @@ class _LogDeterminant(Single):
         super().__init__(call)
         self.turned = torch.linalg.inv_ex(call.values[0])[0].mT
 
-    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+    def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         return (self.turned * x).sum((-2, -1)), x
 
     def transpose(self, g: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ class _LogDeterminant(Single):
     def keep(self, lam: Tensor, mu: Tensor | None) -> None:
         self.lam = lam
 
-    def second(self, saved: Saved, into: Tensor | None) -> Tensor:
-        return added((self.turned @ saved.mT @ self.turned).mul_(-self.lam[..., None, None]), into)
+    def second(self, residual: Residual, into: Tensor | None) -> Tensor:
+        return added((self.turned @ residual.mT @ self.turned).mul_(-self.lam[..., None, None]), into)
 
 
 @final
@@ -80,9 +80,9 @@ class _Constant(Single):
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
-        self.shape, self.out_shape = call.shape(), call.out.shape
+        self.shape, self.out_shape = call.shape(), call.value.shape
 
-    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+    def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         return x.new_zeros(len(x), *self.out_shape), None
 
     def transpose(self, g: Tensor) -> Tensor:

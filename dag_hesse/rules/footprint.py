@@ -21,13 +21,13 @@ from dag_hesse.rules.base import Call, Linearized
 from dag_hesse.rules.region import Region
 from dag_hesse.rules.table import evaluate, rule_for
 
-OUT = -1  # stands for a call's own value, λ or tangent, as its slots do for its inputs'
+OWN = -1  # stands for a call's own value, λ or tangent, as its slots do for its inputs'
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Tensors of a call's inputs or output (slots, or ``OUT``), and bytes of others."""
+    """Tensors of a call's inputs or output (slots, or ``OWN``), and bytes of others."""
 
     slots: frozenset[int] = frozenset()
     bytes: int = 0
@@ -43,7 +43,7 @@ class Footprint:
     Attributes:
         values: after it is linearized, of its inputs' values and its own.
         bound: the same once λ is bound.
-        adjoints: then also of λ (``OUT``) and of its inputs' adjoints that come of it.
+        adjoints: then also of λ (``OWN``) and of its inputs' adjoints that come of it.
         residual: what one row of a tangent pass saves: of tangents, and bytes.
         passed: slots whose adjoint is λ itself, or a view of it.
     """
@@ -109,8 +109,8 @@ def _footprint(key: _Key) -> Footprint:
 def _at_most(key: _Key) -> Footprint:
     """All that a rule could keep: of a differentiated op that cannot be run on shapes."""
     slots = frozenset(slot for slot, on in enumerate(key.active) if on)
-    every = Held(slots | {OUT})
-    return Footprint(every, every, frozenset({OUT}), Held(slots) if key.curved else NOTHING)
+    every = Held(slots | {OWN})
+    return Footprint(every, every, frozenset({OWN}), Held(slots) if key.curved else NOTHING)
 
 
 def _blank(shape: Sequence[int], dtype: torch.dtype, leaf: bool) -> Tensor:
@@ -122,22 +122,22 @@ def _by_running(key: _Key) -> Footprint:
     if key.node.kind is Kind.OPAQUE:
         return _at_most(key)
     inputs = tuple(_blank(*one) for one in key.inputs)
-    known, out = evaluate(key.node, inputs)
-    lin = rule_for(key.node).linearize(Call(key.node, known, out, key.active, key.curved))
-    names = {_place(x): slot for slot, x in enumerate(inputs)} | {_place(out): OUT}
+    known, value = evaluate(key.node, inputs)
+    lin = rule_for(key.node).linearize(Call(key.node, known, value, key.active, key.curved))
+    names = {_place(x): slot for slot, x in enumerate(inputs)} | {_place(value): OWN}
     values = _held(lin, names)
     slots = [slot for slot, on in enumerate(key.active) if on]
-    lam = torch.empty_like(out).unsqueeze(0)
+    lam = torch.empty_like(value).unsqueeze(0)
     pulled = lin.bind(lam, slots, {})
-    theirs = {_place(x): slot for slot, x in pulled.items()} | {_place(lam): OUT}
+    theirs = {_place(x): slot for slot, x in pulled.items()} | {_place(lam): OWN}
     bound, adjoints = _held(lin, names | dict.fromkeys(theirs, None)), _held(lin, theirs).slots
     tangents = {slot: torch.empty_like(inputs[slot]).unsqueeze(0) for slot in slots}
-    moved, saved = lin.push(tangents, True, slots)
+    moved, residual = lin.push(tangents, True, slots)
     given = {_place(x): slot for slot, x in tangents.items()}
     if moved is not None:
-        given.setdefault(_place(moved), OUT)
+        given.setdefault(_place(moved), OWN)
     passed = frozenset(slot for slot, x in pulled.items() if _place(x) == _place(lam))
-    return Footprint(values, bound, adjoints, _held(saved, given), passed)
+    return Footprint(values, bound, adjoints, _held(residual, given), passed)
 
 
 def _place(x: Tensor) -> int:
@@ -166,4 +166,4 @@ def tensors(tree: Any) -> Iterator[Tensor]:
         yield from tensors(vars(tree))
 
 
-__all__ = ["EMPTY", "NOTHING", "OUT", "Footprint", "Held", "footprint", "tensors"]
+__all__ = ["EMPTY", "NOTHING", "OWN", "Footprint", "Held", "footprint", "tensors"]

@@ -9,9 +9,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from dag_hesse.ir.node import Kind, Ref, bind
+from dag_hesse.ir.node import Kind, Ref, fill
 from dag_hesse.kernels.arena import is_dense
-from dag_hesse.rules.base import Call, Rule, Samples, Saved, no_pairs
+from dag_hesse.rules.base import Call, Residual, Rule, Samples, no_pairs
 from dag_hesse.rules.linear import linear, shell
 from dag_hesse.rules.single import Single
 from dag_hesse.rules.structural import axes
@@ -128,11 +128,11 @@ class _Picked(Single):
         shape = call.shape()
         results = _results(call)
         self.dim = int(call.argument(_DIM_POSITION.get(call.node.op, 1), "dim", -1)) % max(len(shape), 1)
-        self.shape, self.out_shape = shape, call.out.shape
+        self.shape, self.out_shape = shape, call.value.shape
         index = results[1]
         self.index = index if index.ndim == len(shape) else index.unsqueeze(self.dim)
 
-    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+    def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         picked = x.gather(self.dim + 1, self.index.expand(x.shape[0], *self.index.shape))
         return picked.reshape(x.shape[0], *self.out_shape), None
 
@@ -143,7 +143,7 @@ class _Picked(Single):
 
 def _results(call: Call) -> tuple[Tensor, ...]:
     """Run the op again for all its results: the indices are wanted here, the values were there."""
-    args, kwargs = bind(call.node, call.values)
+    args, kwargs = fill(call.node, call.values)
     return call.node.target(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -163,11 +163,11 @@ class _MaxPool(Single):
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self.spatial = 3 if "3d" in call.node.op else 2
-        self.out_shape, self.index = call.out.shape, _results(call)[1].flatten(-self.spatial)
+        self.out_shape, self.index = call.value.shape, _results(call)[1].flatten(-self.spatial)
         x = call.values[0]
         self.like = shell(x if _cells_lie_evenly(x, self.spatial) else x.contiguous())
 
-    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+    def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         picked = x.flatten(-self.spatial).gather(-1, self.index.expand(len(x), *self.index.shape))
         return picked.reshape(len(x), *self.out_shape), None
 
@@ -188,11 +188,11 @@ class _Extremum(Single):
         x = call.values[0]
         self.dims = axes(call.argument(1, "dim"), x.ndim)
         keep = [1 if k in self.dims else n for k, n in enumerate(x.shape)]
-        ties = (x == call.out.reshape(keep)).to(x.dtype)
+        ties = (x == call.value.reshape(keep)).to(x.dtype)
         self.share = ties / ties.sum(self.dims, keepdim=True)
-        self.kept_shape, self.out_shape = keep, call.out.shape
+        self.kept_shape, self.out_shape = keep, call.value.shape
 
-    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+    def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         total = (self.share * x).sum([d + 1 for d in self.dims])
         return total.reshape(len(x), *self.out_shape), None
 

@@ -1,4 +1,4 @@
-"""Rules of ops that are linear in their inputs jointly: the op itself moves tangents, its transpose cotangents."""
+"""Rules of ops that are linear in their inputs jointly: the op itself moves tangents, its transpose adjoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, execute
-from dag_hesse.rules.base import NOTHING, Buffers, Call, Linearized, Moves, Rule, Samples, Saved, Tangents, no_pairs
+from dag_hesse.rules.base import NOTHING, Buffers, Call, Linearized, Moves, Residual, Rule, Samples, Tangents, no_pairs
 
 Transpose = Callable[[Call, Tensor, int], Tensor]
 Forward = Callable[[Call, tuple[Tensor, ...]], Tensor]
@@ -26,11 +26,11 @@ class _Linear(Linearized):
     def __init__(self, call: Call, forward: Forward, transpose: Transpose | None) -> None:
         # Shapes and strides are all that is needed of the active inputs.
         kept = tuple(shell(v) if on else v for v, on in zip(call.values, call.active, strict=True))
-        self.call = replace(call, values=kept, out=shell(call.out))
+        self.call = replace(call, values=kept, value=shell(call.value))
         self.forward, self.transpose = forward, transpose
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
-        return self._move(tangents) if out else None, None
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
+        return self._move(tangents) if onward else None, None
 
     def _move(self, tangents: Tangents) -> Tensor:
         slots = sorted(tangents)
@@ -48,21 +48,21 @@ class _Linear(Linearized):
         return _each_probe(apply, *(tangents[slot] for slot in slots))
 
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
-        assert grad is not None
+        assert abar is not None
         transpose = self.transpose
         if transpose is not None:
-            return {slot: _each_probe(lambda g, k=slot: transpose(self.call, g, k), grad) for slot in slots}
-        return {slot: self._whole(grad, into.get(slot)) for slot in slots}
+            return {slot: _each_probe(lambda g, k=slot: transpose(self.call, g, k), abar) for slot in slots}
+        return {slot: self._whole(abar, into.get(slot)) for slot in slots}
 
-    def _whole(self, grad: Tensor, into: Tensor | None) -> Tensor:
+    def _whole(self, abar: Tensor, into: Tensor | None) -> Tensor:
         """A selection's adjoint as the whole's, or added to that."""
         if into is not None:
-            self._selected(into).add_(grad)
+            self._selected(into).add_(abar)
             return into
-        whole = self.call.arena.empty_as(grad, self.call.values[0]).zero_()
-        self._selected(whole).copy_(grad)
+        whole = self.call.arena.empty_as(abar, self.call.values[0]).zero_()
+        self._selected(whole).copy_(abar)
         return whole
 
     def _selected(self, whole: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def linear(
     kind: Kind = Kind.STRUCTURAL,
     prepare: Callable[[Call], Call] = _as_it_is,
 ) -> Rule:
-    """An op linear in its floating-point inputs jointly; ``transpose(call, cotangent, slot)`` is its adjoint.
+    """An op linear in its floating-point inputs jointly; ``transpose(call, abar, slot)`` is its transpose.
 
     Both maps are written for one probe; they must not look at the values of active inputs, only their shapes.
     ``prepare(call)`` is the same call, written so that its products look at no values on the host.
@@ -111,7 +111,7 @@ def linear(
 
 
 def selection(samples: Samples, moves: Moves = Moves.VIEW) -> Rule:
-    """An op whose result is a view of some elements of its only input: cotangents are written to that view."""
+    """An op whose result is a view of some elements of its only input: adjoints are written to that view."""
     return Rule(Kind.STRUCTURAL, lambda call: _Linear(call, _run, None), no_pairs, samples, moves=moves, linear=True)
 
 

@@ -1,9 +1,9 @@
 """The fallback: autograd on one op alone, exact wherever the op can be differentiated twice in reverse mode.
 
-Linearization runs the op once; cotangents read the tape that this left, tangents too where the op has no forward mode
+Linearization runs the op once; adjoints read the tape that this left, tangents too where the op has no forward mode
 (or a wrong one). An op that draws random numbers is refused, as it would draw others.
 
-Complex tensors follow PyTorch's convention: tangents and cotangents are complex, and adjoint means adjoint in the real
+Complex tensors follow PyTorch's convention: tangents and adjoints are complex, and transpose means the one in the real
 inner product Re⟨a, b⟩.
 """
 
@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from dag_hesse.errors import NonDifferentiableError, out_of_memory
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Samples, Saved, Tangents
+from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Residual, Rule, Samples, Tangents
 
 _Tensors = Sequence[Tensor]
 
@@ -35,15 +35,15 @@ class _Tape:
         with torch.enable_grad():
             # A copy goes in: what the op saves as its own output must not be a leaf, nor what it writes to be ours.
             copies = {slot: leaf.clone() for slot, leaf in zip(slots, self.leaves, strict=True)}
-            self.out = execute(node, [copies.get(slot, value) for slot, value in enumerate(values)])
+            self.value = execute(node, [copies.get(slot, value) for slot, value in enumerate(values)])
 
-    def pull(self, cotangent: Tensor) -> list[Tensor]:
+    def pull(self, abar: Tensor) -> list[Tensor]:
         """Dᵀ ā."""
-        return _gradient([self.out], self.leaves, [cotangent])
+        return _gradient([self.value], self.leaves, [abar])
 
-    def pullback(self, cotangent: Tensor) -> list[Tensor]:
-        """Dᵀ ā on the tape: a function of the leaves, and of the cotangent if that requires grad."""
-        return _gradient([self.out], self.leaves, [cotangent], on_tape=True)
+    def pullback(self, abar: Tensor) -> list[Tensor]:
+        """Dᵀ ā on the tape: a function of the leaves, and of ā if that requires grad."""
+        return _gradient([self.value], self.leaves, [abar], on_tape=True)
 
 
 def _gradient(of: _Tensors, leaves: _Tensors, seeds: _Tensors, *, on_tape: bool = False) -> list[Tensor]:
@@ -112,14 +112,14 @@ class _Opaque(Linearized):
         self.slots = [slot for slot, on in enumerate(call.active) if on]
         self.tape = _Tape(call.node, call.values, self.slots)
         self.push_one = self._checked_push()
-        self.bent: list[Tensor] | None = None
+        self.mu: list[Tensor] | None = None
 
     def _checked_push(self) -> Callable[[_Tensors], Tensor]:
-        """A way to move tangents that is adjoint to the pullback, as the formulas of rare ops are not always right."""
-        if not self.tape.out.requires_grad:
-            return lambda tangents: torch.zeros_like(self.tape.out).detach()
-        (cotangent,), tangents = _random([self.tape.out], 1), _random(self.tape.leaves, 2)
-        pulled = self.tape.pull(cotangent)
+        """A way to move tangents whose transpose is the pullback, as the formulas of rare ops are not always right."""
+        if not self.tape.value.requires_grad:
+            return lambda tangents: torch.zeros_like(self.tape.value).detach()
+        (abar,), tangents = _random([self.tape.value], 1), _random(self.tape.leaves, 2)
+        pulled = self.tape.pull(abar)
         expected = _inner(pulled, tangents)
         reasons: list[str] = []
         for way in (self._forward_mode, self._transposed):
@@ -131,8 +131,8 @@ class _Opaque(Linearized):
                     raise
                 reasons.append(str(error).split("\n")[0])
                 continue
-            scale = max(_norm([cotangent]) * _norm([moved]), _norm(tangents) * _norm(pulled))
-            off = abs(_inner([moved], [cotangent]) - expected)
+            scale = max(_norm([abar]) * _norm([moved]), _norm(tangents) * _norm(pulled))
+            off = abs(_inner([moved], [abar]) - expected)
             if not math.isfinite(expected) or off <= torch.finfo(moved.dtype).eps ** 0.6 * scale:
                 return push
             reasons.append("its backward is not linear, or cannot be differentiated itself (once_differentiable)")
@@ -145,48 +145,48 @@ class _Opaque(Linearized):
                 for slot, leaf, xdot in zip(self.slots, self.tape.leaves, tangents, strict=True):
                     values[slot] = forward_ad.make_dual(leaf.detach().clone(), xdot)
                 moved = forward_ad.unpack_dual(execute(self.call.node, values)).tangent
-            return torch.zeros_like(self.tape.out).detach() if moved is None else moved.detach()
+            return torch.zeros_like(self.tape.value).detach() if moved is None else moved.detach()
 
         return push
 
     def _transposed(self) -> Callable[[_Tensors], Tensor]:
         """The transpose of the pullback, which is linear: taken where no formula is at a point of its own."""
-        (cotangent,) = _random([self.tape.out], 3)
-        cotangent.requires_grad_()
-        pulled = self.tape.pullback(cotangent)
-        return lambda tangents: _gradient(pulled, [cotangent], tangents)[0]
+        (abar,) = _random([self.tape.value], 3)
+        abar.requires_grad_()
+        pulled = self.tape.pullback(abar)
+        return lambda tangents: _gradient(pulled, [abar], tangents)[0]
 
     def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
         found = super().bind(lam, slots, into)
         if lam is not None and self.call.curved:
             with _named(self.call.node):
-                self.bent = self.tape.pullback(lam[0].detach())
+                self.mu = self.tape.pullback(lam[0].detach())
         return found
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         full = self._full(tangents)
-        moved = torch.stack([self.push_one(row) for row in zip(*map(_rows, full), strict=True)]) if out else None
-        return moved, full if bend and self.bent is not None else None
+        moved = torch.stack([self.push_one(row) for row in zip(*map(_rows, full), strict=True)]) if onward else None
+        return moved, full if curved and self.mu is not None else None
 
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         if not slots:
             return {}
-        terms = {} if saved is None else self._bends(saved)
-        if grad is None:
+        terms = {} if residual is None else self._terms(residual)
+        if abar is None:
             return {slot: terms[slot] for slot in slots}
-        every = [torch.stack(column) for column in zip(*map(self.tape.pull, _rows(grad)), strict=True)]
+        every = [torch.stack(column) for column in zip(*map(self.tape.pull, _rows(abar)), strict=True)]
         found = {slot: every[self.slots.index(slot)] for slot in slots}
-        for slot in found if saved is not None else ():
+        for slot in found if residual is not None else ():
             found[slot][rows] += terms[slot]
         return found
 
-    def _bends(self, tangents: _Tensors) -> dict[int, Tensor]:
+    def _terms(self, tangents: _Tensors) -> dict[int, Tensor]:
         """Per slot Σ_j (T·λ) ẋ_j: T·λ is symmetric, so that is the gradient of ⟨Dᵀλ, ẋ⟩."""
-        assert self.bent is not None
+        assert self.mu is not None
         with _named(self.call.node):
-            rows = [_gradient(self.bent, self.tape.leaves, row) for row in zip(*map(_rows, tangents), strict=True)]
+            rows = [_gradient(self.mu, self.tape.leaves, row) for row in zip(*map(_rows, tangents), strict=True)]
         return {slot: torch.stack(column) for slot, column in zip(self.slots, zip(*rows, strict=True), strict=True)}
 
     def _full(self, tangents: Tangents) -> list[Tensor]:
@@ -203,7 +203,7 @@ _STEPS = (1e-4, 1e-5)  # of the input's size, in double precision
 def second_order_fault(call: Call) -> str | None:
     """What is wrong with autograd's second derivative of an OPAQUE call; None: nothing.
 
-    Σ_j (T·λ) ẋ_j at a random λ and ẋ is held against central differences of the pullback, in double precision where
+    Σ_j (T·λ) ẋ_j at a random λ and ẋ is compared with central differences of the pullback, in double precision where
     the op runs in it: about seven times the op's own backward. Where the pullback jumps (a kink lies at the very
     input), there is no second derivative, and autograd's is as good as any.
 
@@ -217,7 +217,7 @@ def second_order_fault(call: Call) -> str | None:
     try:
         call = replace(_widened(call), curved=True)
         lin = _Opaque(call)
-        (lam,), rest = _random([lin.tape.out], 4), _random(lin.tape.leaves, 5)
+        (lam,), rest = _random([lin.tape.value], 4), _random(lin.tape.leaves, 5)
         lin.bind(lam[None], (), {})
         xdot = [x * _size(leaf) for x, leaf in zip(rest, lin.tape.leaves, strict=True)]
         found = _fault_along(call, lin, lam, xdot)
@@ -232,9 +232,9 @@ def second_order_fault(call: Call) -> str | None:
 
 
 def _fault_along(call: Call, lin: _Opaque, lam: Tensor, xdot: _Tensors) -> str | None:
-    found = lin._bends([x.unsqueeze(0) for x in xdot])
+    found = lin._terms([x.unsqueeze(0) for x in xdot])
     exact = torch.cat([_real(found[slot][0]) for slot in lin.slots])
-    eps = torch.finfo(lin.tape.out.dtype).eps
+    eps = torch.finfo(lin.tape.value.dtype).eps
     steps = [step * (1 if eps < 1e-10 else 100) for step in _STEPS]
     coarse, fine = (_differences(call, lin, lam, xdot, step) for step in steps)
     noise = 30 * eps / steps[1] * float(torch.cat([_real(g) for g in lin.tape.pull(lam)]).abs().max())

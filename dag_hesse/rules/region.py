@@ -1,4 +1,4 @@
-"""A region: elementwise ops collapsed into one node, linearized as one (design §3, fuse).
+"""A region: elementwise ops fused into one node, linearized as one (design §3, fuse).
 
 Where all active inputs meet in one sum z first, tangents and adjoints are added there and the rest is a function of z
 alone; otherwise first partials c_i and λ-weighted second partials h_ij are dense in the region's inputs.
@@ -13,10 +13,10 @@ from typing import final
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.kernels.diagonal import Coefficient, add_times, adjoint, adjoints, reduce_to, tangent, times
-from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Rule, Samples, Saved, Tangents
-from dag_hesse.rules.chain import Collapsed, collapse, is_active, rule_of
-from dag_hesse.rules.diagonal import residual
+from dag_hesse.kernels.elementwise import Coefficient, add_times, adjoints, reduce_to, tangent, times, transpose
+from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Residual, Rule, Samples, Tangents
+from dag_hesse.rules.chain import Fused, fuse_members, is_active, rule_of
+from dag_hesse.rules.elementwise import tangents_met
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def _pairs(node: Node) -> Pairs:
 class _Meeting(Linearized):
     """z = Σ a_i x_i, y = φ(z): c = φ'(z), h = λ φ''(z)."""
 
-    def __init__(self, call: Call, shares: dict[int, Coefficient], tail: Collapsed | None) -> None:
+    def __init__(self, call: Call, shares: dict[int, Coefficient], tail: Fused | None) -> None:
         self.shares, self.tail, self.curved, self.arena = shares, tail, call.curved, call.arena
-        self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.out.shape
+        self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.value.shape
         self.c: Coefficient = 1.0
         self.h: Coefficient | None = None
 
@@ -82,48 +82,48 @@ class _Meeting(Linearized):
         self.c, self.h = descent.first[0], descent.second.get((0, 0))
         return self._apart(descent.pulled[0][None], slots) if slots else {}
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         met = tangent(self.arena, [self.shares.get(slot) for slot in range(len(self.shapes))], tangents, self.out_shape)
-        return times(self.arena, self.c, met) if out else None, met if bend and self.h is not None else None
+        return times(self.arena, self.c, met) if onward else None, met if curved and self.h is not None else None
 
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
-        if grad is None:
-            return self._apart(times(self.arena, self._curvature(), saved), slots)
-        at_z = times(self.arena, self.c, grad)
-        if saved is not None:
-            at_z = grad.clone() if at_z is grad else at_z
-            add_times(self.arena, at_z[rows], self._curvature(), saved)
+        if abar is None:
+            return self._apart(times(self.arena, self._second(), residual), slots)
+        at_z = times(self.arena, self.c, abar)
+        if residual is not None:
+            at_z = abar.clone() if at_z is abar else at_z
+            add_times(self.arena, at_z[rows], self._second(), residual)
         return self._apart(at_z, slots)
 
-    def _curvature(self) -> Coefficient:
-        assert self.h is not None  # else nothing was saved
+    def _second(self) -> Coefficient:
+        assert self.h is not None  # else no residual was saved
         return self.h
 
     def _apart(self, at_z: Tensor, slots: Sequence[int]) -> dict[int, Tensor]:
-        return {slot: adjoint(self.arena, self.shares[slot], at_z, self.shapes[slot]) for slot in slots}
+        return {slot: transpose(self.arena, self.shares[slot], at_z, self.shapes[slot]) for slot in slots}
 
 
 @final
 class _Dense(Linearized):
     """y = φ(x_1 … x_k) with partials in every input."""
 
-    def __init__(self, call: Call, variables: Sequence[int], collapsed: Collapsed) -> None:
+    def __init__(self, call: Call, variables: Sequence[int], fused: Fused) -> None:
         self.variables, self.number = variables, {slot: i for i, slot in enumerate(variables)}
-        self.collapsed: Collapsed | None = collapsed
+        self.fused: Fused | None = fused
         self.curved, self.arena = call.curved, call.arena
         self.first: list[Coefficient | None] = []
-        self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.out.shape
+        self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.value.shape
         self.seconds: dict[tuple[int, int], Coefficient] = {}
 
     def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
-        collapsed, self.collapsed = self.collapsed, None
-        assert collapsed is not None
+        fused, self.fused = self.fused, None
+        assert fused is not None
         if lam is None or not self.curved:
-            self.first = self._by_slot(collapsed.first)
+            self.first = self._by_slot(fused.first)
             return super().bind(lam, slots, into)
-        descent = collapsed.descend(lam[0], [self.number[slot] for slot in slots])
+        descent = fused.descend(lam[0], [self.number[slot] for slot in slots])
         self.first = self._by_slot(descent.first)
         self.seconds = {(self.variables[i], self.variables[j]): h for (i, j), h in descent.second.items()}
         return {slot: reduce_to(descent.pulled[self.number[slot]][None], self.shapes[slot]) for slot in slots}
@@ -131,29 +131,29 @@ class _Dense(Linearized):
     def _by_slot(self, first: dict[int, Coefficient]) -> list[Coefficient | None]:
         return [first.get(self.number.get(slot, -1)) for slot in range(len(self.shapes))]
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
-        moved = tangent(self.arena, self.first, tangents, self.out_shape) if out else None
-        return moved, residual(self.seconds, tangents, bend)
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
+        moved = tangent(self.arena, self.first, tangents, self.out_shape) if onward else None
+        return moved, tangents_met(self.seconds, tangents, curved)
 
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         shapes = {slot: self.shapes[slot] for slot in slots}
-        return adjoints(self.arena, self.first, self.seconds, grad, saved or {}, rows, shapes, self.out_shape)
+        return adjoints(self.arena, self.first, self.seconds, abar, residual or {}, rows, shapes, self.out_shape)
 
 
 def linearize(call: Call) -> Linearized:
     region: Region = call.node.target  # type: ignore[assignment]
-    known = dict(enumerate([*call.values, call.out]))
+    known = dict(enumerate([*call.values, call.value]))
     members = list(enumerate(region.members, region.inputs))
     active = [slot for slot, on in enumerate(call.active) if on]
     if region.meet is None:
-        return _Dense(call, active, collapse(members, known, active, call.arena))
+        return _Dense(call, active, fuse_members(members, known, active, call.arena))
     front, tail = members[: region.meet + 1], members[region.meet + 1 :]
-    shares = {active[i]: a for i, a in collapse(front, known, active, call.arena).first.items()}
-    return _Meeting(call, shares, collapse(tail, known, [front[-1][0]], call.arena) if tail else None)
+    shares = {active[i]: a for i, a in fuse_members(front, known, active, call.arena).first.items()}
+    return _Meeting(call, shares, fuse_members(tail, known, [front[-1][0]], call.arena) if tail else None)
 
 
-REGION = Rule(Kind.POINTWISE, linearize, _pairs, Samples.ELEMENTWISE)
+REGION = Rule(Kind.SMOOTH, linearize, _pairs, Samples.ELEMENTWISE)
 
 __all__ = ["REGION", "Region"]

@@ -11,10 +11,10 @@ from torch import Tensor
 from dag_hesse.ir.node import Kind, Node, Ref, execute
 from dag_hesse.ir.ops import normalized_shape
 from dag_hesse.kernels.arena import Arena, added
-from dag_hesse.kernels.diagonal import times
+from dag_hesse.kernels.elementwise import times
 from dag_hesse.kernels.rowwise import softmax, standardize
 from dag_hesse.kernels.rowwise.torch import less_mean
-from dag_hesse.rules.base import Call, Rule, Run, Samples, Saved, as_it_is, own_pair
+from dag_hesse.rules.base import Call, Residual, Rule, Run, Samples, as_it_is, own_pair
 from dag_hesse.rules.single import Single
 from dag_hesse.rules.structural import axes
 
@@ -36,12 +36,12 @@ class _Softmax(Single):
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
-        self.y, self.dim = call.out, _trailing(call, call.argument(1))
+        self.y, self.dim = call.value, _trailing(call, call.argument(1))
 
     def _center(self, x: Tensor) -> Tensor:
         return less_mean(self.arena, x, self.y, self.dim)
 
-    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+    def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         centered = self._center(x)
         return self.y * centered, centered
 
@@ -51,8 +51,8 @@ class _Softmax(Single):
     def keep(self, lam: Tensor, mu: Tensor | None) -> None:
         self.mu = self.transpose(lam[None])[0] if mu is None else mu
 
-    def second(self, saved: Saved, into: Tensor | None) -> Tensor:
-        term = saved * self.mu
+    def second(self, residual: Residual, into: Tensor | None) -> Tensor:
+        term = residual * self.mu
         return added(term.addcmul_(self.y, term.sum(self.dim, keepdim=True), value=-1), into)
 
 
@@ -62,9 +62,9 @@ class _LogSoftmax(Single):
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
-        self.p, self.dim = call.out.exp(), _trailing(call, call.argument(1))
+        self.p, self.dim = call.value.exp(), _trailing(call, call.argument(1))
 
-    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+    def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         moved = less_mean(self.arena, x, self.p, self.dim)
         return moved, moved
 
@@ -74,8 +74,8 @@ class _LogSoftmax(Single):
     def keep(self, lam: Tensor, mu: Tensor | None) -> None:
         self.total = lam.sum(self.dim, keepdim=True)
 
-    def second(self, saved: Saved, into: Tensor | None) -> Tensor:
-        return added(times(self.arena, self.p, saved).mul_(-self.total), into)
+    def second(self, residual: Residual, into: Tensor | None) -> Tensor:
+        return added(times(self.arena, self.p, residual).mul_(-self.total), into)
 
 
 @final
@@ -89,9 +89,9 @@ class _LogSumExp(Single):
         total = torch.logsumexp(x, self.dims, keepdim=True) if x.ndim else x
         self.p = torch.exp(x - total).masked_fill_(total == -torch.inf, 0.0)  # autograd passes nothing on to such rows
         self.kept_shape = [1 if k - x.ndim in self.dims else n for k, n in enumerate(x.shape)]
-        self.out_shape = call.out.shape
+        self.out_shape = call.value.shape
 
-    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+    def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         moved = (self.p * x).sum(self.dims, keepdim=True) if self.dims else self.p * x
         return moved.reshape(len(x), *self.out_shape), x - moved
 
@@ -101,8 +101,8 @@ class _LogSumExp(Single):
     def keep(self, lam: Tensor, mu: Tensor | None) -> None:
         self.mu = self.transpose(lam[None])[0] if mu is None else mu
 
-    def second(self, saved: Saved, into: Tensor | None) -> Tensor:
-        return added(saved * self.mu, into)
+    def second(self, residual: Residual, into: Tensor | None) -> Tensor:
+        return added(residual * self.mu, into)
 
 
 @final
@@ -115,7 +115,7 @@ class _Standardize(Single):
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         x, dims, eps, self.center = call.values[0], call.argument(1), call.argument(2), call.argument(3)
-        self.dims, self.y = _trailing(call, dims), call.out
+        self.dims, self.y = _trailing(call, dims), call.value
         self.inner = normalized_shape(x.shape, dims, self.center)
         if self.inner is not None:
             self.r = aten.native_layer_norm(x, self.inner, None, None, eps)[2].to(x.dtype)
@@ -129,7 +129,7 @@ class _Standardize(Single):
     def transpose(self, g: Tensor) -> Tensor:
         return standardize(self.arena, self.y, self.r, g, self.dims, self.center, self.inner)
 
-    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+    def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         moved = self.transpose(x)  # the Jacobian is symmetric
         if not self.bound:
             return moved, None
@@ -139,8 +139,8 @@ class _Standardize(Single):
         self.mu = self.transpose(lam[None])[0] if mu is None else mu
         self.overlap = -self.r * self._mean(self.y * lam)
 
-    def second(self, saved: Saved, into: Tensor | None) -> Tensor:
-        moved, of_mu, of_y = saved
+    def second(self, residual: Residual, into: Tensor | None) -> Tensor:
+        moved, of_mu, of_y = residual
         total = self.mu * of_mu if into is None else into.addcmul_(self.mu, of_mu)
         return total.addcmul_(moved, self.overlap).addcmul_(self.y, of_y)
 

@@ -1,4 +1,4 @@
-"""Rules of ops of one input, written as maps: its tangent, its adjoint, and its second-order term."""
+"""Rules of ops of one input, written as maps: its tangent, its transpose, and its second-order term."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from dag_hesse.kernels.arena import plus_term
-from dag_hesse.rules.base import Buffers, Call, Linearized, Saved, Tangents
+from dag_hesse.rules.base import Buffers, Call, Linearized, Residual, Tangents
 
 
 class Single(Linearized):
@@ -19,7 +19,7 @@ class Single(Linearized):
         self.curved, self.arena, self.bound = call.curved, call.arena, False
 
     @abstractmethod
-    def move(self, x: Tensor) -> tuple[Tensor, Saved]:
+    def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         """ẏ, and what the second-order term takes of ẋ (it is asked for once λ is ``bound``)."""
 
     @abstractmethod
@@ -29,7 +29,7 @@ class Single(Linearized):
     def keep(self, lam: Tensor, mu: Tensor | None) -> None:
         """Keep what the second-order term takes of λ, (*output), and its transpose μ, where that is known already."""
 
-    def second(self, saved: Saved, into: Tensor | None) -> Tensor:
+    def second(self, residual: Residual, into: Tensor | None) -> Tensor:
         """The second-order term, or ``into`` with it added."""
         raise NotImplementedError(f"{type(self).__name__} saves a residual and has no second-order term")
 
@@ -42,19 +42,19 @@ class Single(Linearized):
             self.bound = True
         return {} if mu is None else {0: mu}
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
-        moved, saved = self.move(tangents[0])
-        return moved if out else None, saved if bend and self.bound else None
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
+        moved, residual = self.move(tangents[0])
+        return moved if onward else None, residual if curved and self.bound else None
 
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         if not slots:
             return {}
-        if grad is None:
-            return {0: self.second(saved, None)}
-        x = self.transpose(grad)
-        return {0: x if saved is None else plus_term(x, grad, rows, partial(self.second, saved))}
+        if abar is None:
+            return {0: self.second(residual, None)}
+        x = self.transpose(abar)
+        return {0: x if residual is None else plus_term(x, abar, rows, partial(self.second, residual))}
 
 
 __all__ = ["Single"]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind
-from dag_hesse.kernels.diagonal import Coefficient
+from dag_hesse.kernels.elementwise import Coefficient
 from dag_hesse.rules.base import Call, Rule, own_pair
-from dag_hesse.rules.diagonal import binary, diagonal, piecewise_linear, pointwise, pointwise_jointly
+from dag_hesse.rules.elementwise import binary, elementwise, piecewise_linear, smooth, smooth_jointly
 
 _LIBRARY = torch.library.Library("dag_hesse", "FRAGMENT")
 _LIBRARY.define("clamped_log(Tensor x) -> Tensor")
@@ -32,8 +32,8 @@ def _clamped_log(c: Call) -> tuple[Tensor, Tensor]:
 
 
 def _erfinv(c: Call) -> tuple[Tensor, Tensor]:
-    first = math.sqrt(math.pi) / 2 * torch.exp(c.out * c.out)
-    return first, 2 * c.out * first * first
+    first = math.sqrt(math.pi) / 2 * torch.exp(c.value * c.value)
+    return first, 2 * c.value * first * first
 
 
 def _erfc(c: Call) -> tuple[Tensor, Tensor]:
@@ -42,8 +42,8 @@ def _erfc(c: Call) -> tuple[Tensor, Tensor]:
 
 
 def _erfcx(c: Call) -> tuple[Tensor, Tensor]:
-    first = 2 * _x(c) * c.out - 2 / math.sqrt(math.pi)
-    return first, 2 * (c.out + _x(c) * first)
+    first = 2 * _x(c) * c.value - 2 / math.sqrt(math.pi)
+    return first, 2 * (c.value + _x(c) * first)
 
 
 def _ndtr(c: Call) -> tuple[Tensor, Tensor]:
@@ -58,8 +58,8 @@ def _log_ndtr(c: Call) -> tuple[Tensor, Tensor]:
 
 
 def _ndtri(c: Call) -> tuple[Tensor, Tensor]:
-    first = math.sqrt(2 * math.pi) * torch.exp(0.5 * c.out * c.out)
-    return first, c.out * first * first
+    first = math.sqrt(2 * math.pi) * torch.exp(0.5 * c.value * c.value)
+    return first, c.value * first * first
 
 
 def _bessel_over_x(x: Tensor, first: Tensor) -> Tensor:
@@ -70,12 +70,12 @@ def _bessel_over_x(x: Tensor, first: Tensor) -> Tensor:
 
 def _i0(c: Call) -> tuple[Tensor, Tensor]:
     first = torch.special.i1(_x(c))
-    return first, c.out - _bessel_over_x(_x(c), first)
+    return first, c.value - _bessel_over_x(_x(c), first)
 
 
 def _i0e(c: Call) -> tuple[Tensor, Tensor]:
     x, sign, i1e = _x(c), torch.sign(_x(c)), torch.special.i1e(_x(c))
-    return i1e - sign * c.out, (1 + sign * sign) * c.out - 2 * sign * i1e - _bessel_over_x(x, i1e)
+    return i1e - sign * c.value, (1 + sign * sign) * c.value - 2 * sign * i1e - _bessel_over_x(x, i1e)
 
 
 def _i2_over_x(x: Tensor, zeroth: Tensor, ratio: Tensor) -> Tensor:
@@ -89,23 +89,23 @@ def _i2_over_x(x: Tensor, zeroth: Tensor, ratio: Tensor) -> Tensor:
 
 def _i1(c: Call) -> tuple[Tensor, Tensor]:
     x = _x(c)
-    zeroth, ratio = torch.special.i0(x), _bessel_over_x(x, c.out)
-    return zeroth - ratio, c.out - _i2_over_x(x, zeroth, ratio)
+    zeroth, ratio = torch.special.i0(x), _bessel_over_x(x, c.value)
+    return zeroth - ratio, c.value - _i2_over_x(x, zeroth, ratio)
 
 
 def _i1e(c: Call) -> tuple[Tensor, Tensor]:
     x, sign = _x(c), torch.sign(_x(c))
-    zeroth, ratio = torch.special.i0e(x), _bessel_over_x(x, c.out)
-    first = zeroth - ratio - sign * c.out
-    return first, c.out - sign * (zeroth - ratio + first) - _i2_over_x(x, zeroth, ratio)
+    zeroth, ratio = torch.special.i0e(x), _bessel_over_x(x, c.value)
+    first = zeroth - ratio - sign * c.value
+    return first, c.value - sign * (zeroth - ratio + first) - _i2_over_x(x, zeroth, ratio)
 
 
 def _sinc(c: Call) -> tuple[Tensor, Tensor]:
     """sin(u)/u at u = πx: near zero by its series, which does not cancel."""
     u = math.pi * _x(c)
     near, safe = u.abs() < 1, torch.where(u == 0, 1.0, u)
-    first = (torch.cos(u) - c.out) / safe
-    second = -c.out - 2 * first / safe
+    first = (torch.cos(u) - c.value) / safe
+    second = -c.value - 2 * first / safe
     series = [torch.zeros_like(u), torch.zeros_like(u)]
     for k in range(9, 0, -1):
         scale = (-1) ** k / factorial(2 * k + 1)
@@ -130,34 +130,34 @@ def _polygamma_partials(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int
 
 def _outside(c: Call) -> Tensor:
     limit = c.argument(1, "lambd", 0.5)
-    return (_x(c).abs() > limit).to(c.out.dtype)
+    return (_x(c).abs() > limit).to(c.value.dtype)
 
 
 UNARY: dict[str, Rule] = {
-    "dag_hesse.clamped_log.default": pointwise_jointly(_clamped_log),
-    "aten.erfinv.default": pointwise_jointly(_erfinv),
-    "aten.erfc.default": pointwise_jointly(_erfc),
-    "aten.special_erfcx.default": pointwise_jointly(_erfcx),
-    "aten.special_ndtr.default": pointwise_jointly(_ndtr),
-    "aten.special_log_ndtr.default": pointwise_jointly(_log_ndtr),
-    "aten.special_ndtri.default": pointwise_jointly(_ndtri),
-    "aten.i0.default": pointwise_jointly(_i0),
-    "aten.special_i0e.default": pointwise_jointly(_i0e),
-    "aten.special_i1.default": pointwise_jointly(_i1),
-    "aten.special_i1e.default": pointwise_jointly(_i1e),
-    "aten.sinc.default": pointwise_jointly(_sinc),
-    "aten.logit.default": pointwise_jointly(_logit),
-    "aten.lgamma.default": pointwise(lambda c: torch.digamma(_x(c)), lambda c: torch.polygamma(1, _x(c))),
-    "aten.digamma.default": pointwise(lambda c: torch.polygamma(1, _x(c)), lambda c: torch.polygamma(2, _x(c))),
-    "aten.polygamma.default": diagonal(Kind.POINTWISE, _polygamma_partials, own_pair),
-    "aten.asinh.default": pointwise(lambda c: (_x(c) ** 2 + 1) ** -0.5, lambda c: -_x(c) * (_x(c) ** 2 + 1) ** -1.5),
-    "aten.acosh.default": pointwise(lambda c: (_x(c) ** 2 - 1) ** -0.5, lambda c: -_x(c) * (_x(c) ** 2 - 1) ** -1.5),
-    "aten.atanh.default": pointwise(lambda c: 1 / (1 - _x(c) ** 2), lambda c: 2 * _x(c) / (1 - _x(c) ** 2) ** 2),
+    "dag_hesse.clamped_log.default": smooth_jointly(_clamped_log),
+    "aten.erfinv.default": smooth_jointly(_erfinv),
+    "aten.erfc.default": smooth_jointly(_erfc),
+    "aten.special_erfcx.default": smooth_jointly(_erfcx),
+    "aten.special_ndtr.default": smooth_jointly(_ndtr),
+    "aten.special_log_ndtr.default": smooth_jointly(_log_ndtr),
+    "aten.special_ndtri.default": smooth_jointly(_ndtri),
+    "aten.i0.default": smooth_jointly(_i0),
+    "aten.special_i0e.default": smooth_jointly(_i0e),
+    "aten.special_i1.default": smooth_jointly(_i1),
+    "aten.special_i1e.default": smooth_jointly(_i1e),
+    "aten.sinc.default": smooth_jointly(_sinc),
+    "aten.logit.default": smooth_jointly(_logit),
+    "aten.lgamma.default": smooth(lambda c: torch.digamma(_x(c)), lambda c: torch.polygamma(1, _x(c))),
+    "aten.digamma.default": smooth(lambda c: torch.polygamma(1, _x(c)), lambda c: torch.polygamma(2, _x(c))),
+    "aten.polygamma.default": elementwise(Kind.SMOOTH, _polygamma_partials, own_pair),
+    "aten.asinh.default": smooth(lambda c: (_x(c) ** 2 + 1) ** -0.5, lambda c: -_x(c) * (_x(c) ** 2 + 1) ** -1.5),
+    "aten.acosh.default": smooth(lambda c: (_x(c) ** 2 - 1) ** -0.5, lambda c: -_x(c) * (_x(c) ** 2 - 1) ** -1.5),
+    "aten.atanh.default": smooth(lambda c: 1 / (1 - _x(c) ** 2), lambda c: 2 * _x(c) / (1 - _x(c) ** 2) ** 2),
     "aten.hardshrink.default": piecewise_linear(_outside),
     "aten.softshrink.default": piecewise_linear(_outside),
     "aten.fmod.Scalar": piecewise_linear(lambda c: 1.0),
     "aten.remainder.Scalar": piecewise_linear(lambda c: 1.0),
-    "aten.copysign.Scalar": piecewise_linear(lambda c: _sign_kept(c.argument(0), None, c.out)),
+    "aten.copysign.Scalar": piecewise_linear(lambda c: _sign_kept(c.argument(0), None, c.value)),
     "aten.sgn.default": piecewise_linear(lambda c: 0.0),
     "aten.angle.default": piecewise_linear(lambda c: 0.0),
 }
@@ -186,11 +186,11 @@ def _share_of_2(a: Any, b: Any, y: Tensor) -> Tensor:
 
 
 def _log_sum(share: Any, scale: float) -> Rule:
-    def bend(a: Any, b: Any, y: Tensor) -> Tensor:
+    def second(a: Any, b: Any, y: Tensor) -> Tensor:
         s = share(a, b, y)
         return scale * s * (1 - s)
 
-    return binary(share, lambda a, b, y: share(b, a, y), bend, lambda a, b, y: -bend(a, b, y), bend)
+    return binary(share, lambda a, b, y: share(b, a, y), second, lambda a, b, y: -second(a, b, y), second)
 
 
 def _tensor(x: Any, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linear data movement, sums and pooling: the op itself moves tangents, its transpose moves cotangents."""
+"""Linear data movement, sums and pooling: the op itself moves tangents, its transpose moves adjoints."""
 
 from __future__ import annotations
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.kernels.arena import FRESH, Arena
-from dag_hesse.rules import batch_norm, contraction, determinant, gather, pointwise, rowwise, special, structural
+from dag_hesse.kernels.arena import SYSTEM, Arena
+from dag_hesse.rules import batch_norm, contraction, determinant, functions, gather, rowwise, special, structural
 from dag_hesse.rules.base import Pairs, Rule
 from dag_hesse.rules.opaque import OPAQUE
 from dag_hesse.rules.region import REGION, Region
 
 RULES: dict[str, Rule] = {
     **structural.TABLE,
-    **pointwise.TABLE,
+    **functions.TABLE,
     **special.TABLE,
     **contraction.TABLE,
     **gather.TABLE,
@@ -32,11 +32,11 @@ def rule_for(node: Node) -> Rule:
     return SPECIAL.get(node.op) or (OPAQUE if node.kind is Kind.OPAQUE else RULES[node.op])
 
 
-def evaluate(node: Node, inputs: tuple[Tensor, ...], arena: Arena = FRESH) -> tuple[tuple[Tensor, ...], Tensor]:
+def evaluate(node: Node, inputs: tuple[Tensor, ...], arena: Arena = SYSTEM) -> tuple[tuple[Tensor, ...], Tensor]:
     """What :class:`Call` holds of a node: values of its inputs (and, for a region, of its members), and its own."""
     if isinstance(node.target, Region):
-        *known, out = node.target.values(inputs)
-        return tuple(known), out
+        *known, value = node.target.values(inputs)
+        return tuple(known), value
     rule = None if node.kind is Kind.OPAQUE else RULES.get(node.op)
     return inputs, execute(node, inputs) if rule is None else rule.run(node, inputs, arena)
 

@@ -1,9 +1,9 @@
 """Linearize once, then sweep: tangents forward, adjoints back in two channels (design §3, linearize and sweep)."""
 
-from dag_hesse.sweep.blocks import Blocks, Request
 from dag_hesse.sweep.engine import Adjoint, pullback, sweep
 from dag_hesse.sweep.linearize import Linearization
+from dag_hesse.sweep.parts import Parts, Request
 from dag_hesse.sweep.problem import Problem
 from dag_hesse.sweep.proof import VERIFY, prove_all
 
-__all__ = ["VERIFY", "Adjoint", "Blocks", "Linearization", "Problem", "Request", "prove_all", "pullback", "sweep"]
+__all__ = ["VERIFY", "Adjoint", "Linearization", "Parts", "Problem", "Request", "prove_all", "pullback", "sweep"]

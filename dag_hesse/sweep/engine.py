@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir import Node
-from dag_hesse.kernels.arena import Arena, is_fresh
-from dag_hesse.rules.base import ALL, Saved
+from dag_hesse.kernels.arena import Arena, is_owned
+from dag_hesse.rules.base import ALL, Residual
 from dag_hesse.sweep.linearize import Linearization
 
 Read = Callable[[int, Tensor], Tensor]
@@ -67,21 +67,21 @@ def _sum(arena: Arena, x: Tensor, y: Tensor) -> Tensor:
     return torch.add(x, y, out=arena.room(x, y))
 
 
-def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], channels: str) -> dict[int, Saved]:
+def _push(lin: Linearization, seeds: Mapping[int, Tensor], needed: list[bool], parts: str) -> dict[int, Residual]:
     """Tangent pass; returns the residuals of second-order terms at inputs that are ``needed``, per node."""
-    graph, tangents, residuals = lin.graph, dict(seeds), dict[int, Saved]()
+    graph, tangents, residuals = lin.graph, dict(seeds), dict[int, Residual]()
     uses = [len(children) for children in graph.children]
-    useful, bends = lin.feeds[channels], lin.bends[channels]
+    useful, wanted = lin.feeds[parts], lin.curved_in[parts]
     for node in graph.nodes[min(seeds, default=len(graph.nodes)) :]:
-        call, out = lin.calls.get(node.index), useful[node.index]
+        call, onward = lin.calls.get(node.index), useful[node.index]
         given = {slot: tangents[k] for slot, k in enumerate(node.inputs) if k in tangents and lin.active[k]}
-        bend = _slots(lin, node, needed) if node.index in bends else []
-        if call is not None and given and (out or bend):
-            moved, saved = call.push(given, out, bend)
+        curved = _slots(lin, node, needed) if node.index in wanted else []
+        if call is not None and given and (onward or curved):
+            moved, residual = call.push(given, onward, curved)
             if moved is not None:
                 tangents[node.index] = _sum(lin.arena, moved, seeds[node.index]) if node.index in seeds else moved
-            if saved is not None:
-                residuals[node.index] = saved
+            if residual is not None:
+                residuals[node.index] = residual
         for k in set(node.inputs):
             uses[k] -= 1
             if uses[k] == 0:
@@ -108,29 +108,29 @@ def _widened(adjoint: Adjoint | None, to_gn: bool) -> tuple[Adjoint | None, slic
 
 def _pull(
     lin: Linearization,
-    cotangents: Mapping[int, Tensor],
-    residuals: dict[int, Saved],
+    given: Mapping[int, Tensor],
+    residuals: dict[int, Residual],
     reads: set[int],
     needed: list[bool],
-    channels: str,
+    parts: str,
     read: Read,
 ) -> dict[int, Adjoint]:
-    """Adjoint pass from ``cotangents`` (GN channel) and the residuals of a tangent pass, which it uses up."""
-    adjoints = {k: Adjoint(g, gn=True, tensor=False) for k, g in cotangents.items()}
+    """Adjoint pass from the ``given`` adjoints (GN channel) and the residuals of a tangent pass, which it uses up."""
+    adjoints = {k: Adjoint(x, gn=True, tensor=False) for k, x in given.items()}
     found: dict[int, Adjoint] = {}
     for node in reversed(lin.graph.nodes):
-        mine, saved = adjoints.pop(node.index, None), residuals.pop(node.index, None)
+        mine, residual = adjoints.pop(node.index, None), residuals.pop(node.index, None)
         if mine is not None and lin.sample is not None and node.index in lin.graph.out:
             mine = Adjoint(lin.mask(node.index, mine.data), mine.gn, mine.tensor, owned=True)
         if mine is not None and node.index in reads:
             found[node.index] = Adjoint(read(node.index, mine.data), mine.gn, mine.tensor)
         call = lin.calls.get(node.index)
-        if call is None or not needed[node.index] or (mine is None and saved is None):
+        if call is None or not needed[node.index] or (mine is None and residual is None):
             continue
-        to_gn, rows = lin.in_loss[node.index] or channels == "sum", ALL
-        if saved is not None:
+        to_gn, rows = lin.in_loss[node.index] or parts == "full", ALL
+        if residual is not None:
             mine, rows = _widened(mine, to_gn)
-        grad = None if mine is None else mine.data
+        abar = None if mine is None else mine.data
         gn, tensor = (to_gn, not to_gn) if mine is None else (mine.gn, mine.tensor)
         slots = _slots(lin, node, needed)
         into = {
@@ -138,10 +138,10 @@ def _pull(
             for slot in slots
             if (have := adjoints.get(node.inputs[slot])) is not None and have.takes(gn, tensor)
         }
-        pulled = call.pull(grad, saved, rows, slots, into)
-        given = [] if grad is None else [grad]
-        own = {s: is_fresh(x, *given, *(y for t, y in pulled.items() if t != s)) for s, x in pulled.items()}
-        del mine, saved, grad, given  # nothing is held longer than it is wanted
+        pulled = call.pull(abar, residual, rows, slots, into)
+        theirs = [] if abar is None else [abar]
+        own = {s: is_owned(x, *theirs, *(y for t, y in pulled.items() if t != s)) for s, x in pulled.items()}
+        del mine, residual, abar, theirs  # nothing is held longer than it is wanted
         while pulled:
             slot, data = pulled.popitem()
             if data is into.get(slot):
@@ -161,7 +161,7 @@ def sweep(
     lin: Linearization,
     seeds: Mapping[int, Tensor],
     reads: Iterable[int],
-    channels: str = "both",
+    parts: str = "both",
     read: Read = _whole,
 ) -> dict[int, Adjoint]:
     """One Hessian product: perturb the nodes in ``seeds``, return the adjoints' change at ``reads``.
@@ -170,7 +170,7 @@ def sweep(
         lin: the linearized graph.
         seeds: per node, its perturbation (probes, *node).
         reads: nodes to read.
-        channels: ``"both"`` keeps GN and T apart, ``"sum"`` adds them into the GN channel, ``"gn"`` and
+        parts: ``"both"`` keeps GN and T apart, ``"full"`` adds them into the GN channel, ``"gn"`` and
             ``"tensor"`` compute one alone.
         read: ``(node, data) -> data``: what to keep of the adjoint of a read node, taken as soon as it is known.
 
@@ -180,14 +180,14 @@ def sweep(
     reads = set(reads)
     needed = lin.graph.descendants(reads)
     with torch.no_grad():
-        return _pull(lin, {}, _push(lin, seeds, needed, channels), reads, needed, channels, read)
+        return _pull(lin, {}, _push(lin, seeds, needed, parts), reads, needed, parts, read)
 
 
 def pullback(
-    lin: Linearization, cotangents: Mapping[int, Tensor], reads: Iterable[int], read: Read = _whole
+    lin: Linearization, given: Mapping[int, Tensor], reads: Iterable[int], read: Read = _whole
 ) -> dict[int, Tensor]:
-    """First-order adjoints Σ J[u←v]ᵀ ū at ``reads`` for ``cotangents`` (probes, *node) at nodes u."""
+    """First-order adjoints Σ J[u←v]ᵀ ū at ``reads`` for the ``given`` ū, (probes, *node), at nodes u."""
     reads = set(reads)
     with torch.no_grad():
-        found = _pull(lin, cotangents, {}, reads, lin.graph.descendants(reads), "both", read)
+        found = _pull(lin, given, {}, reads, lin.graph.descendants(reads), "both", read)
     return {k: adjoint.data for k, adjoint in found.items()}

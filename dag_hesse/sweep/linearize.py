@@ -9,12 +9,12 @@ from torch import Tag, Tensor, nn
 
 from dag_hesse.errors import CaptureError, LossError, NonDifferentiableError, out_of_memory
 from dag_hesse.ir import CurvatureGraph, Kind, Node
-from dag_hesse.kernels.arena import FRESH, Arena, is_fresh
+from dag_hesse.kernels.arena import SYSTEM, Arena, is_owned
 from dag_hesse.rules import Call, Linearized, rule_for
 from dag_hesse.rules.table import evaluate, pairs_of
 
 # What a sweep is to return: GN and T apart, their sum, or one alone.
-CHANNELS = ("both", "sum", "gn", "tensor")
+PARTS = ("both", "full", "gn", "tensor")
 # Ops whose result has a shape that its values decide.
 _SHAPED_BY_VALUES = {"aten.index.Tensor", "aten.nonzero.default", "aten.masked_select.default"}
 
@@ -57,7 +57,7 @@ class Linearization:
         sample: int | None = None,
         checked: bool = True,
         inspect: Callable[[Call], None] = lambda call: None,
-        arena: Arena = FRESH,
+        arena: Arena = SYSTEM,
     ) -> None:
         self.graph, self.sample, self.tensor_part, self.arena = graph, sample, tensor_part, arena
         self.inspect, self.guards = inspect, {guard.node: guard for guard in graph.guards} if checked else {}
@@ -65,17 +65,17 @@ class Linearization:
         self.in_loss = graph.loss_subgraph
         self.calls: dict[int, Linearized] = {}
         self.curved = self._find_curved()
-        self.bends = {channels: {c for c in self.curved if self._bends(c, channels)} for channels in CHANNELS}
+        self.curved_in = {parts: {c for c in self.curved if self._is_in(c, parts)} for parts in PARTS}
         with torch.no_grad():
             self.loss = self._forward(dict(model.named_parameters()), tensors)
-            self.feeds = {channels: self._feeds(self.bends[channels]) for channels in CHANNELS}
+            self.feeds = {parts: self._feeds(self.curved_in[parts]) for parts in PARTS}
             if not bool(torch.isfinite(self.loss)):
                 raise LossError(f"the loss is {float(self.loss)}; curvature there is undefined.")
             self._backward()
 
-    def _bends(self, node: int, channels: str) -> bool:
+    def _is_in(self, node: int, parts: str) -> bool:
         """Whether the node's second-order term belongs to what is asked for."""
-        return channels in ("both", "sum") or (channels == "gn") == self.in_loss[node]
+        return parts in ("both", "full") or (parts == "gn") == self.in_loss[node]
 
     def _feeds(self, curved: Iterable[int]) -> list[bool]:
         """Nodes whose tangents the second-order terms of ``curved`` come from."""
@@ -99,13 +99,13 @@ class Linearization:
                 values[node.index] = self._leaf(node.index, parameters, tensors)
                 continue
             inputs = tuple(values[k] for k in node.inputs)
-            known, out = self._evaluate(node, inputs)
-            values[node.index] = out
-            self._check(node, out)
+            known, value = self._evaluate(node, inputs)
+            values[node.index] = value
+            self._check(node, value)
             if self.active[node.index] and node.is_differentiable:
                 on = tuple(self.active[k] for k in node.inputs)
                 if any(on):
-                    call = Call(node, known, out, on, node.index in self.curved, self.arena)
+                    call = Call(node, known, value, on, node.index in self.curved, self.arena)
                     self.calls[node.index] = self._linearize(call)
             for k in set(node.inputs):
                 uses[k] -= 1
@@ -115,16 +115,16 @@ class Linearization:
                 del values[node.index]
         return values[self.graph.loss].reshape(())
 
-    def _check(self, node: Node, out: Tensor) -> None:
+    def _check(self, node: Node, value: Tensor) -> None:
         guard = self.guards.get(node.index)
-        if guard is not None and not guard.holds(out.item()):
+        if guard is not None and not guard.holds(value.item()):
             raise OtherGraphError(
-                f"{node.where} is {out.item()} now; it was {guard.value} when the graph was captured."
+                f"{node.where} is {value.item()} now; it was {guard.value} when the graph was captured."
             )
         if (node.op in _SHAPED_BY_VALUES or Tag.dynamic_output_shape in getattr(node.target, "tags", ())) and (
-            tuple(out.shape) != node.shape
+            tuple(value.shape) != node.shape
         ):
-            raise OtherGraphError(f"{node.where} gives {tuple(out.shape)} now; it gave {node.shape} at capture.")
+            raise OtherGraphError(f"{node.where} gives {tuple(value.shape)} now; it gave {node.shape} at capture.")
 
     def _evaluate(self, node: Node, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         try:
@@ -176,7 +176,7 @@ class Linearization:
                 if k in owned:
                     lam[k].add_(term)
                     continue
-                if k in lam or (len(pulled) == 1 and node.index not in self.curved and is_fresh(term, mine)):
+                if k in lam or (len(pulled) == 1 and node.index not in self.curved and is_owned(term, mine)):
                     owned.add(k)
                 lam[k] = lam[k] + term if k in lam else term
 

@@ -35,14 +35,14 @@ class Meaning:
     Attributes:
         graph: of the first batch; points and types are read there.
         batch_mode: ``"shared"``, ``"per_sample"`` or ``"joint"``.
-        how: vectors are embedded: ``"sum"``, ``"each"`` or ``"whole"`` (:mod:`dag_hesse.sweep.embed`).
+        embedding: of vectors: ``"sum"``, ``"each"`` or ``"whole"`` (:mod:`dag_hesse.sweep.embed`).
         entries: what is swept, one after the other.
         shares: the factor of every batch's loss in the whole.
     """
 
     graph: CurvatureGraph
     batch_mode: str
-    how: str
+    embedding: str
     entries: tuple[Entry, ...]
     shares: tuple[float, ...]
 
@@ -54,7 +54,7 @@ class Meaning:
     @property
     def separate_groups(self) -> bool:
         """Whether every sample has a block of its own (then results have a group per sample)."""
-        return self.batch_mode == "per_sample" or self.how == "each"
+        return self.batch_mode == "per_sample" or self.embedding == "each"
 
     @property
     def groups(self) -> int:
@@ -73,7 +73,7 @@ class Meaning:
     def dim(self, index: int) -> int:
         """Length of a point's vectors, per group."""
         point = self.points[index]
-        if self.how == "whole" and point.kind == "activation":
+        if self.embedding == "whole" and point.kind == "activation":
             return self.graph.nodes[point.sites[0]].numel
         return point.dim
 
@@ -90,11 +90,11 @@ def read_meaning(
     unbatched = any(p.kind == "parameter" or any(first.batch_axes[k] is None for k in p.sites) for p in first.points)
     one_by_one = batch_mode == "per_sample" and unbatched
     if batch_mode == "shared" or one_by_one:
-        how = "sum"
+        embedding = "sum"
     elif batch_mode == "per_sample":
-        how = "each"
+        embedding = "each"
     else:
-        how = "each" if first.separable and not unbatched else "whole"
+        embedding = "each" if first.separable and not unbatched else "whole"
     scales = reduction.per_sample(sizes) if batch_mode == "per_sample" else reduction.shares(sizes)
 
     def entries() -> Iterator[Entry]:
@@ -102,6 +102,6 @@ def read_meaning(
             if one_by_one:
                 yield from (Entry(graph, number, scale, sample) for sample in range(size))
             elif scale or batch_mode == "per_sample":  # a batch that counts nothing (all of it ignored) has no loss
-                yield Entry(graph, number, scale, None, size if how == "each" else 1)
+                yield Entry(graph, number, scale, None, size if embedding == "each" else 1)
 
-    return Meaning(first, batch_mode, how, tuple(entries()), tuple(reduction.shares(sizes)))
+    return Meaning(first, batch_mode, embedding, tuple(entries()), tuple(reduction.shares(sizes)))

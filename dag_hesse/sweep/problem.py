@@ -15,10 +15,10 @@ from dag_hesse.budget import Budget
 from dag_hesse.errors import StaleError
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.arena import Pool
-from dag_hesse.sweep.blocks import Blocks, Request
 from dag_hesse.sweep.kept import Linearizations
 from dag_hesse.sweep.linearize import Linearization
 from dag_hesse.sweep.meaning import Entry, read_meaning
+from dag_hesse.sweep.parts import Parts, Request
 from dag_hesse.sweep.runner import Progress, Runner
 from dag_hesse.sweep.watch import Watch
 
@@ -32,14 +32,15 @@ class Problem:
         batch_mode: ``"shared"``, ``"per_sample"`` or ``"joint"`` (design §2.3).
         reduction: how the batches' losses add up.
         tensor_part: whether the T channel is wanted.
-        with_out: linearize from ``out`` on as well (the Gram route seeds there).
+        with_out: linearize from ``out`` on as well (the Gram route's columns start there).
         chunk: most probes in one sweep; halved when memory runs out.
         again: captures a batch whose values lead the forward another way than its graph goes (it is told once).
         loss: what the loss was asked of; watched for changes.
         memory: bytes that may be used, a quarter of them for linearizations that are kept; None: what is free.
 
     Attributes:
-        points, groups, batch_mode, how, entries, separate_groups: as of :class:`~dag_hesse.sweep.meaning.Meaning`.
+        points, groups, batch_mode, embedding, entries, separate_groups: as of
+            :class:`~dag_hesse.sweep.meaning.Meaning`.
         watch: notices changes of what was linearized.
     """
 
@@ -61,7 +62,7 @@ class Problem:
         self.model, self.batches, self.reduction, self.batch_mode = model, batches, reduction, batch_mode
         self._given = list(graphs)
         self._meaning = meaning = read_meaning(graphs, batches.sizes, batch_mode, reduction)
-        self.points, self.groups, self.how = meaning.points, meaning.groups, meaning.how
+        self.points, self.groups, self.embedding = meaning.points, meaning.groups, meaning.embedding
         self.entries, self.separate_groups = meaning.entries, meaning.separate_groups
         self._kept = Linearizations(
             model,
@@ -154,15 +155,15 @@ class Problem:
         return iter(self._kept)
 
     def run(
-        self, requests: Sequence[Request], *, channels: str = "both", progress: Progress | None = None
-    ) -> list[dict[int, Blocks]]:
-        """Sweep all requests through all entries; ``channels`` as in :func:`~dag_hesse.sweep.engine.sweep`.
+        self, requests: Sequence[Request], *, parts: str = "both", progress: Progress | None = None
+    ) -> list[dict[int, Parts]]:
+        """Sweep all requests through all entries; ``parts`` as in :func:`~dag_hesse.sweep.engine.sweep`.
 
         Returns:
-            Per request, ``{read point: Blocks}``; shared entries are added, per-sample groups put side by side.
+            Per request, ``{read point: Parts}``; shared entries are added, per-sample groups put side by side.
 
         Raises:
             UnstableLoaderError: a loader that is iterated again does not give what it gave first.
             NonFiniteError: second derivatives are not finite.
         """
-        return self._runner.run(requests, channels, progress)
+        return self._runner.run(requests, parts, progress)

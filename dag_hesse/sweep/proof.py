@@ -1,4 +1,4 @@
-"""A captured graph is held against the model itself before any product is given out: its loss and its gradient."""
+"""A captured graph is compared with the model itself before any product is given out: its loss and its gradient."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def _adjoints(
     wanted = set(sites)
     with preserved():
         lin = Linearization(graph, model, tensors, wanted, tensor_part=False, inspect=_inspect)
-    seed = torch.ones(1, *graph.nodes[graph.loss].shape, dtype=lin.loss.dtype, device=lin.loss.device)
-    found = pullback(lin, {graph.loss: seed}, wanted)
+    one = torch.ones(1, *graph.nodes[graph.loss].shape, dtype=lin.loss.dtype, device=lin.loss.device)
+    found = pullback(lin, {graph.loss: one}, wanted)
     return float(lin.loss), {k: x[0] for k, x in found.items()}
 
 
@@ -202,7 +202,7 @@ def _prove_product(graph: CurvatureGraph, model: nn.Module, batch: Batch, loss: 
     sites = {name: graph.parameters[name] for name in along}
     with preserved():
         lin = Linearization(graph, model, batch.tensors, sites.values())
-    found = sweep(lin, {sites[n]: v[None] for n, v in along.items()}, sites.values(), "sum")
+    found = sweep(lin, {sites[n]: v[None] for n, v in along.items()}, sites.values(), "full")
     size = sqrt(sum(float(h.norm()) ** 2 for h in expected.values()))
     tolerance = _tolerance(graph.nodes[graph.loss].dtype)
     wrong = [

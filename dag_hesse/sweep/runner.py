@@ -8,15 +8,15 @@ from functools import partial
 from torch import Tensor
 
 from dag_hesse.errors import NonFiniteError, out_of_memory
-from dag_hesse.sweep.blocks import Blocks, Request, in_a_row
 from dag_hesse.sweep.embed import read_parts, reader, seed
 from dag_hesse.sweep.engine import sweep
 from dag_hesse.sweep.kept import Linearizations
 from dag_hesse.sweep.linearize import Linearization
 from dag_hesse.sweep.meaning import Entry, Meaning
+from dag_hesse.sweep.parts import Parts, Request, in_a_row
 
 Progress = Callable[[int], None]  # probes swept since the last call
-Parts = tuple[Tensor | None, Tensor | None]
+Pair = tuple[Tensor | None, Tensor | None]  # (GN, T)
 
 
 class Runner:
@@ -34,21 +34,21 @@ class Runner:
     def __init__(self, meaning: Meaning, kept: Linearizations, chunk: int) -> None:
         self.meaning, self.kept, self.chunk, self.sweeps = meaning, kept, chunk, 0
 
-    def run(self, requests: Sequence[Request], channels: str, progress: Progress | None) -> list[dict[int, Blocks]]:
-        """Per request, ``{read point: Blocks}``; shared entries are added, per-sample groups put side by side."""
-        results: list[dict[int, Blocks]] = [{} for _ in requests]
+    def run(self, requests: Sequence[Request], parts: str, progress: Progress | None) -> list[dict[int, Parts]]:
+        """Per request, ``{read point: Parts}``; shared entries are added, per-sample groups put side by side."""
+        results: list[dict[int, Parts]] = [{} for _ in requests]
         separate, anew, start = self.meaning.separate_groups, not self.kept.complete, 0
         for entry, lin in self.kept:
             stop = start + entry.groups
             for request, result in zip(requests, results, strict=True):
                 z = {k: x[:, start:stop] if separate else x for k, x in request.z.items()}
-                for v, blocks in self._swept(entry, lin, z, request.reads, channels, progress).items():
+                for v, found in self._swept(entry, lin, z, request.reads, parts, progress).items():
                     if v not in result:
-                        result[v] = blocks
+                        result[v] = found
                     elif separate:
-                        result[v] = result[v].beside(blocks, start, entry.groups)
+                        result[v] = result[v].beside(found, start, entry.groups)
                     else:
-                        result[v] = result[v].plus(blocks)
+                        result[v] = result[v].plus(found)
             start = stop
         if anew:
             self._check_finite(requests, results)
@@ -60,25 +60,25 @@ class Runner:
         lin: Linearization,
         z: Mapping[int, Tensor],
         reads: Sequence[int],
-        channels: str,
+        parts: str,
         progress: Progress | None,
-    ) -> dict[int, Blocks]:
+    ) -> dict[int, Parts]:
         """Products of one entry, all probes."""
         like = next(iter(z.values()))
-        parts: dict[int, tuple[list[Tensor | None], list[Tensor | None]]] = {v: ([], []) for v in reads}
-        for count, found in self._chunks(entry, lin, z, reads, channels):
+        swept: dict[int, tuple[list[Tensor | None], list[Tensor | None]]] = {v: ([], []) for v in reads}
+        for count, found in self._chunks(entry, lin, z, reads, parts):
             for v, pair in found.items():
-                for part, x in zip(parts[v], pair, strict=True):
+                for part, x in zip(swept[v], pair, strict=True):
                     part.append(x if x is None else x.to(like.dtype))
             self.sweeps += count
             if progress is not None:
                 progress(count)
         joined = partial(in_a_row, lin.arena, scale=entry.scale)
-        return {v: Blocks(joined(gn), joined(tensor)) for v, (gn, tensor) in parts.items()}
+        return {v: Parts(joined(gn), joined(tensor)) for v, (gn, tensor) in swept.items()}
 
     def _chunks(
-        self, entry: Entry, lin: Linearization, z: Mapping[int, Tensor], reads: Sequence[int], channels: str
-    ) -> Iterator[tuple[int, dict[int, Parts]]]:
+        self, entry: Entry, lin: Linearization, z: Mapping[int, Tensor], reads: Sequence[int], parts: str
+    ) -> Iterator[tuple[int, dict[int, Pair]]]:
         """(probes, what is read of them), in chunks of equal size that memory has room for."""
         count, done = len(next(iter(z.values()))), 0
         while done < count:
@@ -86,7 +86,7 @@ class Runner:
             stop = done + -(-left // -(-left // self.chunk))
             pieces = {k: x[done:stop] for k, x in z.items()}
             try:
-                found = self._one(entry, lin, pieces, reads, channels)
+                found = self._one(entry, lin, pieces, reads, parts)
             except (MemoryError, RuntimeError) as error:
                 if self.chunk == 1 or not out_of_memory(error):
                     raise
@@ -96,31 +96,31 @@ class Runner:
             done = stop
 
     def _one(
-        self, entry: Entry, lin: Linearization, z: Mapping[int, Tensor], reads: Sequence[int], channels: str
-    ) -> dict[int, Parts]:
+        self, entry: Entry, lin: Linearization, z: Mapping[int, Tensor], reads: Sequence[int], parts: str
+    ) -> dict[int, Pair]:
         """One sweep: per read point, (GN, T)."""
-        graph, how, like = entry.graph, self.meaning.how, next(iter(z.values()))
+        graph, embedding, like = entry.graph, self.meaning.embedding, next(iter(z.values()))
         sites = {k for v in reads for k in entry.points[v].sites}
-        found = sweep(lin, self._seeds(entry, z), sites, channels, reader(graph, how))
-        return {v: read_parts(graph, entry.points[v], found, like, how) for v in reads}
+        found = sweep(lin, self._seeds(entry, z), sites, parts, reader(graph, embedding))
+        return {v: read_parts(graph, entry.points[v], found, like, embedding) for v in reads}
 
     def _seeds(self, entry: Entry, z: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Perturbations of all nodes of the sources; points that share a node are added there."""
         seeds: dict[int, Tensor] = {}
         for k, vectors in z.items():
-            for node, x in seed(entry.graph, entry.points[k], vectors, self.meaning.how).items():
+            for node, x in seed(entry.graph, entry.points[k], vectors, self.meaning.embedding).items():
                 x = x.to(entry.graph.nodes[node].dtype)
                 seeds[node] = seeds[node] + x if node in seeds else x
         return seeds
 
-    def _check_finite(self, requests: Sequence[Request], results: Sequence[dict[int, Blocks]]) -> None:
+    def _check_finite(self, requests: Sequence[Request], results: Sequence[dict[int, Parts]]) -> None:
         """The first products of a linearization tell whether its second derivatives are finite."""
         for request, result in zip(requests, results, strict=True):
-            parts = [(v, x) for v, blocks in result.items() for x in (blocks.gn, blocks.tensor) if x is not None]
+            parts = [(v, x) for v, found in result.items() for x in (found.gn, found.tensor) if x is not None]
             bad = [self.meaning.points[v].name for v, x in parts if not bool(x.sum().isfinite())]
             if bad and all(bool(z.sum().isfinite()) for z in request.z.values()):
                 names = ", ".join(repr(name) for name in dict.fromkeys(bad[:4]))
                 raise NonFiniteError(
-                    f"second derivatives at {names} are not finite: some op of the model bends infinitely at its "
+                    f"second derivatives at {names} are not finite: some op of the model has infinite ones at its "
                     "present values (a root or a power below 2 at 0, say)."
                 )

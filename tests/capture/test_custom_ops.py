@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import dag_hesse as dh
 from dag_hesse.ir import Kind
 from dag_hesse.rules import RULES
-from dag_hesse.rules.diagonal import pointwise
+from dag_hesse.rules.elementwise import smooth
 from tests import device
 from tests.oracle import error
 
@@ -36,10 +36,10 @@ class Cubes(nn.Module):
         return self.last(cube(self.first(x)))
 
 
-@pytest.mark.parametrize("kind", [Kind.OPAQUE, Kind.POINTWISE])
+@pytest.mark.parametrize("kind", [Kind.OPAQUE, Kind.SMOOTH])
 def test_a_custom_op_is_a_node_that_may_have_a_row(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind is Kind.POINTWISE:
-        row = pointwise(lambda c: 3 * c.values[0] ** 2, lambda c: 6 * c.values[0])
+    if kind is Kind.SMOOTH:
+        row = smooth(lambda c: 3 * c.values[0] ** 2, lambda c: 6 * c.values[0])
         monkeypatch.setitem(RULES, NAME, row)
     model = Cubes().double().to(device.NAME)
     batch = torch.randn(5, 3).double().to(device.NAME), torch.tensor([0, 1, 1, 0, 1], device=device.NAME)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import dag_hesse as dh
 from dag_hesse.kernels import arena as arena_module
-from dag_hesse.kernels.arena import FRESH, Pool
+from dag_hesse.kernels.arena import SYSTEM, Pool
 
 LIKE = torch.zeros(1)
 
@@ -50,7 +50,7 @@ def test_results_outlive_the_pool() -> None:
 def test_room_keeps_the_layout_and_knows_where_there_is_none() -> None:
     x = torch.empty(1, 8, 1 << 12, 1 << 8, memory_format=torch.channels_last)
     pool = Pool()
-    assert FRESH.room(x) is None  # PyTorch finds the place
+    assert SYSTEM.room(x) is None  # PyTorch finds the place
     place = pool.room(x, torch.zeros(1, 8, 1, 1), 2.0)
     assert place is not None
     assert (place.shape, place.stride()) == (x.shape, x.stride())

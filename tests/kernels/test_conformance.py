@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dag_hesse.kernels import machine
 from dag_hesse.kernels.arena import Arena
-from dag_hesse.kernels.diagonal import Gate
 from dag_hesse.kernels.dispatch import Implementation, Kernel
+from dag_hesse.kernels.elementwise import Gate
 from tests.oracle import error
 
-FOLDERS = ("batch_affine", "contraction", "convolution", "diagonal", "layout", "program", "rowwise")
+FOLDERS = ("batch_affine", "contraction", "convolution", "elementwise", "layout", "program", "rowwise")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5}
 
 

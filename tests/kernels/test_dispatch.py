@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dag_hesse as dh
-from dag_hesse.kernels.arena import FRESH
+from dag_hesse.kernels.arena import SYSTEM
 from dag_hesse.kernels.batch_affine import sums
 
 PRODUCT = """
@@ -55,7 +55,7 @@ def test_what_cannot_be_forced_is_named(forced: str, message: str) -> None:
 def test_refusals_are_counted_and_shown() -> None:
     g = torch.randn(1, 1, 3, 5, 7).double().movedim(2, -1).contiguous().movedim(-1, 2)
     before = sum(sums.refusals.get("torch", {}).values())
-    sums(FRESH, g, g, torch.zeros(3).double(), torch.ones(3).double(), torch.ones(3).double(), 0.0)
+    sums(SYSTEM, g, g, torch.zeros(3).double(), torch.ones(3).double(), torch.ones(3).double(), 0.0)
     assert sum(sums.refusals["torch"].values()) == before + 1
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
     assert "as if it were contiguous" in str(dh.profile(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1]))))

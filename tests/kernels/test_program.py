@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dag_hesse as dh
 from dag_hesse.kernels import machine
-from dag_hesse.kernels.arena import FRESH, Arena
+from dag_hesse.kernels.arena import SYSTEM, Arena
 from dag_hesse.kernels.program import Builder, Program, Refused, record, reference, run
 from dag_hesse.rules import RULES, chain, special
 from tests.oracle import error
@@ -69,8 +69,8 @@ def test_an_instruction_does_what_its_definition_does(name: str, size: int, dtyp
     if name in ("log", "sqrt"):
         operands = [x.abs() + 0.1 for x in operands]
     like = torch.empty(size, dtype=dtype)
-    exact = reference.run(FRESH, program, [x.double() for x in operands], like.double())[0]
-    assert error(run(FRESH, program, operands, like)[0].double(), exact, 1.0) < TOLERANCE[dtype]
+    exact = reference.run(SYSTEM, program, [x.double() for x in operands], like.double())[0]
+    assert error(run(SYSTEM, program, operands, like)[0].double(), exact, 1.0) < TOLERANCE[dtype]
 
 
 @TYPES
@@ -79,7 +79,7 @@ def test_special_points_are_torchs(name: str, dtype: torch.dtype) -> None:
     program, arity = _one(name, 0.0)
     x = torch.tensor(SPECIAL, dtype=dtype)
     operands = [x, x.flip(0), -x][:arity]
-    found, expected = run(FRESH, program, operands, x)[0], reference.run(FRESH, program, operands, x)[0]
+    found, expected = run(SYSTEM, program, operands, x)[0], reference.run(SYSTEM, program, operands, x)[0]
     torch.testing.assert_close(found, expected, rtol=3e-6, atol=1e-37, equal_nan=True)
 
 
@@ -87,8 +87,8 @@ def test_special_points_are_torchs(name: str, dtype: torch.dtype) -> None:
 def test_functions_are_good_to_some_ulps(name: str) -> None:
     program, _ = _one(name, 0.0)
     x = torch.cat([torch.linspace(-20, 20, 400_001), torch.logspace(-30, 0, 1000), -torch.logspace(-30, 0, 1000)])
-    exact = reference.run(FRESH, program, [x.double()], x.double())[0]
-    off = (run(FRESH, program, [x], x)[0].double() - exact).abs() / exact.abs()
+    exact = reference.run(SYSTEM, program, [x.double()], x.double())[0]
+    off = (run(SYSTEM, program, [x], x)[0].double() - exact).abs() / exact.abs()
     assert off.max() < 4 * 2**-23
 
 
@@ -115,8 +115,8 @@ def test_operands_of_any_layout(
     b = Builder(3)
     total = b.fused(b.operand(0), b.operand(1), b.operand(2))
     program = b.program([b.dense(b.multiply(total, 2.0)), b.dense(total)])
-    found = run(FRESH, program, [like, spread, wide], like)
-    for x, y in zip(found, reference.run(FRESH, program, [like, spread, wide], like), strict=True):
+    found = run(SYSTEM, program, [like, spread, wide], like)
+    for x, y in zip(found, reference.run(SYSTEM, program, [like, spread, wide], like), strict=True):
         assert x.stride() == like.stride()
         torch.testing.assert_close(x, y)
 
@@ -133,8 +133,8 @@ def test_registers_are_reused() -> None:
 
 def test_a_clamp_to_both_sides_is_recorded() -> None:
     x = torch.randn(4, 3)
-    recording = record(lambda x: {"y": torch.nn.functional.hardtanh(x, -0.5, 0.7) * x}, [x], x)
-    torch.testing.assert_close(run(FRESH, recording.program, [x], x)[0], x.clamp(-0.5, 0.7) * x)
+    named = record(lambda x: {"y": torch.nn.functional.hardtanh(x, -0.5, 0.7) * x}, [x], x)
+    torch.testing.assert_close(run(SYSTEM, named.program, [x], x)[0], x.clamp(-0.5, 0.7) * x)
 
 
 def test_what_is_no_elementwise_program_is_refused() -> None:
@@ -186,15 +186,17 @@ def test_partials_of_rules_recorded_and_op_by_op(
     found = []
     for least, one in ((0, call), (1 << 60, exact)):
         monkeypatch.setattr(machine.CPU, "program", least)
-        monkeypatch.setattr(chain, "_RECORDINGS", {})
+        monkeypatch.setattr(chain, "_PROGRAMS", {})
         values = tuple(v.double() if least and v.is_floating_point() else v for v in call.values)
-        known = dict(enumerate([*values, call.out.double() if least else call.out]))
-        collapsed = chain.collapse([(place, one.node)], known, variables)
-        lam = torch.linspace(-1, 2, call.out.numel(), dtype=torch.float64 if least else dtype).reshape(call.out.shape)
-        found.append((collapsed, collapsed.descend(lam, variables)))
+        known = dict(enumerate([*values, call.value.double() if least else call.value]))
+        fused = chain.fuse_members([(place, one.node)], known, variables)
+        lam = torch.linspace(-1, 2, call.value.numel(), dtype=torch.float64 if least else dtype).reshape(
+            call.value.shape
+        )
+        found.append((fused, fused.descend(lam, variables)))
     (recorded, mine), (_, theirs) = found
     plain = name.split(".")[1] in BY_OP
-    if len(variables) == 1 and all(v.is_floating_point() and v.shape == call.out.shape for v in call.values):
+    if len(variables) == 1 and all(v.is_floating_point() and v.shape == call.value.shape for v in call.values):
         assert isinstance(recorded, chain._Recorded) != plain or "pow" in name  # as the exponent may be
     for a, b in ((mine.first, theirs.first), (mine.second, theirs.second), (mine.pulled, theirs.pulled)):
         assert {k for k, v in a.items()} == {k for k, v in b.items()}
@@ -223,14 +225,14 @@ class Activations(torch.nn.Module):
 def test_products_with_programs_are_those_without(space: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, batch = Activations().double(), (torch.randn(5, 8).double(), torch.randn(5, 8).double())
-    products, recordings = [], dict[object, object]()
-    monkeypatch.setattr(chain, "_RECORDINGS", recordings)
+    products, programs = [], dict[object, object]()
+    monkeypatch.setattr(chain, "_PROGRAMS", programs)
     for least in (1 << 60, 0):
         monkeypatch.setattr(machine.CPU, "program", least)
         H = dh.HessianOperator(model, batch, space=space)
         v = torch.randn(H.shape[1], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         products.append(H.parts(v))
-        assert bool(recordings) == (least == 0)
-    assert any(recordings.values())
+        assert bool(programs) == (least == 0)
+    assert any(programs.values())
     for plain, recorded in zip(*products, strict=True):
         torch.testing.assert_close(recorded, plain, rtol=1e-11, atol=1e-13)

@@ -1,6 +1,6 @@
 """Random DAGs against the dense oracle: blocks, their parts, and every claim of the structure stage.
 
-Models with state, writes, draws and branches are held against a copy that runs from the same random state. Where
+Models with state, writes, draws and branches are compared with a copy that runs from the same random state. Where
 autograd itself has no second derivative, there is no oracle, and the model is passed over.
 """
 
@@ -47,9 +47,7 @@ def batch_of(size: int) -> Batch:
     return inputs, targets
 
 
-def agree(
-    found: Tensor, expected: Tensor, scale: float, again: Callable[[], Tensor], limit: float = 1e-10
-) -> bool:
+def agree(found: Tensor, expected: Tensor, scale: float, again: Callable[[], Tensor], limit: float = 1e-10) -> bool:
     """Whether two results differ by ``limit`` times their scale, or by no more than rounding alone moves the oracle.
 
     ``again()`` is the oracle once more, under :class:`~tests.oracle.Rounded` (a softmax that is nearly one-hot leaves
@@ -107,7 +105,7 @@ def check_blocks(recipe: Recipe) -> None:
     require(all(bool(block.isfinite().all()) for block in truth.full.values()))  # the norm of a zero row has no second
     torch.manual_seed(recipe.seed)
     operator = dh.HessianOperator(model, batch, loss=loss, points=points, space="activation")
-    for name, size in zip(operator.names, operator.layout.sizes, strict=True):
+    for name, size in zip(operator.names, operator.form.sizes, strict=True):
         if name in names and size == BATCH * WIDTH:  # where samples mix, the axis of the batch may be lost
             del truth.axes[name]
     size = operator.shape[0]
@@ -130,7 +128,7 @@ def check_blocks(recipe: Recipe) -> None:
 
 
 def _split(operator: dh.HessianOperator, whole: Tensor) -> dict[tuple[str, str], Tensor]:
-    sizes = operator.layout.sizes
+    sizes = operator.form.sizes
     rows = dict(zip(operator.names, whole.split(sizes), strict=True))
     return {(v, w): x for v in rows for w, x in zip(operator.names, rows[v].split(sizes, 1), strict=True)}
 

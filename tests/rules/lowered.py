@@ -1,4 +1,4 @@
-"""An op as its lowering writes it, differentiated twice by the rules alone; and what to hold that against."""
+"""An op as its lowering writes it, differentiated twice by the rules alone; and what to compare that with."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Written:
         found = recipe(op, args, dict(kwargs or {}))
         assert found is not None, f"{op} stays as it is"
         self.places: list[int] = []
-        for call in found.calls:
-            self.places.append(self._add(call))
+        for one in found.ops:
+            self.places.append(self._add(one))
         self.root = self._place(found.results[output])
 
     def _place(self, x: Any) -> int:
@@ -56,7 +56,7 @@ class Written:
         self.on.append(False)
         return len(self.values) - 1
 
-    def _add(self, call: Any) -> int:
+    def _add(self, one: Any) -> int:
         inputs: list[int] = []
 
         def place(arg: Any) -> Any:
@@ -67,14 +67,14 @@ class Written:
                 return [place(x) for x in arg]
             return arg
 
-        args, kwargs = tuple(place(x) for x in call.args), {k: place(x) for k, x in call.kwargs.items()}
-        values, op = tuple(self.values[k] for k in inputs), str(call.op)
+        args, kwargs = tuple(place(x) for x in one.args), {k: place(x) for k, x in one.kwargs.items()}
+        values, op = tuple(self.values[k] for k in inputs), str(one.op)
         on = tuple(self.on[k] and values[slot].is_floating_point() for slot, k in enumerate(inputs))
         kind = RULES[op].kind if op in RULES else Kind.OPAQUE
-        node = Node(0, op, call.op, args, kwargs, tuple(inputs), call.like.shape, call.like.dtype, kind, call.output)
+        node = Node(0, op, one.op, args, kwargs, tuple(inputs), one.like.shape, one.like.dtype, kind, one.output)
         with torch.no_grad():
             out = execute(node, values)
-        assert tuple(out.shape) == tuple(call.like.shape), f"{op} gives {tuple(out.shape)}, was {call.like.shape}"
+        assert tuple(out.shape) == tuple(one.like.shape), f"{op} gives {tuple(out.shape)}, was {one.like.shape}"
         if not (any(on) and out.is_floating_point() and self._differentiable(node, values, on)):
             node.kind = Kind.CONST
         self.values.append(out)
@@ -110,18 +110,18 @@ class Written:
         for place, node in reversed(self.nodes):
             mine, slots = adjoints.get(place), self._slots(node)
             self._pass(node, self.lin[place].bind(mine, () if mine is None else slots, {}), adjoints)
-        saved: dict[int, Any] = {}
+        residuals: dict[int, Any] = {}
         for place, node in self.nodes:
             given = {s: tangents[node.inputs[s]] for s in self._slots(node)}
-            moved, saved[place] = self.lin[place].push(given, True, self._slots(node))
+            moved, residuals[place] = self.lin[place].push(given, True, self._slots(node))
             assert moved is not None
             tangents[place] = moved
-        bent: dict[int, Tensor] = {}
+        second: dict[int, Tensor] = {}
         for place, node in reversed(self.nodes):
-            if place in bent or saved[place] is not None:
-                found = self.lin[place].pull(bent.get(place), saved[place], ALL, self._slots(node), {})
-                self._pass(node, found, bent)
-        return self._flat(adjoints, 1)[0], self._flat(bent, sum(sizes))
+            if place in second or residuals[place] is not None:
+                found = self.lin[place].pull(second.get(place), residuals[place], ALL, self._slots(node), {})
+                self._pass(node, found, second)
+        return self._flat(adjoints, 1)[0], self._flat(second, sum(sizes))
 
     def _pass(self, node: Node, found: Mapping[int, Tensor], into: dict[int, Tensor]) -> None:
         for slot, x in found.items():

@@ -12,22 +12,22 @@ from dag_hesse.rules.base import ALL
 
 def jvp(lin: Linearized, tangents: Mapping[int, Tensor]) -> Tensor:
     """Σ_i D_i ẋ_i."""
-    moved, saved = lin.push(tangents, True, ())
+    moved, residual = lin.push(tangents, True, ())
     assert moved is not None
-    assert saved is None  # nobody asked for it
+    assert residual is None  # nobody asked for it
     return moved
 
 
-def vjp(lin: Linearized, grad: Tensor, slot: int) -> Tensor:
+def vjp(lin: Linearized, abar: Tensor, slot: int) -> Tensor:
     """D_slotᵀ ā."""
-    return lin.pull(grad, None, ALL, [slot], {})[slot]
+    return lin.pull(abar, None, ALL, [slot], {})[slot]
 
 
 def second(lin: Linearized, tangents: Mapping[int, Tensor], slot: int) -> Tensor | None:
     """Σ_j (T[slot, j]·λ) ẋ_j, with the λ that was bound; None where the call knows it to be zero."""
-    moved, saved = lin.push(tangents, False, [slot])
+    moved, residual = lin.push(tangents, False, [slot])
     assert moved is None
-    return None if saved is None else lin.pull(None, saved, ALL, [slot], {}).get(slot)
+    return None if residual is None else lin.pull(None, residual, ALL, [slot], {}).get(slot)
 
 
 def bind(lin: Linearized, lam: Tensor, slots: Sequence[int] = ()) -> dict[int, Tensor]:

@@ -90,7 +90,7 @@ def _convolutions() -> list[Sample]:
         one((1, 2, 3, 4, 3), (2, 2, 2, 2, 2), True, [1, 1, 1], [0, 1, 0], [1, 1, 1], False, [0, 0, 0], 1),
         one((2, 4, 3, 3), (4, 3, 3, 3), True, [2, 2], [1, 1], [1, 1], True, [1, 1], 2),
         one((2, 3, 4), (3, 2, 2), False, [2], [0], [1], True, [0], 1),
-        # taps that only read padding: 3 × 3 on one pixel (a matrix product), the same with few channels, a stride of 2
+        # kernel taps that only read padding: 3 × 3 on one pixel (a matrix product), the same with few image channels, a stride of 2
         one((2, 3, 1, 1), (5, 3, 3, 3), True, [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
         one((3, 3, 1, 1), (2, 3, 3, 3), True, [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
         one((2, 3, 2, 2), (5, 3, 3, 3), False, [2, 2], [1, 1], [1, 1], False, [0, 0], 1),

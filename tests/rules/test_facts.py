@@ -29,7 +29,7 @@ def lies_in(x: Tensor, y: Tensor) -> bool:
 def test_movement_of_elements(name: str, sample: Sample) -> None:
     torch.manual_seed(0)
     call, moves = make_call(name, sample), RULES[name].moves
-    x, out = call.values[0], call.out
+    x, out = call.values[0], call.value
     if name not in OURS and name.startswith("aten."):
         views = lies_in(execute(call.node, call.values), x) and x.numel() > 0
         said = Moves.VIEW in moves or name == "aten.alias.default"  # a copy here, as its user may write to it
@@ -97,7 +97,7 @@ def test_slices_that_are_said_to_depend_on_a_sample_depend_on_no_other(name: str
         for b in range(call.shape()[axis]):
             x = call.values[0].clone()
             x.select(axis, b).mul_(0.97).add_(0.003)
-            moved = (execute(call.node, [x, *call.values[1:]]) != call.out).nonzero()
+            moved = (execute(call.node, [x, *call.values[1:]]) != call.value).nonzero()
             if state.batch_axis is None:
                 assert b == state.one or not len(moved), f"{name}, axis {axis}: all is said to be of sample {state.one}"
                 continue
@@ -125,7 +125,7 @@ def test_a_constant_along_an_axis_makes_no_difference(name: str, sample: Sample)
     torch.manual_seed(2)
     call, position = make_call(name, sample), RULES[name].shifted
     assert position is not None
-    assert error(_shifted(call, position), call.out, 1e-3) < 1e-12
+    assert error(_shifted(call, position), call.value, 1e-3) < 1e-12
 
 
 def test_every_way_of_the_batch_axis_is_followed() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dag_hesse.ir import Kind, Node
 from dag_hesse.rules import RULES, Call
-from dag_hesse.rules.footprint import OUT, footprint, tensors
+from dag_hesse.rules.footprint import OWN, footprint, tensors
 from dag_hesse.rules.table import pairs_of
 from tests import device
 from tests.rules.samples import Sample
@@ -46,22 +46,22 @@ def test_what_a_rule_keeps(name: str, sample: Sample) -> None:
     curved = bool(pairs_of(call.node))
     predicted = footprint(call.node, [leaf(x) for x in call.values], call.active, curved)
     if by_values(call):  # then all that it could keep is predicted
-        assert predicted.values.slots == {slot for slot, on in enumerate(call.active) if on} | {OUT}
+        assert predicted.values.slots == {slot for slot, on in enumerate(call.active) if on} | {OWN}
         return
     lin = RULES[name].linearize(call)
     slots = [slot for slot, on in enumerate(call.active) if on]
-    named = {place(x): slot for slot, x in enumerate(call.values)} | {place(call.out): OUT}
+    named = {place(x): slot for slot, x in enumerate(call.values)} | {place(call.value): OWN}
     assert split(held(lin), named) == (set(predicted.values.slots), predicted.values.bytes)
-    lam = torch.randn_like(call.out).unsqueeze(0)
+    lam = torch.randn_like(call.value).unsqueeze(0)
     pulled = lin.bind(lam, slots, {})
-    theirs = {place(x): slot for slot, x in pulled.items()} | {place(lam): OUT}
+    theirs = {place(x): slot for slot, x in pulled.items()} | {place(lam): OWN}
     after = held(lin)
     assert split(after, theirs)[0] == set(predicted.adjoints)
     own = {k: size for k, size in after.items() if k not in theirs or k in named}
     assert split(own, named) == (set(predicted.bound.slots), predicted.bound.bytes)
     tangents = {slot: torch.randn(1, *call.shape(slot), dtype=torch.float64, device=device.NAME) for slot in slots}
-    moved, saved = lin.push(tangents, True, slots)
+    moved, residual = lin.push(tangents, True, slots)
     assert moved is not None
     given = {place(x): slot for slot, x in tangents.items()}
-    given.setdefault(place(moved), OUT)
-    assert split(held(saved), given) == (set(predicted.residual.slots), predicted.residual.bytes)
+    given.setdefault(place(moved), OWN)
+    assert split(held(residual), given) == (set(predicted.residual.slots), predicted.residual.bytes)

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Row:
-    """``truth``: what the Hessian is held against. ``formula``: the op in plain torch, where it has no derivative."""
+    """``truth``: what the Hessian is compared with. ``formula``: the op in plain torch, where it has no derivative."""
 
     op: Any
     make: Callable[[], tuple[Any, ...]]
@@ -349,22 +349,22 @@ def test_value_and_derivatives(row: Row) -> None:
     run = row.formula or of_op(row.op, args, row.options, row.output)
     assert error(written.value, run(values), 1e-3) < 1e-13
     lam = torch.randn_like(written.value)
-    slope, bend = written.derivatives(lam)
+    slope, hessian = written.derivatives(lam)
     if logits:
-        slope, bend = _through_log_softmax(values[0], slope[0] if slope.ndim > 1 else slope, bend)
+        slope, hessian = _through_log_softmax(values[0], slope[0] if slope.ndim > 1 else slope, hessian)
     assert error(slope, gradient(run, values, written.active, lam), 1e-3) < 1e-10
-    assert error(bend, bend.mT, 1e-3) < 1e-12
+    assert error(hessian, hessian.mT, 1e-3) < 1e-12
     if "double" in row.truth and not logits:
-        assert error(bend, by_double_backward(run, values, written.active, lam), 1e-3) < 1e-9
+        assert error(hessian, by_double_backward(run, values, written.active, lam), 1e-3) < 1e-9
     if "differences" in row.truth:
-        assert error(bend, by_differences(run, values, written.active, lam), 1e-3) < 1e-7
+        assert error(hessian, by_differences(run, values, written.active, lam), 1e-3) < 1e-7
 
 
-def _through_log_softmax(x: Tensor, slope: Tensor, bend: Tensor) -> tuple[Tensor, Tensor]:
+def _through_log_softmax(x: Tensor, slope: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     """Derivatives in logits from those in log-probabilities."""
     turn = torch.autograd.functional.jacobian(lambda x: torch.log_softmax(x, -1), x).reshape(x.numel(), x.numel())
     own = torch.autograd.functional.hessian(lambda x: (torch.log_softmax(x, -1).reshape(-1) * slope).sum(), x)
-    return turn.T @ slope, turn.T @ bend @ turn + own.reshape(x.numel(), x.numel())
+    return turn.T @ slope, turn.T @ hessian @ turn + own.reshape(x.numel(), x.numel())
 
 
 def test_every_lowering_that_is_new_has_a_row() -> None:
@@ -384,13 +384,13 @@ def test_binary_cross_entropy_where_the_probability_is_saturated(target: float, 
     p = torch.tensor([0.0, 1.0, 0.5], dtype=dtype)
     t = torch.full_like(p, target)
     written = Written(aten.binary_cross_entropy.default, (p, t, None, 0), active=(0,))
-    slope, bend = written.derivatives(torch.ones_like(p))
+    slope, hessian = written.derivatives(torch.ones_like(p))
     run = of_op(aten.binary_cross_entropy.default, (p, t, None, 0))
     assert error(written.value, run([p, t])) < 1e-6
     assert error(slope, gradient(run, [p, t], [0], torch.ones_like(p))) < 1e-6
-    assert bool(bend.isfinite().all())  # so what σ' = 0 is multiplied with is a number
+    assert bool(hessian.isfinite().all())  # so what σ' = 0 is multiplied with is a number
     truth = t / p**2 + (1 - t) / (1 - p) ** 2
-    assert error(bend.diagonal()[truth.isfinite()], truth[truth.isfinite()]) < 1e-6
+    assert error(hessian.diagonal()[truth.isfinite()], truth[truth.isfinite()]) < 1e-6
 
 
 ZEROS: list[tuple[Any, tuple[Any, ...], Tensor]] = [  # op, arguments, true Hessian of the sum
@@ -410,10 +410,10 @@ ZEROS: list[tuple[Any, tuple[Any, ...], Tensor]] = [  # op, arguments, true Hess
 def test_second_derivatives_at_special_points(op: Any, args: tuple[Any, ...], truth: Tensor) -> None:
     wide = tuple(x.double() if isinstance(x, Tensor) else x for x in args)
     written = Written(op, wide, active=None if len(truth) > 3 or "backward" in str(op) else (0,))
-    slope, bend = written.derivatives(torch.ones_like(written.value))
+    slope, hessian = written.derivatives(torch.ones_like(written.value))
     size = len(truth)
     assert bool(slope.isfinite().all())
-    assert error(bend[:size, :size], truth, 1.0) < 1e-12
+    assert error(hessian[:size, :size], truth, 1.0) < 1e-12
 
 
 @pytest.mark.parametrize("fill", ["zeros", "eye", "rank one", "repeated"])
@@ -435,8 +435,8 @@ def test_determinants_at_singular_matrices_and_equal_singular_values(fill: str) 
     lam = torch.tensor(0.7, dtype=torch.float64, device=device.NAME)
     bind(lin, lam)
     every = torch.eye(n, dtype=torch.float64, device=device.NAME).reshape(n, *a.shape)
-    bent = second(lin, {0: every}, 0)
-    assert bent is not None
+    term = second(lin, {0: every}, 0)
+    assert term is not None
 
     def cofactors(x: Tensor) -> Tensor:
         """The gradient of a determinant, from minors."""
@@ -452,7 +452,7 @@ def test_determinants_at_singular_matrices_and_equal_singular_values(fill: str) 
     assert error(vjp(lin, lam.reshape(1), 0)[0], 0.7 * cofactors(a), 1.0) < 1e-12
     for k in range(n):
         ends = [cofactors(a + sign * 1e-4 * every[k]) for sign in (1, -1)]
-        assert error(bent[k], 0.7 * (ends[0] - ends[1]) / 2e-4, 1e-3) < 1e-8
+        assert error(term[k], 0.7 * (ends[0] - ends[1]) / 2e-4, 1e-3) < 1e-8
 
 
 def test_the_diagonal_is_filled() -> None:
@@ -461,9 +461,9 @@ def test_the_diagonal_is_filled() -> None:
         written = Written(aten.fill_diagonal_.default, (x, 1.5, wrap))
         assert torch.equal(written.value, x.clone().fill_diagonal_(1.5, wrap))
         kept = (x.clone().fill_diagonal_(torch.nan, wrap)).isfinite().double()
-        slope, bend = written.derivatives(torch.ones_like(x))
+        slope, hessian = written.derivatives(torch.ones_like(x))
         assert torch.equal(slope, kept.reshape(-1))
-        assert not bool(bend.any())
+        assert not bool(hessian.any())
 
 
 def test_packed_sequences_know_their_sizes() -> None:

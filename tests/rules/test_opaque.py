@@ -165,31 +165,31 @@ def test_products_are_those_of_the_ops_own_backward(name: str) -> None:
     tangents = {
         slot: torch.randn(2, *call.shape(slot), dtype=call.values[slot].dtype, device=device.NAME) for slot in slots
     }
-    cotangents, lam = (
-        torch.randn(2, *call.out.shape, dtype=call.out.dtype, device=device.NAME),
-        torch.randn_like(call.out),
+    adjoints, lam = (
+        torch.randn(2, *call.value.shape, dtype=call.value.dtype, device=device.NAME),
+        torch.randn_like(call.value),
     )
     pushed, zero = jvp(lin, tangents), {slot: torch.zeros_like(call.values[slot]) for slot in slots}
-    assert pushed.shape == (2, *call.out.shape)
-    assert pushed.dtype == call.out.dtype
-    for g, row in zip(cotangents, pushed, strict=True):
+    assert pushed.shape == (2, *call.value.shape)
+    assert pushed.dtype == call.value.dtype
+    for g, row in zip(adjoints, pushed, strict=True):
         expected = pullback(call, g, zero)
-        k = int(torch.equal(g, cotangents[1]))
+        k = int(torch.equal(g, adjoints[1]))
         total = sum(inner(expected[slot], tangents[slot][k]) for slot in slots)
         assert abs(total - inner(row, g)) < 1e-10 * (1 + abs(total))
         for slot in slots:
-            assert error(real(vjp(lin, cotangents, slot)[k]), real(expected[slot]), 1e-3) < 1e-12
+            assert error(real(vjp(lin, adjoints, slot)[k]), real(expected[slot]), 1e-3) < 1e-12
     bind(lin, lam)
-    pulled = lin.pull(cotangents, lin.push(tangents, False, slots)[1], ALL, slots, {})
+    pulled = lin.pull(adjoints, lin.push(tangents, False, slots)[1], ALL, slots, {})
     for k in range(2):
         step = {slot: 1e-5 * tangents[slot][k] for slot in slots}
         ahead, back = pullback(call, lam, step), pullback(call, lam, {slot: -x for slot, x in step.items()})
         for slot in slots:
-            expected_bend = real(ahead[slot] - back[slot]) / 2e-5
+            expected_term = real(ahead[slot] - back[slot]) / 2e-5
             term = second(lin, tangents, slot)
             assert term is not None
-            assert error(real(term[k]), expected_bend, 1.0) < 1e-7
-            both = real(vjp(lin, cotangents, slot)[k] + term[k])
+            assert error(real(term[k]), expected_term, 1.0) < 1e-7
+            both = real(vjp(lin, adjoints, slot)[k] + term[k])
             assert error(real(pulled[slot][k]), both, 1e-3) < 1e-12
 
 
@@ -246,7 +246,7 @@ def test_ops_that_read_one_triangle_are_no_faults(op: Any) -> None:
     assert second_order_fault(call_of(op, x @ x.mT + torch.eye(3).to(x), output=0)) is None
 
 
-def test_differences_that_a_near_pole_bends_are_no_faults() -> None:
+def test_differences_that_a_near_pole_spoils_are_no_faults() -> None:
     x = torch.tensor([1.0, 1.0, 1e-4], dtype=F64)
     assert second_order_fault(call_of(lambda x: 1 / x, x)) is None
 
@@ -275,7 +275,7 @@ def test_nothing_runs_twice_and_no_random_number_is_drawn() -> None:
     g, x, state = normal(2, 3), normal(2, 3), torch.get_rng_state()
     lin, _ = linearized(call)
     ran = runs - before
-    bind(lin, torch.ones_like(call.out))
+    bind(lin, torch.ones_like(call.value))
     for _ in range(3):
         lin.pull(g, lin.push({0: x}, True, [0])[1], ALL, [0], {})
     assert ran <= 2  # one for the tape, one to see whether there is a forward mode

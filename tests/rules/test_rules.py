@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from dag_hesse.ir.node import Node, Ref, execute
 from dag_hesse.kernels import batch_affine, machine
-from dag_hesse.kernels.arena import FRESH
+from dag_hesse.kernels.arena import SYSTEM
 from dag_hesse.rules import RULES, Call, rowwise
 from dag_hesse.rules.base import ALL, as_it_is
 from tests import device
@@ -111,7 +111,7 @@ def test_an_op_evaluated_in_another_layout_is_the_same(name: str, sample: Sample
     call = make_call(name, sample)
     turned = call.values[0].mT.contiguous().mT if call.values[0].ndim > 1 else call.values[0]
     for first in (call.values[0], turned):
-        found = RULES[name].run(call.node, [first, *call.values[1:]], FRESH)
+        found = RULES[name].run(call.node, [first, *call.values[1:]], SYSTEM)
         assert error(found, execute(call.node, [first, *call.values[1:]]), 1e-3) < 1e-12
 
 
@@ -122,7 +122,7 @@ def test_a_convolution_rounds_as_the_model_does(sample: Sample) -> None:
     call = make_call("aten.convolution.default", sample, torch.float32)
     x, *rest = call.values
     laid = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and not x.is_cuda else x
-    assert torch.equal(RULES["aten.convolution.default"].run(call.node, [laid, *rest], FRESH), call.out)
+    assert torch.equal(RULES["aten.convolution.default"].run(call.node, [laid, *rest], SYSTEM), call.value)
 
 
 @pytest.mark.parametrize("name, sample", ROWS)
@@ -134,7 +134,7 @@ def test_products(name: str, sample: Sample, dtype: torch.dtype) -> None:
     lin = RULES[name].linearize(call)
     tangents = {slot: torch.randn(PROBES, *call.shape(slot), dtype=dtype, device=device.NAME) for slot in _slots(call)}
     pushed = jvp(lin, tangents)
-    assert pushed.shape == (PROBES, *call.out.shape)
+    assert pushed.shape == (PROBES, *call.value.shape)
     assert pushed.dtype == dtype
     if dtype is torch.float64 and sample.differences:
         for k in range(PROBES):  # jvp by central differences
@@ -143,20 +143,20 @@ def test_products(name: str, sample: Sample, dtype: torch.dtype) -> None:
             back = _run(call, {slot: call.values[slot] - d for slot, d in step.items()})
             bound = LOOSE_FORWARD.get(name, 2e-8) if device.NAME.startswith("cuda") else 2e-8
             assert error(pushed[k], (ahead - back) / 2e-5, 1e-3) < bound
-    cotangent = torch.randn(PROBES, *call.out.shape, dtype=dtype, device=device.NAME)
-    pulled = {slot: vjp(lin, cotangent, slot) for slot in tangents}
-    inner = sum((pulled[slot] * tangents[slot]).sum() for slot in tangents)  # ⟨Dᵀḡ, ẋ⟩ = ⟨ḡ, Dẋ⟩
-    scale = float(cotangent.norm() * pushed.norm())
-    assert abs(float(inner - (cotangent * pushed).sum())) <= tolerance * max(scale, 1.0)
+    abar = torch.randn(PROBES, *call.value.shape, dtype=dtype, device=device.NAME)
+    pulled = {slot: vjp(lin, abar, slot) for slot in tangents}
+    inner = sum((pulled[slot] * tangents[slot]).sum() for slot in tangents)  # ⟨Dᵀā, ẋ⟩ = ⟨ā, Dẋ⟩
+    scale = float(abar.norm() * pushed.norm())
+    assert abs(float(inner - (abar * pushed).sum())) <= tolerance * max(scale, 1.0)
     for slot, value in pulled.items():
         assert value.shape == tangents[slot].shape
         before, buffer = torch.ones_like(value), torch.ones_like(value)
-        found = lin.pull(cotangent, None, ALL, [slot], {slot: buffer})[slot]
+        found = lin.pull(abar, None, ALL, [slot], {slot: buffer})[slot]
         if found is buffer:
             assert error(buffer - before, value, 1e-3) < tolerance
         else:
             assert torch.equal(buffer, before)
-    together = lin.pull(cotangent, None, ALL, list(tangents), {})
+    together = lin.pull(abar, None, ALL, list(tangents), {})
     assert all(error(together[slot], value, 1e-3) < tolerance for slot, value in pulled.items())
     # one slot at a time is what a graph with other inputs constant does
     alone = sum(jvp(lin, {slot: tangent}) for slot, tangent in tangents.items())
@@ -171,29 +171,29 @@ def test_second_order(name: str, sample: Sample, share: bool) -> None:
     rule = RULES[name]
     lin, slots = rule.linearize(call), _slots(call)
     pairs = {pair for pair in rule.pairs(call.node) if set(pair) <= set(slots)}
-    lam = torch.randn_like(call.out)
+    lam = torch.randn_like(call.value)
     bind(lin, lam, slots if share else ())
     full = {slot: torch.randn(PROBES, *call.shape(slot), dtype=torch.float64, device=device.NAME) for slot in slots}
     for given in [full, *({slot: full[slot]} for slot in slots)]:
         for k in range(PROBES):
             rest = {slot: torch.zeros_like(call.values[slot]) for slot in slots}
-            pulled, bent = _autograd(call, lam, {**rest, **{slot: t[k] for slot, t in given.items()}})
+            pulled, terms = _autograd(call, lam, {**rest, **{slot: t[k] for slot, t in given.items()}})
             for slot in slots:
                 assert error(vjp(lin, lam.unsqueeze(0), slot)[0], pulled[slot], 1e-3) < LOOSE.get(name, 1e-10)
                 found = second(lin, given, slot)
                 zero = torch.zeros_like(call.values[slot])
-                assert error(zero if found is None else found[k], bent[slot], 1e-3) < 1e-9
+                assert error(zero if found is None else found[k], terms[slot], 1e-3) < 1e-9
                 if not any((slot, other) in pairs for other in given):
                     assert found is None  # structure says so, and nobody computes it
         # a pull adds both terms, for all probes or for some rows of them
         for count, rows in ((1, slice(None)), (PROBES, slice(None)), (PROBES, slice(1, None))):
             near = {slot: t[: len(range(count)[rows])] for slot, t in given.items()}
-            cotangent = torch.randn(count, *call.out.shape, dtype=torch.float64, device=device.NAME)
-            joined = lin.pull(cotangent, lin.push(near, True, slots)[1], rows, slots, {})
+            abar = torch.randn(count, *call.value.shape, dtype=torch.float64, device=device.NAME)
+            joined = lin.pull(abar, lin.push(near, True, slots)[1], rows, slots, {})
             for slot in slots:
-                expected, bend = vjp(lin, cotangent, slot).clone(), second(lin, near, slot)
-                if bend is not None:
-                    expected[rows] += bend
+                expected, term = vjp(lin, abar, slot).clone(), second(lin, near, slot)
+                if term is not None:
+                    expected[rows] += term
                 assert error(joined[slot], expected, 1e-3) < 1e-10
                 place = joined[slot].untyped_storage().data_ptr()
                 assert all(x.untyped_storage().data_ptr() != place for x in near.values())
@@ -220,12 +220,12 @@ def test_sweeps_look_at_no_values(name: str, sample: Sample) -> None:
     torch.manual_seed(4)
     call = make_call(name, sample)
     lin, slots = RULES[name].linearize(call), _slots(call)
-    bind(lin, torch.randn_like(call.out), slots)
+    bind(lin, torch.randn_like(call.value), slots)
     tangents = {slot: torch.randn(PROBES, *call.shape(slot), dtype=torch.float64, device=device.NAME) for slot in slots}
-    grad = torch.randn(PROBES, *call.out.shape, dtype=torch.float64, device=device.NAME)
+    abar = torch.randn(PROBES, *call.value.shape, dtype=torch.float64, device=device.NAME)
     with NoLooking():
-        saved = lin.push(tangents, True, slots)[1]
-        lin.pull(grad, saved, ALL, slots, {})
+        residual = lin.push(tangents, True, slots)[1]
+        lin.pull(abar, residual, ALL, slots, {})
 
 
 SPECIAL = [
@@ -241,12 +241,12 @@ def test_conventions_at_kinks_are_those_of_autograd(name: str, sample: Sample, p
     torch.manual_seed(2)
     call = make_call(name, sample, special=point)
     lin, slots = RULES[name].linearize(call), _slots(call)
-    lam = torch.randn_like(call.out)
+    lam = torch.randn_like(call.value)
     bind(lin, lam)
     tangents = {slot: torch.randn_like(call.values[slot]) for slot in slots}
-    pulled, bent = _autograd(call, lam, tangents)
+    pulled, terms = _autograd(call, lam, tangents)
     for slot in slots:
-        for order, expected in enumerate((pulled[slot], bent[slot])):
+        for order, expected in enumerate((pulled[slot], terms[slot])):
             found = vjp(lin, lam.unsqueeze(0), slot)
             if order:
                 term = second(lin, {k: t.unsqueeze(0) for k, t in tangents.items()}, slot)
@@ -270,7 +270,7 @@ def test_a_safe_softmax_is_zero_in_rows_of_minus_infinity() -> None:
     name = "aten._safe_softmax.default"
     node = make_call(name, SAMPLES[name][0]).node
     for rows in (x, x[:1]):
-        assert torch.equal(RULES[name].run(node, [rows], FRESH), torch.ops.aten._safe_softmax(rows, -1))
+        assert torch.equal(RULES[name].run(node, [rows], SYSTEM), torch.ops.aten._safe_softmax(rows, -1))
 
 
 @pytest.mark.parametrize("samples", [1, 2])
@@ -285,10 +285,10 @@ def test_sums_of_batch_norm_in_any_memory_layout(
     name = "dag_hesse.batch_affine.default"
     sample = Sample(lambda: (normal(samples, *shape), normal(3), normal(3), normal(3), positive(3), 1e-3), fixed=(3, 4))
     call = make_call(name, sample)
-    g = torch.randn_like(call.out)
+    g = torch.randn_like(call.value)
 
     def scale_slope(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        lin = RULES[name].linearize(Call(call.node, (x, *call.values[1:]), call.out, call.active))
+        lin = RULES[name].linearize(Call(call.node, (x, *call.values[1:]), call.value, call.active))
         return vjp(lin, g[None], 1)[0], vjp(lin, g[None], 2)[0]
 
     over = [0, *range(2, g.ndim)]

@@ -1,4 +1,4 @@
-"""Sums of BatchNorm by given statistics, per channel."""
+"""Sums of BatchNorm by given statistics, per image channel."""
 
 from dag_hesse.kernels.batch_affine import reference, torch
 from dag_hesse.kernels.dispatch import Implementation, Kernel

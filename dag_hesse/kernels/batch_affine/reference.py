@@ -9,7 +9,7 @@ from dag_hesse.kernels.arena import Arena
 
 
 def sums(arena: Arena, g: Tensor, x: Tensor, mean: Tensor, r: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(Σ g (x − mean) r, Σ g) per channel, (rows, channels): sums over all axes but the rows and the channels.
+    """(Σ g (x − mean) r, Σ g) per image channel, (rows, channels): sums over all axes but these two.
 
     g and x are (rows, batch, channels, …), one of them perhaps with a single row for all; r = (var + eps)^-½.
     """

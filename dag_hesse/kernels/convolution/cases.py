@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dag_hesse.kernels.convolution import forward, geometry, input_adjoint, weight_adjoint
+from dag_hesse.kernels.convolution import forward, geometry, input_transpose, weight_transpose
 
 # input, weight, (stride, padding, dilation, transposed, output padding, groups)
 _CALLS: tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], ...] = (
     ((2, 3, 5, 6), (4, 3, 3, 3), ([1], [1], [1], False, [0], 1)),
     ((1, 4, 7, 5), (8, 4, 1, 1), ([2], [0], [1], False, [0], 1)),
     ((2, 4, 2, 2), (64, 4, 3, 3), ([1], [1], [1], False, [0], 1)),  # a large weight: by patches
-    ((2, 4, 1, 1), (16, 4, 3, 3), ([1], [1], [1], False, [0], 1)),  # one tap meets the input
+    ((2, 4, 1, 1), (16, 4, 3, 3), ([1], [1], [1], False, [0], 1)),  # one kernel tap meets the input
     ((2, 4, 6, 6), (6, 2, 3, 3), ([1], [0], [2], False, [0], 2)),
     ((2, 6, 6, 6), (6, 1, 3, 3), ([1], [1], [1], False, [0], 6)),
     ((2, 4, 3, 3), (4, 3, 2, 2), ([2], [0], [1], True, [1], 1)),
@@ -41,7 +41,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
                 yield forward, (geo, left, b, None)
             yield forward, (geo, a, b, normal(rows, y))
             for into in (None, normal(rows, x)):
-                yield input_adjoint, (geo, g, b, into)
+                yield input_transpose, (geo, g, b, into)
             for terms in ([(g, normal(q, x))], [(g, normal(q, x)), (normal(q, y), a)]):
                 for into in (None, normal(rows, w)):
-                    yield weight_adjoint, (geo, terms, into)
+                    yield weight_transpose, (geo, terms, into)

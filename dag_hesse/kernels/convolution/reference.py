@@ -21,13 +21,13 @@ def _rows(*operands: Tensor) -> zip[tuple[Tensor, ...]]:
 def forward(arena: Arena, geo: Geometry, x: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
     """The convolution of x (rows, batch, C, *S) by w (rows, O, C/groups, *K), added to ``into`` where that is given.
 
-    An operand that all rows share has one; the weight may be cut to the taps that meet the input.
+    An operand that all rows share has one; the weight may be cropped to the kernel taps that meet the input.
     """
     found = [aten.convolution(a, b, None, *geo.arguments) for a, b in _rows(x, crop(geo, w))]
     return added(torch.stack(found), into)
 
 
-def input_adjoint(arena: Arena, geo: Geometry, g: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
+def input_transpose(arena: Arena, geo: Geometry, g: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
     """What comes of g (rows, batch, O, *S') at the input."""
     found = []
     for a, b in _rows(g, crop(geo, w)):
@@ -36,8 +36,10 @@ def input_adjoint(arena: Arena, geo: Geometry, g: Tensor, w: Tensor, into: Tenso
     return added(torch.stack(found), into)
 
 
-def weight_adjoint(arena: Arena, geo: Geometry, terms: Sequence[tuple[Tensor, Tensor]], into: Tensor | None) -> Tensor:
-    """Σ over ``terms`` (g, x) of what comes of g at the weight, zero where a tap meets no input."""
+def weight_transpose(
+    arena: Arena, geo: Geometry, terms: Sequence[tuple[Tensor, Tensor]], into: Tensor | None
+) -> Tensor:
+    """Σ over ``terms`` (g, x) of what comes of g at the weight, zero where a kernel tap meets no input."""
     for g, x in terms:
         rows = []
         for a, b in _rows(g, x):

@@ -21,8 +21,8 @@ CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 class Geometry:
     """A convolution's sizes: input (batch, C, *S), weight (O, C/groups, *K), output (batch, O, *S').
 
-    ``taps`` is, per spatial axis, the part of the kernel that meets the input; ``padding`` is what is left of the
-    padding once the other taps are gone.
+    ``kernel_taps`` is, per spatial axis, the part of the kernel that meets the input; ``padding`` is what is left of
+    the padding once the others are gone.
     """
 
     batch: int
@@ -30,7 +30,7 @@ class Geometry:
     side: tuple[int, ...]
     weight: tuple[int, ...]
     out: tuple[int, ...]
-    taps: tuple[slice, ...]
+    kernel_taps: tuple[slice, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -41,12 +41,12 @@ class Geometry:
     @property
     def kernel(self) -> tuple[int, ...]:
         """Sizes of the part of the kernel that meets the input."""
-        return tuple(tap.stop - tap.start for tap in self.taps)
+        return tuple(tap.stop - tap.start for tap in self.kernel_taps)
 
     @property
     def live(self) -> Any:
         """Index of that part in (…, *K)."""
-        return (..., *self.taps)
+        return (..., *self.kernel_taps)
 
     @property
     def plain(self) -> bool:
@@ -90,7 +90,7 @@ class Geometry:
 
     @property
     def strided(self) -> Any:
-        """Index of the positions that a kernel of one tap reads, in (…, *S)."""
+        """Index of the positions that a weight of one kernel tap reads, in (…, *S)."""
         return (..., *(slice(None, None, s) for s in self.stride))
 
     @property
@@ -101,7 +101,7 @@ class Geometry:
 
 
 def _live(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[slice, int]:
-    """The taps that some output reads the input through, and the padding in front of the first of them."""
+    """The kernel taps that some output reads the input through, and the padding in front of the first of them."""
     reads = [any(0 <= o * stride - padding + t * dilation < size for o in range(out)) for t in range(kernel)]
     first, last = reads.index(True), kernel - reads[::-1].index(True)
     rest = padding - first * dilation
@@ -117,14 +117,14 @@ def _geometry(x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...], *rest:
     taps = [(slice(0, k), p) for k, p in zip(w[2:], wide[1], strict=True)]
     if not transposed:
         taps = [_live(*sizes) for sizes in zip(x[2:], y[2:], w[2:], *wide[:3], strict=True)]
-    cut, left = (tuple(part) for part in zip(*taps, strict=True))
+    met, left = (tuple(part) for part in zip(*taps, strict=True))
     return Geometry(
         x[0],
         x[1],
         x[2:],
         w,
         y[2:],
-        cut,
+        met,
         wide[0],
         left,
         wide[2],
@@ -140,8 +140,8 @@ def geometry(x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...], argumen
 
 
 def crop(geo: Geometry, w: Tensor) -> Tensor:
-    """(…, *K) -> the taps that meet the input."""
-    return w if w.shape[-len(geo.taps) :] == geo.kernel else w[geo.live]
+    """(…, *K) -> the kernel taps that meet the input."""
+    return w if w.shape[-len(geo.kernel_taps) :] == geo.kernel else w[geo.live]
 
 
 __all__ = ["CHANNELS_LAST", "Geometry", "crop", "geometry"]

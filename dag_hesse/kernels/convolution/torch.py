@@ -48,7 +48,7 @@ def _stacked(arena: Arena, rows: Sequence[Tensor]) -> Tensor:
 def _uncrop(arena: Arena, geo: Geometry, w: Tensor) -> Tensor:
     if geo.kernel == geo.weight[2:]:
         return w
-    full = arena.empty(w, *w.shape[: -len(geo.taps)], *geo.weight[2:]).zero_()
+    full = arena.empty(w, *w.shape[: -len(geo.kernel_taps)], *geo.weight[2:]).zero_()
     full[geo.live] = w
     return full
 
@@ -88,7 +88,7 @@ def _forward(arena: Arena, geo: Geometry, x: Tensor, w: Tensor) -> Tensor:
     return laid_out(arena, y, geo.outside)
 
 
-def _input_adjoint(arena: Arena, geo: Geometry, g: Tensor, w: Tensor) -> Tensor:
+def _input_transpose(arena: Arena, geo: Geometry, g: Tensor, w: Tensor) -> Tensor:
     if geo.is_matrix(len(g)):
         return _spread(geo, _rows(g) @ w.reshape(w.shape[:2]))
     layout, channels = geo.inside(len(g)), w.shape[0] if geo.transposed else w.shape[1] * geo.groups
@@ -98,11 +98,12 @@ def _input_adjoint(arena: Arena, geo: Geometry, g: Tensor, w: Tensor) -> Tensor:
     return laid_out(arena, x, geo.outside)
 
 
-def _weight_adjoint(arena: Arena, geo: Geometry, terms: Sequence[tuple[Tensor, ...]]) -> Tensor:
-    """Of the sum of convolutions with cotangents g and inputs x, ``terms`` = [(g, x), …]."""
+def _weight_transpose(arena: Arena, geo: Geometry, terms: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """Of the sum of convolutions with adjoints g and inputs x, ``terms`` = [(g, x), …]."""
     if len(terms) > 1 and not geo.joins:
         return sum(
-            (_weight_adjoint(arena, geo, [term]) for term in terms[1:]), start=_weight_adjoint(arena, geo, terms[:1])
+            (_weight_transpose(arena, geo, [term]) for term in terms[1:]),
+            start=_weight_transpose(arena, geo, terms[:1]),
         )
     layout = geo.inside(sum(len(g) for g, _ in terms))
     sides = [[laid_out(arena, t, layout) for t in side] for side in zip(*terms, strict=True)]
@@ -139,11 +140,11 @@ def forward(arena: Arena, geo: Geometry, x: Tensor, w: Tensor, into: Tensor | No
     return _with_weight(arena, geo, x, w, into, _forward, _fold)
 
 
-def input_adjoint(arena: Arena, geo: Geometry, g: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
-    return _with_weight(arena, geo, g, w, into, _input_adjoint, _beside)
+def input_transpose(arena: Arena, geo: Geometry, g: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
+    return _with_weight(arena, geo, g, w, into, _input_transpose, _beside)
 
 
-def weight_adjoint(arena: Arena, geo: Geometry, terms: Terms, into: Tensor | None) -> Tensor:
+def weight_transpose(arena: Arena, geo: Geometry, terms: Terms, into: Tensor | None) -> Tensor:
     probes = max(len(t) for term in terms for t in term)
     if probes > 1 and geo.folds and all(len(g) == 1 or len(x) == 1 for g, x in terms):
         for g, x in terms:
@@ -152,14 +153,14 @@ def weight_adjoint(arena: Arena, geo: Geometry, terms: Terms, into: Tensor | Non
     if geo.is_patches(geo.batch * (len(terms) if geo.joins else 1)):
         return _add(arena, geo, _of_patches(arena, geo, terms, probes), into)
     rows = [
-        _weight_adjoint(arena, geo, [tuple(t[min(k, len(t) - 1)] for t in term) for term in terms])
+        _weight_transpose(arena, geo, [tuple(t[min(k, len(t) - 1)] for t in term) for term in terms])
         for k in range(probes)
     ]
     return _add(arena, geo, _stacked(arena, rows), into)
 
 
 def _of_patches(arena: Arena, geo: Geometry, terms: Terms, probes: int) -> Tensor:
-    """:func:`_weight_adjoint` of all probes as one batch of matrix products."""
+    """:func:`_weight_transpose` of all probes as one batch of matrix products."""
 
     def side(tensors: Sequence[Tensor], lay: Callable[[Tensor], Tensor]) -> Tensor:
         laid = [lay(_fold(t)).unflatten(0, (len(t), -1)).expand(probes, -1, -1) for t in tensors]
@@ -172,10 +173,10 @@ def _of_patches(arena: Arena, geo: Geometry, terms: Terms, probes: int) -> Tenso
 
 
 def _folded(arena: Arena, geo: Geometry, g: Tensor, x: Tensor) -> Tensor:
-    """Weight adjoints of several probes as one: those of the cotangent, or of the input, side by side."""
+    """Weight adjoints of several probes as one: those of the output's, or of the input, side by side."""
     if len(x) == 1:
-        return _weight_adjoint(arena, geo, [(_beside(g), x[0])]).unflatten(0, (len(g), -1))
-    return _apart(_weight_adjoint(arena, geo, [(g[0], _beside(x))]), len(x))
+        return _weight_transpose(arena, geo, [(_beside(g), x[0])]).unflatten(0, (len(g), -1))
+    return _apart(_weight_transpose(arena, geo, [(g[0], _beside(x))]), len(x))
 
 
 def _add(arena: Arena, geo: Geometry, w: Tensor, into: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Copies to the arena, some cells of every channel at a time."""
+"""Copies to the arena, some cells of every image channel at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def laid_out(arena: Arena, x: Tensor, layout: torch.memory_format) -> Tensor:
     found, cells = arena.empty(x, *x.shape), machine(x.device).cells
     if x.ndim < 4 or not x.movedim(1, -1).is_contiguous():
         return found.copy_(x)
-    # A channel's cells lie far apart: as many as the caches hold until the next channel, beside it, is read.
+    # An image channel's cells lie far apart: as many as the caches hold until the next channel, beside it, is read.
     for to, some in zip(found.flatten(2).split(cells, 2), x.flatten(2).split(cells, 2), strict=True):
         to.copy_(some)
     return found

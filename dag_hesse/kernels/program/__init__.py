@@ -4,8 +4,8 @@ from dag_hesse.kernels.dispatch import Implementation, Kernel
 from dag_hesse.kernels.program import cpp, reference
 from dag_hesse.kernels.program.build import Builder, Program
 from dag_hesse.kernels.program.cpp import refuse
-from dag_hesse.kernels.program.recorder import Recording, Refused, record
+from dag_hesse.kernels.program.recorder import NamedProgram, Refused, record
 
 run = Kernel("program", reference.run, (Implementation("cpp", cpp.run, cpp.refuse),))
 
-__all__ = ["Builder", "Program", "Recording", "Refused", "record", "refuse", "run"]
+__all__ = ["Builder", "NamedProgram", "Program", "Refused", "record", "refuse", "run"]

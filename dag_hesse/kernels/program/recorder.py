@@ -28,7 +28,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Recording:
+class NamedProgram:
     """A program, and per name what of it is meant."""
 
     program: Program
@@ -77,8 +77,8 @@ def _gelu(b: Builder, x: Scalar, *, approximate: str = "none") -> Scalar:
 def _gelu_backward(b: Builder, g: Scalar, x: Scalar, *, approximate: str = "none") -> Scalar:
     if approximate == "tanh":
         t, inner = _tanh_of_gelu(b, x)
-        bend = b.multiply(b.subtract(1.0, b.multiply(t, t)), inner)
-        slope = b.add(b.multiply(b.fused(x, bend, t), 0.5), 0.5)
+        dt = b.multiply(b.subtract(1.0, b.multiply(t, t)), inner)
+        slope = b.add(b.multiply(b.fused(x, dt, t), 0.5), 0.5)
     else:
         density = b.multiply(b.apply("exp", b.multiply(b.multiply(x, x), -0.5)), _INV_SQRT_2PI)
         slope = b.fused(x, density, _normal_cdf(b, x))
@@ -219,7 +219,7 @@ def _example(x: Tensor) -> Tensor:
     return torch.full([min(size, 2) for size in x.shape], 0.5, dtype=x.dtype, device=x.device)
 
 
-def record(code: Callable[..., Mapping[Hashable, Any]], operands: Sequence[Tensor], like: Tensor) -> Recording:
+def record(code: Callable[..., Mapping[Hashable, Any]], operands: Sequence[Tensor], like: Tensor) -> NamedProgram:
     """Record ``code(*operands)``, which returns tensors of the shape of ``like``, operands and numbers by name.
 
     Raises:
@@ -248,7 +248,7 @@ def record(code: Callable[..., Mapping[Hashable, Any]], operands: Sequence[Tenso
             raise Refused(f"a result of shape {tuple(x.shape)}, smaller than {tuple(shape)}")
         else:
             results[key] = Result(computed=computed.setdefault(value, len(computed)))
-    return Recording(recorder.builder.program(list(computed)), results)
+    return NamedProgram(recorder.builder.program(list(computed)), results)
 
 
-__all__ = ["Recording", "Refused", "Result", "record"]
+__all__ = ["NamedProgram", "Refused", "Result", "record"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena, plus_term
-from dag_hesse.kernels.diagonal.coefficients import Coefficient, add_times, lift, plus_times, reduce_to, times
+from dag_hesse.kernels.elementwise.coefficients import Coefficient, add_times, lift, plus_times, reduce_to, times
 
 Seconds = Mapping[tuple[int, int], Coefficient]
 
@@ -31,7 +31,7 @@ def adjoints(
     arena: Arena,
     first: Sequence[Coefficient | None],
     seconds: Seconds,
-    grad: Tensor | None,
+    abar: Tensor | None,
     tangents: Mapping[int, Tensor],
     rows: slice,
     shapes: Mapping[int, Sequence[int]],
@@ -39,25 +39,25 @@ def adjoints(
 ) -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
     for slot, shape in shapes.items():
-        second = partial(_curvature, arena, seconds, tangents, slot, shape, out_shape)
-        if grad is None:
+        second = partial(_second_order, arena, seconds, tangents, slot, shape, out_shape)
+        if abar is None:
             term = second(None)
             if term is not None:
                 found[slot] = term
             continue
         c = first[slot]
         assert c is not None
-        x = adjoint(arena, c, grad, shape)
-        found[slot] = plus_term(x, grad, rows, second) if tangents else x
+        x = transpose(arena, c, abar, shape)
+        found[slot] = plus_term(x, abar, rows, second) if tangents else x
     return found
 
 
-def adjoint(arena: Arena, partial: Coefficient, cotangent: Tensor, shape: Sequence[int]) -> Tensor:
+def transpose(arena: Arena, partial: Coefficient, abar: Tensor, shape: Sequence[int]) -> Tensor:
     """Return x̄_i = c_i ∘ ā summed to the input's ``shape``."""
-    return reduce_to(times(arena, partial, cotangent), shape)
+    return reduce_to(times(arena, partial, abar), shape)
 
 
-def _curvature(
+def _second_order(
     arena: Arena,
     seconds: Mapping[tuple[int, int], Coefficient],
     tangents: Mapping[int, Tensor],

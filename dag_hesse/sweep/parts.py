@@ -20,7 +20,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Parts:
     """Products of one source's probes with the blocks of one read point: (probes, groups, dim) each; None is zero."""
 
     gn: Tensor | None
@@ -33,15 +33,15 @@ class Blocks:
             return self.tensor if self.gn is None else self.gn
         return self.gn + self.tensor
 
-    def plus(self, other: Blocks) -> Blocks:
+    def plus(self, other: Parts) -> Parts:
         """Products of two batches that share their probes."""
 
         def part(a: Tensor | None, b: Tensor | None) -> Tensor | None:
             return b if a is None else a if b is None else a + b
 
-        return Blocks(part(self.gn, other.gn), part(self.tensor, other.tensor))
+        return Parts(part(self.gn, other.gn), part(self.tensor, other.tensor))
 
-    def beside(self, other: Blocks, mine: int, theirs: int) -> Blocks:
+    def beside(self, other: Parts, mine: int, theirs: int) -> Parts:
         """Products of ``mine`` groups, then those of ``theirs``, which are another batch's or sample's."""
 
         def part(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -52,7 +52,7 @@ class Blocks:
             b = some.new_zeros(some.shape[0], theirs, some.shape[2]) if b is None else b
             return torch.cat([a, b], dim=1)
 
-        return Blocks(part(self.gn, other.gn), part(self.tensor, other.tensor))
+        return Parts(part(self.gn, other.gn), part(self.tensor, other.tensor))
 
 
 def in_a_row(arena: Arena, chunks: Sequence[Tensor | None], scale: float) -> Tensor | None:

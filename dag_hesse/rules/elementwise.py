@@ -8,16 +8,16 @@ from typing import Any, final
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref
-from dag_hesse.kernels.diagonal import Coefficient, adjoints, tangent, times
+from dag_hesse.kernels.elementwise import Coefficient, adjoints, tangent, times
 from dag_hesse.rules.base import (
     Buffers,
     Call,
     Linearized,
     Pairs,
     Partials,
+    Residual,
     Rule,
     Samples,
-    Saved,
     Tangents,
     no_pairs,
     own_pair,
@@ -27,19 +27,19 @@ Align = Callable[[Call, int], tuple[int, ...]]
 Seconds = Mapping[tuple[int, int], Coefficient]
 
 
-def residual(seconds: Seconds, tangents: Tangents, bend: Sequence[int]) -> Saved:
-    """The tangents that second partials of the slots in ``bend`` meet; None where there are none."""
-    return {j: x for j, x in tangents.items() if any((i, j) in seconds for i in bend)} or None
+def tangents_met(seconds: Seconds, tangents: Tangents, curved: Sequence[int]) -> Residual:
+    """The tangents that second partials of the slots in ``curved`` meet; None where there are none."""
+    return {j: x for j, x in tangents.items() if any((i, j) in seconds for i in curved)} or None
 
 
 @final
-class _Diagonal(Linearized):
+class _Elementwise(Linearized):
     def __init__(self, call: Call, partials: Partials, align: Align | None) -> None:
         first, self.raw = partials(call)
         self.curved, self.arena = call.curved, call.arena
         self.first = [first.get(slot) for slot in range(len(call.values))]
         self.shapes = [value.shape for value in call.values]
-        self.out_shape = call.out.shape
+        self.out_shape = call.value.shape
         self.aligned = self.shapes
         if align is not None:
             self.aligned = [v.reshape(align(call, slot)).shape for slot, v in enumerate(call.values)]
@@ -56,20 +56,20 @@ class _Diagonal(Linearized):
         self.raw = {}
         return super().bind(lam, slots, into)
 
-    def push(self, tangents: Tangents, out: bool, bend: Sequence[int]) -> tuple[Tensor | None, Saved]:
+    def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         tangents = self._align(tangents)
-        moved = tangent(self.arena, self.first, tangents, self.out_shape) if out else None
-        return moved, residual(self.seconds, tangents, bend)
+        moved = tangent(self.arena, self.first, tangents, self.out_shape) if onward else None
+        return moved, tangents_met(self.seconds, tangents, curved)
 
     def pull(
-        self, grad: Tensor | None, saved: Saved, rows: slice, slots: Sequence[int], into: Buffers
+        self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
         shapes = {slot: self.aligned[slot] for slot in slots}
-        found = adjoints(self.arena, self.first, self.seconds, grad, saved or {}, rows, shapes, self.out_shape)
+        found = adjoints(self.arena, self.first, self.seconds, abar, residual or {}, rows, shapes, self.out_shape)
         return {slot: x.reshape(len(x), *self.shapes[slot]) for slot, x in found.items()}
 
 
-def diagonal(
+def elementwise(
     kind: Kind,
     partials: Partials,
     pairs: Callable[[Node], Pairs],
@@ -82,30 +82,30 @@ def diagonal(
 
     ``align(call, slot)`` is the shape in which an input broadcasts, where that is not its own.
     """
-    return Rule(kind, lambda call: _Diagonal(call, partials, align), pairs, samples, partials, align, linear=linear)
+    return Rule(kind, lambda call: _Elementwise(call, partials, align), pairs, samples, partials, align, linear=linear)
 
 
 Derivative = Callable[[Call], Coefficient]
 
 
-def pointwise(d1: Derivative, d2: Derivative) -> Rule:
-    """A smooth unary op with derivatives d1 and d2 as functions of the call (``values[0]`` is x, ``out`` is y)."""
-    return diagonal(Kind.POINTWISE, lambda c: ({0: d1(c)}, {(0, 0): d2(c)}), own_pair)
+def smooth(d1: Derivative, d2: Derivative) -> Rule:
+    """A smooth unary op with derivatives d1 and d2 as functions of the call (``values[0]`` is x, ``value`` is y)."""
+    return elementwise(Kind.SMOOTH, lambda c: ({0: d1(c)}, {(0, 0): d2(c)}), own_pair)
 
 
-def pointwise_jointly(derivatives: Callable[[Call], tuple[Tensor, Tensor]]) -> Rule:
+def smooth_jointly(derivatives: Callable[[Call], tuple[Tensor, Tensor]]) -> Rule:
     """A smooth unary op whose derivatives share what is costly: ``derivatives(call)`` is (d1, d2)."""
 
     def partials(call: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
         first, second = derivatives(call)
         return {0: first}, {(0, 0): second}
 
-    return diagonal(Kind.POINTWISE, partials, own_pair)
+    return elementwise(Kind.SMOOTH, partials, own_pair)
 
 
 def piecewise_linear(d1: Derivative, *, linear: bool = False) -> Rule:
     """A unary op with second derivative 0 almost everywhere."""
-    return diagonal(Kind.PIECEWISE_LINEAR, lambda c: ({0: d1(c)}, {}), no_pairs, linear=linear)
+    return elementwise(Kind.PIECEWISE_LINEAR, lambda c: ({0: d1(c)}, {}), no_pairs, linear=linear)
 
 
 def _like(value: Any, y: Tensor) -> Any:
@@ -121,14 +121,14 @@ def binary(
     daa: Operand | None = None,
     dab: Operand | None = None,
     dbb: Operand | None = None,
-    kind: Kind = Kind.POINTWISE,
+    kind: Kind = Kind.SMOOTH,
 ) -> Rule:
     """An elementwise op of two operands (tensors or numbers); each partial is a function of (a, b, y)."""
     firsts = (da, db)
     second_table = {(0, 0): daa, (0, 1): dab, (1, 0): dab, (1, 1): dbb}
 
     def partials(call: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
-        y = call.out
+        y = call.value
         a, b = (_like(v, y) for v in (call.argument(0), call.argument(1, "other")))  # a count divides in y's precision
         slots = {
             position: slot for position in (0, 1) if (slot := call.slot(position)) is not None and call.active[slot]
@@ -145,7 +145,7 @@ def binary(
         slots = {p: arg.slot for p, arg in enumerate(node.args[:2]) if isinstance(arg, Ref)}
         return frozenset((slots[p], slots[q]) for (p, q), d in second_table.items() if d and p in slots and q in slots)
 
-    return diagonal(kind, partials, pairs)
+    return elementwise(kind, partials, pairs)
 
 
-__all__ = ["binary", "diagonal", "piecewise_linear", "pointwise", "pointwise_jointly", "residual"]
+__all__ = ["binary", "elementwise", "piecewise_linear", "smooth", "smooth_jointly", "tangents_met"]

@@ -1,4 +1,4 @@
-"""Elementwise ops: one row each, first and second derivative side by side."""
+"""The usual elementwise ops: one row each, first and second derivative side by side."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node
-from dag_hesse.kernels.diagonal import Coefficient, Gate
+from dag_hesse.kernels.elementwise import Coefficient, Gate
 from dag_hesse.rules.base import Call, Pairs, Rule
-from dag_hesse.rules.diagonal import binary, diagonal, piecewise_linear, pointwise, pointwise_jointly
+from dag_hesse.rules.elementwise import binary, elementwise, piecewise_linear, smooth, smooth_jointly
 
 _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 _SELU_ALPHA = 1.6732632423543772
@@ -85,9 +85,9 @@ def _elu_d2(c: Call) -> Tensor:
 
 def _silu(c: Call) -> tuple[Tensor, Tensor]:
     """y = x s: y' = s + y (1 − s), y'' = (1 − s)(2 y' − y)."""
-    s, one = torch.sigmoid(_x(c)), torch.ones((), dtype=c.out.dtype, device=c.out.device)
-    first = torch.lerp(c.out, one, s)
-    return first, torch.sub(c.out, first, alpha=2).mul_(s.sub_(1))
+    s, one = torch.sigmoid(_x(c)), torch.ones((), dtype=c.value.dtype, device=c.value.device)
+    first = torch.lerp(c.value, one, s)
+    return first, torch.sub(c.value, first, alpha=2).mul_(s.sub_(1))
 
 
 def _mish_d1(c: Call) -> Tensor:
@@ -109,13 +109,13 @@ def _hardswish_d1(c: Call) -> Tensor:
 
 
 def _sigmoid(c: Call) -> tuple[Tensor, Tensor]:
-    first = torch.addcmul(c.out, c.out, c.out, value=-1)
-    return first, first * (1 - 2 * c.out)
+    first = torch.addcmul(c.value, c.value, c.value, value=-1)
+    return first, first * (1 - 2 * c.value)
 
 
 def _tanh(c: Call) -> tuple[Tensor, Tensor]:
-    first = 1 - c.out * c.out
-    return first, (first * c.out).mul_(-2)
+    first = 1 - c.value * c.value
+    return first, (first * c.value).mul_(-2)
 
 
 def _power_partials(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
@@ -142,49 +142,49 @@ def _scalar_multiple(sign: int) -> Rule:
 
 
 SMOOTH: dict[str, Rule] = {
-    "aten.exp.default": pointwise(lambda c: c.out, lambda c: c.out),
-    "aten.exp2.default": pointwise(lambda c: math.log(2) * c.out, lambda c: math.log(2) ** 2 * c.out),
-    "aten.expm1.default": pointwise(lambda c: c.out + 1, lambda c: c.out + 1),
-    "aten.log.default": pointwise(lambda c: 1 / _x(c), lambda c: -1 / _x(c) ** 2),
-    "aten.log2.default": pointwise(lambda c: 1 / (_x(c) * math.log(2)), lambda c: -1 / (_x(c) ** 2 * math.log(2))),
-    "aten.log10.default": pointwise(lambda c: 1 / (_x(c) * math.log(10)), lambda c: -1 / (_x(c) ** 2 * math.log(10))),
-    "aten.log1p.default": pointwise(lambda c: 1 / (1 + _x(c)), lambda c: -1 / (1 + _x(c)) ** 2),
-    "aten.sqrt.default": pointwise(lambda c: 0.5 / c.out, lambda c: -0.25 / c.out**3),
-    "aten.rsqrt.default": pointwise(lambda c: -0.5 * c.out**3, lambda c: 0.75 * c.out**5),
-    "aten.reciprocal.default": pointwise(lambda c: -(c.out**2), lambda c: 2 * c.out**3),
-    "aten.sin.default": pointwise(lambda c: torch.cos(_x(c)), lambda c: -c.out),
-    "aten.cos.default": pointwise(lambda c: -torch.sin(_x(c)), lambda c: -c.out),
-    "aten.tan.default": pointwise(lambda c: 1 + c.out**2, lambda c: 2 * c.out * (1 + c.out**2)),
-    "aten.sinh.default": pointwise(lambda c: torch.cosh(_x(c)), lambda c: c.out),
-    "aten.cosh.default": pointwise(lambda c: torch.sinh(_x(c)), lambda c: c.out),
-    "aten.tanh.default": pointwise_jointly(_tanh),
-    "aten.atan.default": pointwise(lambda c: 1 / (1 + _x(c) ** 2), lambda c: -2 * _x(c) / (1 + _x(c) ** 2) ** 2),
-    "aten.asin.default": pointwise(lambda c: (1 - _x(c) ** 2) ** -0.5, lambda c: _x(c) * (1 - _x(c) ** 2) ** -1.5),
-    "aten.acos.default": pointwise(lambda c: -((1 - _x(c) ** 2) ** -0.5), lambda c: -_x(c) * (1 - _x(c) ** 2) ** -1.5),
-    "aten.sigmoid.default": pointwise_jointly(_sigmoid),
-    "aten.log_sigmoid_forward.default": pointwise(
+    "aten.exp.default": smooth(lambda c: c.value, lambda c: c.value),
+    "aten.exp2.default": smooth(lambda c: math.log(2) * c.value, lambda c: math.log(2) ** 2 * c.value),
+    "aten.expm1.default": smooth(lambda c: c.value + 1, lambda c: c.value + 1),
+    "aten.log.default": smooth(lambda c: 1 / _x(c), lambda c: -1 / _x(c) ** 2),
+    "aten.log2.default": smooth(lambda c: 1 / (_x(c) * math.log(2)), lambda c: -1 / (_x(c) ** 2 * math.log(2))),
+    "aten.log10.default": smooth(lambda c: 1 / (_x(c) * math.log(10)), lambda c: -1 / (_x(c) ** 2 * math.log(10))),
+    "aten.log1p.default": smooth(lambda c: 1 / (1 + _x(c)), lambda c: -1 / (1 + _x(c)) ** 2),
+    "aten.sqrt.default": smooth(lambda c: 0.5 / c.value, lambda c: -0.25 / c.value**3),
+    "aten.rsqrt.default": smooth(lambda c: -0.5 * c.value**3, lambda c: 0.75 * c.value**5),
+    "aten.reciprocal.default": smooth(lambda c: -(c.value**2), lambda c: 2 * c.value**3),
+    "aten.sin.default": smooth(lambda c: torch.cos(_x(c)), lambda c: -c.value),
+    "aten.cos.default": smooth(lambda c: -torch.sin(_x(c)), lambda c: -c.value),
+    "aten.tan.default": smooth(lambda c: 1 + c.value**2, lambda c: 2 * c.value * (1 + c.value**2)),
+    "aten.sinh.default": smooth(lambda c: torch.cosh(_x(c)), lambda c: c.value),
+    "aten.cosh.default": smooth(lambda c: torch.sinh(_x(c)), lambda c: c.value),
+    "aten.tanh.default": smooth_jointly(_tanh),
+    "aten.atan.default": smooth(lambda c: 1 / (1 + _x(c) ** 2), lambda c: -2 * _x(c) / (1 + _x(c) ** 2) ** 2),
+    "aten.asin.default": smooth(lambda c: (1 - _x(c) ** 2) ** -0.5, lambda c: _x(c) * (1 - _x(c) ** 2) ** -1.5),
+    "aten.acos.default": smooth(lambda c: -((1 - _x(c) ** 2) ** -0.5), lambda c: -_x(c) * (1 - _x(c) ** 2) ** -1.5),
+    "aten.sigmoid.default": smooth_jointly(_sigmoid),
+    "aten.log_sigmoid_forward.default": smooth(
         lambda c: torch.sigmoid(-_x(c)), lambda c: -torch.sigmoid(_x(c)) * torch.sigmoid(-_x(c))
     ),
-    "aten.erf.default": pointwise(
+    "aten.erf.default": smooth(
         lambda c: 2 / math.sqrt(math.pi) * torch.exp(-(_x(c) ** 2)),
         lambda c: -4 / math.sqrt(math.pi) * _x(c) * torch.exp(-(_x(c) ** 2)),
     ),
-    "aten.silu.default": pointwise_jointly(_silu),
-    "aten.gelu.default": pointwise_jointly(_gelu),
-    "aten.softplus.default": pointwise(_softplus_d1, _softplus_d2),
-    "aten.elu.default": pointwise(_elu_d1, _elu_d2),
-    "aten.selu.default": pointwise(_elu_d1, _elu_d2),
-    "aten.celu.default": pointwise(_elu_d1, _elu_d2),
-    "aten.mish.default": pointwise(_mish_d1, _mish_d2),
-    "aten.hardswish.default": pointwise(_hardswish_d1, lambda c: _between(_x(c), -3, 3, closed=False) / 3),
-    "aten.pow.Tensor_Scalar": diagonal(Kind.POINTWISE, _power_partials, _power_pairs),
+    "aten.silu.default": smooth_jointly(_silu),
+    "aten.gelu.default": smooth_jointly(_gelu),
+    "aten.softplus.default": smooth(_softplus_d1, _softplus_d2),
+    "aten.elu.default": smooth(_elu_d1, _elu_d2),
+    "aten.selu.default": smooth(_elu_d1, _elu_d2),
+    "aten.celu.default": smooth(_elu_d1, _elu_d2),
+    "aten.mish.default": smooth(_mish_d1, _mish_d2),
+    "aten.hardswish.default": smooth(_hardswish_d1, lambda c: _between(_x(c), -3, 3, closed=False) / 3),
+    "aten.pow.Tensor_Scalar": elementwise(Kind.SMOOTH, _power_partials, _power_pairs),
 }
 
 PIECEWISE: dict[str, Rule] = {
-    "aten.relu.default": piecewise_linear(lambda c: Gate(c.out)),
+    "aten.relu.default": piecewise_linear(lambda c: Gate(c.value)),
     "aten.relu6.default": piecewise_linear(lambda c: _between(_x(c), 0, 6, closed=False)),
     "aten.leaky_relu.default": piecewise_linear(
-        lambda c: torch.where(_x(c) > 0, torch.ones_like(c.out), c.argument(1, "negative_slope", 0.01))
+        lambda c: torch.where(_x(c) > 0, torch.ones_like(c.value), c.argument(1, "negative_slope", 0.01))
     ),
     "aten.abs.default": piecewise_linear(lambda c: torch.sign(_x(c))),
     "aten.hardtanh.default": piecewise_linear(
@@ -196,7 +196,7 @@ PIECEWISE: dict[str, Rule] = {
     ),
     "aten.clamp_min.default": piecewise_linear(lambda c: _between(_x(c), c.argument(1, "min"), None, closed=True)),
     "aten.clamp_max.default": piecewise_linear(lambda c: _between(_x(c), None, c.argument(1, "max"), closed=True)),
-    "aten.threshold.default": piecewise_linear(lambda c: _mask(_x(c) > c.argument(1, "threshold"), c.out)),
+    "aten.threshold.default": piecewise_linear(lambda c: _mask(_x(c) > c.argument(1, "threshold"), c.value)),
     "aten.neg.default": _constant(-1.0, linear=True),
     "aten.mul.Scalar": _scalar_multiple(1),
     "aten.div.Scalar": _scalar_multiple(-1),
@@ -232,7 +232,7 @@ def _scaled_sum(sign: float) -> Rule:
         scales = (1.0, sign * float(c.node.kwargs.get("alpha", 1)))
         return {slot: k for slot, k in zip(slots, scales, strict=True) if slot is not None}, {}
 
-    return diagonal(Kind.PIECEWISE_LINEAR, partials, lambda node: frozenset(), linear=True)
+    return elementwise(Kind.PIECEWISE_LINEAR, partials, lambda node: frozenset(), linear=True)
 
 
 def _where(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coefficient]]:
@@ -240,7 +240,7 @@ def _where(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int], Coeff
     for position, picked in ((1, condition), (2, ~condition)):
         slot = c.slot(position)
         if slot is not None and c.active[slot]:
-            first[slot] = _mask(picked, c.out)
+            first[slot] = _mask(picked, c.value)
     return first, {}
 
 
@@ -248,9 +248,9 @@ def _masked_fill(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int],
     mask, first = c.argument(1), dict[int, Coefficient]()
     slot, value_slot = c.slot(0), c.slot(2)
     if slot is not None:
-        first[slot] = _mask(~mask, c.out)
+        first[slot] = _mask(~mask, c.value)
     if value_slot is not None:
-        first[value_slot] = _mask(mask, c.out)
+        first[value_slot] = _mask(mask, c.value)
     return first, {}
 
 
@@ -262,7 +262,7 @@ def _tensor_clamp(c: Call) -> tuple[dict[int, Coefficient], dict[tuple[int, int]
         below = below & (low < high)  # where low ≥ high the result is high
         above = above | (low >= high)
     shares = (~(below | above), below & ~above, above)
-    return {s: _mask(m, c.out) for p, m in enumerate(shares) if (s := c.slot(p)) is not None}, {}
+    return {s: _mask(m, c.value) for p, m in enumerate(shares) if (s := c.slot(p)) is not None}, {}
 
 
 _maximum_a, _maximum_b = _chosen(torch.gt)
@@ -305,10 +305,10 @@ BINARY: dict[str, Rule] = {
     "aten.pow.Scalar": binary(_one, lambda a, b, y: y * _log(a, b, y), dbb=lambda a, b, y: y * _log(a, b, y) ** 2),
     "aten.maximum.default": binary(_maximum_a, _maximum_b, kind=Kind.PIECEWISE_LINEAR),
     "aten.minimum.default": binary(_minimum_a, _minimum_b, kind=Kind.PIECEWISE_LINEAR),
-    "aten.where.self": diagonal(Kind.PIECEWISE_LINEAR, _where, lambda node: frozenset()),
-    "aten.masked_fill.Scalar": diagonal(Kind.PIECEWISE_LINEAR, _masked_fill, lambda node: frozenset()),
-    "aten.masked_fill.Tensor": diagonal(Kind.PIECEWISE_LINEAR, _masked_fill, lambda node: frozenset()),
-    "aten.clamp.Tensor": diagonal(Kind.PIECEWISE_LINEAR, _tensor_clamp, lambda node: frozenset()),
+    "aten.where.self": elementwise(Kind.PIECEWISE_LINEAR, _where, lambda node: frozenset()),
+    "aten.masked_fill.Scalar": elementwise(Kind.PIECEWISE_LINEAR, _masked_fill, lambda node: frozenset()),
+    "aten.masked_fill.Tensor": elementwise(Kind.PIECEWISE_LINEAR, _masked_fill, lambda node: frozenset()),
+    "aten.clamp.Tensor": elementwise(Kind.PIECEWISE_LINEAR, _tensor_clamp, lambda node: frozenset()),
 }
 
 TABLE: dict[str, Rule] = {**SMOOTH, **PIECEWISE, **BINARY}

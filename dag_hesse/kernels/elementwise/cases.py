@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dag_hesse.kernels.diagonal import Coefficient, Gate, adjoints, tangent
+from dag_hesse.kernels.elementwise import Coefficient, Gate, adjoints, tangent
 
 _SHAPES: tuple[tuple[tuple[int, ...], ...], ...] = (  # of the output, then of the inputs
     ((5,), (5,)),

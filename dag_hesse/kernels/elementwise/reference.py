@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena
-from dag_hesse.kernels.diagonal.coefficients import Coefficient, Gate, lift, reduce_to
+from dag_hesse.kernels.elementwise.coefficients import Coefficient, Gate, lift, reduce_to
 
 
 def _dense(c: Coefficient) -> Tensor | float:
@@ -35,7 +35,7 @@ def adjoints(
     arena: Arena,
     first: Sequence[Coefficient | None],
     seconds: Mapping[tuple[int, int], Coefficient],
-    grad: Tensor | None,
+    abar: Tensor | None,
     tangents: Mapping[int, Tensor],
     rows: slice,
     shapes: Mapping[int, Sequence[int]],
@@ -43,16 +43,16 @@ def adjoints(
 ) -> dict[int, Tensor]:
     """Per slot in ``shapes``, c_i ∘ ā and, in its ``rows``, Σ_j h_ij ∘ ẋ_j, summed to that shape.
 
-    Without ``grad`` the second term alone; slots that no tangent meets a second partial of are left out then.
+    Without ``abar`` the second term alone; slots that no tangent meets a second partial of are left out then.
     """
     found = {}
     for slot, shape in shapes.items():
         met = [(seconds[slot, j], x) for j, x in tangents.items() if (slot, j) in seconds]
         terms = [reduce_to((_dense(h) * lift(x, len(out_shape))).expand(-1, *out_shape), shape) for h, x in met]
-        if grad is not None:
+        if abar is not None:
             c = first[slot]
             assert c is not None
-            found[slot] = reduce_to(_dense(c) * grad, shape).clone()
+            found[slot] = reduce_to(_dense(c) * abar, shape).clone()
             for term in terms:
                 found[slot][rows] += term
         elif terms:

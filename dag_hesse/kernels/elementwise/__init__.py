@@ -1,0 +1,32 @@
+"""Products of elementwise nodes, and the algebra of their coefficients (design §3, fuse)."""
+
+from dag_hesse.kernels.dispatch import Implementation, Kernel
+from dag_hesse.kernels.elementwise import reference, torch
+from dag_hesse.kernels.elementwise.coefficients import (
+    Coefficient,
+    Gate,
+    add_times,
+    plus_product,
+    plus_times,
+    product,
+    reduce_to,
+    times,
+)
+from dag_hesse.kernels.elementwise.torch import transpose
+
+tangent = Kernel("elementwise.tangent", reference.tangent, (Implementation("torch", torch.tangent),))
+adjoints = Kernel("elementwise.adjoints", reference.adjoints, (Implementation("torch", torch.adjoints),))
+
+__all__ = [
+    "Coefficient",
+    "Gate",
+    "add_times",
+    "adjoints",
+    "plus_product",
+    "plus_times",
+    "product",
+    "reduce_to",
+    "tangent",
+    "times",
+    "transpose",
+]
