@@ -1,6 +1,6 @@
 """Custom ops that exist only in captured graphs: the tap, a value given to a tensor behind autograd's back, row
-standardization, BatchNorm in eval mode, and a matrix product with a bias in the order of operands that contractions
-share.
+standardization, BatchNorm in eval mode, attention, and a matrix product with a bias in the order of operands that
+contractions share.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ _LIBRARY.define("assigned(Tensor past, Tensor value) -> Tensor")
 _LIBRARY.define("standardize(Tensor x, int[] dims, float eps, bool center) -> Tensor")
 _LIBRARY.define("mm_bias(Tensor a, Tensor b, Tensor bias) -> Tensor")
 _LIBRARY.define("batch_affine(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps) -> Tensor")
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? hidden, Tensor? drop, int[] lead, float scale, "
+    "float fill, float factor, bool safe) -> Tensor"
+)
 
 
 def _tap(x: Tensor, name: str) -> Tensor:
@@ -54,6 +58,27 @@ def _batch_affine(
     return torch.addcmul(shift.reshape(shape), x, scale.reshape(shape))
 
 
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    drop: Tensor | None,
+    lead: list[int],
+    scale: float,
+    fill: float,
+    factor: float,
+    safe: bool,
+) -> Tensor:
+    scores = (scale * (q @ k)).view(*lead, q.shape[1], k.shape[2])
+    scores = scores if bias is None else scores + bias
+    scores = scores if hidden is None else scores.masked_fill(hidden, fill)
+    weights = torch._safe_softmax(scores, -1) if safe else torch.softmax(scores, -1)
+    weights = weights if drop is None else weights * drop
+    return (factor * weights).view(-1, q.shape[1], k.shape[2]) @ v
+
+
 def _mm_bias(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, a, b)
 
@@ -62,11 +87,13 @@ _LIBRARY.impl("tap", _tap, "CompositeExplicitAutograd")
 _LIBRARY.impl("assigned", _assigned, "CompositeExplicitAutograd")
 _LIBRARY.impl("standardize", _standardize, "CompositeExplicitAutograd")
 _LIBRARY.impl("mm_bias", _mm_bias, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
 _LIBRARY.impl("batch_affine", _batch_affine, "CompositeExplicitAutograd")
 
 TAP = "dag_hesse.tap.default"
 tap = torch.ops.dag_hesse.tap.default
 assigned = torch.ops.dag_hesse.assigned.default
 standardize = torch.ops.dag_hesse.standardize.default
+attention = torch.ops.dag_hesse.attention.default
 mm_bias = torch.ops.dag_hesse.mm_bias.default
 batch_affine = torch.ops.dag_hesse.batch_affine.default

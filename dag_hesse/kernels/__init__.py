@@ -2,6 +2,7 @@
 
 from dag_hesse.kernels import (
     arena,
+    attention,
     batch_affine,
     contraction,
     convolution,
@@ -17,6 +18,7 @@ dispatch.check_forced()
 
 __all__ = [
     "arena",
+    "attention",
     "batch_affine",
     "contraction",
     "convolution",

@@ -15,18 +15,20 @@ class Machine:
         program: elements from which a program is worth setting up.
         row_kernel: elements of a probe from which the vendor's kernel is called for each, rather than once for all.
         product: multiply-adds of a probe's matrix product from which it is taken by itself: batched ones are slow then.
+        scores: of attention, computed at a time, so that the caches hold them between products.
         cells: of an image channel, copied at a time between layouts, so that caches hold them until the next is read.
     """
 
     program: int
     row_kernel: int
     product: int
+    scores: int
     cells: int
 
 
 _NEVER = 1 << 62
-CPU = Machine(program=1 << 12, row_kernel=1 << 14, product=1 << 20, cells=1 << 10)
-CUDA = Machine(program=_NEVER, row_kernel=_NEVER, product=_NEVER, cells=_NEVER)
+CPU = Machine(program=1 << 12, row_kernel=1 << 14, product=1 << 20, scores=1 << 18, cells=1 << 10)
+CUDA = Machine(program=_NEVER, row_kernel=_NEVER, product=_NEVER, scores=1 << 27, cells=_NEVER)
 
 
 def machine(device: torch.device) -> Machine:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dag_hesse.ir import CurvatureGraph, Kind, Node, Ref, verify
+from dag_hesse.plan.attention import fuse_attention
 from dag_hesse.plan.biases import fuse_biases
 from dag_hesse.plan.simplify import seeded_or_read, simplify, without
 from dag_hesse.rules.region import Region
@@ -18,7 +19,7 @@ from dag_hesse.rules.table import RULES, pairs_of
 
 def fuse(graph: CurvatureGraph) -> CurvatureGraph:
     """The same function with fewer nodes; points, ``out`` and the loss stay nodes of their own."""
-    return verify(_fuse_regions(fuse_biases(simplify(graph))))
+    return verify(_fuse_regions(fuse_attention(fuse_biases(simplify(graph)))))
 
 
 def fuse_all(graphs: Sequence[CurvatureGraph]) -> list[CurvatureGraph]:

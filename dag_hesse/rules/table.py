@@ -6,7 +6,17 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
 from dag_hesse.kernels.arena import SYSTEM, Arena
-from dag_hesse.rules import batch_norm, contraction, determinant, functions, gather, rowwise, special, structural
+from dag_hesse.rules import (
+    attention,
+    batch_norm,
+    contraction,
+    determinant,
+    functions,
+    gather,
+    rowwise,
+    special,
+    structural,
+)
 from dag_hesse.rules.base import Pairs, Rule
 from dag_hesse.rules.opaque import OPAQUE
 from dag_hesse.rules.region import REGION, Region
@@ -18,6 +28,7 @@ RULES: dict[str, Rule] = {
     **contraction.TABLE,
     **gather.TABLE,
     **rowwise.TABLE,
+    **attention.TABLE,
     **batch_norm.TABLE,
     **determinant.TABLE,
 }

@@ -18,7 +18,7 @@ from dag_hesse.kernels.dispatch import Implementation, Kernel
 from dag_hesse.kernels.elementwise import Gate
 from tests.oracle import error
 
-FOLDERS = ("batch_affine", "contraction", "convolution", "elementwise", "layout", "program", "rowwise")
+FOLDERS = ("attention", "batch_affine", "contraction", "convolution", "elementwise", "layout", "program", "rowwise")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5}
 
 
@@ -65,6 +65,7 @@ def test_implementations_agree_with_their_reference(
         for name in ("program", "row_kernel", "product"):
             monkeypatch.setattr(machine.CPU, name, 0)
         monkeypatch.setattr(machine.CPU, "cells", 4)
+        monkeypatch.setattr(machine.CPU, "scores", 8)
     ran, reasons = set[str](), set[str]()
     for kernel, one, arguments in cases(dtype):
         reason = one.refuse(*arguments)

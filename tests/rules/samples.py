@@ -77,6 +77,26 @@ def _sizes(n: int, *rest: Any) -> list[Sample]:
     return [s(lambda: (normal(1, 2, *(3,) * n), [5] * n, *rest)), s(lambda: (normal(1, 2, *(4,) * n), [3] * n, *rest))]
 
 
+def _attentions() -> list[Sample]:
+    """Plain; causal; with a mask a sample, dropout and a query that meets no key; with scores that are hidden."""
+
+    def of(s: int, t: int, *rest: Any, fixed: tuple[int, ...] = ()) -> Sample:
+        return Sample(lambda: (normal(4, s, 3), normal(4, 3, t), normal(4, t, 2), *rest), fixed=fixed)
+
+    causal = torch.full((5, 5), -torch.inf, dtype=torch.float64).triu(1)
+    padded = torch.zeros(2, 1, 4, 6, dtype=torch.float64)
+    padded[1, ..., :3], padded[0, :, 2] = -torch.inf, -torch.inf
+    drop, hidden = torch.rand(2, 2, 4, 6, dtype=torch.float64).round(), torch.rand(2, 4, 6) < 0.4
+    return [
+        of(5, 7, None, None, None, [2, 2], 0.5, 0.0, 1.0, False),
+        of(5, 5, causal, None, None, [2, 2], 1.0, 0.0, 1.0, True, fixed=(3,)),
+        of(4, 6, padded, None, drop, [2, 2], 0.3, 0.0, 1.25, True, fixed=(3, 4)),
+        of(4, 6, None, hidden, None, [2, 2], 0.3, -2.0, 1.0, False),
+        of(4, 6, None, hidden, None, [2, 2], 0.3, -torch.inf, 1.0, True),
+        of(3, 3, normal(4, 1, 3), None, None, [4], 1.0, 0.0, 1.0, False, fixed=(3,)),
+    ]
+
+
 def _convolutions() -> list[Sample]:
     def one(x: tuple[int, ...], w: tuple[int, ...], bias: bool, *rest: Any) -> Sample:
         return s(
@@ -364,6 +384,7 @@ SAMPLES: dict[str, list[Sample]] = {
         s(lambda: (normal(2, 4, 4),), 1),
         s(lambda: (normal(3, 3),), 0),
     ],
+    "dag_hesse.attention.default": _attentions(),
     "dag_hesse.batch_affine.default": [
         s(lambda: (normal(2, 3, 4), normal(3), normal(3), normal(3), positive(3), 1e-3)),
         s(lambda: (normal(4, 3), None, None, normal(3), positive(3), 1e-3)),
