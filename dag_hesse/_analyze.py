@@ -21,6 +21,7 @@ from dag_hesse.errors import OptionError, choose, integer
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.estimate.run import Progress
 from dag_hesse.ir import CurvatureGraph
+from dag_hesse.kernels.dispatch import failures
 from dag_hesse.plan import Plan, fuse_all, plan
 from dag_hesse.plan.planner import BATCH_MODES, MODES
 from dag_hesse.report import CurvatureReport
@@ -187,6 +188,7 @@ def _facts(
         "device": str(problem.device),
         "opaque": sorted({node.op for node in problem.entries[0].graph.opaque}),
         "lost": list(problem.entries[0].graph.lost),
+        "kernels that failed": failures(),
         "sweeps": problem.sweeps + chosen.gram_columns,
         "predicted_flops": chosen.flops,
         "seconds": {**seconds, "total": stamps[-1][1] - stamps[0][1]},

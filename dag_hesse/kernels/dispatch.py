@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from dag_hesse.errors import OptionError
+from dag_hesse.errors import OptionError, out_of_memory
 from dag_hesse.kernels.arena import Arena
 
 _LOG = logging.getLogger("dag_hesse")
@@ -26,11 +26,15 @@ def _never(*args: Any, **options: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run a kernel: ``run(arena, *args)``, unless ``refuse(*args)`` says why it cannot."""
+    """One way to run a kernel: ``run(arena, *args)``, unless ``refuse(*args)`` says why it cannot.
+
+    ``compiled``: it is compiled as it is called, and that may fail.
+    """
 
     name: str
     run: Callable[..., Any]
     refuse: Callable[..., str | None] = _never
+    compiled: bool = False
 
 
 @dataclass
@@ -56,6 +60,7 @@ class Kernel(Generic[Arguments, Result]):
     implementations: tuple[Implementation, ...] = ()
     writes: int = 0  # arguments that it may write to and return: a buffer that is added to
     refusals: dict[str, dict[str, int]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)  # implementations that failed once, and are left out since
 
     def __post_init__(self) -> None:
         KERNELS[self.name] = self
@@ -63,12 +68,36 @@ class Kernel(Generic[Arguments, Result]):
 
     def __call__(self, arena: Arena, *args: Arguments.args, **options: Arguments.kwargs) -> Result:
         for one in self._chosen:
-            reason = one.refuse(*args, **options)
-            if reason is None:
+            reason = self._reason(one, *args, **options)
+            if reason is not None:
+                self._refused(one.name, reason)
+                continue
+            try:
                 found: Result = one.run(arena, *args, **options)
-                return found
-            self._refused(one.name, reason)
+            except Exception as error:
+                if not one.compiled or out_of_memory(error):
+                    raise
+                self._failed(one.name, error)
+                continue
+            return found
         return self.reference(arena, *args, **options)
+
+    def refusal(self, *args: Any, **options: Any) -> str | None:
+        """Why none of the implementations runs with these arguments; None if one does."""
+        reasons = [self._reason(one, *args, **options) for one in self._chosen]
+        if None in reasons:
+            return None
+        return (
+            "; ".join(f"{one.name}: {why}" for one, why in zip(self._chosen, reasons, strict=True)) or "none is chosen"
+        )
+
+    def _reason(self, one: Implementation, *args: Any, **options: Any) -> str | None:
+        return self.failures.get(one.name) or one.refuse(*args, **options)
+
+    def _failed(self, name: str, error: Exception) -> None:
+        text = f"it failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        self.failures[name] = text
+        _LOG.warning("kernel %s: %s is left out from now on, as %s", self.name, name, text)
 
     def _ordered(self, name: str | None) -> tuple[Implementation, ...]:
         if name is None:
@@ -117,4 +146,9 @@ def refusals() -> Iterator[tuple[str, str, str, int]]:
                 yield name, implementation, reason, count
 
 
-__all__ = ["KERNELS", "Implementation", "Kernel", "check_forced", "forced", "refusals"]
+def failures() -> list[str]:
+    """Implementations that failed to compile or to launch so far, and why."""
+    return [f"{name}, {one}: {why}" for name, kernel in sorted(KERNELS.items()) for one, why in kernel.failures.items()]
+
+
+__all__ = ["KERNELS", "Implementation", "Kernel", "check_forced", "failures", "forced", "refusals"]

@@ -28,7 +28,7 @@ class Machine:
 
 _NEVER = 1 << 62
 CPU = Machine(program=1 << 12, row_kernel=1 << 14, product=1 << 20, scores=1 << 18, cells=1 << 10)
-CUDA = Machine(program=_NEVER, row_kernel=_NEVER, product=_NEVER, scores=1 << 27, cells=_NEVER)
+CUDA = Machine(program=1 << 12, row_kernel=_NEVER, product=_NEVER, scores=1 << 27, cells=_NEVER)
 
 
 def machine(device: torch.device) -> Machine:

@@ -216,7 +216,7 @@ class _Recorded(Fused):
         places = dict.fromkeys(k for node in reached.values() for k in node.inputs if k not in reached)
         operands, value = {k: known[k] for k in places}, known[members[-1][0]]
         like = next((x for x in operands.values() if x.shape == value.shape), None)
-        if like is None or program.refuse(None, list(operands.values()), like):
+        if like is None or program.run.refusal(None, list(operands.values()), like):
             return None
         made = cls(list(reached.items()), operands, variables, like, arena)
         return None if made._program() is None or made._program(like) is None else made

@@ -16,6 +16,7 @@ from dag_hesse.kernels import machine
 from dag_hesse.kernels.arena import Arena
 from dag_hesse.kernels.dispatch import Implementation, Kernel
 from dag_hesse.kernels.elementwise import Gate
+from dag_hesse.kernels.program import triton
 from tests.oracle import error
 
 FOLDERS = ("attention", "batch_affine", "contraction", "convolution", "elementwise", "layout", "program", "rowwise")
@@ -90,6 +91,7 @@ def test_implementations_agree_with_their_reference(
             assert error(x, y.double(), 1e-3) < TOLERANCE[dtype], name
     print(*sorted(reasons), sep="\n")
     here = {f"{k.name}, {one.name}" for k, one, _ in cases(dtype)} - {text.partition(": ")[0] for text in reasons}
+    assert "program, triton" in ran or least != "always" or not triton.interpreted()
     assert here <= ran or least != "always", f"{here - ran} refuse nothing and did not run"
 
 

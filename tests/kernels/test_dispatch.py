@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import dag_hesse as dh
-from dag_hesse.kernels.arena import SYSTEM
+from dag_hesse.kernels.arena import SYSTEM, Arena
 from dag_hesse.kernels.batch_affine import sums
+from dag_hesse.kernels.dispatch import KERNELS, Implementation, Kernel, failures
 
 PRODUCT = """
 import torch, dag_hesse as dh
@@ -59,3 +60,22 @@ def test_refusals_are_counted_and_shown() -> None:
     assert sum(sums.refusals["torch"].values()) == before + 1
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
     assert "as if it were contiguous" in str(dh.profile(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1]))))
+
+
+def test_what_fails_to_compile_is_left_out_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(arena: Arena, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such\n  instruction")
+
+    kernel = Kernel("doubled", lambda arena, x: x + x, (Implementation("fast", broken, compiled=True),))
+    try:
+        for _ in range(2):
+            assert kernel(SYSTEM, torch.ones(2)).tolist() == [2.0, 2.0]
+        assert "no such instruction" in str(kernel.refusal(torch.ones(2)))
+        assert [text for text in failures() if "doubled, fast" in text]
+        assert capsys.readouterr().err.count("kernel doubled: fast is left out") == 1
+        net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        assert "left out: kernel doubled, fast" in str(
+            dh.analyze(net, (torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])))
+        )
+    finally:
+        del KERNELS["doubled"]

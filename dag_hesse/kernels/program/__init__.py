@@ -1,11 +1,14 @@
 """Elementwise programs in one pass over memory, recorded from plain torch code."""
 
 from dag_hesse.kernels.dispatch import Implementation, Kernel
-from dag_hesse.kernels.program import cpp, reference
+from dag_hesse.kernels.program import cpp, reference, triton
 from dag_hesse.kernels.program.build import Builder, Program
-from dag_hesse.kernels.program.cpp import refuse
 from dag_hesse.kernels.program.recorder import NamedProgram, Refused, record
 
-run = Kernel("program", reference.run, (Implementation("cpp", cpp.run, cpp.refuse),))
+run = Kernel(
+    "program",
+    reference.run,
+    (Implementation("triton", triton.run, triton.refuse, compiled=True), Implementation("cpp", cpp.run, cpp.refuse)),
+)
 
-__all__ = ["Builder", "NamedProgram", "Program", "Refused", "record", "refuse", "run"]
+__all__ = ["Builder", "NamedProgram", "Program", "Refused", "record", "run"]

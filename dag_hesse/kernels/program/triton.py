@@ -1,0 +1,167 @@
+"""By one Triton kernel a program, generated from its instructions: every operand is read once, every result written.
+
+On the CPU it runs in Triton's interpreter, for tests (``TRITON_INTERPRET=1``).
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dag_hesse.kernels.arena import Arena, is_dense
+from dag_hesse.kernels.machine import machine
+from dag_hesse.kernels.program.build import Program
+
+_OLDEST = (3, 6)
+_BLOCK = 1024  # elements of an instance
+_COMPUTED = {torch.float64: "tl.float64"}  # the rest in float32
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Odd powers of tanh's series: below 1/4, where 1 − exp(−2x) cancels, they leave less than one rounding of float64.
+_SERIES = (
+    -1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925, 21844 / 6081075, -929569 / 638512875, 6404582 / 10854718875,
+    -443861162 / 1856156927625,
+)  # fmt: skip
+
+# Instruction -> expression of its number k and its arguments.
+_CODE: Mapping[str, str] = {
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "div": "{0} / {1}",
+    "fma": "{0} * {1} + {2}",
+    "add_i": "{0} + {k}",
+    "mul_i": "{0} * {k}",
+    "rsub_i": "{k} - {0}",
+    "rdiv_i": "{k} / {0}",
+    "gt_i": "({0} > {k}).to(T)",
+    "ge_i": "({0} >= {k}).to(T)",
+    "lt_i": "({0} < {k}).to(T)",
+    "le_i": "({0} <= {k}).to(T)",
+    "where": "tl.where({0} != 0, {1}, {2})",
+    "exp": "tl.exp({0})",
+    "log": "tl.log({0})",
+    "sqrt": "tl.sqrt({0})",
+    "tanh": "_tanh({0})",
+    "sigmoid": "1 / (1 + tl.exp(-{0}))",
+    "erf": "tl.math.erf({0})",
+    "abs": "tl.abs({0})",
+    "fill": "tl.full([BLOCK], {k}, T)",
+}
+_TANH = f"""
+@triton.jit
+def _tanh(x):
+    square = x * x
+    series = {" + square * (".join(repr(c) for c in _SERIES)}{")" * (len(_SERIES) - 1)}
+    t = tl.exp(-2 * tl.abs(x))
+    far = (1 - t) / (1 + t)
+    return tl.where(square < 0.0625, x + x * square * series, tl.where(x < 0, -far, far))
+"""
+_NUMBERS = count()
+
+
+def available() -> str | None:
+    """Why Triton cannot be used here; None if it can."""
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return "Triton is not installed"
+    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST:
+        return f"Triton {found} is older than {'.'.join(map(str, _OLDEST))}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refuse(program: Program | None, operands: Sequence[Tensor], like: Tensor) -> str | None:
+    """Why a program cannot be run on these tensors, or is not worth it; None if it can."""
+    device = "cpu" if interpreted() else "cuda"
+    if like.device.type != device:
+        return f"Triton's kernels run on {device} tensors, not {like.device.type}"
+    if like.dtype not in _DTYPES or any(x.dtype != like.dtype or x.device != like.device for x in operands):
+        return "operands differ in dtype or device, or are no floating-point tensors"
+    if not is_dense(like):
+        return "the results' layout has gaps"
+    least = machine(like.device).program
+    return available() if like.numel() >= least else f"there are fewer than {least} elements"
+
+
+def run(arena: Arena, program: Program, operands: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    """Results of a program on ``operands``, which broadcast to ``like``; shaped and laid out as that."""
+    results = [arena.blank(like) for _ in range(program.results)]
+    order = sorted(range(like.ndim), key=lambda axis: -like.stride()[axis])  # as elements lie in memory
+    spread = [x.expand(like.shape) for x in operands]
+    dense = tuple(x.stride() == like.stride() for x in spread)
+    sizes = [like.shape[axis] for axis in order]
+    strides = [x.stride(axis) for x, flat in zip(spread, dense, strict=True) if not flat for axis in order]
+    kernel = compiled(program, dense, like.ndim, _COMPUTED.get(like.dtype, "tl.float32"))
+    grid = (max(1, -(-like.numel() // _BLOCK)),)
+    kernel[grid](*spread, *results, like.numel(), *sizes, *strides, BLOCK=_BLOCK)
+    return results
+
+
+@cache
+def compiled(program: Program, dense: tuple[bool, ...], ndim: int, dtype: str) -> Any:
+    """The kernel of a program: ``kernel[grid](*operands, *results, count, *sizes, *strides, BLOCK=…)``."""
+    return load(source(program, dense, ndim, dtype), "kernel")
+
+
+def source(program: Program, dense: Sequence[bool], ndim: int, dtype: str) -> str:
+    """Triton code of a program.
+
+    Args:
+        program: what is computed.
+        dense: per operand, whether its elements lie as those of the results.
+        ndim: axes that the other operands are broadcast along.
+        dtype: what is computed in.
+
+    Example:
+        >>> from dag_hesse.kernels.program import Builder
+        >>> b = Builder(operands=1)
+        >>> program = b.program([b.multiply(b.operand(0), 2.0)])
+        >>> print(source(program, [True], 1, "tl.float32").splitlines()[-2])
+            v1 = v0 * 2.0
+    """
+    operands, results, _ = program.sizes
+    axes, spread = range(ndim), [k for k, flat in enumerate(dense) if not flat]
+    names = [f"p{k}" for k in range(operands + results)] + ["count"] + [f"n{a}" for a in axes]
+    names += [f"s{k}_{a}" for k in spread for a in axes] + ["BLOCK: tl.constexpr"]
+    lines = [
+        f"def kernel({', '.join(names)}):",
+        f"T: tl.constexpr = {dtype}",
+        "at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)",
+        "mask = at < count",
+    ]
+    if spread:
+        lines.append("rest = at")
+        lines += [f"i{a} = rest % n{a}; rest = rest // n{a}" for a in reversed(axes)]
+    for k in range(operands):
+        place = "at" if dense[k] else " + ".join(["0", *(f"i{a} * s{k}_{a}" for a in axes)])
+        lines.append(f"v{k} = tl.load(p{k} + ({place}), mask=mask, other=1.0).to(T)")
+    for name, (to, *arguments), number in program.rows:
+        lines.append(f"v{to} = " + _CODE[name].format(*(f"v{a}" for a in arguments), k=repr(float(number))))
+    lines += [f"tl.store(p{k} + at, v{k}, mask=mask)" for k in range(operands, operands + results)]
+    body = "\n    ".join(lines)
+    return f"import triton\nimport triton.language as tl\n\n{_TANH}\n\n@triton.jit\n{body}\n"
+
+
+def load(code: str, name: str) -> Any:
+    """A function of generated Triton code, whose text :mod:`inspect` finds."""
+    place = f"<dag_hesse triton {next(_NUMBERS)}>"
+    linecache.cache[place] = (len(code), None, code.splitlines(keepends=True), place)
+    scope: dict[str, Any] = {"__name__": place}
+    exec(compile(code, place, "exec"), scope)
+    return scope[name]
+
+
+__all__ = ["available", "compiled", "interpreted", "load", "refuse", "run", "source"]

@@ -1,0 +1,75 @@
+"""Compile the generated kernels ahead of time for two architectures, and print what they use, as JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dag_hesse.ir import Kind, Node, Ref
+from dag_hesse.kernels.program import Program, record, triton
+from dag_hesse.rules.chain import fuse_members
+
+ARCHITECTURES = (80, 90)
+TYPES = {"fp32": "tl.float32", "fp64": "tl.float64", "bf16": "tl.float32"}
+ACTIVATIONS = ("gelu", "silu", "tanh", "sigmoid")
+NAMES = [f"{act} {kind} sm_{arch}" for act in ACTIVATIONS for kind in TYPES for arch in ARCHITECTURES]
+
+
+def _program(name: str) -> Program:
+    """First partial, second one times λ, and λ as it goes on, as regions have them."""
+    x, op = torch.linspace(-1, 1, 8), getattr(torch.ops.aten, name).default
+    node = Node(1, str(op), op, (Ref(0),), {}, (0,), (8,), x.dtype, Kind.SMOOTH)
+
+    def code(x: torch.Tensor, lam: torch.Tensor) -> dict[str, Any]:
+        found = fuse_members([(1, node)], {0: x, 1: op(x)}, [0]).descend(lam, [0])
+        return {"c": found.first[0], "h": found.second[0, 0], "lam": found.pulled[0]}
+
+    return record(code, [x, x], x).program
+
+
+def _compile(program: Program, kind: str, arch: int) -> dict[str, int]:
+    import triton as theirs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = triton.compiled(program, (True,) * program.operands, 1, TYPES[kind])
+    names = kernel.arg_names
+    signature = {n: f"*{kind}" if n[0] == "p" else "constexpr" if n == "BLOCK" else "i64" for n in names}
+    whole = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n[0] == "p" or n == "count"}
+    code = ASTSource(kernel, signature, constexprs={(names.index("BLOCK"),): 1024}, attrs=whole)
+    binary = theirs.compile(code, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4}).asm["cubin"]
+    tool = Path(theirs.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        texts = [
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        ]
+    use = dict(part.split(":") for part in texts[0].split() if part.startswith(("REG:", "STACK:")))
+    return {
+        "registers": int(use["REG"]),
+        "stack": int(use["STACK"]),
+        "spills": texts[1].count("LDL") + texts[1].count("STL"),
+        "loads": texts[1].count("LDG"),
+        "wide loads": texts[1].count("LDG.E.128"),
+    }
+
+
+def usages() -> Iterator[tuple[str, dict[str, int]]]:
+    """(name, what it uses) of every declared configuration."""
+    for act in ACTIVATIONS:
+        program = _program(act)
+        for kind in TYPES:
+            for arch in ARCHITECTURES:
+                yield f"{act} {kind} sm_{arch}", _compile(program, kind, arch)
+
+
+if __name__ == "__main__":
+    print(json.dumps(dict(usages())))
