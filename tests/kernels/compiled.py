@@ -12,16 +12,28 @@ from typing import Any
 import torch
 
 from dag_hesse.ir import Kind, Node, Ref
-from dag_hesse.kernels.program import Program, record, triton
+from dag_hesse.kernels import elementwise, program
+from dag_hesse.kernels.elementwise.triton import Form, Term
 from dag_hesse.rules.chain import fuse_members
 
 ARCHITECTURES = (80, 90)
 TYPES = {"fp32": "tl.float32", "fp64": "tl.float64", "bf16": "tl.float32"}
 ACTIVATIONS = ("gelu", "silu", "tanh", "sigmoid")
-NAMES = [f"{act} {kind} sm_{arch}" for act in ACTIVATIONS for kind in TYPES for arch in ARCHITECTURES]
+# Products of a node of one input, of a sum of two, and of a product of two: coefficients, results, operands.
+SUMS: dict[str, tuple[Any, Any, int]] = {
+    "tangent": (("tensor",), ((Term(0, 0, False),),), 1),
+    "tangent of a gate": (("gate",), ((Term(0, 0, False),),), 1),
+    "both channels": (("tensor", "tensor"), ((Term(0, 0, False), Term(1, 1, True)),), 2),
+    "both channels of a product": (
+        ("tensor",) * 3,
+        ((Term(0, 0, False), Term(2, 2, True)), (Term(1, 0, False), Term(2, 1, True))),
+        3,
+    ),
+}
+NAMES = [f"{name} {kind} sm_{arch}" for name in (*ACTIVATIONS, *SUMS) for kind in TYPES for arch in ARCHITECTURES]
 
 
-def _program(name: str) -> Program:
+def _program(name: str) -> program.Program:
     """First partial, second one times λ, and λ as it goes on, as regions have them."""
     x, op = torch.linspace(-1, 1, 8), getattr(torch.ops.aten, name).default
     node = Node(1, str(op), op, (Ref(0),), {}, (0,), (8,), x.dtype, Kind.SMOOTH)
@@ -30,19 +42,28 @@ def _program(name: str) -> Program:
         found = fuse_members([(1, node)], {0: x, 1: op(x)}, [0]).descend(lam, [0])
         return {"c": found.first[0], "h": found.second[0, 0], "lam": found.pulled[0]}
 
-    return record(code, [x, x], x).program
+    return program.record(code, [x, x], x).program
 
 
-def _compile(program: Program, kind: str, arch: int) -> dict[str, int]:
+def _kernel(name: str, kind: str) -> Any:
+    if name in SUMS:
+        return elementwise.triton.compiled(Form(*SUMS[name], TYPES[kind]))
+    recorded = _program(name)
+    return program.triton.compiled(recorded, (True,) * recorded.operands, 1, TYPES[kind])
+
+
+def _compile(kernel: Any, kind: str, arch: int) -> dict[str, int]:
     import triton as theirs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = triton.compiled(program, (True,) * program.operands, 1, TYPES[kind])
-    names = kernel.arg_names
-    signature = {n: f"*{kind}" if n[0] == "p" else "constexpr" if n == "BLOCK" else "i64" for n in names}
-    whole = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n[0] == "p" or n == "count"}
-    code = ASTSource(kernel, signature, constexprs={(names.index("BLOCK"),): 1024}, attrs=whole)
+    names, constants = kernel.arg_names, {"BLOCK": 1024, "ROWS": 8}
+    pointers = [n for n in names if n[0] in "pcxy" and n[1:].isdigit()]
+    signature = {n: f"*{kind}" if n in pointers else "constexpr" if n in constants else "i64" for n in names}
+    aligned = {*pointers, "count", "size", *(n for n in names if n[0] == "s")}
+    whole = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in aligned}
+    given = {(names.index(n),): value for n, value in constants.items() if n in names}
+    code = ASTSource(kernel, signature, constexprs=given, attrs=whole)
     binary = theirs.compile(code, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4}).asm["cubin"]
     tool = Path(theirs.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -64,11 +85,10 @@ def _compile(program: Program, kind: str, arch: int) -> dict[str, int]:
 
 def usages() -> Iterator[tuple[str, dict[str, int]]]:
     """(name, what it uses) of every declared configuration."""
-    for act in ACTIVATIONS:
-        program = _program(act)
+    for name in (*ACTIVATIONS, *SUMS):
         for kind in TYPES:
             for arch in ARCHITECTURES:
-                yield f"{act} {kind} sm_{arch}", _compile(program, kind, arch)
+                yield f"{name} {kind} sm_{arch}", _compile(_kernel(name, kind), kind, arch)
 
 
 if __name__ == "__main__":

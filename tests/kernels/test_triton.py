@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from dag_hesse.kernels.program import triton
+from dag_hesse.kernels import generated
 from tests.kernels import compiled
 
 ROOT = Path(__file__).parents[2]
 BUDGET: dict[str, dict[str, int]] = json.loads(Path(__file__).with_name("budget.json").read_text())
-pytestmark = pytest.mark.skipif(triton.available() is not None, reason=str(triton.available()))
+pytestmark = pytest.mark.skipif(generated.available() is not None, reason=str(generated.available()))
 
 MODEL = """
 import torch, dag_hesse as dh

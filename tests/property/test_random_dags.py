@@ -116,7 +116,9 @@ def check_blocks(recipe: Recipe) -> None:
 
     def again() -> Truth:
         with Rounded():
-            return oracle(copy.deepcopy(model), batch)
+            twin = oracle(copy.deepcopy(model), batch)
+        twin.axes = truth.axes
+        return twin
 
     compare(operator, found, truth, dh.structure(model, batch, loss=loss, points=points), again)
     report = dh.analyze(model, batch, loss=loss, points=points, mode="exact")

@@ -1,7 +1,7 @@
 """Products of elementwise nodes, and the algebra of their coefficients (design §3, fuse)."""
 
 from dag_hesse.kernels.dispatch import Implementation, Kernel
-from dag_hesse.kernels.elementwise import reference, torch
+from dag_hesse.kernels.elementwise import reference, torch, triton
 from dag_hesse.kernels.elementwise.coefficients import (
     Coefficient,
     Gate,
@@ -14,8 +14,22 @@ from dag_hesse.kernels.elementwise.coefficients import (
 )
 from dag_hesse.kernels.elementwise.torch import transpose
 
-tangent = Kernel("elementwise.tangent", reference.tangent, (Implementation("torch", torch.tangent),))
-adjoints = Kernel("elementwise.adjoints", reference.adjoints, (Implementation("torch", torch.adjoints),))
+tangent = Kernel(
+    "elementwise.tangent",
+    reference.tangent,
+    (
+        Implementation("triton", triton.tangent, triton.refuse_tangent, compiled=True),
+        Implementation("torch", torch.tangent),
+    ),
+)
+adjoints = Kernel(
+    "elementwise.adjoints",
+    reference.adjoints,
+    (
+        Implementation("triton", triton.adjoints, triton.refuse_adjoints, compiled=True),
+        Implementation("torch", torch.adjoints),
+    ),
+)
 
 __all__ = [
     "Coefficient",

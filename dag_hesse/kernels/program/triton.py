@@ -5,25 +5,17 @@ On the CPU it runs in Triton's interpreter, for tests (``TRITON_INTERPRET=1``).
 
 from __future__ import annotations
 
-import linecache
-import os
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from itertools import count
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena, is_dense
+from dag_hesse.kernels.generated import BLOCK, DTYPES, HEAD, available, computed, grid, home, load
 from dag_hesse.kernels.machine import machine
 from dag_hesse.kernels.program.build import Program
 
-_OLDEST = (3, 6)
-_BLOCK = 1024  # elements of an instance
-_COMPUTED = {torch.float64: "tl.float64"}  # the rest in float32
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Odd powers of tanh's series: below 1/4, where 1 − exp(−2x) cancels, they leave less than one rounding of float64.
 _SERIES = (
     -1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925, 21844 / 6081075, -929569 / 638512875, 6404582 / 10854718875,
@@ -64,31 +56,13 @@ def _tanh(x):
     far = (1 - t) / (1 + t)
     return tl.where(square < 0.0625, x + x * square * series, tl.where(x < 0, -far, far))
 """
-_NUMBERS = count()
-
-
-def available() -> str | None:
-    """Why Triton cannot be used here; None if it can."""
-    try:
-        found = version("triton")
-    except PackageNotFoundError:
-        return "Triton is not installed"
-    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST:
-        return f"Triton {found} is older than {'.'.join(map(str, _OLDEST))}"
-    return None
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def refuse(program: Program | None, operands: Sequence[Tensor], like: Tensor) -> str | None:
     """Why a program cannot be run on these tensors, or is not worth it; None if it can."""
-    device = "cpu" if interpreted() else "cuda"
-    if like.device.type != device:
-        return f"Triton's kernels run on {device} tensors, not {like.device.type}"
-    if like.dtype not in _DTYPES or any(x.dtype != like.dtype or x.device != like.device for x in operands):
+    if like.device.type != home():
+        return f"Triton's kernels run on {home()} tensors, not {like.device.type}"
+    if like.dtype not in DTYPES or any(x.dtype != like.dtype or x.device != like.device for x in operands):
         return "operands differ in dtype or device, or are no floating-point tensors"
     if not is_dense(like):
         return "the results' layout has gaps"
@@ -104,9 +78,8 @@ def run(arena: Arena, program: Program, operands: Sequence[Tensor], like: Tensor
     dense = tuple(x.stride() == like.stride() for x in spread)
     sizes = [like.shape[axis] for axis in order]
     strides = [x.stride(axis) for x, flat in zip(spread, dense, strict=True) if not flat for axis in order]
-    kernel = compiled(program, dense, like.ndim, _COMPUTED.get(like.dtype, "tl.float32"))
-    grid = (max(1, -(-like.numel() // _BLOCK)),)
-    kernel[grid](*spread, *results, like.numel(), *sizes, *strides, BLOCK=_BLOCK)
+    kernel = compiled(program, dense, like.ndim, computed(like.dtype))
+    kernel[grid(like.numel())](*spread, *results, like.numel(), *sizes, *strides, BLOCK=BLOCK)
     return results
 
 
@@ -152,16 +125,7 @@ def source(program: Program, dense: Sequence[bool], ndim: int, dtype: str) -> st
         lines.append(f"v{to} = " + _CODE[name].format(*(f"v{a}" for a in arguments), k=repr(float(number))))
     lines += [f"tl.store(p{k} + at, v{k}, mask=mask)" for k in range(operands, operands + results)]
     body = "\n    ".join(lines)
-    return f"import triton\nimport triton.language as tl\n\n{_TANH}\n\n@triton.jit\n{body}\n"
+    return f"{HEAD}{_TANH}\n\n@triton.jit\n{body}\n"
 
 
-def load(code: str, name: str) -> Any:
-    """A function of generated Triton code, whose text :mod:`inspect` finds."""
-    place = f"<dag_hesse triton {next(_NUMBERS)}>"
-    linecache.cache[place] = (len(code), None, code.splitlines(keepends=True), place)
-    scope: dict[str, Any] = {"__name__": place}
-    exec(compile(code, place, "exec"), scope)
-    return scope[name]
-
-
-__all__ = ["available", "compiled", "interpreted", "load", "refuse", "run", "source"]
+__all__ = ["compiled", "refuse", "run", "source"]

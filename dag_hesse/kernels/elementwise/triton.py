@@ -1,0 +1,195 @@
+"""By one generated Triton kernel a node: both channels and all probes, each coefficient loaded once.
+
+What is computed is sums of products Σ c ∘ x, one a result: x has rows, c is shared by them; second-order terms go to
+the rows of their channel alone. Inputs that are broadcast are left to PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dag_hesse.kernels.arena import Arena, is_dense
+from dag_hesse.kernels.elementwise.coefficients import Coefficient, Gate
+from dag_hesse.kernels.generated import BLOCK, DTYPES, HEAD, available, computed, grid, home, load
+
+Seconds = Mapping[tuple[int, int], Coefficient]
+
+
+class Term(NamedTuple):
+    """c ∘ x: places among the coefficients and among the operands; of all rows, or of a channel's alone."""
+
+    coefficient: int
+    operand: int
+    channel: bool
+
+
+class Form(NamedTuple):
+    """What a kernel is generated from: per coefficient a number, "tensor" or "gate"; per result its terms."""
+
+    coefficients: tuple[float | str, ...]
+    results: tuple[tuple[Term, ...], ...]
+    operands: int
+    dtype: str
+
+
+class _Sums:
+    """Collects terms, every coefficient and operand once."""
+
+    def __init__(self) -> None:
+        self.coefficients: list[Coefficient] = []
+        self.operands: list[Tensor] = []
+        self.results: list[tuple[Term, ...]] = []
+
+    def term(self, c: Coefficient, x: Tensor, channel: bool = False) -> Term:
+        return Term(_place(self.coefficients, c), _place(self.operands, x), channel)
+
+    def run(self, count: int, rows: slice) -> list[Tensor]:
+        """Results of ``count`` rows each."""
+        like = self.operands[0]
+        whole = [torch.empty_strided((count, *like.shape[1:]), _strides(like), dtype=like.dtype, device=like.device)
+                 for _ in self.results]  # fmt: skip
+        kinds = tuple(
+            c if isinstance(c, float) else "gate" if isinstance(c, Gate) else "tensor" for c in self.coefficients
+        )
+        form = Form(kinds, tuple(self.results), len(self.operands), computed(like.dtype))
+        tensors = [c.value if isinstance(c, Gate) else c for c in self.coefficients if not isinstance(c, float)]
+        first, stop, _ = rows.indices(count)
+        size = like[0].numel()
+        strides = [x.stride(0) for x in self.operands]
+        kernel = compiled(form)[grid(size)]
+        kernel(*tensors, *self.operands, *whole, size, first, stop, *strides, ROWS=count, BLOCK=BLOCK)
+        return whole
+
+
+def _place(among: list[Any], x: Any) -> int:
+    """Where ``x`` is among others, after it has been put there if need be."""
+    for k, other in enumerate(among):
+        if x is other or (isinstance(x, float) and isinstance(other, float) and x == other):
+            return k
+    among.append(x)
+    return len(among) - 1
+
+
+def _strides(like: Tensor) -> tuple[int, ...]:
+    """Of rows that lie as those of ``like``, one behind the other."""
+    return (like[0].numel(), *like.stride()[1:])
+
+
+@cache
+def compiled(form: Form) -> Any:
+    """``kernel[grid](*coefficients, *operands, *results, size, first, stop, *row strides, ROWS=…, BLOCK=…)``."""
+    return load(source(form), "kernel")
+
+
+def source(form: Form) -> str:
+    """Triton code of sums of products."""
+    tensors = [k for k, kind in enumerate(form.coefficients) if isinstance(kind, str)]
+    places, outs = range(form.operands), range(len(form.results))
+    names = [f"c{k}" for k in tensors] + [f"x{k}" for k in places] + [f"y{k}" for k in outs]
+    names += ["size", "first", "stop"] + [f"s{k}" for k in places] + ["ROWS: tl.constexpr", "BLOCK: tl.constexpr"]
+    lines = [
+        f"def kernel({', '.join(names)}):",
+        f"    T: tl.constexpr = {form.dtype}",
+        "    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)",
+        "    mask = at < size",
+    ]
+    for k in tensors:
+        loaded = f"tl.load(c{k} + at, mask=mask, other=0.0)"
+        lines.append(f"    k{k} = ({loaded}{' > 0' if form.coefficients[k] == 'gate' else ''}).to(T)")
+    lines += ["    for row in range(ROWS):", "        inside = mask & (row >= first) & (row < stop)"]
+    of_channel = {term.operand for terms in form.results for term in terms if term.channel}
+    for k in places:
+        row, mask = ("(row - first)", "inside") if k in of_channel else ("row", "mask")
+        lines.append(f"        v{k} = tl.load(x{k} + {row} * s{k} + at, mask={mask}, other=0.0).to(T)")
+    for n, terms in enumerate(form.results):
+        total = " + ".join(_product(form, term) for term in terms)
+        lines.append(f"        tl.store(y{n} + row * size + at, {total}, mask=mask)")
+    return HEAD + "\n@triton.jit\n" + "\n".join(lines) + "\n"
+
+
+def _product(form: Form, term: Term) -> str:
+    kind, x = form.coefficients[term.coefficient], f"v{term.operand}"
+    if isinstance(kind, float):
+        return x if kind == 1 else f"{x} * {kind!r}"
+    return f"k{term.coefficient} * {x}"  # gates are 0 and 1: a choice would have loads wait for it, one by one
+
+
+def _reason(given: Sequence[Tensor], coefficients: Sequence[Coefficient | None], shape: Sequence[int]) -> str | None:
+    """Why sums of these operands with rows and these coefficients are not computed here."""
+    like = given[0]
+    if like.device.type != home():
+        return f"Triton's kernels run on {home()} tensors, not {like.device.type}"
+    if like.dtype not in DTYPES:
+        return f"there is no arithmetic for {like.dtype}"
+    if not like[0].numel() or not is_dense(like[0]):
+        return "rows are empty or have gaps"
+    if any(
+        x.shape[1:] != torch.Size(shape) or x.stride()[1:] != like.stride()[1:] or x.dtype != like.dtype for x in given
+    ):
+        return "operands are broadcast, or lie otherwise than the first"
+    tensors = [c.value if isinstance(c, Gate) else c for c in coefficients if isinstance(c, (Gate, Tensor))]
+    if any(c.shape != like.shape[1:] or c.stride() != like.stride()[1:] or c.dtype != like.dtype for c in tensors):
+        return "coefficients are broadcast, or lie otherwise than the operands"
+    return available()
+
+
+def refuse_tangent(
+    partials: Sequence[Coefficient | None], tangents: Mapping[int, Tensor], shape: Sequence[int]
+) -> str | None:
+    return _reason(list(tangents.values()), [partials[slot] for slot in tangents], shape)
+
+
+def tangent(
+    arena: Arena, partials: Sequence[Coefficient | None], tangents: Mapping[int, Tensor], shape: Sequence[int]
+) -> Tensor:
+    sums = _Sums()
+    sums.results.append(tuple(sums.term(c, x) for slot, x in tangents.items() if (c := partials[slot]) is not None))
+    return sums.run(len(next(iter(tangents.values()))), slice(None))[0]
+
+
+def refuse_adjoints(
+    first: Sequence[Coefficient | None],
+    seconds: Seconds,
+    abar: Tensor | None,
+    tangents: Mapping[int, Tensor],
+    rows: slice,
+    shapes: Mapping[int, Sequence[int]],
+    out_shape: Sequence[int],
+) -> str | None:
+    if any(torch.Size(shape) != torch.Size(out_shape) for shape in shapes.values()):
+        return "inputs are broadcast"
+    if abar is not None and not tangents and all(isinstance(first[slot], float) for slot in shapes):
+        return "what is a multiple of the adjoint needs no kernel"
+    given = [*([] if abar is None else [abar]), *tangents.values()]
+    used = [first[slot] for slot in shapes] if abar is not None else []
+    return _reason(given, [*used, *(h for pair, h in seconds.items() if pair[1] in tangents)], out_shape)
+
+
+def adjoints(
+    arena: Arena,
+    first: Sequence[Coefficient | None],
+    seconds: Seconds,
+    abar: Tensor | None,
+    tangents: Mapping[int, Tensor],
+    rows: slice,
+    shapes: Mapping[int, Sequence[int]],
+    out_shape: Sequence[int],
+) -> dict[int, Tensor]:
+    sums, slots = _Sums(), list[int]()
+    for slot in shapes:
+        c = first[slot]
+        terms = [] if abar is None or c is None else [sums.term(c, abar)]
+        terms += [sums.term(seconds[slot, j], x, True) for j, x in tangents.items() if (slot, j) in seconds]
+        if terms:
+            sums.results.append(tuple(terms))
+            slots.append(slot)
+    count = len(abar) if abar is not None else len(next(iter(tangents.values())))
+    return dict(zip(slots, sums.run(count, rows if abar is not None else slice(None)), strict=True)) if slots else {}
+
+
+__all__ = ["adjoints", "compiled", "refuse_adjoints", "refuse_tangent", "source", "tangent"]

@@ -1,0 +1,60 @@
+"""What generated Triton kernels share: where they run, what they compute in, how code becomes a function."""
+
+from __future__ import annotations
+
+import linecache
+import os
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count
+from typing import Any
+
+import torch
+
+BLOCK = 1024  # elements of an instance
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HEAD = "import triton\nimport triton.language as tl\n\n"
+_OLDEST = (3, 6)
+_NUMBERS = count()
+
+
+def available() -> str | None:
+    """Why Triton cannot be used here; None if it can."""
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return "Triton is not installed"
+    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST:
+        return f"Triton {found} is older than {'.'.join(map(str, _OLDEST))}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def home() -> str:
+    """The type of device whose tensors kernels take."""
+    return "cpu" if interpreted() else "cuda"
+
+
+def computed(dtype: torch.dtype) -> str:
+    """What is computed in, where results have ``dtype``."""
+    return "tl.float64" if dtype is torch.float64 else "tl.float32"
+
+
+def grid(elements: int) -> tuple[int]:
+    """Instances for so many elements."""
+    return (max(1, -(-elements // BLOCK)),)
+
+
+def load(code: str, name: str) -> Any:
+    """A function of generated Triton code, whose text :mod:`inspect` finds."""
+    place = f"<dag_hesse triton {next(_NUMBERS)}>"
+    linecache.cache[place] = (len(code), None, code.splitlines(keepends=True), place)
+    scope: dict[str, Any] = {"__name__": place}
+    exec(compile(code, place, "exec"), scope)
+    return scope[name]
+
+
+__all__ = ["BLOCK", "DTYPES", "HEAD", "available", "computed", "grid", "home", "interpreted", "load"]
