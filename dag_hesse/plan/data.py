@@ -45,7 +45,7 @@ class Source:
 class Plan:
     """The plan. ``method`` (n×n) is how the full block's norm is obtained, ``gn_method`` that of its GN part.
 
-    ``gram_columns`` are the reverse sweeps of the Gram route (0: not taken), ``spectral_cost`` what spectral norms of
+    ``gram_columns`` are the pullbacks of the Gram route (0: not taken), ``spectral_cost`` what spectral norms of
     sampled pairs take as a rule. ``chunk`` is the number of probes swept together, ``peak_bytes`` the predicted memory
     of one such sweep and of what is kept between sweeps, but for the linearization.
     """
@@ -90,7 +90,7 @@ class Plan:
         ]
         if self.gram_columns:
             lines.append(
-                f"gram: {self.gram_columns} reverse sweeps, {self.gram_cost.flops / 1e9:.2f} GFLOP, all points"
+                f"gram: {self.gram_columns} pullbacks, {self.gram_cost.flops / 1e9:.2f} GFLOP, all points"
             )
         for s in self.sources:
             reads = ", ".join(names[k] for k in s.reads)

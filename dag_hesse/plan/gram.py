@@ -14,7 +14,7 @@ _ROWS = 4096  # most rows of a Gram matrix
 
 @dataclass(frozen=True)
 class GramRoute:
-    """Over all batches: reverse sweeps, bytes held, and the cost of all of it."""
+    """Over all batches: pullbacks, bytes held, and the cost of all of it."""
 
     columns: int
     held: int
@@ -60,7 +60,7 @@ def gram_route(task: Task) -> GramRoute:
 
 
 def _columns(graph: CurvatureGraph) -> tuple[int, int]:
-    """(reverse sweeps, rows of S) that one batch needs."""
+    """(pullbacks, rows of S) that one batch needs."""
     size = sum(graph.nodes[k].numel for k in graph.out)
     if not graph.separable_loss:
         return size, size

@@ -87,7 +87,7 @@ def _chosen_route(task: Task) -> GramRoute | None:
 
 def _pays(task: Task, route: GramRoute) -> bool:
     """Whether the Gram route is worth its cost, beside sweeps for all pairs."""
-    # A reverse sweep costs half of a probe's; exactness is worth a few probes more.
+    # A pullback costs half of a probe's; exactness is worth a few probes more.
     few = route.columns <= 8 * task.probes * sum(task.counts)
     if not (few and route.feasible and route.held <= task.budget // 4):
         return False

@@ -44,7 +44,7 @@ class Geometry:
         return tuple(tap.stop - tap.start for tap in self.kernel_taps)
 
     @property
-    def live(self) -> Any:
+    def reached_taps(self) -> Any:
         """Index of that part in (…, *K)."""
         return (..., *self.kernel_taps)
 
@@ -141,7 +141,7 @@ def geometry(x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...], argumen
 
 def crop(geo: Geometry, w: Tensor) -> Tensor:
     """(…, *K) -> the kernel taps that meet the input."""
-    return w if w.shape[-len(geo.kernel_taps) :] == geo.kernel else w[geo.live]
+    return w if w.shape[-len(geo.kernel_taps) :] == geo.kernel else w[geo.reached_taps]
 
 
 __all__ = ["CHANNELS_LAST", "Geometry", "crop", "geometry"]

@@ -49,7 +49,7 @@ def _uncrop(arena: Arena, geo: Geometry, w: Tensor) -> Tensor:
     if geo.kernel == geo.weight[2:]:
         return w
     full = arena.empty(w, *w.shape[: -len(geo.kernel_taps)], *geo.weight[2:]).zero_()
-    full[geo.live] = w
+    full[geo.reached_taps] = w
     return full
 
 
