@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from dag_hesse._capture import Batches, capture, capture_all, needs_split, points_like, unwrapped
+from dag_hesse._capture import Batches, capture_all, needs_split, points_like, unwrapped
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.reduction import Option, find_reduction
 from dag_hesse._structure import analyze_structure
@@ -27,7 +27,7 @@ from dag_hesse.plan.planner import BATCH_MODES, MODES
 from dag_hesse.report import CurvatureReport
 from dag_hesse.report.blocks import BlockReader
 from dag_hesse.report.progress import shown
-from dag_hesse.sweep import VERIFY, Problem, prove_all
+from dag_hesse.sweep import VERIFY, Problem, capture_anew, prove_all
 
 
 def analyze(
@@ -123,7 +123,7 @@ def analyze(
             tensor_part=bool(chosen.structure.tensor_alive.any()),
             with_out=chosen.gram_columns > 0,
             chunk=chosen.chunk,
-            again=partial(capture, model, loss=loss, output=output, points=like, space=space),
+            again=partial(capture_anew, model, loss=loss, output=output, points=like, space=space, verify=verify),
             memory=memory,
         )
 

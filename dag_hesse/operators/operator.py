@@ -11,7 +11,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
-from dag_hesse._capture import Batches, capture, capture_all, needs_split, points_like
+from dag_hesse._capture import Batches, capture_all, needs_split, points_like
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.reduction import Option, find_reduction
 from dag_hesse.budget import Budget
@@ -22,7 +22,7 @@ from dag_hesse.operators.functional import as_module, chosen_parameters, read_pa
 from dag_hesse.operators.vectors import VectorForm, to_numpy
 from dag_hesse.plan import fuse_all
 from dag_hesse.plan.memory import probe_chunk, shared_chunk, sweep_bytes
-from dag_hesse.sweep import VERIFY, Parts, Problem, Request, prove_all
+from dag_hesse.sweep import VERIFY, Parts, Problem, Request, capture_anew, prove_all
 
 
 class CurvatureOperator(SymmetricOperator):
@@ -112,7 +112,7 @@ class CurvatureOperator(SymmetricOperator):
         prove_all(graphs, batches, module, loss, output, verify)
         self.reduction = find_reduction(module, graphs, batches, loss, reduction)
         graphs = fuse_all(graphs)
-        again = partial(capture, module, loss=loss, output=output, points=like, space=space)
+        again = partial(capture_anew, module, loss=loss, output=output, points=like, space=space, verify=verify)
         self._problem = Problem(
             module,
             graphs,

@@ -89,9 +89,7 @@ class Plan:
             f"plan: {self.flops / 1e9:.2f} GFLOP, {self.chunk} probes a sweep, {self.peak_bytes / 2**20:.0f} MiB peak"
         ]
         if self.gram_columns:
-            lines.append(
-                f"gram: {self.gram_columns} pullbacks, {self.gram_cost.flops / 1e9:.2f} GFLOP, all points"
-            )
+            lines.append(f"gram: {self.gram_columns} pullbacks, {self.gram_cost.flops / 1e9:.2f} GFLOP, all points")
         for s in self.sources:
             reads = ", ".join(names[k] for k in s.reads)
             lines.append(

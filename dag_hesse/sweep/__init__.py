@@ -4,6 +4,17 @@ from dag_hesse.sweep.engine import Adjoint, pullback, sweep
 from dag_hesse.sweep.linearize import Linearization
 from dag_hesse.sweep.parts import Parts, Request
 from dag_hesse.sweep.problem import Problem
-from dag_hesse.sweep.proof import VERIFY, prove_all
+from dag_hesse.sweep.proof import VERIFY, capture_anew, prove_all
 
-__all__ = ["VERIFY", "Adjoint", "Linearization", "Parts", "Problem", "Request", "prove_all", "pullback", "sweep"]
+__all__ = [
+    "VERIFY",
+    "Adjoint",
+    "Linearization",
+    "Parts",
+    "Problem",
+    "Request",
+    "capture_anew",
+    "prove_all",
+    "pullback",
+    "sweep",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from math import isfinite, sqrt
 
@@ -274,11 +274,35 @@ def prove_all(
         own = [batches.examples[signature] for signature in batches.signatures]
     seen: set[int] = set()
     for graph, batch in zip(graphs, own, strict=True):
-        if id(graph) not in seen and graph.value == graph.value:  # a batch without a loss counts nothing in a stream
+        if id(graph) not in seen:
             seen.add(id(graph))
-            with preserved():
-                if graph.rng_before is not None:
-                    graph.rng_before.restore()
-                prove(graph, model, batch, loss, output)
-                if verify == "product":
-                    _prove_product(graph, model, batch, loss)
+            _prove_one(graph, batch, model, loss, output, verify)
+
+
+def _prove_one(
+    graph: CurvatureGraph, batch: Batch, model: nn.Module, loss: Loss | None, output: str | None, verify: str
+) -> None:
+    if verify == "none" or graph.value != graph.value:  # a batch without a loss counts nothing in a stream
+        return
+    with preserved():
+        if graph.rng_before is not None:
+            graph.rng_before.restore()
+        prove(graph, model, batch, loss, output)
+        if verify == "product":
+            _prove_product(graph, model, batch, loss)
+
+
+def capture_anew(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    loss: Loss | None,
+    output: str | None,
+    points: Callable[[CurvatureGraph], Sequence[Point]],
+    space: str,
+    verify: str,
+) -> CurvatureGraph:
+    """The graph of a batch that leads the forward another way than its graph goes, proved as the first ones are."""
+    graph = capture(model, batch, loss=loss, output=output, points=points, space=space)
+    _prove_one(graph, batch, model, loss, output, verify)
+    return graph

@@ -34,6 +34,19 @@ def test_a_hook_that_changes_gradients_is_found_out() -> None:
     assert dh.HessianOperator(Around(_hooked), (X, Y), verify="none").shape == (31, 31)
 
 
+def test_a_graph_that_is_captured_anew_is_compared_with_the_model_too() -> None:
+    model = Around(lambda m, z: z.tanh() if float(z.detach().sum()) > 0 else _hooked(m, z))
+    nn.init.zeros_(model.a.bias)
+    forward = X if float(model.a(X).sum()) > 0 else -X
+    batches = [(forward, Y), (-3 * forward, Y)]
+    operator = dh.HessianOperator(model, batches)
+    with (
+        pytest.warns(UserWarning, match="captured anew"),
+        pytest.raises(errors.UnfaithfulCaptureError, match="gradient"),
+    ):
+        operator @ torch.ones(operator.shape[1]).double()
+
+
 def test_a_function_that_cannot_be_differentiated_twice_is_named() -> None:
     with pytest.raises(errors.NonDifferentiableError, match=r"function\.Once.*common\.py:\d+"):
         dh.HessianOperator(Around(module_in_a_list, fn=Once.apply), (X, Y))
