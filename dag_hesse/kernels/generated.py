@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import os
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from typing import Any
@@ -43,9 +44,10 @@ def computed(dtype: torch.dtype) -> str:
     return "tl.float64" if dtype is torch.float64 else "tl.float32"
 
 
-def grid(elements: int) -> tuple[int]:
-    """Instances for so many elements."""
-    return (max(1, -(-elements // BLOCK)),)
+def launch(kernel: Any, elements: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel with as many instances as so many elements need, on the device that its tensors lie on."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(max(1, -(-elements // BLOCK)),)](*arguments, BLOCK=BLOCK, **constants)
 
 
 def load(code: str, name: str) -> Any:
@@ -57,4 +59,4 @@ def load(code: str, name: str) -> Any:
     return scope[name]
 
 
-__all__ = ["BLOCK", "DTYPES", "HEAD", "available", "computed", "grid", "home", "interpreted", "load"]
+__all__ = ["BLOCK", "DTYPES", "HEAD", "available", "computed", "home", "interpreted", "launch", "load"]

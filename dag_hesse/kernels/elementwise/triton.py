@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena, is_dense
 from dag_hesse.kernels.elementwise.coefficients import Coefficient, Gate
-from dag_hesse.kernels.generated import BLOCK, DTYPES, HEAD, available, computed, grid, home, load
+from dag_hesse.kernels.generated import DTYPES, HEAD, available, computed, home, launch, load
 
 Seconds = Mapping[tuple[int, int], Coefficient]
 
@@ -61,8 +61,8 @@ class _Sums:
         first, stop, _ = rows.indices(count)
         size = like[0].numel()
         strides = [x.stride(0) for x in self.operands]
-        kernel = compiled(form)[grid(size)]
-        kernel(*tensors, *self.operands, *whole, size, first, stop, *strides, ROWS=count, BLOCK=BLOCK)
+        given = (*tensors, *self.operands, *whole, size, first, stop, *strides)
+        launch(compiled(form), size, like.device, *given, ROWS=count)
         return whole
 
 
@@ -109,7 +109,7 @@ def source(form: Form) -> str:
     for n, terms in enumerate(form.results):
         total = " + ".join(_product(form, term) for term in terms)
         lines.append(f"        tl.store(y{n} + row * size + at, {total}, mask=mask)")
-    return HEAD + "\n@triton.jit\n" + "\n".join(lines) + "\n"
+    return HEAD + '\n@triton.jit(do_not_specialize=["first", "stop"])\n' + "\n".join(lines) + "\n"
 
 
 def _product(form: Form, term: Term) -> str:

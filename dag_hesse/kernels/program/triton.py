@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena, is_dense
-from dag_hesse.kernels.generated import BLOCK, DTYPES, HEAD, available, computed, grid, home, load
+from dag_hesse.kernels.generated import DTYPES, HEAD, available, computed, home, launch, load
 from dag_hesse.kernels.machine import machine
 from dag_hesse.kernels.program.build import Program
 
@@ -79,7 +79,7 @@ def run(arena: Arena, program: Program, operands: Sequence[Tensor], like: Tensor
     sizes = [like.shape[axis] for axis in order]
     strides = [x.stride(axis) for x, flat in zip(spread, dense, strict=True) if not flat for axis in order]
     kernel = compiled(program, dense, like.ndim, computed(like.dtype))
-    kernel[grid(like.numel())](*spread, *results, like.numel(), *sizes, *strides, BLOCK=BLOCK)
+    launch(kernel, like.numel(), like.device, *spread, *results, like.numel(), *sizes, *strides)
     return results
 
 
