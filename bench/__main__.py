@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import against, analyze, gpu, hvp, memory, profile, scaling
+from bench import against, analyze, gpu, hvp, kernels, memory, profile, scaling
 
-PLAIN = {"analyze": analyze.main, "memory": memory.main, "profile": profile.main, "scaling": scaling.main}
+PLAIN = {
+    "analyze": analyze.main,
+    "kernels": kernels.main,
+    "memory": memory.main,
+    "profile": profile.main,
+    "scaling": scaling.main,
+}
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 import dag_hesse as dh
+from bench import kernels
 from bench.hvp import Named, Run, agreed, flat, theirs, truth
 from bench.timing import interleaved, median, write_json
 from bench.workloads import WORKLOADS, Workload
@@ -110,4 +111,4 @@ def main(quick: bool = False) -> int:
     wrong = [f"{row['workload']}, {row['dtype']}" for row in rows if any(k.startswith("ours") for k in row["unable"])]
     if wrong:
         print(f"products disagree: {wrong}", file=sys.stderr)
-    return len(wrong)
+    return len(wrong) + kernels.main()

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from dag_hesse.ir import Kind, Node, Ref
+from bench.kernels import activation
 from dag_hesse.kernels import elementwise, program
 from dag_hesse.kernels.elementwise.triton import Form, Term
-from dag_hesse.rules.chain import fuse_members
 
 ARCHITECTURES = (80, 90)
 TYPES = {"fp32": "tl.float32", "fp64": "tl.float64", "bf16": "tl.float32"}
@@ -33,22 +32,11 @@ SUMS: dict[str, tuple[Any, Any, int]] = {
 NAMES = [f"{name} {kind} sm_{arch}" for name in (*ACTIVATIONS, *SUMS) for kind in TYPES for arch in ARCHITECTURES]
 
 
-def _program(name: str) -> program.Program:
-    """First partial, second one times λ, and λ as it goes on, as regions have them."""
-    x, op = torch.linspace(-1, 1, 8), getattr(torch.ops.aten, name).default
-    node = Node(1, str(op), op, (Ref(0),), {}, (0,), (8,), x.dtype, Kind.SMOOTH)
-
-    def code(x: torch.Tensor, lam: torch.Tensor) -> dict[str, Any]:
-        found = fuse_members([(1, node)], {0: x, 1: op(x)}, [0]).descend(lam, [0])
-        return {"c": found.first[0], "h": found.second[0, 0], "lam": found.pulled[0]}
-
-    return program.record(code, [x, x], x).program
-
-
 def _kernel(name: str, kind: str) -> Any:
     if name in SUMS:
         return elementwise.triton.compiled(Form(*SUMS[name], TYPES[kind]))
-    recorded = _program(name)
+    x = torch.linspace(-1, 1, 8)
+    recorded = activation(name, x, x)
     return program.triton.compiled(recorded, (True,) * recorded.operands, 1, TYPES[kind])
 
 

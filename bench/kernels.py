@@ -1,0 +1,106 @@
+"""``python -m bench kernels``: implementations of a kernel side by side, by the share of the copy bandwidth they reach.
+
+Each is compared with the kernel's reference first. Bytes are counted: every operand is read once, every result written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from bench.timing import interleaved, median, write_json
+from dag_hesse.ir import Kind, Node, Ref
+from dag_hesse.kernels import elementwise, program
+from dag_hesse.kernels.arena import SYSTEM
+from dag_hesse.kernels.dispatch import Kernel
+from dag_hesse.rules.chain import fuse_members
+
+ROUNDS, PROBES = 9, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with arguments, and the bytes that it must move."""
+
+    name: str
+    kernel: Kernel[..., Any]
+    arguments: tuple[Any, ...]
+    bytes: int
+
+
+def cases(device: torch.device, count: int) -> Iterator[Case]:
+    """Programs and sweeps of elementwise nodes, on ``count`` elements."""
+
+    def normal(*rows: int) -> Tensor:
+        return torch.randn(*rows, count, device=device)
+
+    x, lam = normal(), normal()
+    for name in ("gelu", "silu"):
+        made = activation(name, x, lam)
+        yield Case(f"partials of {name}", program.run, (made, [x, lam], x), 4 * count * (2 + made.results))
+    c, h, tangents, abar = normal(), normal(), normal(PROBES), normal(2 * PROBES)
+    gate = elementwise.Gate(x)
+    for name, first, loaded in (("", c, 1), (" of a gate", gate, 1)):
+        moved = 4 * count * (loaded + 2 * PROBES)
+        yield Case(f"tangent{name}", elementwise.tangent, ([first], {0: tangents}, (count,)), moved)
+    both = ([c], {(0, 0): h}, abar, {0: tangents}, slice(PROBES, None), {0: (count,)}, (count,))
+    yield Case("adjoints of both channels", elementwise.adjoints, both, 4 * count * (2 + 5 * PROBES))
+
+
+def activation(name: str, x: Tensor, lam: Tensor) -> program.Program:
+    """c, h and the λ that goes on, of ``aten.<name>`` at tensors like ``x`` and ``lam``: a region's program."""
+    op = getattr(torch.ops.aten, name).default
+    node = Node(1, str(op), op, (Ref(0),), {}, (0,), tuple(x.shape), x.dtype, Kind.SMOOTH)
+
+    def code(x: Tensor, lam: Tensor) -> dict[Hashable, Any]:
+        found = fuse_members([(1, node)], {0: x, 1: op(x)}, [0]).descend(lam, [0])
+        return {"c": found.first[0], "h": found.second[0, 0], "λ": found.pulled[0]}
+
+    return program.record(code, [x, lam], x).program
+
+
+def measure(device: torch.device, count: int) -> list[dict[str, Any]]:
+    """Per case and implementation: seconds, bytes a second, and the share of a copy's."""
+    x = torch.randn(count * PROBES, device=device)
+    copy = median(interleaved({"copy": lambda: x.clone()}, ROUNDS)["copy"])
+    bandwidth, rows = 8 * x.numel() / copy, list[dict[str, Any]]()
+    for case in cases(device, count):
+        expected = tree_leaves(case.kernel.reference(SYSTEM, *case.arguments))
+        runs: dict[str, Callable[[], Any]] = {"reference": partial(case.kernel.reference, SYSTEM, *case.arguments)}
+        for one in case.kernel.implementations:
+            if one.refuse(*case.arguments) is not None:
+                continue
+            run = partial(one.run, SYSTEM, *case.arguments)
+            off = max(float((a - b).norm() / b.norm()) for a, b in zip(tree_leaves(run()), expected, strict=True))
+            if off < 1e-5:
+                runs[one.name] = run
+            rows += [] if off < 1e-5 else [{"case": case.name, "implementation": one.name, "error": off}]
+        for name, found in interleaved(runs, ROUNDS).items():
+            speed = case.bytes / median(found)
+            rows.append(
+                {"case": case.name, "implementation": name, "GB/s": speed / 1e9, "of a copy": speed / bandwidth}
+            )
+    return rows
+
+
+def main() -> int:
+    """Measure, print and write."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    card = torch.cuda.get_device_name().replace(" ", "-") if device.type == "cuda" else "cpu"
+    rows = measure(device, 1 << 24 if device.type == "cuda" else 1 << 20)
+    table = Table("kernel", "implementation", "GB/s", "of a copy", title=f"Kernels, {card}", title_justify="left")
+    for row in rows:
+        wrong = f"off by {row['error']:.1e}" if "error" in row else ""
+        cells = (wrong, "") if wrong else (f"{row['GB/s']:.0f}", f"{row['of a copy']:.2f}")
+        table.add_row(row["case"], row["implementation"], *cells)
+    Console(width=120).print(table)
+    write_json("kernels" if device.type == "cpu" else f"gpu/{card}-kernels", {"kernels": rows})
+    return sum("error" in row for row in rows)
