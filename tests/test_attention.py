@@ -69,6 +69,12 @@ APART: dict[str, Form] = {
     "filled before the bias": lambda m, q, k, v: (
         ((q @ k.mT).masked_fill(~mask(), -2.0) + m.bias.detach()).softmax(-1) @ v
     ),
+    "biases of groups": lambda m, q, k, v: (
+        ((q @ k.mT).unflatten(1, (BATCH, 1)) + m.bias[:, None].detach()).flatten(1, 2).softmax(-1) @ v
+    ),
+    "drops of groups": lambda m, q, k, v: (
+        ((q @ k.mT).softmax(-1).unflatten(1, (BATCH, 1)) * m.bias[:, None].detach()).flatten(1, 2) @ v
+    ),
     "softmax to a power": lambda m, q, k, v: (q @ k.mT).softmax(-1) ** 2 @ v,
 }
 

@@ -28,10 +28,7 @@ class _Side:
     hidden: int | None = None
     multiplied: int | None = None
     inner: set[int] = field(default_factory=set)
-
-    @property
-    def constants(self) -> list[int | None]:
-        return [self.added, self.hidden, self.multiplied]
+    met: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)  # a constant's shape, its op's
 
 
 def fuse_attention(graph: CurvatureGraph) -> CurvatureGraph:
@@ -63,7 +60,7 @@ class _Matcher:
         first = self._climb(softmax.inputs[0], softmax, ahead, {_BMM})
         if first is None or ahead.multiplied is not None:
             return None
-        product, lead = self.graph.nodes[first], self._lead(softmax, [*ahead.constants, *behind.constants])
+        product, lead = self.graph.nodes[first], _lead(softmax.shape, ahead.met + behind.met)
         if lead is None or product.kind is not Kind.CONTRACTION:
             return None
         q, k = (product.inputs[arg.slot] for arg in product.args)
@@ -124,6 +121,7 @@ class _Matcher:
         if side.hidden is not None or side.scale != 1 or later or not self._constant(node.inputs[1]):
             return None
         side.hidden, side.fill = node.inputs[1], float(value)
+        side.met.append((self.graph.nodes[side.hidden].shape, node.shape))
         return node.inputs[0]
 
     def _other(self, node: Node, side: _Side) -> int | None:
@@ -136,25 +134,27 @@ class _Matcher:
             return None
         if node.op == "aten.mul.Tensor" and side.multiplied is None:
             side.multiplied = other
-            return scores
-        if node.op == "aten.add.Tensor" and side.added is None and side.scale == 1:
+        elif node.op == "aten.add.Tensor" and side.added is None and side.scale == 1:
             side.added = other
-            return scores
-        return None
+        else:
+            return None
+        side.met.append((nodes[other].shape, node.shape))
+        return scores
 
     def _constant(self, k: int) -> bool:
         return not self.active[k]
 
-    def _lead(self, softmax: Node, constants: list[int | None]) -> list[int] | None:
-        """Samples and heads, as the constants are written for them; None where that cannot be said in two axes."""
-        lead, shapes = list(softmax.shape[:-2]), [self.graph.nodes[k].shape for k in constants if k is not None]
-        if all(len(shape) <= 2 for shape in shapes):
-            return lead if 0 < len(lead) <= 2 else [prod(lead), 1]
-        fits = all(
-            len(s) <= len(lead) + 2 and all(n in (1, m) for n, m in zip(s[::-1], softmax.shape[::-1], strict=False))
-            for s in shapes
-        )
-        return lead if fits and 0 < len(lead) <= 2 else None
+
+def _lead(shape: tuple[int, ...], met: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[int] | None:
+    """Samples and heads, of weights of this shape; None where the constants that were ``met`` have others.
+
+    The axes of a constant are those of the op that it is met in, which a reshape may part from the softmax's.
+    """
+    lead = list(shape[:-2])
+    if all(prod(constant[:-2]) == 1 for constant, _ in met):
+        return lead if 0 < len(lead) <= 2 else [prod(lead), 1]
+    fits = all(prod(constant[:-2]) == 1 or op == shape for constant, op in met)
+    return lead if fits and 0 < len(lead) <= 2 else None
 
 
 def _along_last(node: Node) -> bool:

@@ -195,9 +195,11 @@ def _scan(join: Callable[[Tensor, Tensor], Tensor], neutral: float) -> Callable[
 
     def written(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
         x = x if dtype is None else x.to(dtype)
-        if not x.is_floating_point() or x.ndim == 0 or x.shape[dim] < 2:
+        if not x.is_floating_point():
             return NotImplemented
-        count, step = x.shape[dim], 1
+        count, step = x.shape[dim] if x.ndim else 1, 1
+        if count < 2:
+            return x.clone()
         while step < count:
             none = torch.full_like(x.narrow(dim, 0, step), neutral)
             x = join(x, torch.cat([none, x.narrow(dim, 0, count - step)], dim))

@@ -68,7 +68,9 @@ _BAG = torch.tensor([0, 2, 2, 4, 1, 3])
 ROWS = [
     Row(aten.logcumsumexp.default, lambda: (normal(3, 5), 1)),
     Row(aten.logcumsumexp.default, lambda: (normal(3, 2), -2)),
+    Row(aten.logcumsumexp.default, lambda: (normal(3, 1), 1)),
     Row(aten.cumprod.default, lambda: (normal(3, 5), 1)),
+    Row(aten.cumprod.default, lambda: (normal(), 0)),
     Row(aten.cumprod.default, lambda: (normal(4).round(), -1), truth="double"),
     Row(aten.huber_loss.default, lambda: (normal(3, 4), normal(3, 4), 1, 0.7)),
     Row(aten.huber_loss.default, lambda: (normal(3, 4), normal(4), 0)),
