@@ -59,7 +59,8 @@ def agree(found: Tensor, expected: Tensor, scale: float, again: Callable[[], Ten
     state = device.random_states()
     moved = max(error(again(), expected, scale) for _ in range(5))
     device.set_random_states(state)  # what follows draws as if nobody had looked
-    return off < moved < 1e-6
+    require(moved < 1e-6)  # else there is a kink within rounding (a norm of almost nothing), and no truth to tell
+    return off < moved
 
 
 def run(model: Dag, batch: Batch, loss: Op) -> tuple[Tensor, Tensor]:
