@@ -10,9 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dag_hesse as dh
+from dag_hesse.ir import ops
+from dag_hesse.kernels.arena import SYSTEM
 from dag_hesse.plan import fuse
+from dag_hesse.rules import RULES
 from tests import device
 from tests.oracle import Truth, error
+from tests.rules.test_opaque import call_of
 
 BATCH, LENGTH, HEADS, WIDTH = 2, 5, 2, 4
 sdpa = F.scaled_dot_product_attention
@@ -111,3 +115,12 @@ def test_weights_that_are_a_point_stay_a_node() -> None:
     batch = torch.randn(BATCH, LENGTH, 6), torch.tensor([0, 2])
     assert nodes_of_attention(dh.capture(model, batch, points=["weights", "inputs"])) == 0
     assert nodes_of_attention(dh.capture(model, batch, points=["inputs"])) == 1
+
+
+@pytest.mark.parametrize("length", [40, 600])
+def test_values_are_the_models_own_to_the_bit(length: int) -> None:
+    torch.manual_seed(0)
+    q, v = (torch.randn(6, length, 16, device=device.NAME) for _ in range(2))
+    k, later = torch.randn(6, 16, length, device=device.NAME), torch.full((length, length), -torch.inf).triu(1).to(q)
+    call = call_of(ops.attention, q, k, v, later, None, None, [2, 3], 0.25, 0.0, 1.0, True)
+    assert torch.equal(RULES[call.node.op].run(call.node, call.values, SYSTEM), call.value)

@@ -11,6 +11,10 @@ from dag_hesse.kernels.arena import Arena
 from dag_hesse.kernels.attention.operands import ALL, Bound, Chunk, Operands, Residual, chunks
 from dag_hesse.kernels.machine import machine
 
+# Up to so many scores, a value is made of whole matrices: it is the model's own to the bit then, as the gates of a ReLU
+# behind it are.
+_WHOLE = 1 << 22
+
 
 def _largest(a: Operands) -> int:
     return machine(a.q.device).scores
@@ -71,8 +75,9 @@ class _Scores:
 
 
 def value(arena: Arena, a: Operands) -> Tensor:
-    found = arena.empty(a.q, *a.q.shape[:2], a.v.shape[2])
-    for chunk in chunks(a, _largest(a)):
+    found, matrix = arena.empty(a.q, *a.q.shape[:2], a.v.shape[2]), a.q.shape[1] * a.k.shape[2]
+    a = a._replace(spans=None)
+    for chunk in chunks(a, max(_largest(a), min(matrix, _WHOLE))):
         at = _Scores(a, chunk)
         _put(found, a, chunk, chunk.queries, torch.bmm(at.dropped(at.p), at.v))
     return found
