@@ -6,9 +6,13 @@ What each call keeps is its rule's footprint; the walk adds what passes by.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
 
 from dag_hesse.ir import CurvatureGraph, Kind, Node
+from dag_hesse.ir.node import execute
 from dag_hesse.rules.base import Moves
 from dag_hesse.rules.footprint import EMPTY, NOTHING, OWN, Footprint, footprint
 from dag_hesse.rules.region import Region
@@ -39,6 +43,25 @@ def _workspace(graph: CurvatureGraph, node: Node, rows: int) -> int:
     return rule_for(node).workspace(node, [graph.nodes[k].shape for k in node.inputs], rows)
 
 
+def _views(graph: CurvatureGraph) -> Iterator[int]:
+    """Nodes that lie in their first input's memory; a reshape of a transposed tensor is none, as it copies.
+
+    Found by running them on shapes, where what is computed lies in order.
+    """
+    shown: dict[int, Tensor] = {}
+    for node in graph.nodes:
+        if not node.is_differentiable or Moves.VIEW not in rule_for(node).moves:
+            continue
+        given = [shown.get(k, _shape(graph.nodes[k])) for k in node.inputs]
+        shown[node.index] = found = execute(node, given)
+        if found.untyped_storage()._cdata == given[0].untyped_storage()._cdata:
+            yield node.index
+
+
+def _shape(node: Node) -> Tensor:
+    return torch.empty(node.shape, dtype=node.dtype, device="meta")
+
+
 class _InMemory:
     """Nodes whose tangents, or adjoints, are in memory; a view keeps its base.
 
@@ -48,9 +71,8 @@ class _InMemory:
     def __init__(self, graph: CurvatureGraph, copies: list[int] | None = None) -> None:
         self.graph, self.bases, self.counts = graph, list(range(len(graph.nodes))), Counter[int]()
         self.copies, self.bytes = copies or [1] * len(graph.nodes), 0
-        for node in graph.nodes:
-            if node.is_differentiable and Moves.VIEW in rule_for(node).moves:
-                self.bases[node.index] = self.bases[node.inputs[0]]
+        for index in _views(graph):
+            self.bases[index] = self.bases[graph.nodes[index].inputs[0]]
 
     def add(self, k: int) -> None:
         base = self.bases[k]
