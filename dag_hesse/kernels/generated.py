@@ -7,6 +7,7 @@ import os
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
+from math import isfinite
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ def launch(kernel: Any, elements: int, device: torch.device, *arguments: Any, **
         kernel[(max(1, -(-elements // BLOCK)),)](*arguments, BLOCK=BLOCK, **constants)
 
 
+def number(x: float) -> str:
+    """A number as code."""
+    return repr(float(x)) if isfinite(x) else f'float("{x}")'
+
+
 def load(code: str, name: str) -> Any:
     """A function of generated Triton code, whose text :mod:`inspect` finds."""
     place = f"<dag_hesse triton {next(_NUMBERS)}>"
@@ -59,4 +65,4 @@ def load(code: str, name: str) -> Any:
     return scope[name]
 
 
-__all__ = ["BLOCK", "DTYPES", "HEAD", "available", "computed", "home", "interpreted", "launch", "load"]
+__all__ = ["BLOCK", "DTYPES", "HEAD", "available", "computed", "home", "interpreted", "launch", "load", "number"]

@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 
-from dag_hesse.kernels import generated
 from tests.kernels import compiled
 
 ROOT = Path(__file__).parents[2]
 BUDGET: dict[str, dict[str, int]] = json.loads(Path(__file__).with_name("budget.json").read_text())
-pytestmark = pytest.mark.skipif(generated.available() is not None, reason=str(generated.available()))
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is made for Linux alone")
 
 MODEL = """
 import torch, dag_hesse as dh

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena, is_dense
 from dag_hesse.kernels.elementwise.coefficients import Coefficient, Gate
-from dag_hesse.kernels.generated import DTYPES, HEAD, available, computed, home, launch, load
+from dag_hesse.kernels.generated import DTYPES, HEAD, available, computed, home, launch, load, number
 
 Seconds = Mapping[tuple[int, int], Coefficient]
 
@@ -43,10 +43,24 @@ class _Sums:
     def __init__(self) -> None:
         self.coefficients: list[Coefficient] = []
         self.operands: list[Tensor] = []
+        self.of_channel: list[bool] = []
         self.results: list[tuple[Term, ...]] = []
 
     def term(self, c: Coefficient, x: Tensor, channel: bool = False) -> Term:
-        return Term(_place(self.coefficients, c), _place(self.operands, x), channel)
+        known = zip(self.operands, self.of_channel, strict=True)  # one tensor may be met in both ways
+        place = next((k for k, (y, of) in enumerate(known) if y is x and of == channel), len(self.operands))
+        if place == len(self.operands):
+            self.operands.append(x)
+            self.of_channel.append(channel)
+        return Term(self._coefficient(c), place, channel)
+
+    def _coefficient(self, c: Coefficient) -> int:
+        c = c if isinstance(c, (Gate, Tensor)) else float(c)
+        for k, other in enumerate(self.coefficients):
+            if c is other or (isinstance(c, float) and isinstance(other, float) and c == other):
+                return k
+        self.coefficients.append(c)
+        return len(self.coefficients) - 1
 
     def run(self, count: int, rows: slice) -> list[Tensor]:
         """Results of ``count`` rows each."""
@@ -64,15 +78,6 @@ class _Sums:
         given = (*tensors, *self.operands, *whole, size, first, stop, *strides)
         launch(compiled(form), size, like.device, *given, ROWS=count)
         return whole
-
-
-def _place(among: list[Any], x: Any) -> int:
-    """Where ``x`` is among others, after it has been put there if need be."""
-    for k, other in enumerate(among):
-        if x is other or (isinstance(x, float) and isinstance(other, float) and x == other):
-            return k
-    among.append(x)
-    return len(among) - 1
 
 
 def _strides(like: Tensor) -> tuple[int, ...]:
@@ -115,7 +120,7 @@ def source(form: Form) -> str:
 def _product(form: Form, term: Term) -> str:
     kind, x = form.coefficients[term.coefficient], f"v{term.operand}"
     if isinstance(kind, float):
-        return x if kind == 1 else f"{x} * {kind!r}"
+        return x if kind == 1 else f"{x} * {number(kind)}"
     return f"k{term.coefficient} * {x}"  # gates are 0 and 1: a choice would have loads wait for it, one by one
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,3 +24,6 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
             row = torch.rand(shape[-1:], dtype=dtype) + 0.5
             turned = (torch.rand(shape[::-1], dtype=dtype) + 0.5).permute(*range(len(shape))[::-1])
             yield run, (program, [like, row, turned][:arity], like)
+    builder = Builder(1)
+    x = torch.rand(5, dtype=dtype)
+    yield run, (builder.program([builder.emit("lt_i", builder.operand(0), number=math.inf)]), [x], x)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena, is_dense
-from dag_hesse.kernels.generated import DTYPES, HEAD, available, computed, home, launch, load
+from dag_hesse.kernels.generated import DTYPES, HEAD, available, computed, home, launch, load, number
 from dag_hesse.kernels.machine import machine
 from dag_hesse.kernels.program.build import Program
 
@@ -121,8 +121,8 @@ def source(program: Program, dense: Sequence[bool], ndim: int, dtype: str) -> st
     for k in range(operands):
         place = "at" if dense[k] else " + ".join(["0", *(f"i{a} * s{k}_{a}" for a in axes)])
         lines.append(f"v{k} = tl.load(p{k} + ({place}), mask=mask, other=1.0).to(T)")
-    for name, (to, *arguments), number in program.rows:
-        lines.append(f"v{to} = " + _CODE[name].format(*(f"v{a}" for a in arguments), k=repr(float(number))))
+    for name, (to, *arguments), constant in program.rows:
+        lines.append(f"v{to} = " + _CODE[name].format(*(f"v{a}" for a in arguments), k=number(constant)))
     lines += [f"tl.store(p{k} + at, v{k}, mask=mask)" for k in range(operands, operands + results)]
     body = "\n    ".join(lines)
     return f"{HEAD}{_TANH}\n\n@triton.jit\n{body}\n"
