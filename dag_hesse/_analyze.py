@@ -17,7 +17,7 @@ from dag_hesse._capture import Batches, capture_all, needs_split, points_like, u
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.reduction import Option, find_reduction
 from dag_hesse._structure import analyze_structure
-from dag_hesse.errors import OptionError, choose, integer
+from dag_hesse.errors import OptionError, choose, flag, integer
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.estimate.run import Progress
 from dag_hesse.ir import CurvatureGraph
@@ -47,6 +47,7 @@ def analyze(
     seed: int = 0,
     progress: Progress | bool | None = None,
     verify: str = "gradient",
+    compile: bool = False,
 ) -> CurvatureReport:
     """Map the inter-layer Hessian blocks of a model on a batch (paper, Definitions 23 and 24; design §2).
 
@@ -75,6 +76,8 @@ def analyze(
         verify: what the captured graph is compared with before a product is given out: ``"gradient"`` (the model's own
             loss and gradient, at the cost of one gradient), ``"product"`` (one H·v by double-backward as well), or
             ``"none"``.
+        compile: whether linearization and sweeps are compiled by TorchInductor first. That takes a minute or more for
+            every number of probes that is swept at once, so it pays for large batches and many probes.
 
     Returns:
         A :class:`~dag_hesse.CurvatureReport` of n points: n×n maps with methods and standard errors.
@@ -95,6 +98,7 @@ def analyze(
     choose("mode", mode, MODES)
     choose("batch_mode", batch_mode, BATCH_MODES)
     choose("verify", verify, VERIFY)
+    flag("compile", compile)
     probes, seed = integer("probes", probes, 2, "a standard error needs two"), integer("seed", seed)
     _check_rtol(rtol)
     clock = {"start": time.perf_counter()}
@@ -125,6 +129,7 @@ def analyze(
             chunk=chosen.chunk,
             again=partial(capture_anew, model, loss=loss, output=output, points=like, space=space, verify=verify),
             memory=memory,
+            compiled=compile,
         )
 
     problem = pose(swept, chosen)
@@ -189,6 +194,7 @@ def _facts(
         "opaque": sorted({node.op for node in problem.entries[0].graph.opaque}),
         "lost": list(problem.entries[0].graph.lost),
         "kernels that failed": failures(),
+        "compiled": problem.compiled,
         "sweeps": problem.sweeps + chosen.gram_columns,
         "predicted_flops": chosen.flops,
         "seconds": {**seconds, "total": stamps[-1][1] - stamps[0][1]},

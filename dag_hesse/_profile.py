@@ -185,6 +185,7 @@ def profile(
     problem = Problem(model, graphs, batches, "shared", with_out=False, chunk=chosen.chunk, memory=memory)
     with measured(device) as phases["linearize"]:
         _, lin = next(iter(problem.linearizations()))
+    assert isinstance(lin, Linearization)  # nothing was to be compiled
 
     def request(count: int) -> list[Request]:
         z = torch.randn(count, 1, problem.dim(0), generator=torch.Generator().manual_seed(0), device="cpu")

@@ -122,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
     _add_spec(a)
     a.add_argument("--batch-mode", choices=BATCH_MODES, default="shared", help="meaning of the batch axis")
     a.add_argument("--rtol", type=float, metavar="X", help="probe until relative standard errors are below X")
+    a.add_argument("--compile", action="store_true", help="compile the sweeps by TorchInductor first (minutes)")
     a.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     a.add_argument("--out", type=Path, metavar="DIR", help="write report.json, .safetensors, .html and .png there")
     a.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -205,6 +206,7 @@ def _analyze(options: argparse.Namespace) -> None:
         batch_mode=options.batch_mode,
         rtol=options.rtol,
         seed=options.seed,
+        compile=options.compile,
         progress=sys.stderr.isatty(),
         **_common(options),
     )

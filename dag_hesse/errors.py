@@ -70,6 +70,10 @@ class StaleError(DagHesseError, RuntimeError):
     """What an operator or a report was made from has changed, or is not with it any more (a loaded report)."""
 
 
+class CompileError(DagHesseError, RuntimeError):
+    """``compile=True`` was asked of a model whose products cannot be one compiled program."""
+
+
 class MissingFileError(DagHesseError, FileNotFoundError):
     """There is no such file."""
 
@@ -128,6 +132,17 @@ def integer(option: str, value: Any, least: int | None = None, why: str = "") ->
         bound = "" if least is None else f" of at least {least}"
         raise OptionError(f"{received}; expected an integer{bound}{f' ({why})' if why else ''}.")
     return int(value)
+
+
+def flag(option: str, value: Any) -> bool:
+    """``value``, which is True or False.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise OptionError(f"{option}={value!r} is a {type(value).__name__}; expected True or False.")
+    return value
 
 
 def position(name: Any, names: Sequence[str], where: str) -> int:

@@ -19,8 +19,8 @@ from torch import Tensor
 from dag_hesse.estimate.norms import Array, NormTable
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.plan.gram import gram_in_blocks
-from dag_hesse.sweep import Linearization, Problem, pullback, sweep
-from dag_hesse.sweep.embed import joined, reader, to_tensor, to_vector
+from dag_hesse.sweep import AnyLinearization, Problem, pullback, sweep
+from dag_hesse.sweep.embed import joined, to_tensor, to_vector
 from dag_hesse.sweep.meaning import Entry
 
 
@@ -51,12 +51,11 @@ def _out_vector(graph: CurvatureGraph, found: dict[int, Tensor], like: Tensor, e
     return torch.cat(vectors, dim=-1)
 
 
-def loss_hessian(graph: CurvatureGraph, lin: Linearization, chunk: int) -> Tensor:
+def loss_hessian(graph: CurvatureGraph, lin: AnyLinearization, chunk: int, device: torch.device) -> Tensor:
     """∇²L over ``out``: (batch, C, C) per sample where the loss separates, else (1, B·C, B·C)."""
     embedding = "each" if graph.separable_loss else "whole"
     size = sum(_sizes(graph, embedding))
-    dtype, device = lin.loss.dtype, lin.loss.device
-    eye = torch.eye(size, dtype=dtype, device=device)[:, None, :]
+    eye = torch.eye(size, dtype=graph.nodes[graph.loss].dtype, device=device)[:, None, :]
     rows = []
     for piece in eye.split(chunk):
         seeds = _out_tensors(graph, piece, "sum" if embedding == "each" else embedding)
@@ -93,12 +92,12 @@ def _columns(entry: Entry, roots: Tensor, alone: bool, separable: bool) -> Itera
 
 
 def _rows(
-    problem: Problem, entry: Entry, lin: Linearization, progress: Callable[[int], None] | None
+    problem: Problem, entry: Entry, lin: AnyLinearization, progress: Callable[[int], None] | None
 ) -> tuple[list[Tensor], Tensor]:
     """Per point S_v (groups, rows, dim), and signs (groups, rows)."""
     graph, points = entry.graph, entry.points
     separable = graph.separable_loss
-    roots, signs = _factor(loss_hessian(graph, lin, 4 * problem.chunk))
+    roots, signs = _factor(loss_hessian(graph, lin, 4 * problem.chunk, problem.device))
     unbatched = any(p.kind == "parameter" or any(graph.batch_axes[k] is None for k in p.sites) for p in points)
     alone = separable and graph.separable and not unbatched and entry.sample is None
     embedding = "each" if alone else problem.embedding
@@ -106,7 +105,7 @@ def _rows(
     parts: list[list[Tensor]] = [[] for _ in points]
     for z, at_out in _columns(entry, roots, alone, separable):
         for piece in z.split(2 * problem.chunk):
-            found = pullback(lin, _out_tensors(graph, piece, at_out), sites, reader(graph, embedding))
+            found = pullback(lin, _out_tensors(graph, piece, at_out), sites, embedding)
             for rows, point in zip(parts, points, strict=True):
                 rows.append(joined(graph, point, found, piece, embedding))
             if progress is not None:

@@ -5,7 +5,7 @@ contractions share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -83,12 +83,18 @@ def _mm_bias(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, a, b)
 
 
-_LIBRARY.impl("tap", _tap, "CompositeExplicitAutograd")
-_LIBRARY.impl("assigned", _assigned, "CompositeExplicitAutograd")
-_LIBRARY.impl("standardize", _standardize, "CompositeExplicitAutograd")
-_LIBRARY.impl("mm_bias", _mm_bias, "CompositeExplicitAutograd")
-_LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
-_LIBRARY.impl("batch_affine", _batch_affine, "CompositeExplicitAutograd")
+# Op -> what it does, in PyTorch's own.
+DEFINITIONS: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {}
+for _name, _definition in {
+    "tap": _tap,
+    "assigned": _assigned,
+    "standardize": _standardize,
+    "mm_bias": _mm_bias,
+    "attention": _attention,
+    "batch_affine": _batch_affine,
+}.items():
+    _LIBRARY.impl(_name, _definition, "CompositeExplicitAutograd")
+    DEFINITIONS[getattr(torch.ops.dag_hesse, _name).default] = _definition  # type: ignore[assignment]
 
 TAP = "dag_hesse.tap.default"
 tap = torch.ops.dag_hesse.tap.default

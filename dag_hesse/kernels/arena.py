@@ -160,11 +160,24 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
+def is_traced(x: Tensor) -> bool:
+    """Whether ``x`` stands for a tensor of a program that is being traced."""
+    return torch._is_functional_tensor(x)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether the values of ``x`` may be looked at: it is not on ``meta``, and no program is being traced."""
+    return not (x.is_meta or is_traced(x))
+
+
 def is_owned(x: Tensor, *others: Tensor) -> bool:
     """Whether ``x`` can be written to: it has memory of its own, apart from these tensors, once for every element.
 
-    A product is linear in what it is given, so it is new, or a view of that.
+    A product is linear in what it is given, so it is new, or a view of that. While a program is traced, nothing is:
+    what is written to is for its compiler to choose.
     """
+    if is_traced(x):
+        return False
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
         return False
     place = x.untyped_storage().data_ptr()
@@ -188,4 +201,4 @@ def plus_term(x: Tensor, abar: Tensor, rows: slice, second: Callable[[Tensor | N
     return x
 
 
-__all__ = ["SYSTEM", "Arena", "Pool", "added", "is_dense", "is_owned", "plus_term"]
+__all__ = ["SYSTEM", "Arena", "Pool", "added", "has_values", "is_dense", "is_owned", "is_traced", "plus_term"]

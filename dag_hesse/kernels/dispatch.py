@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
@@ -18,6 +20,7 @@ Result = TypeVar("Result")
 
 
 KERNELS: dict[str, Kernel[..., Any]] = {}  # by name, as they are made
+_DEFINED = ContextVar("as it is defined", default=False)
 
 
 def _never(*args: Any, **options: Any) -> str | None:
@@ -67,7 +70,7 @@ class Kernel(Generic[Arguments, Result]):
         self._chosen = self._ordered(forced().get(self.name))
 
     def __call__(self, arena: Arena, *args: Arguments.args, **options: Arguments.kwargs) -> Result:
-        for one in self._chosen:
+        for one in () if _DEFINED.get() else self._chosen:
             reason = self._reason(one, *args, **options)
             if reason is not None:
                 self._refused(one.name, reason)
@@ -115,6 +118,16 @@ class Kernel(Generic[Arguments, Result]):
         counts[reason] = counts.get(reason, 0) + 1
 
 
+@contextmanager
+def as_defined() -> Iterator[None]:
+    """Every kernel runs by its reference: what is traced is plain torch."""
+    token = _DEFINED.set(True)
+    try:
+        yield
+    finally:
+        _DEFINED.reset(token)
+
+
 def forced() -> Mapping[str, str]:
     """Kernels whose implementation the environment names.
 
@@ -151,4 +164,4 @@ def failures() -> list[str]:
     return [f"{name}, {one}: {why}" for name, kernel in sorted(KERNELS.items()) for one, why in kernel.failures.items()]
 
 
-__all__ = ["KERNELS", "Implementation", "Kernel", "check_forced", "failures", "forced", "refusals"]
+__all__ = ["KERNELS", "Implementation", "Kernel", "as_defined", "check_forced", "failures", "forced", "refusals"]

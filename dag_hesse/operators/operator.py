@@ -15,7 +15,7 @@ from dag_hesse._capture import Batches, capture_all, needs_split, points_like
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.reduction import Option, find_reduction
 from dag_hesse.budget import Budget
-from dag_hesse.errors import OptionError, choose, position
+from dag_hesse.errors import OptionError, choose, flag, position
 from dag_hesse.kernels.arena import Arena
 from dag_hesse.operators.base import SymmetricOperator, dense, to_scipy
 from dag_hesse.operators.functional import as_module, chosen_parameters, read_parameters
@@ -45,6 +45,8 @@ class CurvatureOperator(SymmetricOperator):
             a loader that is not held is iterated once more).
         memory: as for :func:`~dag_hesse.analyze`: bytes that each product may use, and what is kept between them.
         verify: as for :func:`~dag_hesse.analyze`: what the captured graph is compared with, once.
+        compile: as for :func:`~dag_hesse.analyze`: products are programs of TorchInductor. The first product with so
+            many vectors compiles for a minute or more, and is held against the product without a compiler.
 
     Raises:
         DagHesseError: as :func:`~dag_hesse.analyze`; :class:`~dag_hesse.errors.VectorError` for a bad vector;
@@ -69,8 +71,10 @@ class CurvatureOperator(SymmetricOperator):
         reduction: Option = None,
         memory: int | None = None,
         verify: str = "gradient",
+        compile: bool = False,
     ) -> None:
         choose("verify", verify, VERIFY)
+        flag("compile", compile)
         choose("space", space, ("parameter", "activation"))
         choose("batch_mode", batch_mode, ("shared", "joint"))
         module, params = as_module(model, params)
@@ -86,7 +90,18 @@ class CurvatureOperator(SymmetricOperator):
             wanted = partial(read_parameters, own, module)
         self.model = module
         self._set_up = partial(
-            self._captured, batches, own, wanted, loss, space, output, batch_mode, reduction, verify, Budget.of(memory)
+            self._captured,
+            batches,
+            own,
+            wanted,
+            loss,
+            space,
+            output,
+            batch_mode,
+            reduction,
+            verify,
+            Budget.of(memory),
+            compile,
         )
         self._set_up()
 
@@ -102,6 +117,7 @@ class CurvatureOperator(SymmetricOperator):
         reduction: Option,
         verify: str,
         budget: Budget,
+        compiled: bool,
     ) -> None:
         """Capture, prove and pose the problem."""
         module = self.model
@@ -123,6 +139,7 @@ class CurvatureOperator(SymmetricOperator):
             again=again,
             loss=loss,
             memory=budget.total,
+            compiled=compiled,
         )
         sites = [k for point in graphs[0].points for k in point.sites]
         cap = budget.sweeps // 2  # vectors that come and go take as much

@@ -11,7 +11,7 @@ from torch import Tensor
 from dag_hesse.ir.node import Kind, Node
 from dag_hesse.ir.node import fill as fill_in
 from dag_hesse.kernels import attention
-from dag_hesse.kernels.arena import Arena
+from dag_hesse.kernels.arena import Arena, has_values
 from dag_hesse.kernels.attention import Bound, Operands, adjoints, tangent, value
 from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Residual, Rule, Samples, Shapes, Tangents
 
@@ -34,8 +34,8 @@ def _operands(node: Node, values: Sequence[Tensor]) -> Operands:
 
 def _seen(bias: Tensor | None, q: Tensor, k: Tensor, safe: bool) -> tuple[tuple[tuple[int, int], ...] | None, bool]:
     """First and last key of every query, where there are queries that do not meet all; and whether some meet none."""
-    if bias is None or bias.is_meta:
-        return None, False
+    if bias is None or not has_values(bias):
+        return None, bias is not None and safe
     seen = (bias > -torch.inf).expand(*bias.shape[:2], q.shape[1], k.shape[2])
     blank = safe and not bool(seen.any(-1).all())
     seen, keys = seen.any(0).any(0), k.shape[2]

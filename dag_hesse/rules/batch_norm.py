@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref
+from dag_hesse.kernels.arena import has_values
 from dag_hesse.kernels.batch_affine import sums
 from dag_hesse.kernels.elementwise import Coefficient, add_times, plus_times, times
 from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Residual, Rule, Samples, Tangents
@@ -87,7 +88,8 @@ class _FixedStatistics(Linearized):
         found, x = super().bind(lam, slots, into), self.slots["x"]
         if lam is not None and self.curved:
             self.lam, self.factor = lam, self.r
-            if x in found and (self.gain.is_meta or float(self.gain.abs().min()) > _TINY):  # on shapes, as usual
+            usual = has_values(self.gain) and float(self.gain.abs().min()) > _TINY
+            if x in found and (usual or self.gain.is_meta):
                 self.lam, self.factor = found[x], 1 / self.gamma
         return found
 

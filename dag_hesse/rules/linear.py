@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, execute
+from dag_hesse.kernels.arena import is_traced
 from dag_hesse.rules.base import NOTHING, Buffers, Call, Linearized, Moves, Residual, Rule, Samples, Tangents, no_pairs
 
 Transpose = Callable[[Call, Tensor, int], Tensor]
@@ -70,8 +71,8 @@ class _Linear(Linearized):
 
 
 def shell(x: Tensor) -> Tensor:
-    """A tensor like ``x``, strides and all, without memory."""
-    return _shell(x.shape, x.stride(), x.dtype, x.device)
+    """A tensor like ``x``, strides and all, without memory; ``x`` itself while a program is traced."""
+    return x if is_traced(x) else _shell(x.shape, x.stride(), x.dtype, x.device)
 
 
 @lru_cache(maxsize=1 << 12)  # they cannot be written to, and every linearization asks for the same ones

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref, execute
 from dag_hesse.ir.ops import normalized_shape
-from dag_hesse.kernels.arena import Arena, added
+from dag_hesse.kernels.arena import Arena, added, has_values
 from dag_hesse.kernels.elementwise import times
 from dag_hesse.kernels.rowwise import softmax, standardize
 from dag_hesse.kernels.rowwise.torch import less_mean
@@ -157,7 +157,7 @@ def _where_it_lies(node: Node, inputs: Sequence[Tensor], arena: Arena) -> Tensor
 def _safely(node: Node, inputs: Sequence[Tensor], arena: Arena) -> Tensor:
     """A softmax, 0 in rows of −∞; the op itself looks at every element three times for such rows."""
     x, dim = inputs[0], node.args[1]
-    if x.device.type != "cpu" or node.kwargs or len(node.args) > 2 or x.numel() == 0:
+    if x.device.type != "cpu" or not has_values(x) or node.kwargs or len(node.args) > 2 or x.numel() == 0:
         return execute(node, inputs)
     y, masked = torch.softmax(x, dim), x.amax(dim, keepdim=True) == -torch.inf
     return y.masked_fill_(masked, 0.0) if bool(masked.any()) else y

@@ -153,7 +153,8 @@ def _pull(
     return found
 
 
-def _whole(node: int, data: Tensor) -> Tensor:
+def whole(node: int, data: Tensor) -> Tensor:
+    """All of an adjoint is kept."""
     return data
 
 
@@ -162,7 +163,7 @@ def sweep(
     seeds: Mapping[int, Tensor],
     reads: Iterable[int],
     parts: str = "both",
-    read: Read = _whole,
+    read: Read = whole,
 ) -> dict[int, Adjoint]:
     """One Hessian product: perturb the nodes in ``seeds``, return the adjoints' change at ``reads``.
 
@@ -184,7 +185,7 @@ def sweep(
 
 
 def pullback(
-    lin: Linearization, given: Mapping[int, Tensor], reads: Iterable[int], read: Read = _whole
+    lin: Linearization, given: Mapping[int, Tensor], reads: Iterable[int], read: Read = whole
 ) -> dict[int, Tensor]:
     """First-order adjoints Σ J[u←v]ᵀ ū at ``reads`` for the ``given`` ū, (probes, *node), at nodes u."""
     reads = set(reads)

@@ -16,7 +16,8 @@ from dag_hesse.kernels.arena import Pool
 from dag_hesse.plan.fusion import fuse
 from dag_hesse.plan.memory import linearization_bytes
 from dag_hesse.randomness import RandomState, preserved
-from dag_hesse.sweep.linearize import Linearization
+from dag_hesse.sweep.compiled import AnyLinearization, Compiled, Programs
+from dag_hesse.sweep.linearize import Linearization, leaf_values
 from dag_hesse.sweep.meaning import Entry
 
 
@@ -31,6 +32,7 @@ class Linearizations:
         with_out: linearize from ``out`` on as well.
         again: captures a batch whose values lead the forward another way than its graph goes (it is told once).
         budget: says how many are kept; the one of a single entry always is.
+        compiled: whether sweeps are compiled programs.
 
     Attributes:
         arena: where linearizations and sweeps have their memory from.
@@ -47,12 +49,14 @@ class Linearizations:
         with_out: bool,
         again: Callable[[Batch], CurvatureGraph] | None,
         budget: Budget,
+        compiled: bool,
     ) -> None:
         self.model, self.batches, self.entries = model, batches, entries
         self.tensor_part, self.with_out, self.again, self.budget = tensor_part, with_out, again, budget
         self.arena = Pool()
         self.losses: dict[int, float] = {}
-        self._kept: dict[int, Linearization] = {}
+        self._programs: dict[int, Programs] | None = {} if compiled else None  # by the graph's identity
+        self._kept: dict[int, AnyLinearization] = {}
         self._bytes = 0  # of those
         # Random draws are made anew in every linearization, and must agree. Batches draw one after the other.
         self._rng = {0: RandomState.now()}
@@ -68,7 +72,13 @@ class Linearizations:
         self._kept.clear()
         self._bytes = 0
 
-    def __iter__(self) -> Iterator[tuple[Entry, Linearization]]:
+    def __iter__(self) -> Iterator[tuple[Entry, AnyLinearization]]:
+        for entry, lin in self._each():
+            yield entry, lin
+            if entry.batch not in self.losses and lin.loss is not None:  # a compiled one has it from the first sweep
+                self.losses[entry.batch] = float(lin.loss)
+
+    def _each(self) -> Iterator[tuple[Entry, AnyLinearization]]:
         if self.complete:
             yield from ((entry, self._kept[place]) for place, entry in enumerate(self.entries))
             return
@@ -78,7 +88,7 @@ class Linearizations:
                 place, entry = waiting.popleft()
                 yield entry, self._kept.get(place) or self._made(place, entry, batch)
 
-    def _made(self, place: int, entry: Entry, batch: Batch) -> Linearization:
+    def _made(self, place: int, entry: Entry, batch: Batch) -> AnyLinearization:
         with preserved():
             start = self._rng[max(k for k in self._rng if k <= entry.batch)]  # a batch that counts nothing is left out
             start.restore()
@@ -93,7 +103,9 @@ class Linearizations:
                 start.restore()
                 lin = self._linearized(entry, batch, checked=False)
             self._rng.setdefault(entry.batch + 1, RandomState.now())
-        self.losses[entry.batch] = float(lin.loss)
+        self.losses.pop(entry.batch, None)
+        if lin.loss is not None:
+            self.losses[entry.batch] = float(lin.loss)
         alone = len(self.entries) == 1  # then it is needed whatever it takes
         size = 0 if alone else linearization_bytes(entry.graph, self._sites(entry))
         if self.budget.keeps(self._bytes, size):
@@ -101,11 +113,14 @@ class Linearizations:
             self._bytes += size
         return lin
 
-    def _linearized(self, entry: Entry, batch: Batch, *, checked: bool = True) -> Linearization:
+    def _linearized(self, entry: Entry, batch: Batch, *, checked: bool = True) -> AnyLinearization:
+        if self._programs is not None:
+            made = Programs(entry.graph, self._sites(entry), self.tensor_part)
+            programs = self._programs.setdefault(id(entry.graph), made)
+            return Compiled(programs, self.model, batch.tensors, entry.sample, checked)
         return Linearization(
             entry.graph,
-            self.model,
-            batch.tensors,
+            leaf_values(entry.graph, self.model, batch.tensors),
             self._sites(entry),
             tensor_part=self.tensor_part,
             sample=entry.sample,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tag, Tensor, nn
 
 from dag_hesse.errors import CaptureError, LossError, NonDifferentiableError, out_of_memory
 from dag_hesse.ir import CurvatureGraph, Kind, Node
-from dag_hesse.kernels.arena import SYSTEM, Arena, is_owned
+from dag_hesse.ir.node import Guard
+from dag_hesse.kernels.arena import SYSTEM, Arena, has_values, is_owned
 from dag_hesse.rules import Call, Linearized, rule_for
 from dag_hesse.rules.table import evaluate, pairs_of
 
@@ -19,8 +20,28 @@ PARTS = ("both", "full", "gn", "tensor")
 _SHAPED_BY_VALUES = {"aten.index.Tensor", "aten.nonzero.default", "aten.masked_select.default"}
 
 
+def check_loss(loss: Tensor) -> None:
+    """Raise :class:`LossError` unless the loss is finite."""
+    if not bool(torch.isfinite(loss)):
+        raise LossError(f"the loss is {float(loss)}; curvature there is undefined.")
+
+
 class OtherGraphError(CaptureError):
     """With these values the forward takes another way than the one that was captured."""
+
+
+def check_guard(node: Node, guard: Guard, value: Tensor) -> None:
+    """Raise :class:`OtherGraphError` unless the value is the one that Python saw at capture."""
+    if not guard.holds(value.item()):
+        raise OtherGraphError(f"{node.where} is {value.item()} now; it was {guard.value} when the graph was captured.")
+
+
+def leaf_values(graph: CurvatureGraph, model: nn.Module, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Values of the graph's leaves: the model's parameters, the batch's tensors, constants."""
+    parameters = dict(model.named_parameters())
+    given: dict[int, Tensor] = {k: parameters[name] for name, k in graph.parameters.items()}
+    given |= {k: tensors[place] for k, place in graph.inputs.items()} | graph.constants
+    return {node.index: given[node.index].detach() for node in graph.nodes if node.target is None}
 
 
 class Linearization:
@@ -28,8 +49,7 @@ class Linearization:
 
     Args:
         graph: captured graph with points.
-        model: whose parameters are used.
-        tensors: the batch's tensors.
+        given: values of the leaves (:func:`leaf_values`), and of other nodes that are not to be evaluated.
         sites: nodes that will be seeded or read; only nodes between them and the loss are linearized.
         tensor_part: whether second-order terms of model ops will be wanted.
         sample: restrict the loss to this sample (design §2.3); None: the whole batch.
@@ -49,12 +69,11 @@ class Linearization:
     def __init__(
         self,
         graph: CurvatureGraph,
-        model: nn.Module,
-        tensors: list[Tensor],
+        given: Mapping[int, Tensor],
         sites: Iterable[int],
         *,
         tensor_part: bool = True,
-        sample: int | None = None,
+        sample: int | Tensor | None = None,
         checked: bool = True,
         inspect: Callable[[Call], None] = lambda call: None,
         arena: Arena = SYSTEM,
@@ -67,10 +86,10 @@ class Linearization:
         self.curved = self._find_curved()
         self.curved_in = {parts: {c for c in self.curved if self._is_in(c, parts)} for parts in PARTS}
         with torch.no_grad():
-            self.loss = self._forward(dict(model.named_parameters()), tensors)
+            self.loss = self._forward(given)
             self.feeds = {parts: self._feeds(self.curved_in[parts]) for parts in PARTS}
-            if not bool(torch.isfinite(self.loss)):
-                raise LossError(f"the loss is {float(self.loss)}; curvature there is undefined.")
+            if has_values(self.loss):
+                check_loss(self.loss)
             self._backward()
 
     def _is_in(self, node: int, parts: str) -> bool:
@@ -91,12 +110,12 @@ class Linearization:
                 found[node.index] = {slot for pair in pairs for slot in pair}
         return found
 
-    def _forward(self, parameters: dict[str, Tensor], tensors: list[Tensor]) -> Tensor:
+    def _forward(self, given: Mapping[int, Tensor]) -> Tensor:
         values: dict[int, Tensor] = {}
         uses = [len(children) for children in self.graph.children]
         for node in self.graph.nodes:
-            if node.target is None:
-                values[node.index] = self._leaf(node.index, parameters, tensors)
+            if node.index in given:
+                values[node.index] = given[node.index]
                 continue
             inputs = tuple(values[k] for k in node.inputs)
             known, value = self._evaluate(node, inputs)
@@ -116,11 +135,8 @@ class Linearization:
         return values[self.graph.loss].reshape(())
 
     def _check(self, node: Node, value: Tensor) -> None:
-        guard = self.guards.get(node.index)
-        if guard is not None and not guard.holds(value.item()):
-            raise OtherGraphError(
-                f"{node.where} is {value.item()} now; it was {guard.value} when the graph was captured."
-            )
+        if node.index in self.guards:
+            check_guard(node, self.guards[node.index], value)
         if (node.op in _SHAPED_BY_VALUES or Tag.dynamic_output_shape in getattr(node.target, "tags", ())) and (
             tuple(value.shape) != node.shape
         ):
@@ -133,14 +149,6 @@ class Linearization:
             if out_of_memory(error):
                 raise
             raise CaptureError(f"{node.where} fails on this batch: {error}") from error
-
-    def _leaf(self, index: int, parameters: dict[str, Tensor], tensors: list[Tensor]) -> Tensor:
-        node = self.graph.nodes[index]
-        if node.kind is Kind.PARAM:
-            return parameters[node.name].detach()
-        if node.kind is Kind.INPUT:
-            return tensors[self.graph.inputs[index]].detach()
-        return self.graph.constants[index].detach()
 
     def _linearize(self, call: Call) -> Linearized:
         try:

@@ -15,8 +15,8 @@ from dag_hesse.budget import Budget
 from dag_hesse.errors import StaleError
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.arena import Pool
+from dag_hesse.sweep.compiled import AnyLinearization
 from dag_hesse.sweep.kept import Linearizations
-from dag_hesse.sweep.linearize import Linearization
 from dag_hesse.sweep.meaning import Entry, read_meaning
 from dag_hesse.sweep.parts import Parts, Request
 from dag_hesse.sweep.runner import Progress, Runner
@@ -36,6 +36,7 @@ class Problem:
         chunk: most probes in one sweep; halved when memory runs out.
         again: captures a batch whose values lead the forward another way than its graph goes (it is told once).
         loss: what the loss was asked of; watched for changes.
+        compiled: whether sweeps are compiled programs.
         memory: bytes that may be used, a quarter of them for linearizations that are kept; None: what is free.
 
     Attributes:
@@ -58,8 +59,10 @@ class Problem:
         again: Callable[[Batch], CurvatureGraph] | None = None,
         loss: Any = None,
         memory: int | None = None,
+        compiled: bool = False,
     ) -> None:
         self.model, self.batches, self.reduction, self.batch_mode = model, batches, reduction, batch_mode
+        self.compiled = compiled
         self._given = list(graphs)
         self._meaning = meaning = read_meaning(graphs, batches.sizes, batch_mode, reduction)
         self.points, self.groups, self.embedding = meaning.points, meaning.groups, meaning.embedding
@@ -72,6 +75,7 @@ class Problem:
             with_out=with_out,
             again=again,
             budget=Budget.of(memory),
+            compiled=compiled,
         )
         self._runner = Runner(meaning, self._kept, chunk)
         self.watch = Watch(model, self.graphs, batches, loss)
@@ -146,7 +150,7 @@ class Problem:
             named = ", ".join(changed[:4]) + (" …" if len(changed) > 4 else "")
             raise StaleError(f"{named} changed since {what}: {advice}")
 
-    def linearizations(self) -> Iterator[tuple[Entry, Linearization]]:
+    def linearizations(self) -> Iterator[tuple[Entry, AnyLinearization]]:
         """Each entry with its linearization: kept for the next pass while there is room, else made anew.
 
         Raises:

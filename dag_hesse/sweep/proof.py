@@ -23,7 +23,7 @@ from dag_hesse.randomness import preserved
 from dag_hesse.rules import Call
 from dag_hesse.rules.opaque import second_order_fault
 from dag_hesse.sweep.engine import pullback, sweep
-from dag_hesse.sweep.linearize import Linearization
+from dag_hesse.sweep.linearize import Linearization, leaf_values
 
 VERIFY = ("gradient", "product", "none")
 _FLOOR = 1e-2  # of the whole gradient: what cancels within one parameter leaves rounding of this size at most
@@ -88,7 +88,8 @@ def _adjoints(
     """The graph's own loss and its adjoints at nodes."""
     wanted = set(sites)
     with preserved():
-        lin = Linearization(graph, model, tensors, wanted, tensor_part=False, inspect=_inspect)
+        given = leaf_values(graph, model, tensors)
+        lin = Linearization(graph, given, wanted, tensor_part=False, inspect=_inspect)
     one = torch.ones(1, *graph.nodes[graph.loss].shape, dtype=lin.loss.dtype, device=lin.loss.device)
     found = pullback(lin, {graph.loss: one}, wanted)
     return float(lin.loss), {k: x[0] for k, x in found.items()}
@@ -201,7 +202,7 @@ def _prove_product(graph: CurvatureGraph, model: nn.Module, batch: Batch, loss: 
     graph = _differentiated(graph, Evidence(0.0, parameters=along))
     sites = {name: graph.parameters[name] for name in along}
     with preserved():
-        lin = Linearization(graph, model, batch.tensors, sites.values())
+        lin = Linearization(graph, leaf_values(graph, model, batch.tensors), sites.values())
     found = sweep(lin, {sites[n]: v[None] for n, v in along.items()}, sites.values(), "full")
     size = sqrt(sum(float(h.norm()) ** 2 for h in expected.values()))
     tolerance = _tolerance(graph.nodes[graph.loss].dtype)

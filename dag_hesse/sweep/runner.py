@@ -8,10 +8,9 @@ from functools import partial
 from torch import Tensor
 
 from dag_hesse.errors import NonFiniteError, out_of_memory
-from dag_hesse.sweep.embed import read_parts, reader, seed
-from dag_hesse.sweep.engine import sweep
+from dag_hesse.sweep.compiled import AnyLinearization, sweep
+from dag_hesse.sweep.embed import read_parts, seed
 from dag_hesse.sweep.kept import Linearizations
-from dag_hesse.sweep.linearize import Linearization
 from dag_hesse.sweep.meaning import Entry, Meaning
 from dag_hesse.sweep.parts import Parts, Request, in_a_row
 
@@ -57,7 +56,7 @@ class Runner:
     def _swept(
         self,
         entry: Entry,
-        lin: Linearization,
+        lin: AnyLinearization,
         z: Mapping[int, Tensor],
         reads: Sequence[int],
         parts: str,
@@ -77,7 +76,7 @@ class Runner:
         return {v: Parts(joined(gn), joined(tensor)) for v, (gn, tensor) in swept.items()}
 
     def _chunks(
-        self, entry: Entry, lin: Linearization, z: Mapping[int, Tensor], reads: Sequence[int], parts: str
+        self, entry: Entry, lin: AnyLinearization, z: Mapping[int, Tensor], reads: Sequence[int], parts: str
     ) -> Iterator[tuple[int, dict[int, Pair]]]:
         """(probes, what is read of them), in chunks of equal size that memory has room for."""
         count, done = len(next(iter(z.values()))), 0
@@ -96,12 +95,12 @@ class Runner:
             done = stop
 
     def _one(
-        self, entry: Entry, lin: Linearization, z: Mapping[int, Tensor], reads: Sequence[int], parts: str
+        self, entry: Entry, lin: AnyLinearization, z: Mapping[int, Tensor], reads: Sequence[int], parts: str
     ) -> dict[int, Pair]:
         """One sweep: per read point, (GN, T)."""
         graph, embedding, like = entry.graph, self.meaning.embedding, next(iter(z.values()))
         sites = {k for v in reads for k in entry.points[v].sites}
-        found = sweep(lin, self._seeds(entry, z), sites, parts, reader(graph, embedding))
+        found = sweep(lin, self._seeds(entry, z), sites, parts, embedding)
         return {v: read_parts(graph, entry.points[v], found, like, embedding) for v in reads}
 
     def _seeds(self, entry: Entry, z: Mapping[int, Tensor]) -> dict[int, Tensor]:

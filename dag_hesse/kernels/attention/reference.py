@@ -33,8 +33,11 @@ def _dropped(a: Operands, x: Tensor) -> Tensor:
 
 def _weights(a: Operands) -> Tensor:
     scores = _scores(a, a.q, a.k)
-    p = torch.softmax(scores if a.bias is None else scores + _side(a, a.bias), -1)
-    return torch.nan_to_num(p, 0.0) if a.blank else p
+    if a.bias is None:
+        return torch.softmax(scores, -1)
+    bias = _side(a, a.bias)
+    p = torch.softmax(scores + bias, -1)
+    return p.masked_fill(bias.amax(-1, keepdim=True) == -torch.inf, 0) if a.blank else p
 
 
 def value(arena: Arena, a: Operands) -> Tensor:
