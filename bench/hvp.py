@@ -75,18 +75,21 @@ def _addends(total: Named) -> Named:
 
 def _ours(work: Workload, H: dh.HessianOperator, A: dh.HessianOperator, v: Named, z: Named) -> dict[str, Run]:
     G = dh.GGNOperator(work.model, (work.x, work.y), loss=F.cross_entropy)
+    C = dh.HessianOperator(work.model, (work.x, work.y), loss=F.cross_entropy, compile=True)
     many, probes = _addends(v), _addends(z)
 
-    def fresh() -> Named:
-        H.refresh()
-        return H @ v
+    def fresh(of: dh.HessianOperator) -> Named:
+        of.refresh()
+        return of @ v
 
     def total(found: Named) -> Tensor:
         return flat({name: x.sum(-1) for name, x in found.items()})
 
     return {
         "ours, amortized": Run(lambda: H @ v, lambda x: {"H": flat(x)}),
-        "ours, fresh": Run(fresh, lambda x: {"H": flat(x)}),
+        "ours, fresh": Run(lambda: fresh(H), lambda x: {"H": flat(x)}),
+        "ours, compiled, amortized": Run(lambda: C @ v, lambda x: {"H": flat(x)}),
+        "ours, compiled, fresh": Run(lambda: fresh(C), lambda x: {"H": flat(x)}),
         "ours, GGN, amortized": Run(lambda: G @ v, lambda x: {"GN": flat(x)}),
         APART: Run(lambda: H.parts(v), lambda x: {"GN": flat(x[0]), "H": flat(x[0]) + flat(x[1])}),
         f"ours, {PROBES} at once": Run(lambda: H @ many, lambda x: {"H": total(x)}),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench import in_jax
 from bench.workloads import Workload
 
 Products = dict[str, Callable[[], dict[str, Tensor]]]
@@ -44,7 +45,7 @@ def hessians(work: Workload, v: dict[str, Tensor]) -> Products:
         ),
         **_curvlinops("HessianLinearOperator", "curvlinops", work, v),
         **_eigenthings(work, v),
-        **_jax(work, v),
+        **in_jax.products(work, v),
     }
 
 
@@ -88,40 +89,3 @@ def _eigenthings(work: Workload, v: dict[str, Tensor]) -> Products:
         return {name: x.reshape(own[name].shape) for name, x in zip(own, pieces, strict=True)}
 
     return {"hessian-eigenthings": product}
-
-
-def _jax(work: Workload, v: dict[str, Tensor]) -> Products:
-    """JAX under jit, for chains of Linear and SiLU; empty for other models and where JAX is not installed."""
-    if not all(isinstance(layer, nn.Linear | nn.SiLU) for layer in work.model.children()):
-        return {}
-    try:
-        import jax
-        import jax.numpy as jnp
-    except ImportError:
-        return {}
-    own = dict(work.model.named_parameters())
-
-    def turned(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {name: jnp.asarray(t.detach().numpy()) for name, t in tensors.items()}
-
-    layers = [name.removesuffix(".weight") for name in own if name.endswith(".weight")]
-    x, y = jnp.asarray(work.x.numpy()), jnp.asarray(work.y.numpy())
-
-    def loss(params: dict[str, Any]) -> Any:
-        h = x
-        for k, layer in enumerate(layers):
-            h = h @ params[f"{layer}.weight"].T + params[f"{layer}.bias"]
-            h = jax.nn.silu(h) if k + 1 < len(layers) else h
-        return -jnp.take_along_axis(jax.nn.log_softmax(h), y[:, None], 1).mean()
-
-    params, tangent = turned(own), turned(v)
-    product = jax.jit(lambda p, t: jax.jvp(jax.grad(loss), (p,), (t,))[1])
-    push = jax.jit(jax.linearize(jax.grad(loss), params)[1])
-
-    def back(found: dict[str, Any]) -> dict[str, Tensor]:
-        return {name: torch.from_dlpack(t) for name, t in jax.block_until_ready(found).items()}
-
-    return {
-        "JAX jvp∘grad, jit": lambda: back(product(params, tangent)),
-        "JAX linearize, jit, amortized": lambda: back(push(tangent)),
-    }
