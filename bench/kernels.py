@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.timing import interleaved, median, write_json
 from dag_hesse.ir import Kind, Node, Ref
-from dag_hesse.kernels import elementwise, program
+from dag_hesse.kernels import elementwise, program, rowwise
 from dag_hesse.kernels.arena import SYSTEM
 from dag_hesse.kernels.dispatch import Kernel
 from dag_hesse.rules.chain import fuse_members
@@ -37,7 +37,7 @@ class Case:
 
 
 def cases(device: torch.device, count: int) -> Iterator[Case]:
-    """Programs and sweeps of elementwise nodes, on ``count`` elements."""
+    """Programs and sweeps of elementwise nodes, and sweeps of nodes of rows, on ``count`` elements."""
 
     def normal(*rows: int) -> Tensor:
         return torch.randn(*rows, count, device=device)
@@ -53,6 +53,40 @@ def cases(device: torch.device, count: int) -> Iterator[Case]:
         yield Case(f"tangent{name}", elementwise.tangent, ([first], {0: tangents}, (count,)), moved)
     both = ([c], {(0, 0): h}, abar, {0: tangents}, slice(PROBES, None), {0: (count,)}, (count,))
     yield Case("adjoints of both channels", elementwise.adjoints, both, 4 * count * (2 + 5 * PROBES))
+    for length in (1 << 10, 1 << 16):
+        yield from rows_of(length, x, tangents, abar)
+
+
+def rows_of(length: int, x: Tensor, tangents: Tensor, abar: Tensor) -> Iterator[Case]:
+    """Softmax, log-softmax and LayerNorm of rows of so many elements."""
+    x, (tangents, abar) = x.view(-1, length), (t.view(len(t), -1, length) for t in (tangents, abar))
+    y, p, channel, how = torch.nn.functional.layer_norm(x, [length]), torch.softmax(x, -1), slice(PROBES, None), [-1]
+    number, numbers, norm = y[:, :1].contiguous(), tangents[..., :1].contiguous(), (how, True, [length])
+    second = (x, number, tangents, numbers, numbers)
+    for name, kernel, arguments, moved in (
+        ("softmax tangent", rowwise.softmax_tangent, (p, tangents, how), 1 + 3 * PROBES),
+        ("softmax adjoints", rowwise.softmax_adjoints, (p, abar, (x, tangents), channel, how, None), 2 + 5 * PROBES),
+        ("log-softmax tangent", rowwise.log_softmax_tangent, (p, tangents, how), 1 + 2 * PROBES),
+        (
+            "log-softmax adjoints",
+            rowwise.log_softmax_adjoints,
+            (p, abar, (number, tangents), channel, how, None),
+            1 + 5 * PROBES,
+        ),
+        (
+            "LayerNorm tangent",
+            rowwise.standardize_tangent,
+            (y, number, x, tangents, *norm),
+            2 + 2 * PROBES,
+        ),
+        (
+            "LayerNorm adjoints",
+            rowwise.standardize_adjoints,
+            (y, number, abar, second, channel, *norm, None),
+            2 + 5 * PROBES,
+        ),
+    ):
+        yield Case(f"{name}, rows of {length:,}", kernel, arguments, 4 * x.numel() * moved)
 
 
 def activation(name: str, x: Tensor, lam: Tensor) -> program.Program:

@@ -47,13 +47,26 @@ def computed(dtype: torch.dtype) -> str:
 
 def launch(kernel: Any, elements: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
     """Run a kernel with as many instances as so many elements need, on the device that its tensors lie on."""
+    launch_grid(kernel, (max(1, -(-elements // BLOCK)),), device, *arguments, BLOCK=BLOCK, **constants)
+
+
+def launch_grid(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel with a grid of instances; ``num_warps`` and ``num_stages`` are among its constants."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(max(1, -(-elements // BLOCK)),)](*arguments, BLOCK=BLOCK, **constants)
+        kernel[grid](*arguments, **constants)
 
 
 def number(x: float) -> str:
     """A number as code."""
     return repr(float(x)) if isfinite(x) else f'float("{x}")'
+
+
+def loop(name: str, start: str, stop: str, step: str) -> str:
+    """The head of a loop. In the interpreter, sizes are arrays of one element, which NumPy takes for no integers."""
+    if not interpreted():
+        return f"for {name} in range({start}, {stop}, {step}):"
+    bounds = ", ".join(f"{x}.handle.data.item()" if x.isidentifier() else x for x in (start, stop))
+    return f"for {name} in range({bounds}, {step}):"
 
 
 def load(code: str, name: str) -> Any:
@@ -65,4 +78,17 @@ def load(code: str, name: str) -> Any:
     return scope[name]
 
 
-__all__ = ["BLOCK", "DTYPES", "HEAD", "available", "computed", "home", "interpreted", "launch", "load", "number"]
+__all__ = [
+    "BLOCK",
+    "DTYPES",
+    "HEAD",
+    "available",
+    "computed",
+    "home",
+    "interpreted",
+    "launch",
+    "launch_grid",
+    "load",
+    "loop",
+    "number",
+]

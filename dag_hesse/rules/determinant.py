@@ -10,7 +10,7 @@ from torch import Tensor
 from dag_hesse.ir.node import Kind, Node
 from dag_hesse.kernels.arena import added
 from dag_hesse.rules.base import Call, Linearized, Pairs, Residual, Rule, Samples, no_pairs, own_pair
-from dag_hesse.rules.single import Single
+from dag_hesse.rules.single import Constant, Single
 
 
 def _products_of_others(s: Tensor) -> Tensor:
@@ -74,23 +74,8 @@ class _LogDeterminant(Single):
         return added((self.turned @ residual.mT @ self.turned).mul_(-self.lam[..., None, None]), into)
 
 
-@final
-class _Constant(Single):
-    """A sign: constant wherever it has a derivative."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__(call)
-        self.shape, self.out_shape = call.shape(), call.value.shape
-
-    def move(self, x: Tensor) -> tuple[Tensor, Residual]:
-        return x.new_zeros(len(x), *self.out_shape), None
-
-    def transpose(self, g: Tensor) -> Tensor:
-        return g.new_zeros(len(g), *self.shape)
-
-
 def _slogdet(call: Call) -> Linearized:
-    return _LogDeterminant(call) if call.node.output == 1 else _Constant(call)
+    return _LogDeterminant(call) if call.node.output == 1 else Constant(call)
 
 
 def _slogdet_pairs(node: Node) -> Pairs:

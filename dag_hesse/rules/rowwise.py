@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -11,11 +11,16 @@ from torch import Tensor
 from dag_hesse.ir.node import Kind, Node, Ref, execute
 from dag_hesse.ir.ops import normalized_shape
 from dag_hesse.kernels.arena import Arena, added, has_values
-from dag_hesse.kernels.elementwise import times
-from dag_hesse.kernels.rowwise import softmax, standardize
-from dag_hesse.kernels.rowwise.torch import less_mean
-from dag_hesse.rules.base import Call, Residual, Rule, Run, Samples, as_it_is, own_pair
-from dag_hesse.rules.single import Single
+from dag_hesse.kernels.rowwise import (
+    log_softmax_adjoints,
+    log_softmax_tangent,
+    softmax_adjoints,
+    softmax_tangent,
+    standardize_adjoints,
+    standardize_tangent,
+)
+from dag_hesse.rules.base import ALL, Call, Linearized, Residual, Rule, Run, Samples, as_it_is, own_pair
+from dag_hesse.rules.single import Constant, Single
 from dag_hesse.rules.structural import axes
 
 aten = torch.ops.aten
@@ -38,22 +43,17 @@ class _Softmax(Single):
         super().__init__(call)
         self.y, self.dim = call.value, _trailing(call, call.argument(1))
 
-    def _center(self, x: Tensor) -> Tensor:
-        return less_mean(self.arena, x, self.y, self.dim)
-
     def move(self, x: Tensor) -> tuple[Tensor, Residual]:
-        centered = self._center(x)
-        return self.y * centered, centered
+        return softmax_tangent(self.arena, self.y, x, self.dim)
 
     def transpose(self, g: Tensor) -> Tensor:
-        return softmax(self.arena, self.y, g, self.dim)
+        return softmax_adjoints(self.arena, self.y, g, None, ALL, self.dim, None)
 
     def keep(self, lam: Tensor, mu: Tensor | None) -> None:
         self.mu = self.transpose(lam[None])[0] if mu is None else mu
 
-    def second(self, residual: Residual, into: Tensor | None) -> Tensor:
-        term = residual * self.mu
-        return added(term.addcmul_(self.y, term.sum(self.dim, keepdim=True), value=-1), into)
+    def adjoint(self, abar: Tensor | None, residual: Residual, rows: slice, into: Tensor | None) -> Tensor:
+        return softmax_adjoints(self.arena, self.y, abar, (self.mu, residual), rows, self.dim, into)
 
 
 @final
@@ -65,17 +65,17 @@ class _LogSoftmax(Single):
         self.p, self.dim = call.value.exp(), _trailing(call, call.argument(1))
 
     def move(self, x: Tensor) -> tuple[Tensor, Residual]:
-        moved = less_mean(self.arena, x, self.p, self.dim)
+        moved = log_softmax_tangent(self.arena, self.p, x, self.dim)
         return moved, moved
 
     def transpose(self, g: Tensor) -> Tensor:
-        return (self.p * -g.sum(self.dim, keepdim=True)).add_(g)  # in p's layout
+        return log_softmax_adjoints(self.arena, self.p, g, None, ALL, self.dim, None)
 
     def keep(self, lam: Tensor, mu: Tensor | None) -> None:
         self.total = lam.sum(self.dim, keepdim=True)
 
-    def second(self, residual: Residual, into: Tensor | None) -> Tensor:
-        return added(times(self.arena, self.p, residual).mul_(-self.total), into)
+    def adjoint(self, abar: Tensor | None, residual: Residual, rows: slice, into: Tensor | None) -> Tensor:
+        return log_softmax_adjoints(self.arena, self.p, abar, (self.total, residual), rows, self.dim, into)
 
 
 @final
@@ -123,26 +123,22 @@ class _Standardize(Single):
             off = x - x.mean(dims, keepdim=True) if self.center else x
             self.r = (off * off).mean(dims, keepdim=True).add(eps).rsqrt()
 
-    def _mean(self, x: Tensor) -> Tensor:
-        return x.mean(self.dims, keepdim=True)
-
     def transpose(self, g: Tensor) -> Tensor:
-        return standardize(self.arena, self.y, self.r, g, self.dims, self.center, self.inner)
+        how = (self.dims, self.center, self.inner)
+        return standardize_adjoints(self.arena, self.y, self.r, g, None, ALL, *how, None)
 
     def move(self, x: Tensor) -> tuple[Tensor, Residual]:
-        moved = self.transpose(x)  # the Jacobian is symmetric
-        if not self.bound:
-            return moved, None
-        return moved, (moved, -self.r * self._mean(self.y * x), -self.r * self._mean(self.mu * x))
+        mu = self.mu if self.bound else None
+        found = standardize_tangent(self.arena, self.y, self.r, mu, x, self.dims, self.center, self.inner)
+        return found[0], found
 
     def keep(self, lam: Tensor, mu: Tensor | None) -> None:
         self.mu = self.transpose(lam[None])[0] if mu is None else mu
-        self.overlap = -self.r * self._mean(self.y * lam)
+        self.overlap = -self.r * (self.y * lam).mean(self.dims, keepdim=True)
 
-    def second(self, residual: Residual, into: Tensor | None) -> Tensor:
-        moved, of_mu, of_y = residual
-        total = self.mu * of_mu if into is None else into.addcmul_(self.mu, of_mu)
-        return total.addcmul_(moved, self.overlap).addcmul_(self.y, of_y)
+    def adjoint(self, abar: Tensor | None, residual: Residual, rows: slice, into: Tensor | None) -> Tensor:
+        second, how = (self.mu, self.overlap, *residual), (self.dims, self.center, self.inner)
+        return standardize_adjoints(self.arena, self.y, self.r, abar, second, rows, *how, into)
 
 
 def _where_it_lies(node: Node, inputs: Sequence[Tensor], arena: Arena) -> Tensor:
@@ -163,14 +159,24 @@ def _safely(node: Node, inputs: Sequence[Tensor], arena: Arena) -> Tensor:
     return y.masked_fill_(masked, 0.0) if bool(masked.any()) else y
 
 
-def _rowwise(linearize: type[Single], samples: Samples, run: Run = as_it_is, shifted: int | None = None) -> Rule:
+def _softmax(call: Call) -> Linearized:
+    return _Softmax(call) if call.shape() else Constant(call)
+
+
+def _log_softmax(call: Call) -> Linearized:
+    return _LogSoftmax(call) if call.shape() else Constant(call)
+
+
+def _rowwise(
+    linearize: Callable[[Call], Linearized], samples: Samples, run: Run = as_it_is, shifted: int | None = None
+) -> Rule:
     return Rule(Kind.ROWWISE, linearize, own_pair, samples, run=run, shifted=shifted)
 
 
 TABLE: dict[str, Rule] = {
-    "aten._softmax.default": _rowwise(_Softmax, Samples.SEQUENCE, _where_it_lies, shifted=1),
-    "aten._safe_softmax.default": _rowwise(_Softmax, Samples.SEQUENCE, _safely, shifted=1),
-    "aten._log_softmax.default": _rowwise(_LogSoftmax, Samples.SEQUENCE, _where_it_lies, shifted=1),
+    "aten._softmax.default": _rowwise(_softmax, Samples.SEQUENCE, _where_it_lies, shifted=1),
+    "aten._safe_softmax.default": _rowwise(_softmax, Samples.SEQUENCE, _safely, shifted=1),
+    "aten._log_softmax.default": _rowwise(_log_softmax, Samples.SEQUENCE, _where_it_lies, shifted=1),
     "aten.logsumexp.default": _rowwise(_LogSumExp, Samples.REDUCTION),
     "dag_hesse.standardize.default": _rowwise(_Standardize, Samples.SEQUENCE),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
+from typing import final
 
 from torch import Tensor
 
@@ -33,6 +34,12 @@ class Single(Linearized):
         """The second-order term, or ``into`` with it added."""
         raise NotImplementedError(f"{type(self).__name__} saves a residual and has no second-order term")
 
+    def adjoint(self, abar: Tensor | None, residual: Residual, rows: slice, into: Tensor | None) -> Tensor:
+        """Jᵀ ȳ, where there is one, with the second-order term in its ``rows``; it may be added to ``into``."""
+        if abar is None:
+            return self.second(residual, None)
+        return plus_term(self.transpose(abar), abar, rows, partial(self.second, residual))
+
     def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
         if lam is None:
             return {}
@@ -51,10 +58,24 @@ class Single(Linearized):
     ) -> dict[int, Tensor]:
         if not slots:
             return {}
-        if abar is None:
-            return {0: self.second(residual, None)}
-        x = self.transpose(abar)
-        return {0: x if residual is None else plus_term(x, abar, rows, partial(self.second, residual))}
+        if residual is None and abar is not None:
+            return {0: self.transpose(abar)}
+        return {0: self.adjoint(abar, residual, rows, into.get(0))}
 
 
-__all__ = ["Single"]
+@final
+class Constant(Single):
+    """Constant wherever it has a derivative: a sign, a softmax of one number."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self.shape, self.out_shape = call.shape(), call.value.shape
+
+    def move(self, x: Tensor) -> tuple[Tensor, Residual]:
+        return x.new_zeros(len(x), *self.out_shape), None
+
+    def transpose(self, g: Tensor) -> Tensor:
+        return g.new_zeros(len(g), *self.shape)
+
+
+__all__ = ["Constant", "Single"]

@@ -5,78 +5,133 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.kernels import activation
-from dag_hesse.kernels import elementwise, program
+from dag_hesse.kernels import elementwise, program, rowwise
 from dag_hesse.kernels.elementwise.triton import Form, Term
 
 ARCHITECTURES = (80, 90)
-TYPES = {"fp32": "tl.float32", "fp64": "tl.float64", "bf16": "tl.float32"}
-ACTIVATIONS = ("gelu", "silu", "tanh", "sigmoid")
-# Products of a node of one input, of a sum of two, and of a product of two: coefficients, results, operands.
-SUMS: dict[str, tuple[Any, Any, int]] = {
-    "tangent": (("tensor",), ((Term(0, 0, False),),), 1),
-    "tangent of a gate": (("gate",), ((Term(0, 0, False),),), 1),
-    "both channels": (("tensor", "tensor"), ((Term(0, 0, False), Term(1, 1, True)),), 2),
-    "both channels of a product": (
+TYPES: dict[str, str] = {"fp32": "tl.float32", "fp64": "tl.float64", "bf16": "tl.float32"}
+ALL = tuple(TYPES)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A kernel as it is compiled; ``odd`` are integer arguments that are no multiples of 16."""
+
+    kernel: Callable[[str], Any]  # of the type that is computed in
+    constants: Callable[[str], Mapping[str, int]]
+    odd: tuple[str, ...] = ()
+    types: tuple[str, ...] = ALL
+
+
+def _activation(name: str) -> Configuration:
+    def kernel(dtype: str) -> Any:
+        x = torch.linspace(-1, 1, 8)
+        recorded = activation(name, x, x)
+        return program.triton.compiled(recorded, (True,) * recorded.operands, 1, dtype)
+
+    return Configuration(kernel, lambda dtype: {"BLOCK": 1024}, ("n0",))
+
+
+def _sums(coefficients: Any, results: Any, operands: int) -> Configuration:
+    """Products of a node of one input, of a sum of two, and of a product of two."""
+
+    def kernel(dtype: str) -> Any:
+        return elementwise.triton.compiled(Form(coefficients, results, operands, dtype))
+
+    return Configuration(kernel, lambda dtype: {"BLOCK": 1024, "ROWS": 8}, ("first", "stop"))
+
+
+def _rows(first: str, second: str | None, share: float, *types: str) -> Configuration:
+    """Rows that take a share of what is held on chip, the most; more are gone through in pieces."""
+
+    def form(dtype: str) -> tuple[rowwise.forms.Form, rowwise.forms.Shape]:
+        how = rowwise.forms.shape(int(rowwise.forms.ON_CHIP[dtype] * share), dtype)
+        return rowwise.forms.Form(first, second, second is not None, how.looped, dtype), how
+
+    def constants(dtype: str) -> Mapping[str, int]:
+        how = form(dtype)[1]
+        return {"ROWS": 8, "M": how.rows, "N": how.columns, "num_warps": how.warps}
+
+    return Configuration(
+        lambda dtype: rowwise.forms.compiled(form(dtype)[0]), constants, ("count", "first", "stop"), types or ALL
+    )
+
+
+# Numbers, one a row of x, come in narrow loads: those are counted in the budget.
+ROWS: dict[str, Any] = {
+    "softmax tangent": ("softmax tangent", None, 1 / 8),
+    "softmax adjoints": ("softmax", "softmax second", 1 / 8),
+    "log_softmax tangent": ("log_softmax tangent", None, 1 / 8, "fp32"),
+    "log_softmax adjoints": ("log_softmax", "log_softmax second", 1 / 8, "fp32"),
+    "standardize tangent": ("standardize centered tangent", None, 1 / 8),
+    "standardize adjoints": ("standardize centered", "standardize second", 1 / 8),
+    "softmax adjoints of the longest rows": ("softmax", "softmax second", 1, "fp32", "fp64"),
+    "standardize adjoints of the longest rows": ("standardize centered", "standardize second", 1, "fp32", "fp64"),
+    "softmax adjoints in pieces": ("softmax", "softmax second", 8, "fp32"),
+    "standardize adjoints in pieces": ("standardize centered", "standardize second", 8, "fp32"),
+}
+CONFIGURATIONS: dict[str, Configuration] = {
+    **{name: _activation(name) for name in ("gelu", "silu", "tanh", "sigmoid")},
+    "tangent": _sums(("tensor",), ((Term(0, 0, False),),), 1),
+    "tangent of a gate": _sums(("gate",), ((Term(0, 0, False),),), 1),
+    "both channels": _sums(("tensor", "tensor"), ((Term(0, 0, False), Term(1, 1, True)),), 2),
+    "both channels of a product": _sums(
         ("tensor",) * 3,
         ((Term(0, 0, False), Term(2, 2, True)), (Term(1, 0, False), Term(2, 1, True))),
         3,
     ),
+    **{f"rowwise, {name}": _rows(*one) for name, one in ROWS.items()},
 }
-NAMES = [f"{name} {kind} sm_{arch}" for name in (*ACTIVATIONS, *SUMS) for kind in TYPES for arch in ARCHITECTURES]
+NAMES = [
+    f"{name} {kind} sm_{arch}" for name, one in CONFIGURATIONS.items() for kind in one.types for arch in ARCHITECTURES
+]
 
 
-def _kernel(name: str, kind: str) -> Any:
-    if name in SUMS:
-        return elementwise.triton.compiled(Form(*SUMS[name], TYPES[kind]))
-    x = torch.linspace(-1, 1, 8)
-    recorded = activation(name, x, x)
-    return program.triton.compiled(recorded, (True,) * recorded.operands, 1, TYPES[kind])
-
-
-def _compile(kernel: Any, kind: str, arch: int) -> dict[str, int]:
+def _compile(one: Configuration, kind: str, arch: int) -> dict[str, int]:
     import triton as theirs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names, constants = kernel.arg_names, {"BLOCK": 1024, "ROWS": 8}
-    pointers = [n for n in names if n[0] in "pcxy" and n[1:].isdigit()]
+    kernel = one.kernel(TYPES[kind])
+    names, constants = kernel.arg_names, dict(one.constants(TYPES[kind]))
+    options = {"num_warps": constants.pop("num_warps", 4)}
+    pointers = [n for n in names if n.startswith("p_") or (n[0] in "pcxy" and n[1:].isdigit())]
     signature = {n: f"*{kind}" if n in pointers else "constexpr" if n in constants else "i64" for n in names}
-    aligned = {*pointers, "count", "size", *(n for n in names if n[0] == "s")}
-    whole = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in aligned}
+    whole = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in (*constants, *one.odd)}
     given = {(names.index(n),): value for n, value in constants.items() if n in names}
     code = ASTSource(kernel, signature, constexprs=given, attrs=whole)
-    binary = theirs.compile(code, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4}).asm["cubin"]
+    binary = theirs.compile(code, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]
     tool = Path(theirs.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        texts = [
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        ]
-    use = dict(part.split(":") for part in texts[0].split() if part.startswith(("REG:", "STACK:")))
+        text = subprocess.run(
+            [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    use = dict(part.split(":") for part in text.split() if part.startswith(("REG:", "STACK:")))
     return {
         "registers": int(use["REG"]),
         "stack": int(use["STACK"]),
-        "spills": texts[1].count("LDL") + texts[1].count("STL"),
-        "loads": texts[1].count("LDG"),
-        "wide loads": texts[1].count("LDG.E.128"),
+        "spills": text.count("LDL") + text.count("STL"),
+        "loads": text.count("LDG"),
+        "wide loads": text.count("LDG.E.128"),
     }
 
 
 def usages() -> Iterator[tuple[str, dict[str, int]]]:
     """(name, what it uses) of every declared configuration."""
-    for name in (*ACTIVATIONS, *SUMS):
-        for kind in TYPES:
+    for name, one in CONFIGURATIONS.items():
+        for kind in one.types:
             for arch in ARCHITECTURES:
-                yield f"{name} {kind} sm_{arch}", _compile(_kernel(name, kind), kind, arch)
+                yield f"{name} {kind} sm_{arch}", _compile(one, kind, arch)
 
 
 if __name__ == "__main__":

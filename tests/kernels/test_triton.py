@@ -80,4 +80,5 @@ def test_compiled_code_stays_within_its_budget(name: str, usage: dict[str, dict[
     found, most = usage[name], BUDGET[name]
     assert found["registers"] <= most["registers"], name
     assert found["stack"] == found["spills"] == 0, name
-    assert found["wide loads"] == found["loads"] > 0, f"{name}: not all loads are of 128 bits"
+    assert found["loads"] > 0
+    assert found["loads"] - found["wide loads"] <= most.get("narrow", 0), f"{name}: not all loads are of 128 bits"

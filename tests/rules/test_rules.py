@@ -264,6 +264,16 @@ def test_adjoints_of_large_rows_are_taken_by_kernels(
     test_second_order(name, sample, False)
 
 
+@pytest.mark.parametrize("name", ["aten._softmax.default", "aten._log_softmax.default"])
+def test_a_softmax_of_one_number_is_constant(name: str) -> None:
+    lin = RULES[name].linearize(make_call(name, Sample(lambda: (normal(), 0, False))))
+    probes = torch.randn(3, dtype=torch.float64, device=device.NAME)
+    lin.bind(probes[:1], [0], {})
+    moved, residual = lin.push({0: probes}, True, [0])
+    assert residual is None and moved is not None and moved.tolist() == [0.0] * 3
+    assert lin.pull(probes, None, slice(None), [0], {})[0].tolist() == [0.0] * 3
+
+
 def test_a_safe_softmax_is_zero_in_rows_of_minus_infinity() -> None:
     x = torch.randn(3, 4, dtype=torch.float64, device=device.NAME)
     x[1], x[2, :2] = -torch.inf, -torch.inf

@@ -106,7 +106,11 @@ def source(form: Form) -> str:
     for k in tensors:
         loaded = f"tl.load(c{k} + at, mask=mask, other=0.0)"
         lines.append(f"    k{k} = ({loaded}{' > 0' if form.coefficients[k] == 'gate' else ''}).to(T)")
-    lines += ["    for row in range(ROWS):", "        inside = mask & (row >= first) & (row < stop)"]
+    lines += [
+        "    for probe in range(ROWS):",
+        "        row = tl.cast(probe, tl.int64)",
+        "        inside = mask & (row >= first) & (row < stop)",
+    ]
     of_channel = {term.operand for terms in form.results for term in terms if term.channel}
     for k in places:
         row, mask = ("(row - first)", "inside") if k in of_channel else ("row", "mask")

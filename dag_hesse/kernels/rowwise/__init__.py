@@ -1,9 +1,36 @@
-"""Transposes of softmax and of standardization, (rows, *x): nonlinear along some axes, alike along the others."""
+"""Softmax, log-softmax and standardization, (rows, *x): nonlinear along some axes, alike along the others."""
 
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
+from dag_hesse.kernels.arena import Arena
 from dag_hesse.kernels.dispatch import Implementation, Kernel
-from dag_hesse.kernels.rowwise import reference, torch
+from dag_hesse.kernels.rowwise import reference, torch, triton
 
-softmax = Kernel("rowwise.softmax", reference.softmax, (Implementation("torch", torch.softmax),))
-standardize = Kernel("rowwise.standardize", reference.standardize, (Implementation("torch", torch.standardize),))
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
-__all__ = ["softmax", "standardize"]
+
+def _kernel(definition: Callable[Concatenate[Arena, Arguments], Result], writes: int = 0) -> Kernel[Arguments, Result]:
+    name = definition.__name__
+    generated = Implementation("triton", getattr(triton, name), getattr(triton, f"refuse_{name}"), compiled=True)
+    return Kernel(
+        f"rowwise.{name}", definition, (generated, Implementation("torch", getattr(torch, name))), writes=writes
+    )
+
+
+softmax_tangent = _kernel(reference.softmax_tangent)
+softmax_adjoints = _kernel(reference.softmax_adjoints, writes=1)
+log_softmax_tangent = _kernel(reference.log_softmax_tangent)
+log_softmax_adjoints = _kernel(reference.log_softmax_adjoints, writes=1)
+standardize_tangent = _kernel(reference.standardize_tangent)
+standardize_adjoints = _kernel(reference.standardize_adjoints, writes=1)
+
+__all__ = [
+    "log_softmax_adjoints",
+    "log_softmax_tangent",
+    "softmax_adjoints",
+    "softmax_tangent",
+    "standardize_adjoints",
+    "standardize_tangent",
+]
