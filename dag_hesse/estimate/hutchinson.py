@@ -8,21 +8,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dag_hesse.estimate.norms import Array, NormTable
+from dag_hesse.estimate.norms import PARTS, Array, NormTable
 from dag_hesse.estimate.products import Products
+from dag_hesse.kernels import probe
 from dag_hesse.plan import Source
-from dag_hesse.sweep import Problem, Request
+from dag_hesse.sweep import Parts, Problem, Request
 
 
-def rademacher(problem: Problem, source: int, probes: int, generator: torch.Generator) -> Tensor:
-    """Random signs (probes, groups, dim), drawn on the CPU so that every device sees the same."""
-    shape = (probes, problem.groups, problem.dim(source))
-    signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8, device="cpu")
-    return (2 * signs - 1).to(dtype=problem.dtype, device=problem.device)
+def rademacher(problem: Problem, source: int, key: int, first: int, probes: int) -> Tensor:
+    """Random signs (probes, groups, dim) of a key, of the probes from number ``first`` on; on every device the same."""
+    like = torch.empty(0, dtype=problem.dtype, device=problem.device)
+    return probe.signs(problem.arena, key, first, (probes, problem.groups, problem.dim(source)), like)
 
 
-def _squares(x: Tensor | None, probes: int, groups: int) -> Array:
-    return np.zeros((probes, groups)) if x is None else x.double().pow(2).sum(-1).cpu().numpy()
+def _squares(problem: Problem, parts: Parts, probes: int) -> dict[str, Array]:
+    """Squared norms (probes, groups) of the full product and its parts."""
+    norms = {name: np.zeros((probes, problem.groups)) for name in PARTS}
+    given = {name: x for name, x in (("gn", parts.gn), ("tensor", parts.tensor)) if x is not None}
+    if given:
+        found = probe.squares(problem.arena, tuple(given.values())).cpu().numpy()
+        norms |= dict(zip((*given, "full"), found if len(given) > 1 else (found[0], found[0]), strict=True))
+    return norms
 
 
 def _controlled(samples: Array, control: Array, known: Array) -> Array:
@@ -41,12 +47,10 @@ def _controlled(samples: Array, control: Array, known: Array) -> Array:
 class Sketch:
     """Products Y = H z of one source with its read points: norms are taken from them, spectra start from them."""
 
-    def __init__(self, products: Products, source: Source, generator: torch.Generator) -> None:
+    def __init__(self, products: Products, source: Source, key: int) -> None:
         self.products, self.problem = products, products.problem
-        self.source, self.generator = source, generator
-        self.samples: dict[str, dict[int, list[Array]]] = {
-            p: {v: [] for v in source.reads} for p in ("full", "gn", "tensor")
-        }
+        self.source, self.key = source, key
+        self.samples: dict[str, dict[int, list[Array]]] = {p: {v: [] for v in source.reads} for p in PARTS}
         self.start: dict[int, Tensor] = {}  # per read point, left vectors (probes, groups, d_v) for the spectral norm
 
     @property
@@ -56,18 +60,16 @@ class Sketch:
         return sum(len(part) for part in first)
 
     def request(self, probes: int) -> Request:
-        """Fresh probes for this source."""
+        """Probes for this source that it did not have yet."""
         point = self.source.point
-        return Request({point: rademacher(self.problem, point, probes, self.generator)}, self.source.reads)
+        return Request({point: rademacher(self.problem, point, self.key, self.count, probes)}, self.source.reads)
 
     def extend(self, probes: int, progress: Callable[[int], None] | None = None) -> None:
         """Sweep ``probes`` more."""
-        groups = self.problem.groups
         for v, parts in self.products.parts([self.request(probes)], progress)[0].items():
-            full = parts.full
-            for part, data in (("full", full), ("gn", parts.gn), ("tensor", parts.tensor)):
-                self.samples[part][v].append(_squares(data, probes, groups))
-            if full is not None and v not in self.start:
+            for part, norms in _squares(self.problem, parts, probes).items():
+                self.samples[part][v].append(norms)
+            if v not in self.start and (full := parts.full) is not None:
                 self.start[v] = full
 
     def enter(self, table: NormTable, gn_known: dict[tuple[int, int], Array]) -> None:

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from dag_hesse.estimate.exact import enter, exact_blocks
 from dag_hesse.estimate.gram import gram_factors
@@ -89,10 +88,7 @@ def estimate(
         return table
     counter = _Counter("probes", sum(s.probes for s in sampled), progress)
     products = Products(problem, factors)
-    sketches = [
-        Sketch(products, source, torch.Generator().manual_seed((seed * 1_000_003 + source.point) % 2**63))
-        for source in sampled
-    ]
+    sketches = [Sketch(products, source, (seed << 16) + source.point) for source in sampled]
     for sketch in sketches:
         sketch.extend(sketch.source.probes, counter)
         sketch.enter(table, gn_known)

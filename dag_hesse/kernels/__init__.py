@@ -10,6 +10,7 @@ from dag_hesse.kernels import (
     elementwise,
     layout,
     machine,
+    probe,
     program,
     rowwise,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "elementwise",
     "layout",
     "machine",
+    "probe",
     "program",
     "rowwise",
 ]

@@ -62,7 +62,7 @@ class _Attention(Linearized):
         met = self.bound is not None and any((i, j) in _PAIRS for i in curved for j in tangents)
         if not (onward or met):
             return None, None
-        moved, mu = tangent(self.arena, self.of, tangents)
+        moved, mu = tangent(self.arena, self.of, self.out, tangents)
         if not met or self.bound is None:
             return moved, None
         residual = attention.Residual(dict(tangents), mu, (self.bound.lam * moved).sum(-1, keepdim=True))

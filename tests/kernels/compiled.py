@@ -6,14 +6,14 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.kernels import activation
-from dag_hesse.kernels import elementwise, program, rowwise
+from dag_hesse.kernels import attention, elementwise, probe, program, rowwise
 from dag_hesse.kernels.elementwise.triton import Form, Term
 
 ARCHITECTURES = (80, 90)
@@ -29,6 +29,8 @@ class Configuration:
     constants: Callable[[str], Mapping[str, int]]
     odd: tuple[str, ...] = ()
     types: tuple[str, ...] = ALL
+    pointers: Mapping[str, str] = field(default_factory=dict)  # those that are of another type
+    short: tuple[str, ...] = ()  # integers of 32 bits
 
 
 def _activation(name: str) -> Configuration:
@@ -65,7 +67,34 @@ def _rows(first: str, second: str | None, share: float, *types: str) -> Configur
     )
 
 
-# Numbers, one a row of x, come in narrow loads: those are counted in the budget.
+def _probes(parts: int, *types: str) -> Configuration:
+    """Signs (0), and squares of one part or two."""
+    constants = {"WORDS": probe.triton.WORDS, "PIECE": probe.triton.PIECE, "PIECES": probe.triton.PIECES}
+
+    def used(dtype: str) -> Mapping[str, int]:
+        return {n: value for n, value in constants.items() if n in probe.triton.compiled(parts).arg_names}
+
+    return Configuration(lambda dtype: probe.triton.compiled(parts), used, ("key", "first", "groups"), types)
+
+
+def _attention(kind: str, width: int, wants: tuple[int, ...] = ()) -> Configuration:
+    """Causal attention, all of whose operands move: the most that a kernel has to do."""
+    met = kind in ("queries", "keys")
+    form = attention.forms.Form(
+        kind, 0.125, 1.0, ("bias",), True, () if kind == "rows" else (0, 1, 2), met, met, wants, (), "tl.float32", False
+    )
+    tile, kernel = attention.forms.TILES[width][kind], attention.tiles.compiled(form)
+    dense = {n: 1 for n in kernel.arg_names if n.endswith("_j")}  # strides of what lies side by side
+    constants = {"M": tile.queries, "N": tile.keys, "D": width, "E": width, "num_warps": tile.warps, "num_stages": 1}
+    return Configuration(
+        lambda dtype: kernel, lambda dtype: constants | dense, types=("bf16",),
+        pointers={"p_lse": "fp32", "p_from": "i32", "p_to": "i32"},
+        short=("matrices", "heads", "queries", "keys", "width", "values", *(n for n in kernel.arg_names if n.endswith("_i"))),
+    )  # fmt: skip
+
+
+# Numbers, one a row of x, come in narrow loads, and so does a bias, as the scores of a product lie: the budget counts
+# those.
 ROWS: dict[str, Any] = {
     "softmax tangent": ("softmax tangent", None, 1 / 8),
     "softmax adjoints": ("softmax", "softmax second", 1 / 8),
@@ -88,6 +117,20 @@ CONFIGURATIONS: dict[str, Configuration] = {
         ((Term(0, 0, False), Term(2, 2, True)), (Term(1, 0, False), Term(2, 1, True))),
         3,
     ),
+    "signs": _probes(0, "fp32", "bf16"),
+    "squares of two parts": _probes(2, "fp32", "bf16"),
+    **{
+        f"attention, {name} of {width}": _attention(kind, width, wants)
+        for width, name, kind, wants in (
+            (64, "log-sum-exp", "rows", ()),
+            (64, "tangent", "tangent", ()),
+            (64, "adjoint of q", "queries", (0,)),
+            (64, "adjoints of k and v", "keys", (1, 2)),
+            (128, "tangent", "tangent", ()),
+            (128, "adjoint of q", "queries", (0,)),
+            (128, "adjoint of k", "keys", (1,)),
+        )
+    },
     **{f"rowwise, {name}": _rows(*one) for name, one in ROWS.items()},
 }
 NAMES = [
@@ -102,9 +145,10 @@ def _compile(one: Configuration, kind: str, arch: int) -> dict[str, int]:
 
     kernel = one.kernel(TYPES[kind])
     names, constants = kernel.arg_names, dict(one.constants(TYPES[kind]))
-    options = {"num_warps": constants.pop("num_warps", 4)}
+    options = {n: constants.pop(n, default) for n, default in (("num_warps", 4), ("num_stages", 3))}
     pointers = [n for n in names if n.startswith("p_") or (n[0] in "pcxy" and n[1:].isdigit())]
-    signature = {n: f"*{kind}" if n in pointers else "constexpr" if n in constants else "i64" for n in names}
+    numbers = {n: "constexpr" if n in constants else "i32" if n in one.short else "i64" for n in names}
+    signature = {n: f"*{one.pointers.get(n, kind)}" if n in pointers else numbers[n] for n in names}
     whole = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in (*constants, *one.odd)}
     given = {(names.index(n),): value for n, value in constants.items() if n in names}
     code = ASTSource(kernel, signature, constexprs=given, attrs=whole)
@@ -117,12 +161,13 @@ def _compile(one: Configuration, kind: str, arch: int) -> dict[str, int]:
             [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
         ).stdout
     use = dict(part.split(":") for part in text.split() if part.startswith(("REG:", "STACK:")))
+    moved = "LDG" if "LDG" in text else "STG"  # what loads nothing is judged by its stores
     return {
         "registers": int(use["REG"]),
         "stack": int(use["STACK"]),
         "spills": text.count("LDL") + text.count("STL"),
-        "loads": text.count("LDG"),
-        "wide loads": text.count("LDG.E.128"),
+        "loads": text.count(moved),
+        "wide loads": text.count(f"{moved}.E.128"),
     }
 
 

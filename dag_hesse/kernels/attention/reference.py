@@ -52,8 +52,8 @@ def _of_scores(a: Operands, tangents: Mapping[int, Tensor]) -> Tensor:
     return sum(terms, torch.zeros((), dtype=a.q.dtype))
 
 
-def tangent(arena: Arena, a: Operands, tangents: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
-    """ȯut, (P, N, S, E), and μ, (P, N, S, 1), for tangents of q, k and v by slot."""
+def tangent(arena: Arena, a: Operands, out: Tensor, tangents: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+    """ȯut, (P, N, S, E), and μ, (P, N, S, 1), for tangents of q, k and v by slot; ``out`` is the value."""
     p = _weights(a)
     moved = _of_scores(a, tangents).expand(len(next(iter(tangents.values()))), *p.shape)
     mu = (p * moved).sum(-1, keepdim=True)

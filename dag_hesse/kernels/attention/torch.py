@@ -83,23 +83,23 @@ def value(arena: Arena, a: Operands) -> Tensor:
     return found
 
 
-def tangent(arena: Arena, a: Operands, tangents: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+def tangent(arena: Arena, a: Operands, out: Tensor, tangents: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
     rows, shape = len(next(iter(tangents.values()))), a.q.shape[:2]
     found, mus = arena.empty(a.q, rows, *shape, a.v.shape[2]), a.q.new_zeros(rows, *shape, 1)
     for chunk in chunks(a, _largest(a)):
         at = _Scores(a, chunk)
         weights = at.weights() if 2 in tangents else None
         for row in range(rows):
-            out, moved = None, at.moved(tangents, row)
+            part, moved = None, at.moved(tangents, row)
             if moved is not None:
                 mu = moved.mul_(at.p).sum(-1, keepdim=True)
                 _put(mus[row], a, chunk, chunk.queries, mu)
-                out = torch.bmm(at.dropped(moved.addcmul_(at.p, mu, value=-1)), at.v)
+                part = torch.bmm(at.dropped(moved.addcmul_(at.p, mu, value=-1)), at.v)
             if weights is not None:
                 v = at.keys(tangents[2][row])
-                out = torch.bmm(weights, v) if out is None else out.baddbmm_(weights, v)
-            assert out is not None
-            _put(found[row], a, chunk, chunk.queries, out)
+                part = torch.bmm(weights, v) if part is None else part.baddbmm_(weights, v)
+            assert part is not None
+            _put(found[row], a, chunk, chunk.queries, part)
     return found, mus
 
 
