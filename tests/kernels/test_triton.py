@@ -75,6 +75,7 @@ def test_what_is_compiled_is_what_has_a_budget() -> None:
     assert set(compiled.NAMES) == set(BUDGET)
 
 
+@pytest.mark.xdist_group("compiled")  # so that one process compiles, once
 @pytest.mark.parametrize("name", list(BUDGET))
 def test_compiled_code_stays_within_its_budget(name: str, usage: dict[str, dict[str, Any]]) -> None:
     found, most = usage[name], BUDGET[name]
