@@ -16,10 +16,12 @@ from dag_hesse.errors import DagHesseError
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.operators import GGNOperator, HessianOperator, TensorOperator, hvp
 from dag_hesse.report import CurvatureReport, load
+from dag_hesse.storage import BlockMatrix
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockMatrix",
     "CurvatureGraph",
     "CurvatureReport",
     "DagHesseError",

@@ -82,6 +82,10 @@ class ReportFileError(DagHesseError, ValueError):
     """A file is not a report of this package."""
 
 
+class BlockFileError(DagHesseError, ValueError):
+    """A file is not a block matrix of this package, is cut short, or has a newer format."""
+
+
 class DependencyError(DagHesseError, ImportError):
     """An optional library that a feature runs on is not installed."""
 

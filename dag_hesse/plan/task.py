@@ -28,7 +28,7 @@ class Task:
     @cached_property
     def structure(self) -> Structure:
         """Of all batches together, over the first one's graph: zero is what is zero in each of them."""
-        return reduce(_together, self.structures)
+        return together(self.structures)
 
     @property
     def graph(self) -> CurvatureGraph:
@@ -67,6 +67,11 @@ class Task:
     def curved_pairs(self) -> list[Pair]:
         """Those with a tensor part: the Gram route does not settle them."""
         return [pair for pair in self.alive_pairs if self.structure.tensor_alive[pair]]
+
+
+def together(structures: Sequence[Structure]) -> Structure:
+    """Of all batches: zero is what is zero in each of them."""
+    return reduce(_together, structures)
 
 
 def _together(a: Structure, b: Structure) -> Structure:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
 from dag_hesse.estimate import exact_blocks
 from dag_hesse.sweep import Problem
+
+if TYPE_CHECKING:
+    from dag_hesse.storage import BlockMatrix
 
 
 class BlockReader:
@@ -31,3 +36,14 @@ class BlockReader:
         if problem.batch_mode == "joint" and problem.groups > 1:
             return torch.block_diag(*block)
         return block if problem.batch_mode == "per_sample" else block[0].contiguous()
+
+    def matrix(self, part: str, parts: bool, options: dict[str, Any]) -> BlockMatrix:
+        """All blocks, stored."""
+        from dag_hesse.report.progress import shown
+        from dag_hesse.storage.options import wanted
+        from dag_hesse.storage.pose import of_problem
+
+        with shown(options.pop("progress", None)) as told:
+            chosen = wanted(**options)
+            self.problem.check("analyze()", "analyze it again to store blocks.")
+            return of_problem(self.problem, "analyze()", part, parts, chosen, told)

@@ -37,6 +37,8 @@ def write_whole(path: str | Path, write: Callable[[Path], None]) -> None:
     os.close(handle)
     try:
         write(Path(name))
+        with open(name, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk before it takes the old one's name
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

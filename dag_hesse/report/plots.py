@@ -21,7 +21,7 @@ TITLES = {
 _LOG = ("resonance", "gn_norm", "tensor_norm", "gn_gap")
 
 
-def _figure(**options: Any) -> Any:
+def new_figure(**options: Any) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -84,7 +84,7 @@ def against_distance(axes: Any, report: CurvatureReport, metric: str) -> None:
 def overview(report: CurvatureReport, metrics: Sequence[str]) -> Any:
     """A figure with one column per metric: heat map above, metric against distance below."""
     side = max(3.2, 0.42 * len(report.names))
-    figure = _figure(figsize=(side * len(metrics) + 0.6, side + 3.0))
+    figure = new_figure(figsize=(side * len(metrics) + 0.6, side + 3.0))
     grid = figure.subplots(2, len(metrics), squeeze=False, height_ratios=[side, 2.2])
     for k, metric in enumerate(metrics):
         heat_map(grid[0, k], report, metric)
@@ -99,7 +99,7 @@ def overview(report: CurvatureReport, metrics: Sequence[str]) -> Any:
 def heat_maps(report: CurvatureReport, metrics: Sequence[str]) -> Any:
     """A figure with the heat maps alone, in one row."""
     side = max(3.2, 0.42 * len(report.names))
-    figure = _figure(figsize=(side * len(metrics) + 0.6, side))
+    figure = new_figure(figsize=(side * len(metrics) + 0.6, side))
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         heat_map(axes, report, metric)
     return figure

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,11 @@ from dag_hesse.errors import DependencyError, OptionError, StaleError, choose, p
 from dag_hesse.estimate import METRICS
 from dag_hesse.ir import Point
 
+if TYPE_CHECKING:
+    from dag_hesse.report.blocks import BlockReader
+    from dag_hesse.storage import BlockMatrix
+
 Array = NDArray[np.float64]
-BlockReader = Callable[[int, int, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,20 @@ class CurvatureReport:
                 "a loaded or copied report holds maps, not blocks: run analyze() again for report.block()."
             )
         return self._reader(i, j, part)
+
+    def blocks(self, *, part: str = "full", parts: bool = False, **options: Any) -> BlockMatrix:
+        """Store the blocks between the points, computed now; options as for :meth:`BlockMatrix.from_model`.
+
+        Raises:
+            StaleError: the report was loaded, unpickled or copied, or the model changed since.
+            BatchCouplingError: the report's batch mode is ``"per_sample"``.
+            DagHesseError: as :meth:`BlockMatrix.from_model`.
+        """
+        if self._reader is None:
+            raise StaleError(
+                "a loaded or copied report holds maps, not blocks: run analyze() again for report.blocks()."
+            )
+        return self._reader.matrix(part, parts, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled and copied without what makes blocks, which is the model and its batches."""

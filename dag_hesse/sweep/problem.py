@@ -95,6 +95,11 @@ class Problem:
         return [now.get(number, graph) for number, graph in enumerate(self._given)]
 
     @property
+    def with_out(self) -> bool:
+        """Whether linearizations reach on from ``out``."""
+        return self._kept.with_out
+
+    @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of vectors: the widest of the points'."""
         return self._meaning.dtype

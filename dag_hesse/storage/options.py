@@ -1,0 +1,102 @@
+"""What a stored matrix is to be: how exact, how large, how wide; checked before anything is computed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from dag_hesse.errors import MemoryBudgetError, OptionError, choose, integer
+
+PARTS = ("full", "gn", "tensor")
+RESTS = ("drop", "live")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Checked options of :meth:`dag_hesse.BlockMatrix.from_model`; ``error`` is None where ``rank`` decides alone."""
+
+    error: float | None
+    rank: int | None
+    memory: int | None
+    band: int | str | None
+    eps: float | None
+    rest: str
+    seed: int
+
+
+def wanted(
+    *,
+    error: Any = None,
+    rank: Any = None,
+    memory: Any = None,
+    band: Any = None,
+    eps: Any = None,
+    rest: Any = "drop",
+    seed: Any = 0,
+) -> Wanted:
+    """Check the options.
+
+    Raises:
+        OptionError: one has a type or a value that it may not have, or two contradict each other.
+    """
+    choose("rest", rest, RESTS)
+    if isinstance(band, str):
+        choose("band", band, ("error",))
+    elif band is not None:
+        band = integer("band", band, 0, "0 keeps the diagonal blocks alone")
+    if band is not None and eps is not None:
+        raise OptionError(f"band={band!r} and eps={eps!r} both say how wide the band is: pass one of them.")
+    if error is None and rank is None:
+        error = 0.01
+    return Wanted(
+        None if error is None else _share("error", error, least=0.0),
+        None if rank is None else integer("rank", rank, 1),
+        None if memory is None else bytes_of(memory),
+        band,
+        None if eps is None else _share("eps", eps),
+        rest,
+        integer("seed", seed),
+    )
+
+
+def bytes_of(memory: Any) -> int:
+    """``memory`` in bytes: an integer, or a number with a unit.
+
+    Raises:
+        OptionError: it is neither.
+
+    >>> bytes_of("4GiB"), bytes_of("1.5 MB"), bytes_of(1000)
+    (4294967296, 1500000, 1000)
+    """
+    if isinstance(memory, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", memory)
+        if found is None or found[2].upper() not in _UNITS:
+            raise OptionError(f"memory={memory!r}; expected bytes, or a text such as '4GiB' or '500 MB'.")
+        memory = int(float(found[1]) * _UNITS[found[2].upper()])
+    return integer("memory", memory, 1, "a positive number of bytes")
+
+
+def check_room(dims: Sequence[int], groups: int, itemsize: int, memory: int | None) -> None:
+    """Whether one direction a point fits, with the diagonal blocks' cores.
+
+    Raises:
+        MemoryBudgetError: it does not.
+    """
+    least = sum(groups * itemsize * min(d * d, d + 1) for d in dims)
+    if memory is not None and memory < least:
+        raise MemoryBudgetError(
+            f"memory={memory} bytes, but the diagonal blocks with one direction each take {least}: raise memory=, or "
+            "take fewer or smaller points."
+        )
+
+
+def _share(name: str, value: Any, least: float | None = None) -> float:
+    good = isinstance(value, Real) and not isinstance(value, bool) and float(value) < 1
+    if not good or not (value > 0 or value == least):
+        low = "from 0" if least is not None else "above 0"
+        raise OptionError(f"{name}={value!r}; expected a relative size {low} and below 1.")
+    return float(value)

@@ -1,0 +1,65 @@
+"""Which way to bases and cores: exact columns, Gram factors, or a sketch."""
+
+from __future__ import annotations
+
+import torch
+
+from dag_hesse.estimate.gram import GramBlocks, gram_factors
+from dag_hesse.measure import available_memory
+from dag_hesse.plan.gram import can_gram
+from dag_hesse.storage.cores import Cores, Pair
+from dag_hesse.storage.draft import Draft, core, exact, from_factors, two_passes
+from dag_hesse.storage.options import Wanted
+from dag_hesse.storage.sketch import START, sketched, small
+from dag_hesse.storage.source import Source
+
+_ROWS = 1024  # most rows of Gram factors: beyond, a sketch asks for fewer products
+
+
+def drafted(source: Source, wanted: Wanted, gn_alone: bool) -> Draft:
+    """All pairs that are not proved zero; ``gn_alone``: the part is Gauss–Newton, or has no other."""
+    dims = source.dims
+    if gn_alone and _gram_fits(source, wanted):
+        return _gram(source)
+    if wanted.error == 0.0 or all(small(d, START) for d in dims):
+        return _exact(source)
+    room = available_memory() // 3
+    if wanted.memory is not None:
+        room = min(room, 2 * wanted.memory)  # trimming comes after
+    most = room // (source.groups * sum(dims) * source.problem.dtype.itemsize)
+    return sketched(source, wanted.error, wanted.rank, most)
+
+
+def _exact(source: Source) -> Draft:
+    return exact(two_passes(source, [None] * len(source.dims)))
+
+
+def _rows(source: Source) -> int:
+    """Most rows that the Gram route's factors have, over all groups."""
+    return sum(entry.graph.nodes[k].numel for entry in source.problem.entries for k in entry.graph.out)
+
+
+def _gram_fits(source: Source, wanted: Wanted) -> bool:
+    problem, rows = source.problem, _rows(source)
+    room = available_memory() // 4 if wanted.memory is None else min(available_memory() // 4, 2 * wanted.memory)
+    held = rows * sum(source.dims) * problem.dtype.itemsize
+    return problem.with_out and can_gram(problem.graphs) and rows <= _ROWS and held <= room
+
+
+def _gram(source: Source) -> Draft:
+    """H_GN[v, w] = S_vᵀ Σ S_w (design §3, Gram route): exact."""
+    expected, done = _rows(source), 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        source.tell("gram", min(done, expected), expected)
+
+    found, dtype, dims = gram_factors(source.problem, tell), source.problem.dtype, source.dims
+    if isinstance(found, GramBlocks):
+        blocks: dict[Pair, torch.Tensor] = {p: core(found.blocks[p][None].to(dtype), *p) for p in source.pairs()}
+        cores = Cores(dims, source.groups, [None] * len(dims), blocks)
+    else:
+        signs = torch.stack(found.signs).to(dtype)
+        cores = from_factors(source, [torch.stack(rows).to(dtype) for rows in found.rows], signs)
+    return exact(cores, "gram")
