@@ -46,7 +46,7 @@ def can_gram(graphs: Sequence[CurvatureGraph]) -> bool:
 def gram_route(task: Task) -> GramRoute:
     """What it takes."""
     graphs, dims = task.graphs, task.dims
-    counted = [(n, *_columns(graph)) for n, graph in zip(task.counts, graphs, strict=True)]
+    counted = [(n, *columns_of(graph)) for n, graph in zip(task.counts, graphs, strict=True)]
     columns, count = sum(n * c for n, c, _ in counted), sum(n * r for n, _, r in counted)
     alone = task.batch_mode == "per_sample"  # every sample has a Gram matrix of its own
     height = max(r // g.batch_size for (_, _, r), g in zip(counted, graphs, strict=True)) if alone else count
@@ -59,7 +59,7 @@ def gram_route(task: Task) -> GramRoute:
     return GramRoute(columns, held, cost, blocks or height <= _ROWS)
 
 
-def _columns(graph: CurvatureGraph) -> tuple[int, int]:
+def columns_of(graph: CurvatureGraph) -> tuple[int, int]:
     """(pullbacks, rows of S) that one batch needs."""
     size = sum(graph.nodes[k].numel for k in graph.out)
     if not graph.separable_loss:

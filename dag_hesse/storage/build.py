@@ -23,6 +23,8 @@ from dag_hesse.storage.source import Progress, Source
 from dag_hesse.storage.trim import trim
 from dag_hesse.sweep import Problem
 
+_NEAR = 0.98  # of the error that is allowed
+
 
 @dataclass
 class Built:
@@ -78,8 +80,8 @@ def build(problem: Problem, structure: Structure, part: str, wanted: Wanted, pro
     outside = [] if band is None else [pair for pair in norms if structure.distance[pair] > band]
     for pair in outside:
         del draft.cores.cores[pair]
-    allowed = 0.0 if wanted.error is None else 0.5 * wanted.error * draft.size
-    lost = trim(draft.cores, allowed, wanted.memory, wanted.rank)
+    drop = 0.0 if band is None or wanted.rest == "live" else dropped_square(structure.distance, norms, bounds, band)
+    lost = trim(draft.cores, _allowed(draft, wanted, drop), wanted.memory, wanted.rank)
     pairs = {}
     for v, w in zip(*np.triu_indices(len(source.dims)), strict=True):
         pair, distance = (int(v), int(w)), int(structure.distance[v, w])
@@ -92,10 +94,17 @@ def build(problem: Problem, structure: Structure, part: str, wanted: Wanted, pro
             pairs[pair] = PairFacts(kind, "outside the band", distance, norm, 0.0 if live else norm + bounds[pair])
         else:
             pairs[pair] = PairFacts(Storage.ZERO, "proved by structure", distance, 0.0, 0.0)
-    drop = 0.0 if band is None or wanted.rest == "live" else dropped_square(structure.distance, norms, bounds, band)
     facts = _facts(draft, lost, wanted, part, band, drop**0.5)
     facts |= {"sweeps": problem.sweeps - before, "seconds": time.perf_counter() - start}
     return Built(draft.cores, pairs, facts)
+
+
+def _allowed(draft: Draft, wanted: Wanted, drop: float) -> float:
+    """What trimming may lose: the rest of the error that is allowed."""
+    if wanted.error is None:
+        return 0.0
+    spent = sum(x * x for x in draft.rows) + (drop if wanted.band == "error" else 0.0)
+    return max(0.0, (_NEAR * wanted.error * draft.size) ** 2 - spent) ** 0.5
 
 
 def _facts(
@@ -115,6 +124,7 @@ def _facts(
         "target": wanted.error,
         "memory": wanted.memory,
         "history": draft.history,
+        "pullbacks": draft.pullbacks,
     }
 
 

@@ -22,6 +22,7 @@ class Draft:
         rows: per point, estimate of ‖(H − approximation)[v, :]‖_F; 0.0 where exact.
         size: ‖H‖_F, estimated where the route is not exact.
         history: (directions, relative error) after each doubling of the sketch.
+        pullbacks: of the Gram route, half a sweep each.
     """
 
     cores: Cores
@@ -29,6 +30,7 @@ class Draft:
     rows: list[float]
     size: float
     history: list[tuple[int, float]] = field(default_factory=list)
+    pullbacks: int = 0
 
     def bound(self, pair: Pair) -> float:
         """On ‖(approximation − H)[v, w]‖_F: a block is no larger than its row, and exact between unit vectors."""
@@ -37,11 +39,11 @@ class Draft:
         return spread() * min(self.rows[k] for k in pair)
 
 
-def exact(cores: Cores, route: str = "exact") -> Draft:
+def exact(cores: Cores, route: str = "exact", pullbacks: int = 0) -> Draft:
     """A draft without error."""
     squares = {pair: cores.norm(*pair) ** 2 for pair in cores.cores}
     size = sum(x if v == w else 2 * x for (v, w), x in squares.items()) ** 0.5
-    return Draft(cores, route, [0.0] * len(cores.dims), size)
+    return Draft(cores, route, [0.0] * len(cores.dims), size, pullbacks=pullbacks)
 
 
 class Holdouts:

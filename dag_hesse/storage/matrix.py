@@ -237,7 +237,7 @@ class BlockMatrix(SymmetricOperator):
         return render(self)
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """How blocks are stored, and their singular values, as a matplotlib Figure (extra: ``plot``), written to ``path``."""
+        """How blocks are stored, and singular values, as a matplotlib Figure (extra: ``plot``), saved at ``path``."""
         from dag_hesse.storage.plots import overview
 
         return overview(self, path)

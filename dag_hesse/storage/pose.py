@@ -126,7 +126,7 @@ def _nothing(problem: Problem, structure: Structure, part: str) -> Built:
         "memory": None,
         "history": [],
     }
-    facts |= dict.fromkeys(("size", "error", "bound", "risk", "dropped", "sweeps", "seconds"), 0)
+    facts |= dict.fromkeys(("size", "error", "bound", "risk", "dropped", "sweeps", "seconds", "pullbacks"), 0)
     return Built(Cores(dims, problem.groups, [None] * count, {}), zero, facts)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from dag_hesse.estimate.gram import GramBlocks, gram_factors
 from dag_hesse.measure import available_memory
-from dag_hesse.plan.gram import can_gram
+from dag_hesse.plan.gram import can_gram, columns_of
 from dag_hesse.storage.cores import Cores, Pair
 from dag_hesse.storage.draft import Draft, core, exact, from_factors, two_passes
 from dag_hesse.storage.options import Wanted
@@ -34,13 +34,14 @@ def _exact(source: Source) -> Draft:
     return exact(two_passes(source, [None] * len(source.dims)))
 
 
-def _rows(source: Source) -> int:
-    """Most rows that the Gram route's factors have, over all groups."""
-    return sum(entry.graph.nodes[k].numel for entry in source.problem.entries for k in entry.graph.out)
+def _columns(source: Source) -> tuple[int, int]:
+    """(pullbacks, rows of S) of the Gram route, over all batches."""
+    counted = [columns_of(entry.graph) for entry in source.problem.entries]
+    return sum(c for c, _ in counted), sum(r for _, r in counted)
 
 
 def _gram_fits(source: Source, wanted: Wanted) -> bool:
-    problem, rows = source.problem, _rows(source)
+    problem, (_, rows) = source.problem, _columns(source)
     room = available_memory() // 4 if wanted.memory is None else min(available_memory() // 4, 2 * wanted.memory)
     held = rows * sum(source.dims) * problem.dtype.itemsize
     return problem.with_out and can_gram(problem.graphs) and rows <= _ROWS and held <= room
@@ -48,12 +49,12 @@ def _gram_fits(source: Source, wanted: Wanted) -> bool:
 
 def _gram(source: Source) -> Draft:
     """H_GN[v, w] = S_vᵀ Σ S_w (design §3, Gram route): exact."""
-    expected, done = _rows(source), 0
+    (expected, _), done = _columns(source), 0
 
     def tell(count: int) -> None:
         nonlocal done
         done += count
-        source.tell("gram", min(done, expected), expected)
+        source.tell("gram", done, max(done, expected))
 
     found, dtype, dims = gram_factors(source.problem, tell), source.problem.dtype, source.dims
     if isinstance(found, GramBlocks):
@@ -62,4 +63,4 @@ def _gram(source: Source) -> Draft:
     else:
         signs = torch.stack(found.signs).to(dtype)
         cores = from_factors(source, [torch.stack(rows).to(dtype) for rows in found.rows], signs)
-    return exact(cores, "gram")
+    return exact(cores, "gram", done)

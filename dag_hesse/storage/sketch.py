@@ -125,7 +125,7 @@ def sketched(source: Source, error: float | None, rank: int | None, most: int) -
             return _finished(from_weights(source, sketch), "one pass", holdouts, history)
         bases = sketch.bases()
         twice = total(sketch.left_out(bases, holdouts))
-        if twice <= allowed or (last and (rank is not None or twice / 2**0.5 < 0.8 * once)):
+        if twice <= allowed or (last and twice / 2**0.5 < 0.8 * once):  # the √2 is for the worst case
             del sketch
             return _finished(two_passes(source, bases), "two passes", holdouts, history)
         if last:

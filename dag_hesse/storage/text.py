@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import log
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 
@@ -52,7 +52,7 @@ def lines(matrix: BlockMatrix) -> list[str]:
     found = [
         f"{_TITLES[f['part']]}: {len(matrix.names)} points, {size} rows, {matrix.dtype}, {human(matrix.bytes)} "
         f"(dense: {human(entries * matrix.dtype.itemsize)})",
-        f"route: {f['route']}, {f['sweeps']} sweeps, {f['seconds']:.2f} s; ‖H‖_F = {f['size']:.4g}",
+        f"route: {f['route']}, {_effort(f)}, {f['seconds']:.2f} s; ‖H‖_F = {f['size']:.4g}",
         f"error: {f['error']:.2e} of ‖H‖_F; at most {f['bound'] / norm:.2e}"
         + (f" but with probability {f['risk']:.0e} a point" if f["risk"] else ""),
     ]
@@ -66,6 +66,10 @@ def lines(matrix: BlockMatrix) -> list[str]:
 
 
 _TITLES = {"full": "Hessian", "gn": "Gauss–Newton part", "tensor": "tensor part"}
+
+
+def _effort(facts: Mapping[str, Any]) -> str:
+    return f"{facts['pullbacks']} pullbacks" if facts["pullbacks"] else f"{facts['sweeps']} sweeps"
 
 
 def _unmet(matrix: BlockMatrix) -> str:
