@@ -97,7 +97,8 @@ def _loss_rank(graph: CurvatureGraph) -> int:
         index = node.index
 
 
-def _distances(graph: CurvatureGraph) -> NDArray[np.int64]:
+def distances(graph: CurvatureGraph) -> NDArray[np.int64]:
+    """Points passed on the way between two, or from both to where they meet; -1 where they never do."""
     points = graph.points
     site_of: dict[int, set[int]] = {}
     for k, point in enumerate(points):
@@ -150,7 +151,7 @@ def analyze_structure(graph: CurvatureGraph) -> Structure:
     rank = np.minimum(np.minimum(cuts[:, None], cuts[None, :]), _loss_rank(graph))
     rank = np.where(alive[0], rank, 0)
     shared = np.minimum(rank * graph.batch_size, np.minimum(dims[:, None], dims[None, :]))
-    return Structure(graph, alive[0], alive[1], rank, shared, _distances(graph), _first_interaction(graph))
+    return Structure(graph, alive[0], alive[1], rank, shared, distances(graph), _first_interaction(graph))
 
 
 def _first_interaction(graph: CurvatureGraph) -> str:

@@ -134,11 +134,9 @@ class StoredBlock:
 
     def singular_values(self) -> Tensor:
         """Of what is stored, largest first, of all groups: (groups · rank,)."""
-        return (
-            torch.linalg.svdvals(self._core).flatten().sort(descending=True)[0]
-            if self._core is not None
-            else torch.zeros(0)
-        )
+        if (core := self._core) is None:
+            return torch.zeros(0, dtype=self.dtype, device=self.device)
+        return torch.linalg.svdvals(core).flatten().sort(descending=True)[0]
 
     def to_scipy(self) -> LinearOperator:
         """A ``scipy.sparse.linalg.LinearOperator`` over NumPy arrays."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,12 @@ from dag_hesse.errors import BatchCouplingError, choose
 from dag_hesse.plan.task import together
 from dag_hesse.storage.bounds import RISK, spread
 from dag_hesse.storage.cores import Cores, Pair
+from dag_hesse.storage.distance import band_distance
 from dag_hesse.storage.draft import Draft
 from dag_hesse.storage.options import PARTS, Wanted, check_room
 from dag_hesse.storage.pairs import PairFacts, Storage, band_width, check_band, dropped_square, kind_of
 from dag_hesse.storage.routes import drafted
-from dag_hesse.storage.source import Progress, Source
+from dag_hesse.storage.source import Progress, Source, stored_dtype
 from dag_hesse.storage.trim import trim
 from dag_hesse.sweep import Problem
 
@@ -36,10 +36,10 @@ class Built:
 
 
 def structure_of(problem: Problem) -> Structure:
-    """Of all batches together."""
-    distinct = Counter(map(id, problem.graphs))
-    graphs = {id(graph): graph for graph in problem.graphs}
-    return together([analyze_structure(graphs[k]) for k in distinct])
+    """Of all batches together; ``distance`` is the band's."""
+    distinct = {id(graph): graph for graph in problem.graphs}
+    whole = together([analyze_structure(graph) for graph in distinct.values()])
+    return replace(whole, distance=band_distance(whole))
 
 
 def alive_in(structure: Structure, part: str) -> NDArray[np.bool_]:
@@ -64,7 +64,7 @@ def check(problem: Problem, structure: Structure, part: str, wanted: Wanted) -> 
     alive = [(int(v), int(w)) for v, w in zip(*np.nonzero(np.triu(alive_in(structure, part))), strict=True)]
     check_band(structure.distance, alive, wanted.band)
     dims = [problem.dim(k) for k in range(len(problem.points))]
-    check_room(dims, problem.groups, problem.dtype.itemsize, wanted.memory)
+    check_room(dims, len(alive), problem.groups * stored_dtype(problem).itemsize, wanted.memory)
 
 
 def build(problem: Problem, structure: Structure, part: str, wanted: Wanted, progress: Progress | None = None) -> Built:

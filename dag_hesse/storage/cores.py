@@ -62,7 +62,8 @@ class Cores:
             add(v, short[w] @ core.mT)
             if v != w:
                 add(w, short[v] @ core)
-        return [torch.zeros_like(x) if t is None else self.expand(v, t) for v, (x, t) in enumerate(zip(z, sums))]  # noqa: B905
+        pairs = zip(z, sums, strict=True)
+        return [torch.zeros_like(x) if t is None else self.expand(v, t) for v, (x, t) in enumerate(pairs)]
 
     def dense(self, v: int, w: int) -> Tensor:
         """The block (groups, d_v, d_w); symmetric to the bit where v = w."""
@@ -72,6 +73,13 @@ class Cores:
         block = block if left is None else left @ block
         block = block if right is None else block @ right.mT
         return symmetric(block) if v == w and left is not None else block
+
+    def diagonal(self, v: int) -> Tensor | None:
+        """Diagonal elements of the block [v, v], (groups, d_v); None where it is zero."""
+        core, basis = self.cores.get((v, v)), self.bases[v]
+        if core is None or basis is None:
+            return None if core is None else core.diagonal(dim1=-2, dim2=-1)
+        return ((basis @ core) * basis).sum(-1)
 
     def norm(self, v: int, w: int) -> float:
         """‖H[v, w]‖_F of a stored pair, over all groups."""

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from dag_hesse.errors import MemoryBudgetError, OptionError, PointError, choose, position
-from dag_hesse.measure import available_memory
+from dag_hesse.errors import OptionError, PointError, choose, position
 from dag_hesse.operators.base import SymmetricOperator
 from dag_hesse.operators.vectors import VectorForm
 from dag_hesse.storage.block import StoredBlock
@@ -21,6 +19,7 @@ from dag_hesse.storage.options import PARTS
 from dag_hesse.storage.pairs import PairFacts, Storage
 from dag_hesse.storage.slices import chosen, submatrix
 from dag_hesse.storage.solve import Solution, solved
+from dag_hesse.storage.whole import dense_of, diagonal_of
 
 _CHUNK = 64  # vectors that are multiplied together
 
@@ -174,18 +173,18 @@ class BlockMatrix(SymmetricOperator):
         Raises:
             MemoryBudgetError: it would not fit.
         """
-        need, budget = 2 * self.shape[0] ** 2 * self.dtype.itemsize, available_memory() // 2
-        if need > budget:
-            raise MemoryBudgetError(
-                f"to_dense() of {self.shape[0]} rows needs {need / 2**30:.1f} GiB and {budget / 2**30:.1f} GiB may be "
-                "used: multiply with vectors instead, or take B[v, w].dense()."
-            )
-        rows = [[self[v, w].dense() if v <= w else None for w in self._n] for v in self._n]
-        full = [[rows[v][w] if v <= w else rows[w][v].T for w in self._n] for v in self._n]  # type: ignore[union-attr]
-        return torch.cat([torch.cat(row, dim=1) for row in full])  # type: ignore[arg-type]
+        return dense_of(self)
 
     def dense(self) -> Tensor:
         return self.to_dense()
+
+    def diagonal(self, matvecs: int | None = None, seed: int = 0) -> Tensor:
+        """The diagonal (n,), from the cores: no random vectors are taken, whatever the arguments."""
+        return diagonal_of(self)
+
+    def trace(self, matvecs: int | None = None, seed: int = 0) -> Tensor:
+        """The trace (), from the diagonal."""
+        return self.diagonal().sum()
 
     def solve(self, z: Any, damping: float = 0.0, **options: Any) -> Solution:
         """x with (B + λ I) x = z, for λ = ``damping`` and z in any form of a vector.

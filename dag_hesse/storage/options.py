@@ -80,17 +80,17 @@ def bytes_of(memory: Any) -> int:
     return integer("memory", memory, 1, "a positive number of bytes")
 
 
-def check_room(dims: Sequence[int], groups: int, itemsize: int, memory: int | None) -> None:
-    """Whether one direction a point fits, with the diagonal blocks' cores.
+def check_room(dims: Sequence[int], pairs: int, number: int, memory: int | None) -> None:
+    """Whether one direction a point fits, with a core of one number a pair; ``number``: bytes of one, in all groups.
 
     Raises:
         MemoryBudgetError: it does not.
     """
-    least = sum(groups * itemsize * min(d * d, d + 1) for d in dims)
+    least = number * (sum(d for d in dims if d > 1) + pairs)
     if memory is not None and memory < least:
         raise MemoryBudgetError(
-            f"memory={memory} bytes, but the diagonal blocks with one direction each take {least}: raise memory=, or "
-            "take fewer or smaller points."
+            f"memory={memory} bytes, but one direction a point, which the diagonal blocks need, takes {least}: raise "
+            "memory=, or take fewer or smaller points."
         )
 
 

@@ -27,7 +27,7 @@ from dag_hesse.storage.live import Live
 from dag_hesse.storage.matrix import BlockMatrix
 from dag_hesse.storage.options import PARTS, Wanted, wanted
 from dag_hesse.storage.pairs import PairFacts, Storage
-from dag_hesse.storage.source import Progress, Source
+from dag_hesse.storage.source import Progress, Source, stored_dtype
 from dag_hesse.sweep import VERIFY, Problem, capture_anew, prove_all
 
 
@@ -84,23 +84,37 @@ def of_problem(
     """Store one part of a problem's Hessian, and with ``parts`` the others beside it."""
     structure = structure_of(problem)
     check(problem, structure, part, chosen)
+    try:
+        return _with_parts(problem, structure, made_by, part, parts, chosen, progress)
+    finally:
+        problem.release()
+
+
+def _with_parts(
+    problem: Problem,
+    structure: Structure,
+    made_by: str,
+    part: str,
+    parts: bool,
+    chosen: Wanted,
+    progress: Progress | None,
+) -> BlockMatrix:
     others = [p for p in PARTS if p != part] if parts else []
     curved = bool(structure.tensor_alive.any())
     if others and chosen.memory is not None and curved:
         chosen = replace(chosen, memory=chosen.memory // len(PARTS))
     form = _form(problem)
     own = build(problem, structure, part, chosen, progress)
+    live = _live(problem, structure, part, own, made_by)
     beside: dict[str, BlockMatrix] = {}
     for other in others:
         if not alive_in(structure, other).any():
             beside[other] = BlockMatrix(form, _nothing(problem, structure, other))
         elif not curved and {part, other} == {"full", "gn"}:  # they are the same matrix
-            beside[other] = BlockMatrix(form, Built(own.cores, own.pairs, {**own.facts, "part": other}))
+            beside[other] = BlockMatrix(form, Built(own.cores, own.pairs, {**own.facts, "part": other}), live)
         else:
             found = build(problem, structure, other, chosen, progress)
             beside[other] = BlockMatrix(form, found, _live(problem, structure, other, found, made_by))
-    live = _live(problem, structure, part, own, made_by)
-    problem.release()
     return BlockMatrix(form, own, live, beside)
 
 
@@ -139,4 +153,4 @@ def _form(problem: Problem) -> VectorForm:
         shapes.append(shape if problem.groups == 1 else (problem.groups, *shape))
     names = tuple(point.name for point in problem.points)
     dtypes: tuple[torch.dtype, ...] = tuple(problem.dtype_of(k) for k in range(len(names)))
-    return VectorForm(names, tuple(shapes), problem.dtype, problem.device, dtypes)
+    return VectorForm(names, tuple(shapes), stored_dtype(problem), problem.device, dtypes)

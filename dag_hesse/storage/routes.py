@@ -26,7 +26,7 @@ def drafted(source: Source, wanted: Wanted, gn_alone: bool) -> Draft:
     room = available_memory() // 3
     if wanted.memory is not None:
         room = min(room, 2 * wanted.memory)  # trimming comes after
-    most = room // (source.groups * sum(dims) * source.problem.dtype.itemsize)
+    most = room // (source.groups * sum(dims) * source.dtype.itemsize)
     return sketched(source, wanted.error, wanted.rank, most)
 
 
@@ -43,7 +43,7 @@ def _columns(source: Source) -> tuple[int, int]:
 def _gram_fits(source: Source, wanted: Wanted) -> bool:
     problem, (_, rows) = source.problem, _columns(source)
     room = available_memory() // 4 if wanted.memory is None else min(available_memory() // 4, 2 * wanted.memory)
-    held = rows * sum(source.dims) * problem.dtype.itemsize
+    held = rows * sum(source.dims) * source.dtype.itemsize
     return problem.with_out and can_gram(problem.graphs) and rows <= _ROWS and held <= room
 
 
@@ -56,7 +56,7 @@ def _gram(source: Source) -> Draft:
         done += count
         source.tell("gram", done, max(done, expected))
 
-    found, dtype, dims = gram_factors(source.problem, tell), source.problem.dtype, source.dims
+    found, dtype, dims = gram_factors(source.problem, tell), source.dtype, source.dims
     if isinstance(found, GramBlocks):
         blocks: dict[Pair, torch.Tensor] = {p: core(found.blocks[p][None].to(dtype), *p) for p in source.pairs()}
         cores = Cores(dims, source.groups, [None] * len(dims), blocks)

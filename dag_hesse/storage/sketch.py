@@ -30,7 +30,7 @@ class Sketch:
         self.source = source
         self.rows: list[list[Tensor]] = [[] for _ in source.dims]
         self.count = 0
-        self.small = torch.zeros(source.groups, 0, 0, dtype=source.problem.dtype, device=source.problem.device)
+        self.small = torch.zeros(source.groups, 0, 0, dtype=torch.float64, device=source.problem.device)
 
     def extend(self, count: int, expected: int) -> None:
         """Sweep until there are ``count`` columns; ``Ωᵀ Y`` grows by rows, so that Ω need not be kept."""
@@ -50,8 +50,10 @@ class Sketch:
     def _against(self, omega: list[Tensor]) -> Tensor:
         strips = []
         for number in range(len(self.rows[0])):
+            # sums over millions of elements, in double precision
             terms = [
-                z.transpose(0, 1) @ rows[number].permute(1, 2, 0) for z, rows in zip(omega, self.rows, strict=True)
+                z.transpose(0, 1).double() @ rows[number].permute(1, 2, 0).double()
+                for z, rows in zip(omega, self.rows, strict=True)
             ]
             strips.append(torch.stack(terms).sum(0))
         return torch.cat(strips, dim=-1)
@@ -63,18 +65,18 @@ class Sketch:
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """W (groups, r, s) and signs (groups, r) such that H ≈ (W Y)ᵀ Σ (W Y)."""
-        values, vectors = torch.linalg.eigh(((self.small + self.small.mT) / 2).double())
+        values, vectors = torch.linalg.eigh((self.small + self.small.mT) / 2)
         order = values.abs().argsort(dim=-1, descending=True)
         values = values.gather(-1, order)
         vectors = vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
-        floor = values.abs().amax() * torch.finfo(self.small.dtype).eps * self.count
+        floor = values.abs().amax() * torch.finfo(self.source.dtype).eps * self.count
         if bool((values < -floor).any()):  # where signs mix, the last directions are noise over little
             values, vectors = values[..., : max(1, 2 * self.count // 3)], vectors[..., : max(1, 2 * self.count // 3)]
         kept = (values.abs() > floor).any(0)
         values, vectors = values[..., kept], vectors[..., kept]
         scale = torch.where(values.abs() > floor, values.abs().clamp_min(floor).rsqrt(), 0.0)
         signs = torch.where(values < 0, -1.0, 1.0)
-        return (vectors * scale.unsqueeze(-2)).mT.to(self.small.dtype), signs.to(self.small.dtype)
+        return (vectors * scale.unsqueeze(-2)).mT.to(self.source.dtype), signs.to(self.source.dtype)
 
     def one_pass(self, holdouts: Holdouts) -> list[float]:
         """Row errors of H ≈ Y (ΩᵀY)⁺ Yᵀ."""
@@ -125,11 +127,12 @@ def sketched(source: Source, error: float | None, rank: int | None, most: int) -
             return _finished(from_weights(source, sketch), "one pass", holdouts, history)
         bases = sketch.bases()
         twice = total(sketch.left_out(bases, holdouts))
-        if twice <= allowed or (last and twice / 2**0.5 < 0.8 * once):  # the √2 is for the worst case
+        if twice <= allowed or (last and (twice / 2**0.5 < 0.8 * once or once >= holdouts.size)):
             del sketch
             return _finished(two_passes(source, bases), "two passes", holdouts, history)
         if last:
             return _finished(from_weights(source, sketch), "one pass", holdouts, history)
+        del bases  # as large as the sketch, which grows now
         count = min(most, 2 * count)
 
 

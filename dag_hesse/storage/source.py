@@ -41,6 +41,11 @@ class Source:
         return [self.problem.dim(k) for k in range(len(self.problem.points))]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of what is stored: half-precision models are stored in float32, for factorizations need it."""
+        return stored_dtype(self.problem)
+
+    @property
     def groups(self) -> int:
         """Blocks that a pair has."""
         return self.problem.groups
@@ -51,9 +56,9 @@ class Source:
             1
         )  # PyTorch uses 32 bits of a seed
         generator = torch.Generator().manual_seed(int(key[0]))
-        dtype = torch.float32 if self.problem.dtype == torch.float32 else torch.float64
-        rows = [torch.randn(1, self.groups, d, generator=generator, dtype=dtype, device="cpu") for d in self.dims]
-        return [row.to(dtype=self.problem.dtype, device=self.problem.device) for row in rows]
+        shapes = [(1, self.groups, dim) for dim in self.dims]
+        rows = [torch.randn(shape, generator=generator, dtype=self.dtype, device="cpu") for shape in shapes]
+        return [row.to(self.problem.device) for row in rows]
 
     def probes(self, start: int, count: int, *, holdout: bool = False) -> list[Tensor]:
         """Probes ``start`` to ``start + count`` at all points, (count, groups, d_v) each."""
@@ -72,7 +77,7 @@ class Source:
 
     def unit_vectors(self, w: int) -> Tensor:
         """(d_w, groups, d_w)."""
-        return identity(self.problem, w)
+        return identity(self.problem, w).to(self.dtype)
 
     def _read(self, request: Request, count: int) -> list[Tensor]:
         found = self.problem.run([request], parts=self.part)[0]
@@ -80,7 +85,8 @@ class Source:
         for v in request.reads:
             x = found[v].full if v in found else None  # of a part alone, that is the part
             shape = (count, self.groups, self.problem.dim(v))
-            rows.append(torch.zeros(shape, dtype=self.problem.dtype, device=self.problem.device) if x is None else x)
+            blank = torch.zeros(shape, dtype=self.dtype, device=self.problem.device) if x is None else x
+            rows.append(blank.to(self.dtype))
         return rows
 
     def tell(self, stage: str, done: int, expected: int) -> None:
@@ -91,3 +97,8 @@ class Source:
     def pairs(self) -> list[tuple[int, int]]:
         """Pairs v ≤ w that are not proved zero."""
         return [(int(v), int(w)) for v, w in zip(*np.nonzero(np.triu(self.alive)), strict=True)]
+
+
+def stored_dtype(problem: Problem) -> torch.dtype:
+    """Floating-point type of a stored matrix."""
+    return torch.promote_types(problem.dtype, torch.float32)

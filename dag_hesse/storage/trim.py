@@ -49,7 +49,7 @@ def trim(
     squeezed = [v for v, basis in enumerate(cores.bases) if basis is not None]
     _drop(cores, squeezed, allowed, most_bytes, most_rank, lost)
     if most_bytes is not None and cores.bytes > most_bytes:
-        _drop(cores, list(range(len(cores.dims))), 0.0, most_bytes, None, lost)
+        _drop(cores, [v for v, d in enumerate(cores.dims) if d > 1], 0.0, most_bytes, None, lost)
     return {pair: x**0.5 for pair, x in lost.items()}
 
 

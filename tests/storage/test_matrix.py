@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ import dag_hesse as dh
 from dag_hesse.errors import DagHesseError, OptionError
 from dag_hesse.storage import Storage
 from tests.oracle import error
-from tests.storage.models import CASES, dense, points, stored
+from tests.storage.models import CASES, dense, made, points, stored
 
 SPACES, MODES = ("activation", "parameter"), ("shared", "joint")
 KINDS = [
@@ -108,7 +111,8 @@ def test_scipy_and_eigenvalues(name: str, options: dict[str, float]) -> None:
     values, vectors = matrix.eigsh(3, which="LA")
     assert np.allclose(values, expected[-3:], rtol=1e-8)
     assert np.allclose(matrix.to_scipy() @ vectors, vectors * values, atol=1e-8 * abs(expected).max())
-    assert float(matrix.trace()) == pytest.approx(expected.sum(), rel=0.5)
+    assert float(matrix.trace()) == pytest.approx(expected.sum(), rel=1e-10)
+    assert torch.allclose(matrix.diagonal(), matrix.to_dense().diagonal(), atol=1e-14)
     assert error((2 * matrix) @ torch.ones(matrix.shape[0]).double(), 2 * matrix.to_dense().sum(1)) < 1e-12
 
 
@@ -137,9 +141,50 @@ def test_random_state_and_text_are_left_alone() -> None:
     assert "outside the band" in text and "low-rank" in text and "n·k·d·r" in text
     assert str(matrix) == text and isinstance(matrix, dh.BlockMatrix)
     with pytest.raises(OptionError, match="save"):
-        __import__("pickle").dumps(matrix)
+        pickle.dumps(matrix)
 
 
 def test_same_seed_same_numbers() -> None:
     assert torch.equal(stored("gate", rank=4).to_dense(), stored("gate", rank=4).to_dense())
     assert not torch.equal(stored("gate", rank=4).to_dense(), stored("gate", rank=4, seed=1).to_dense())
+
+
+def _concave(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (output.sin() * (y.unsqueeze(1) + 1)).mean()
+
+
+@pytest.mark.parametrize("options", [{"part": "gn"}, {"part": "gn", "rank": 6}, {"rank": 6}])
+def test_losses_that_are_not_convex(options: dict[str, int]) -> None:
+    model, batch = made("tanh")
+    operator = dh.GGNOperator if "part" in options else dh.HessianOperator
+    expected = operator(model, batch, loss=_concave, points=["0", "2"], space="activation").dense()
+    matrix = dh.BlockMatrix.from_model(model, batch, loss=_concave, points=["0", "2"], **options)
+    off = float((matrix.to_dense() - expected).norm())
+    assert torch.linalg.eigvalsh(expected)[0] < 0 and off <= matrix.facts["bound"] + 1e-10
+    assert off <= 1.02 * matrix.facts["error"] * matrix.facts["size"] * 1.5 + 1e-10
+
+
+@pytest.mark.parametrize("options", [{"part": "gn"}, {"error": 0}, {"rank": 6}])
+def test_several_batches_are_one_loss(options: dict[str, int]) -> None:
+    model, (x, y) = made("tanh")
+    batches = [(x, y), (x[:2] + 1, y[:2])]
+    operator = dh.GGNOperator if "part" in options else dh.HessianOperator
+    expected = operator(model, batches, points=["0", "2"], space="activation").dense()
+    matrix = dh.BlockMatrix.from_model(model, batches, points=["0", "2"], **options)
+    assert float((matrix.to_dense() - expected).norm()) <= matrix.facts["bound"] + 1e-10
+
+
+def test_samples_that_interact() -> None:
+    model = copy.deepcopy(made("cnn")[0]).train()
+    operator = dh.HessianOperator(model, made("cnn")[1], points=["1", "3"], space="activation", batch_mode="joint")
+    matrix = dh.BlockMatrix.from_model(model, made("cnn")[1], points=["1", "3"], batch_mode="joint", rank=9)
+    assert matrix.groups == 1 and matrix.shape == operator.shape
+    assert float((matrix.to_dense() - operator.dense()).norm()) <= matrix.facts["bound"] + 1e-10
+
+
+def test_half_precision_is_stored_in_single() -> None:
+    model, (x, y) = copy.deepcopy(made("tanh")[0]).bfloat16(), made("tanh")[1]
+    matrix = dh.BlockMatrix.from_model(model, (x.bfloat16(), y), points=["0", "2"], rank=6)
+    assert matrix.dtype == torch.float32 and torch.equal(matrix.to_dense(), matrix.to_dense().T)
+    whole = stored("tanh", error=0)[["0", "2"]].to_dense()
+    assert float((matrix.to_dense() - whole).norm()) <= matrix.facts["bound"] + 0.05 * float(whole.norm())

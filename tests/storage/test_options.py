@@ -45,6 +45,14 @@ def test_dropped_is_bounded_by_a_sketch() -> None:
     assert true <= matrix.facts["dropped"]
 
 
+def test_distance_between_parameters_is_that_of_their_layers() -> None:
+    model, batch = made("tanh")
+    matrix = dh.BlockMatrix.from_model(model, batch, points=["0", "2", "4"], space="parameter", rank=4)
+    assert [[matrix[v, w].distance for w in range(3)] for v in range(3)] == [[0, 1, 2], [1, 0, 1], [2, 1, 0]]
+    apart = dh.BlockMatrix.from_model(model, batch, points=["2.weight", "2.bias", "4.bias"], space="parameter", rank=4)
+    assert apart["2.weight", "2.bias"].distance == 0 and apart["2.bias", "4.bias"].distance == 1
+
+
 @pytest.mark.parametrize("eps", [0.9, 0.5, 0.05])
 def test_interaction_radius(eps: float) -> None:
     matrix, whole = stored("tanh", eps=eps, error=0), stored("tanh", error=0)
