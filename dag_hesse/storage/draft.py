@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dag_hesse.storage.bounds import PROBES, spread
 from dag_hesse.storage.cores import Cores, Pair
+from dag_hesse.storage.orthonormal import orthonormal
 from dag_hesse.storage.source import Source
 
 
@@ -84,7 +85,7 @@ def from_factors(source: Source, factors: list[Tensor], signs: Tensor) -> Cores:
             bases.append(None)
             shorts.append(f)
             continue
-        basis, triangle = torch.linalg.qr(f.mT)
+        basis, triangle = orthonormal(f.mT)
         bases.append(basis)
         shorts.append(triangle.mT)
     cores = {(v, w): core(shorts[v].mT @ (signs.unsqueeze(-1) * shorts[w]), v, w) for v, w in source.pairs()}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dag_hesse.storage.cores import Cores
 from dag_hesse.storage.draft import Draft, Holdouts, exact, from_factors, total, two_passes
+from dag_hesse.storage.orthonormal import orthonormal
 from dag_hesse.storage.source import Source
 
 START = 16  # directions of the first sketch
@@ -95,7 +96,7 @@ class Sketch:
     def bases(self) -> list[Tensor | None]:
         """Per point an orthonormal basis (groups, d_v, s) of Y_v; None where unit vectors are not many more."""
         return [
-            None if small(dim, self.count) else torch.linalg.qr(self.stacked(v).mT)[0]
+            None if small(dim, self.count) else orthonormal(self.stacked(v).mT)[0]
             for v, dim in enumerate(self.source.dims)
         ]
 

@@ -20,8 +20,8 @@ def dense_of(matrix: BlockMatrix) -> Tensor:
     need, budget = rows**2 * matrix.dtype.itemsize, available_memory() // 2
     if need > budget:
         raise MemoryBudgetError(
-            f"to_dense() of {rows} rows needs {need / 2**30:.1f} GiB and {budget / 2**30:.1f} GiB may be used: multiply "
-            "with vectors instead, or take B[v, w].dense()."
+            f"to_dense() of {rows} rows needs {need / 2**30:.1f} GiB and {budget / 2**30:.1f} GiB may be used: "
+            "multiply with vectors instead, or take B[v, w].dense()."
         )
     found = torch.empty(rows, rows, dtype=matrix.dtype, device=matrix.device)
     strips = [strip.split(matrix.form.sizes, dim=1) for strip in found.split(matrix.form.sizes)]

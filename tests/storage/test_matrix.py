@@ -12,6 +12,7 @@ import torch
 import dag_hesse as dh
 from dag_hesse.errors import DagHesseError, OptionError
 from dag_hesse.storage import Storage
+from dag_hesse.storage.orthonormal import orthonormal
 from tests.oracle import error
 from tests.storage.models import CASES, dense, made, points, stored
 
@@ -188,3 +189,19 @@ def test_half_precision_is_stored_in_single() -> None:
     assert matrix.dtype == torch.float32 and torch.equal(matrix.to_dense(), matrix.to_dense().T)
     whole = stored("tanh", error=0)[["0", "2"]].to_dense()
     assert float((matrix.to_dense() - whole).norm()) <= matrix.facts["bound"] + 0.05 * float(whole.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decay", [0.0, 1.0, 3.0, 12.0])
+def test_orthonormal_columns(dtype: torch.dtype, decay: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(2, 700, 9, generator=generator, dtype=torch.float64)
+    x = (
+        columns
+        @ torch.diag(10.0 ** -(decay * torch.arange(9) / 4)).double()
+        @ torch.randn(9, 9, generator=generator).double()
+    ).to(dtype)
+    q, r = orthonormal(x)
+    eps = torch.finfo(dtype).eps
+    assert float((q.mT @ q - torch.eye(9, dtype=dtype)).norm()) < 200 * eps
+    assert error(q @ r, x.double()) < 200 * eps and not r.tril(-1).any()
