@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dag_hesse._structure import Structure, analyze_structure
@@ -24,6 +25,7 @@ from dag_hesse.storage.trim import trim
 from dag_hesse.sweep import Problem
 
 _NEAR = 0.98  # of the error that is allowed
+_ROUNDING = 16  # of the dtype's eps, times ‖H‖_F: what sums of products in it may be off by
 
 
 @dataclass
@@ -82,19 +84,22 @@ def build(problem: Problem, structure: Structure, part: str, wanted: Wanted, pro
         del draft.cores.cores[pair]
     drop = 0.0 if band is None or wanted.rest == "live" else dropped_square(structure.distance, norms, bounds, band)
     lost = trim(draft.cores, _allowed(draft, wanted, drop), wanted.memory, wanted.rank)
+    rounding = _ROUNDING * torch.finfo(source.dtype).eps * draft.size
     pairs = {}
     for v, w in zip(*np.triu_indices(len(source.dims)), strict=True):
         pair, distance = (int(v), int(w)), int(structure.distance[v, w])
         if pair in lost:
             kind, norm = kind_of(draft.cores, *pair), draft.cores.norm(*pair)
-            pairs[pair] = PairFacts(kind, "", distance, norm, bounds[pair] + lost[pair])
+            pairs[pair] = PairFacts(kind, "", distance, norm, bounds[pair] + lost[pair] + rounding)
         elif pair in norms:
             live = wanted.rest == "live"
             kind, norm = (Storage.LIVE if live else Storage.ZERO), norms[pair]
-            pairs[pair] = PairFacts(kind, "outside the band", distance, norm, 0.0 if live else norm + bounds[pair])
+            pairs[pair] = PairFacts(
+                kind, "outside the band", distance, norm, 0.0 if live else norm + bounds[pair] + rounding
+            )
         else:
             pairs[pair] = PairFacts(Storage.ZERO, "proved by structure", distance, 0.0, 0.0)
-    facts = _facts(draft, lost, wanted, part, band, drop**0.5)
+    facts = _facts(draft, lost, wanted, part, band, drop**0.5, rounding)
     facts |= {"sweeps": problem.sweeps - before, "seconds": time.perf_counter() - start}
     return Built(draft.cores, pairs, facts)
 
@@ -108,7 +113,7 @@ def _allowed(draft: Draft, wanted: Wanted, drop: float) -> float:
 
 
 def _facts(
-    draft: Draft, lost: dict[Pair, float], wanted: Wanted, part: str, band: int | None, dropped: float
+    draft: Draft, lost: dict[Pair, float], wanted: Wanted, part: str, band: int | None, dropped: float, rounding: float
 ) -> dict[str, Any]:
     trimmed = sum((1 if v == w else 2) * x * x for (v, w), x in lost.items()) ** 0.5
     measured = sum(x * x for x in draft.rows) ** 0.5
@@ -118,7 +123,7 @@ def _facts(
         "band": band,
         "size": draft.size,
         "error": _over((measured**2 + trimmed**2) ** 0.5, draft.size),
-        "bound": spread() * measured + trimmed,
+        "bound": spread() * measured + trimmed + rounding,
         "risk": RISK if measured else 0.0,
         "dropped": dropped,
         "target": wanted.error,
