@@ -195,3 +195,26 @@ def test_experiment_5_after_training(seed: int) -> None:
     final = train_and_measure("attention", seed)["final"]
     assert final.gap > 0.5
     assert final.loss < 0.57  # below the paper's
+
+
+def test_distances_of_parameters_are_those_of_their_layers() -> None:
+    model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(4, 4), nn.Tanh())))
+    found = dh.structure(
+        model, (torch.randn(3, 4), torch.randn(3, 4)), points=["0.weight", "0.bias", "2.weight", "4.bias"]
+    )
+    order = [found.names.index(name) for name in ("0.weight", "0.bias", "2.weight", "4.bias")]
+    expected = [[0, 0, 1, 2], [0, 0, 1, 2], [1, 1, 0, 1], [2, 2, 1, 0]]
+    assert found.distance[order][:, order].tolist() == expected
+
+
+def test_a_parameter_that_no_input_meets_lies_where_it_is_used() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layer = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(torch.tanh(self.table * 2) + x)
+
+    found = dh.structure(Table(), (torch.randn(3, 4), torch.randn(3, 2)), points=["table", "layer.weight"])
+    assert found.distance.tolist() == [[0, 1], [1, 0]]

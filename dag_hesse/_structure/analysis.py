@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dag_hesse import _core
+from dag_hesse._structure.distance import distances
 from dag_hesse.ir import CurvatureGraph, Interaction, Kind
 from dag_hesse.rules.table import pairs_of, rule_for
 
@@ -20,7 +21,8 @@ class Structure:
         gn_alive, tensor_alive: False where H_GN (H_T) is identically zero (design §3).
         rank_bound: per-sample bound on rank H_GN[v,w]: least node-capacity cut to ``out``, and rank ∇²L.
         shared_rank_bound: the same for the batch average, min(B·bound, d_v, d_w) (sharpens Proposition 31).
-        distance: points passed on the way from v to w, or of both to where they meet; -1 if they never do.
+        distance: points passed on the way from v to w, or of both to where they meet; -1 if they never do. A parameter
+            lies at its layer's op.
         coupled: where samples first interact on the way to ``out``; empty if nowhere.
     """
 
@@ -95,42 +97,6 @@ def _loss_rank(graph: CurvatureGraph) -> int:
         if node.kind is not Kind.STRUCTURAL:
             return size
         index = node.index
-
-
-def distances(graph: CurvatureGraph) -> NDArray[np.int64]:
-    """Points passed on the way between two, or from both to where they meet; -1 where they never do."""
-    points = graph.points
-    site_of: dict[int, set[int]] = {}
-    for k, point in enumerate(points):
-        for site in point.sites:
-            site_of.setdefault(site, set()).add(k)
-    reaching, count = graph.ancestors([graph.loss]), len(points)
-    far = np.iinfo(np.int64).max // 4
-    hops = np.full((count, count + 1), far)  # the last column is the loss
-    for k, point in enumerate(points):
-        seen, stack = set(point.sites), list(point.sites)
-        while stack:
-            for child in graph.children[stack.pop()]:
-                if child in seen or not reaching[child] or graph.nodes[child].kind is Kind.CONST:
-                    continue
-                seen.add(child)
-                others = site_of.get(child, set()) - {k}
-                for other in others:
-                    hops[k, other] = 1
-                if child == graph.loss:
-                    hops[k, count] = 1
-                if not others:
-                    stack.append(child)
-        hops[k, k] = 0
-    square = np.vstack([hops, np.full((1, count + 1), far)])
-    square[count, count] = 0
-    for middle in range(count):
-        square = np.minimum(square, square[:, middle : middle + 1] + square[middle : middle + 1, :])
-    # Siblings meet at a common descendant; the loss is one for every pair.
-    meet = (square[:count, None, :] + square[None, :count, :]).min(axis=2)
-    direct = np.minimum(square[:count, :count], square[:count, :count].T)
-    distance = np.where(direct < far, direct, meet)
-    return np.where(distance < far, distance, -1)
 
 
 def analyze_structure(graph: CurvatureGraph) -> Structure:

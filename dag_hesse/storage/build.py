@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from dag_hesse.errors import BatchCouplingError, choose
 from dag_hesse.plan.task import together
 from dag_hesse.storage.bounds import RISK, spread
 from dag_hesse.storage.cores import Cores, Pair
-from dag_hesse.storage.distance import band_distance
 from dag_hesse.storage.draft import Draft
 from dag_hesse.storage.options import PARTS, Wanted, check_room
 from dag_hesse.storage.pairs import PairFacts, Storage, band_width, check_band, dropped_square, kind_of
@@ -38,10 +37,9 @@ class Built:
 
 
 def structure_of(problem: Problem) -> Structure:
-    """Of all batches together; ``distance`` is the band's."""
+    """Of all batches together."""
     distinct = {id(graph): graph for graph in problem.graphs}
-    whole = together([analyze_structure(graph) for graph in distinct.values()])
-    return replace(whole, distance=band_distance(whole))
+    return together([analyze_structure(graph) for graph in distinct.values()])
 
 
 def alive_in(structure: Structure, part: str) -> NDArray[np.bool_]:
