@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dag_hesse as dh
-from dag_hesse.errors import LossError
+from dag_hesse.errors import CaptureError, LossError
 from tests.oracle import Truth, error
 
 B, K = 5, 4
@@ -133,3 +133,36 @@ def test_a_mean_over_a_count_of_integers_keeps_double_precision() -> None:
     first = torch.cat([g.flatten() for g in torch.autograd.grad(value, shared, create_graph=True)])
     rows = [torch.cat([g.flatten() for g in torch.autograd.grad(f, shared, retain_graph=True)]) for f in first]
     assert error(H.dense(), torch.stack(rows)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "loss", [None, lambda output, y: ((output - y) ** 2).sum(), lambda output, y: (output * output).exp().mean()]
+)
+def test_an_output_of_one_element_is_no_loss(loss: Loss | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x, y = torch.randn(1, 3).double(), torch.randn(1, 1).double()
+    H = dh.HessianOperator(model, (x, y), loss=loss)
+    v = torch.randn(H.shape[1]).double()
+    gn, tensor = H.parts(v)
+    out = model(x).reshape(())
+    curvature = torch.autograd.functional.hessian(
+        lambda o: loss(o.reshape(1, 1), y) if loss else ((o - y) ** 2).mean(), out.detach()
+    )
+    jacobian = torch.cat([g.flatten() for g in torch.autograd.grad(out, list(model.parameters()))])
+    torch.testing.assert_close(gn, curvature * jacobian * (jacobian @ v), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gn + tensor, H @ v, rtol=1e-10, atol=1e-12)
+
+
+def test_a_sum_of_its_own_losses_is_the_models() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x).tanh().pow(2).sum()
+
+    H = dh.HessianOperator(Own(), (torch.randn(4, 3), torch.zeros(4)), loss=lambda output, _: output * 2 / 3)
+    with pytest.raises(CaptureError, match="own loss"):
+        H.parts(torch.zeros(H.shape[1]))

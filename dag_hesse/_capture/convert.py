@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from dag_hesse._capture.record import LOSS_INPUT, OUTPUT, Recording
 from dag_hesse.errors import CaptureError, PointError, suggest
 from dag_hesse.ir import CurvatureGraph, Kind, Node
 from dag_hesse.ir.ops import TAP
+from dag_hesse.rules.table import pairs_of, rule_for
 
 
 def convert(recording: Recording, batch_size: int, output: str | None) -> CurvatureGraph:
@@ -70,10 +71,19 @@ def _is_the_loss(graph: CurvatureGraph, site: int) -> bool:
     linear = {site}
     for node in graph.nodes[site + 1 :]:
         if linear.intersection(node.inputs):
-            if node.numel > 1 or node.kind not in (Kind.STRUCTURAL, Kind.PIECEWISE_LINEAR, Kind.SMOOTH):
+            if node.numel > 1 or not _is_linear(node, [k in linear for k in node.inputs]):
                 return False
             linear.add(node.index)
     return graph.loss in linear
+
+
+def _is_linear(node: Node, on: Sequence[bool]) -> bool:
+    """Whether an op is linear in those of its inputs jointly."""
+    if not node.is_differentiable or node.kind is Kind.OPAQUE:
+        return False
+    if node.kind is Kind.PIECEWISE_LINEAR:
+        return rule_for(node).linear
+    return not any(on[p] and on[q] for p, q in pairs_of(node))
 
 
 def _prune(graph: CurvatureGraph) -> CurvatureGraph:
