@@ -1,10 +1,12 @@
-"""The command line: ``dag-hesse analyze SPEC`` and ``dag-hesse profile SPEC``."""
+"""The command line: ``dag-hesse analyze SPEC``, ``dag-hesse profile SPEC`` and ``dag-hesse blocks SPEC``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +24,8 @@ from dag_hesse.experiments import models
 from dag_hesse.plan import render_edges
 from dag_hesse.plan.planner import BATCH_MODES, MODES
 from dag_hesse.report.files import write_text, write_whole
+from dag_hesse.storage import BlockMatrix
+from dag_hesse.storage.options import PARTS
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 Built = tuple[nn.Module, Any]
@@ -107,6 +111,10 @@ def _gibibytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r}; expected a positive number of GiB") from error
 
 
+def _band(text: str) -> int | str:
+    return text if text == "error" else _positive(text) if text != "0" else 0
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(prog="dag-hesse", description="Inter-layer Hessian maps for PyTorch models.")
@@ -140,11 +148,26 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
     p.set_defaults(run=_profile)
+    b = commands.add_parser(
+        "blocks",
+        help="store the Hessian's blocks, low-rank and within a band",
+        description="Store the Hessian by blocks: exact, or low-rank to a relative error; read it by "
+        "dag_hesse.BlockMatrix.load(FILE).",
+    )
+    _add_model(b)
+    b.add_argument("--part", choices=PARTS, default="full", help="of the Hessian (default: full)")
+    b.add_argument("--error", type=float, metavar="X", help="relative error that is allowed (default: 0.01)")
+    b.add_argument("--rank", type=_positive, metavar="N", help="most directions of a point")
+    b.add_argument("--band", type=_band, metavar="N", help="largest distance that is stored, or 'error'")
+    b.add_argument("--eps", type=float, metavar="X", help="instead of a band: the interaction radius at X, as measured")
+    b.add_argument("--size", metavar="SIZE", help="what the stored blocks may take: bytes, or 4GiB, 500MB …")
+    b.add_argument("--out", type=Path, metavar="FILE", help="write the blocks there")
+    b.set_defaults(run=_blocks)
     return top
 
 
-def _add_spec(command: argparse.ArgumentParser) -> None:
-    """Options that say what to look at."""
+def _add_model(command: argparse.ArgumentParser) -> None:
+    """Options that say which model, batch and points."""
     command.add_argument(
         "spec", metavar="SPEC", help="module:callable that returns (model, batch[, loss]), or a built-in name"
     )
@@ -153,17 +176,22 @@ def _add_spec(command: argparse.ArgumentParser) -> None:
         "--space", choices=("activation", "parameter"), default="activation", help="what module names stand for"
     )
     command.add_argument("--output", metavar="NAME", help="what the loss consumes, where it cannot be inferred")
-    command.add_argument("--mode", choices=MODES, default="auto", help="how norms are obtained")
-    command.add_argument(
-        "--probes", type=int, default=32, metavar="N", help="Rademacher probes per source (default: 32)"
-    )
-    command.add_argument("--memory", type=_gibibytes, metavar="GIB", help="what may be used (default: what is free)")
     command.add_argument("--batch", type=_positive, metavar="N", help="batch size of a built-in SPEC")
     command.add_argument(
         "--image", type=_positive, metavar="N", help="image side or sequence length of a built-in SPEC"
     )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of probes and built-in models (default: 0)")
     command.add_argument("--device", default="cpu", help="where to run (default: cpu)")
+
+
+def _add_spec(command: argparse.ArgumentParser) -> None:
+    """Options that say what to look at, and how."""
+    _add_model(command)
+    command.add_argument("--mode", choices=MODES, default="auto", help="how norms are obtained")
+    command.add_argument(
+        "--probes", type=int, default=32, metavar="N", help="Rademacher probes per source (default: 32)"
+    )
+    command.add_argument("--memory", type=_gibibytes, metavar="GIB", help="what may be used (default: what is free)")
 
 
 def _to(device: str, tree: Any) -> Any:
@@ -210,8 +238,6 @@ def _analyze(options: argparse.Namespace) -> None:
         progress=sys.stderr.isatty(),
         **_common(options),
     )
-    if not options.quiet:
-        print(report)
     if options.json:
         report.to_json(options.json)
     if options.out:
@@ -220,23 +246,44 @@ def _analyze(options: argparse.Namespace) -> None:
         report.to_html(options.out / "report.html")
         figure = report.plot()
         write_whole(options.out / "report.png", lambda path: figure.savefig(path, dpi=130))
-        if not options.quiet:
+    if not options.quiet:  # files first: a terminal that goes away takes nothing with it
+        print(report)
+        if options.out:
             print(f"\nwritten to {options.out.resolve()}")
+
+
+def _blocks(options: argparse.Namespace) -> None:
+    model, batch, loss = _built(options)
+    matrix = BlockMatrix.from_model(
+        model,
+        batch,
+        loss=loss,
+        memory=options.size,
+        progress=sys.stderr.isatty(),
+        **{name: getattr(options, name) for name in ("output", "points", "space", "part", "error", "rank", "seed")},
+        **{name: getattr(options, name) for name in ("band", "eps")},
+    )
+    if options.out:
+        matrix.save(options.out)
+    print(matrix)
+    if options.out:
+        print(f"\nwritten to {options.out.resolve()}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ‖ shows something else there
     try:
         options.run(options)
+        sys.stdout.flush()
     except DagHesseError as error:
         print(f"dag-hesse: {type(error).__name__}: {error}", file=sys.stderr)
         return FAILED
+    except BrokenPipeError:  # the reader has seen enough; files are written before anything is printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("dag-hesse: interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED
     return OK
-
-
-if __name__ == "__main__":
-    sys.exit(main())
