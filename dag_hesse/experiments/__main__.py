@@ -2,9 +2,9 @@
 
 import sys
 
-from dag_hesse.experiments import attention, digits
+from dag_hesse.experiments import attention, digits, newton
 
-EXPERIMENTS = {"attention": lambda arguments: attention.main(), "digits": digits.main}
+EXPERIMENTS = {"attention": lambda arguments: attention.main(), "digits": digits.main, "newton": newton.main}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in EXPERIMENTS:
