@@ -8,6 +8,7 @@
 ('1', '3')
 """
 
+from dag_hesse import theory
 from dag_hesse._analyze import analyze
 from dag_hesse._capture import capture, tap
 from dag_hesse._profile import Profile, profile
@@ -39,4 +40,5 @@ __all__ = [
     "profile",
     "structure",
     "tap",
+    "theory",
 ]
