@@ -1,0 +1,58 @@
+"""Errors from norms of blocks against those of the dense matrix."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dag_hesse as dh
+from dag_hesse.errors import OptionError
+from tests.theory.models import batch, chain, residual
+
+
+@pytest.mark.parametrize("make", [chain, residual])
+@pytest.mark.parametrize("space", ["parameter", "activation"])
+def test_bands_against_the_dense_matrix(make, space: str) -> None:
+    torch.manual_seed(0)
+    model, data = make(), batch()
+    report = dh.analyze(model, data, space=space, mode="exact")
+    found = dh.theory.band_errors(report)
+    dims = [point.dim for point in report.points]
+    blocks = [[report.block(v, w) for w in range(len(dims))] for v in range(len(dims))]
+    whole = torch.cat([torch.cat(row, dim=1) for row in blocks])
+    for width, error in enumerate(found.band_error):
+        kept = [
+            [block * float(found.distance[v, w] <= width) for w, block in enumerate(row)]
+            for v, row in enumerate(blocks)
+        ]
+        banded = torch.cat([torch.cat(row, dim=1) for row in kept])
+        assert error == pytest.approx(float((whole - banded).norm() / whole.norm()), rel=1e-6, abs=1e-12)
+    diagonal = torch.block_diag(*(blocks[v][v] for v in range(len(dims))))
+    expected = float((whole - diagonal).norm() / whole.norm())
+    assert found.block_diagonal_error == pytest.approx(expected, rel=1e-6)
+    assert found.by_distance.sum() == pytest.approx(found.phi)
+    assert "Φ" in str(found)
+
+
+def test_off_diagonal_blocks_may_be_nearly_everything() -> None:
+    """A linear chain at a small rate: sρ < 1, and most of ‖H‖² is not on the diagonal; Corollary 29 does not follow."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4, bias=False).double() for _ in range(4)]
+    for layer in layers:
+        layer.weight.data = 0.9 * torch.eye(4).double()
+    data = torch.randn(6, 4).double(), 5.0 * torch.randn(6, 4).double()
+    model = nn.Sequential(*layers)
+    assert dh.theory.jacobian_norms(model, data, points=["0", "1", "2"]).rho < 1
+    found = dh.theory.band_errors(dh.analyze(model, data, space="parameter", points=["0", "1", "2", "3"]))
+    assert found.phi > 0.7
+    assert np.isfinite(found.band_error).all()
+
+
+def test_refusals() -> None:
+    report = dh.analyze(chain(), batch(), space="parameter")
+    with pytest.raises(OptionError, match="loaded or copied"):
+        dh.theory.band_errors(pickle.loads(pickle.dumps(report)))
