@@ -4,17 +4,23 @@ from dag_hesse.theory.bounds import ResonanceBounds, resonance_bounds
 from dag_hesse.theory.decay import DecayFit, decay_fit, interaction_radius
 from dag_hesse.theory.jacobians import JacobianNorms, jacobian_norms
 from dag_hesse.theory.kfac import BandError, band_errors
+from dag_hesse.theory.kfac_blocks import KFACError, kfac_error
 from dag_hesse.theory.network import resonance_graph
+from dag_hesse.theory.ranks import InteractionRanks, interaction_ranks
 
 __all__ = [
     "BandError",
     "DecayFit",
+    "InteractionRanks",
     "JacobianNorms",
+    "KFACError",
     "ResonanceBounds",
     "band_errors",
     "decay_fit",
     "interaction_radius",
+    "interaction_ranks",
     "jacobian_norms",
+    "kfac_error",
     "resonance_bounds",
     "resonance_graph",
 ]

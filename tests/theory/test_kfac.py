@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dag_hesse as dh
-from dag_hesse.errors import OptionError
+from dag_hesse.errors import BatchError, MemoryBudgetError, OptionError
 from tests.theory.models import batch, chain, residual
 
 
@@ -56,3 +56,38 @@ def test_refusals() -> None:
     report = dh.analyze(chain(), batch(), space="parameter")
     with pytest.raises(OptionError, match="loaded or copied"):
         dh.theory.band_errors(pickle.loads(pickle.dumps(report)))
+
+
+def test_parts_of_kfacs_error() -> None:
+    pytest.importorskip("curvlinops")
+    torch.manual_seed(0)
+    model, data = chain(depth=1), batch(samples=6)
+    before = [p.clone() for p in model.parameters()]
+    found = dh.theory.kfac_error(model, data)
+    report = dh.analyze(model, data, space="parameter", points=list(found.names), mode="exact")
+    order = [report.index(name) for name in found.names]
+    np.testing.assert_allclose(found.size, report.resonance.diagonal()[order], rtol=1e-8)
+    gap = (report.tensor_norm.diagonal() / report.resonance.diagonal())[order]
+    np.testing.assert_allclose(found.blocks["ggn"], gap, rtol=1e-6, atol=1e-12)
+    assert found.whole["exact"] == pytest.approx(np.sqrt(report.phi), rel=1e-6)
+    assert all(found.whole["exact"] <= error for error in found.whole.values())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_kfac_is_exact_for_one_sample_and_a_linear_model() -> None:
+    """Then every GGN block is one Kronecker product, and H_T between a layer's own weights is zero."""
+    pytest.importorskip("curvlinops")
+    torch.manual_seed(0)
+    found = dh.theory.kfac_error(nn.Sequential(nn.Linear(3, 2)).double(), batch(3, samples=1))
+    np.testing.assert_allclose(found.blocks["kfac"], 0.0, atol=1e-7)
+    np.testing.assert_allclose(found.blocks["ggn"], 0.0, atol=1e-12)
+
+
+def test_refusals_of_kfac() -> None:
+    data = batch()
+    with pytest.raises(OptionError, match="LayerNorm"):
+        dh.theory.kfac_error(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3)).double(), data)
+    with pytest.raises(BatchError, match="one batch"):
+        dh.theory.kfac_error(chain(), [data])
+    with pytest.raises(MemoryBudgetError, match="band_errors"):
+        dh.theory.kfac_error(nn.Linear(4, 1000).double(), data)
