@@ -5,6 +5,7 @@ from dag_hesse.theory.decay import DecayFit, decay_fit, interaction_radius
 from dag_hesse.theory.jacobians import JacobianNorms, jacobian_norms
 from dag_hesse.theory.kfac import BandError, band_errors
 from dag_hesse.theory.kfac_blocks import KFACError, kfac_error
+from dag_hesse.theory.negative import NegativeCurvature, negative_curvature
 from dag_hesse.theory.network import resonance_graph
 from dag_hesse.theory.ranks import InteractionRanks, interaction_ranks
 
@@ -14,6 +15,7 @@ __all__ = [
     "InteractionRanks",
     "JacobianNorms",
     "KFACError",
+    "NegativeCurvature",
     "ResonanceBounds",
     "band_errors",
     "decay_fit",
@@ -21,6 +23,7 @@ __all__ = [
     "interaction_ranks",
     "jacobian_norms",
     "kfac_error",
+    "negative_curvature",
     "resonance_bounds",
     "resonance_graph",
 ]
