@@ -154,7 +154,7 @@ def _lowest(hessian: HessianOperator, k: int, seed: int) -> tuple[Array, Array, 
         values, vectors = values[order].astype(float), vectors[:, order].astype(float)
     floor = np.abs(values).max(initial=0.0) * rows * torch.finfo(hessian.dtype).eps  # below, it is rounding
     negative = values < -floor
-    mass = float(-values[negative].sum())
+    mass = float(np.abs(values[negative]).sum())
     every = complete or not negative.all()  # the next one up was found, and it is not negative
     return values[negative][:k], vectors[:, negative][:, :k], mass, every
 
