@@ -10,8 +10,11 @@ from dag_hesse.theory.negative import NegativeCurvature, negative_curvature
 from dag_hesse.theory.network import resonance_graph
 from dag_hesse.theory.paths import BlockPaths, StrongestPaths, block_paths, strongest_paths
 from dag_hesse.theory.ranks import InteractionRanks, interaction_ranks
+from dag_hesse.theory.second_derivatives import ActivationCurvature, activation_curvature
+from dag_hesse.theory.skips import SkipPlacement, skip_placement
 
 __all__ = [
+    "ActivationCurvature",
     "BandError",
     "BlockPaths",
     "CutBlock",
@@ -21,7 +24,9 @@ __all__ = [
     "KFACError",
     "NegativeCurvature",
     "ResonanceBounds",
+    "SkipPlacement",
     "StrongestPaths",
+    "activation_curvature",
     "band_errors",
     "block_paths",
     "cut_edges",
@@ -33,5 +38,6 @@ __all__ = [
     "negative_curvature",
     "resonance_bounds",
     "resonance_graph",
+    "skip_placement",
     "strongest_paths",
 ]

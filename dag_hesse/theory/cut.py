@@ -64,8 +64,8 @@ def cut_edges(
     """H_GN[v, w] as if some edges between points let no derivative through (paper, Theorem 33, Remark 32).
 
     Values stay those of the whole model: this is a question about its present block, not about a model trained without
-    the edge. An edge from a to b is all that leads from a to b past no other point. To cut a skip connection alone, name
-    a point inside the branch that it goes round.
+    the edge. An edge from a to b is all that leads from a to b past no other point. To cut a skip connection alone,
+    name a point inside the branch that it goes round.
 
     Args:
         model, batch, loss, output, points, verify: as for :func:`dag_hesse.analyze`; out is added to the points.
