@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import eigsh
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor, nn
 
 from dag_hesse._capture.losses import Loss
@@ -149,13 +149,16 @@ def _lowest(hessian: HessianOperator, k: int, seed: int) -> tuple[Array, Array, 
     else:
         start = np.random.default_rng(seed).standard_normal(rows)
         operator = hessian.to_scipy()
-        values, vectors = eigsh(operator, k=min(k, rows - 1), which="SA", v0=start.astype(operator.dtype))
+        try:
+            values, vectors = eigsh(operator, k=min(k, rows - 1), which="SA", v0=start.astype(operator.dtype))
+        except ArpackNoConvergence as error:  # those that it has are good
+            values, vectors = error.eigenvalues, error.eigenvectors
         order = np.argsort(values)
         values, vectors = values[order].astype(float), vectors[:, order].astype(float)
     floor = np.abs(values).max(initial=0.0) * rows * torch.finfo(hessian.dtype).eps  # below, it is rounding
     negative = values < -floor
     mass = float(np.abs(values[negative]).sum())
-    every = complete or not negative.all()  # the next one up was found, and it is not negative
+    every = complete or bool((~negative).any())  # the next one up was found, and it is not negative
     return values[negative][:k], vectors[:, negative][:, :k], mass, every
 
 

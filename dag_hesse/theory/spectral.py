@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+_ROOM = 1 << 27  # numbers that the vectors kept may be; the iteration starts anew from what it found
+_LEAST = 8
 Map = Callable[[Tensor], Tensor]  # (samples, n) -> (samples, m), every sample by its own matrix
 
 
@@ -25,8 +27,17 @@ def largest_singular_values(
         σ and the residual ‖MᵀM x − σ² x‖ / σ², (samples,) each. MᵀM has an eigenvalue that close to σ² (relatively);
         σ is never above σ_max, but for rounding.
     """
-    size = start.norm(dim=1, keepdim=True)
-    basis, diagonal, beside = [start / size], list[Tensor](), list[Tensor]()
+    width = max(_LEAST, _ROOM // start.numel())
+    top, relative = torch.zeros_like(start[:, 0]), torch.full_like(start[:, 0], torch.inf)
+    while steps > 0 and bool((relative > tolerance).any()):
+        top, relative, start = _cycle(forth, back, start, tolerance, min(steps, width))
+        steps -= width
+    return top.sqrt(), relative
+
+
+def _cycle(forth: Map, back: Map, start: Tensor, tolerance: float, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """σ², its relative residual and the vector it is of, from at most so many products."""
+    basis, diagonal, beside = [start / start.norm(dim=1, keepdim=True)], list[Tensor](), list[Tensor]()
     for step in range(1, min(steps, start.shape[1]) + 1):
         x = back(forth(basis[-1]))
         diagonal.append((x * basis[-1]).sum(1))
@@ -44,7 +55,8 @@ def largest_singular_values(
             break
         unit = x / beside[-1].clamp_min(1e-300).unsqueeze(1)
         basis.append(torch.where(exhausted.unsqueeze(1), torch.zeros_like(x), unit))
-    return top.sqrt(), torch.where(exhausted, torch.zeros_like(relative), relative)
+    found = torch.einsum("bk,bkn->bn", vectors[:, :, -1], torch.stack(basis[: vectors.shape[1]], dim=1))
+    return top, torch.where(exhausted, torch.zeros_like(relative), relative), found
 
 
 def _tridiagonal(diagonal: list[Tensor], beside: list[Tensor]) -> Tensor:

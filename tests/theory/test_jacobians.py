@@ -10,6 +10,7 @@ from torch import nn
 import dag_hesse as dh
 from dag_hesse.errors import BatchCouplingError, OptionError, PointError
 from dag_hesse.theory import jacobians as module
+from dag_hesse.theory import spectral as spectral_module
 from tests.theory.models import batch, chain, jacobians, residual
 
 
@@ -72,6 +73,22 @@ def test_convolutions_and_several_batches() -> None:
     expected = torch.autograd.functional.jacobian(lambda z: model[2:4](z).sum(0), at)  # (2,3,3, B, 2,5,5)
     expected = expected.reshape(18, 5, 50).transpose(0, 1)
     np.testing.assert_allclose(found.norms[0, 1], torch.linalg.matrix_norm(expected, 2).numpy(), rtol=1e-9)
+
+
+def test_iteration_starts_anew_where_room_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectral_module, "_ROOM", 0)
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 40, 30).double()
+    start = torch.randn(3, 30).double()
+    norms, residual = spectral_module.largest_singular_values(
+        lambda x: torch.einsum("bmn,bn->bm", matrices, x),
+        lambda y: torch.einsum("bmn,bm->bn", matrices, y),
+        start,
+        1e-10,
+        400,
+    )
+    torch.testing.assert_close(norms, torch.linalg.matrix_norm(matrices, 2))
+    assert (residual <= 1e-10).all()
 
 
 def test_refusals_come_before_work() -> None:

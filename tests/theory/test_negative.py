@@ -12,6 +12,7 @@ from torch.func import functional_call
 import dag_hesse as dh
 from dag_hesse.errors import OptionError
 from dag_hesse.theory import negative as module
+from tests.oracle import Leaves
 from tests.theory.models import batch, chain, residual, truth
 
 
@@ -115,3 +116,20 @@ def test_a_loss_that_is_not_convex_has_some_in_the_gn_part() -> None:
 def test_refusals() -> None:
     with pytest.raises(OptionError, match="k=0"):
         dh.theory.negative_curvature(chain(), batch(), k=0)
+
+
+@pytest.mark.parametrize("space", ["parameter", "activation"])
+def test_gradient_over_several_batches(space: str) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = residual(), batch(samples=5)
+    names = {"parameter": ["0.linear.weight", "2.bias"], "activation": ["0.linear", "0"]}[space]
+    split = [(x[:2], y[:2]), (x[2:], y[2:])]
+    found = module.gradient(dh.HessianOperator(model, split, space=space, points=names))
+    if space == "parameter":
+        leaves = [model.get_parameter(name) for name in names]
+        expected = torch.autograd.grad(F.cross_entropy(model(x), y), leaves)
+    else:
+        with Leaves(model, names) as hooked:
+            value = F.cross_entropy(model(x), y)
+        expected = [g.sum(0) for g in torch.autograd.grad(value, [hooked.made[name][0] for name in names])]
+    torch.testing.assert_close(found, torch.cat([g.reshape(-1) for g in expected]))

@@ -86,3 +86,14 @@ def test_refusals() -> None:
         dh.theory.skip_placement([0.5], 2)
     with pytest.raises(OptionError, match="placements"):
         dh.theory.skip_placement([0.5] * 30, 5)
+
+
+def test_blocks_are_symmetric_at_kinks() -> None:
+    """Remark 15: nothing is left to symmetrize, also where every ReLU sits at 0 and autograd chose its derivative."""
+    model, data = chain(nn.ReLU), batch()
+    for bias in (layer.bias for layer in model if isinstance(layer, nn.Linear)):
+        bias.data.zero_()
+    report = dh.analyze(model, (0.0 * data[0], data[1]), points=["0", "1", "2", "3"], mode="exact")
+    for v in report.names:
+        for w in report.names:
+            torch.testing.assert_close(report.block(v, w), report.block(w, v).T)
