@@ -60,7 +60,12 @@ def test_exponents_are_log_norms_per_edge() -> None:
     found = dh.theory.jacobian_norms(model, data, points=["1", "3", "5"])
     np.testing.assert_allclose(found.exponents[0, 2], np.log(spectral(model, 1, 5, data[0])) / 2, rtol=1e-12)
     assert np.isnan(found.exponents[2, 0]).all()
-    assert "λ₁ from 1 to output" in str(found)
+    at = model[:2](data[0]).detach()
+    growth = jacobians(model[2:6], at).flatten(1).norm(dim=1).numpy() / np.sqrt(4)
+    np.testing.assert_allclose(found.typical_exponents[0, 2], np.log(growth) / 2, rtol=1e-9)
+    assert (found.typical_exponents[0, 2] <= found.exponents[0, 2]).all()
+    assert found.mean_rho <= found.rho
+    assert "from 1 to output: λ₁ =" in str(found)
 
 
 def test_convolutions_and_several_batches() -> None:
