@@ -12,11 +12,13 @@ from dag_hesse.theory.paths import BlockPaths, StrongestPaths, block_paths, stro
 from dag_hesse.theory.ranks import InteractionRanks, interaction_ranks
 from dag_hesse.theory.second_derivatives import ActivationCurvature, activation_curvature
 from dag_hesse.theory.skips import SkipPlacement, skip_placement
+from dag_hesse.theory.spectra import BlockSpectra, block_spectra
 
 __all__ = [
     "ActivationCurvature",
     "BandError",
     "BlockPaths",
+    "BlockSpectra",
     "CutBlock",
     "DecayFit",
     "InteractionRanks",
@@ -29,6 +31,7 @@ __all__ = [
     "activation_curvature",
     "band_errors",
     "block_paths",
+    "block_spectra",
     "cut_edges",
     "decay_fit",
     "interaction_radius",

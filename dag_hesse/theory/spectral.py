@@ -45,7 +45,7 @@ def _cycle(forth: Map, back: Map, start: Tensor, tolerance: float, steps: int) -
         for _ in range(2):  # once leaves what rounding put back
             x = x - torch.einsum("bk,bkn->bn", torch.einsum("bkn,bn->bk", stacked, x), stacked)
         beside.append(x.norm(dim=1))
-        values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, beside[:-1]))
+        values, vectors = torch.linalg.eigh(tridiagonal(diagonal, beside[:-1]))
         top = values[:, -1].clamp_min(0.0)
         residual = beside[-1] * vectors[:, -1, -1].abs()
         floor = torch.finfo(x.dtype).eps * top
@@ -59,7 +59,7 @@ def _cycle(forth: Map, back: Map, start: Tensor, tolerance: float, steps: int) -
     return top, torch.where(exhausted, torch.zeros_like(relative), relative), found
 
 
-def _tridiagonal(diagonal: list[Tensor], beside: list[Tensor]) -> Tensor:
+def tridiagonal(diagonal: list[Tensor], beside: list[Tensor]) -> Tensor:
     """(samples, k, k) from k diagonals and k−1 entries beside them."""
     found = torch.diag_embed(torch.stack(diagonal, dim=1))
     if beside:
