@@ -110,6 +110,8 @@ def resonance_bounds(
     Both are statements about one sample. For blocks averaged over a batch they hold with ‖∇²L‖_F averaged over samples,
     but not with ‖∇²L‖_F of the averaged ∇²L, which is smaller.
 
+    Blocks are exact: this takes a sweep per dimension of every point.
+
     Args:
         model, batch, loss, output, points, verify: as for :func:`dag_hesse.analyze`; out is added to the points. Edges
             are between points: the more points, the finer the graph.

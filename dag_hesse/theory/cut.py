@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dag_hesse._capture.losses import Loss
 from dag_hesse.errors import PointError
 from dag_hesse.theory.edge_maps import Edge, edge_maps
-from dag_hesse.theory.point_graph import PointGraph
+from dag_hesse.theory.point_graph import PointGraph, point_graph
 from dag_hesse.theory.scene import Names, Scene, pose, position_of
 
 
@@ -93,8 +93,9 @@ def cut_edges(
     """
     scene = pose(model, batch, loss=loss, output=output, points=points, verify=verify)
     i, j, out = position_of(scene, v), position_of(scene, w), len(scene.points) - 1
+    graph = point_graph(scene.graph)
+    cut = [_edge(scene, graph, edge) for edge in edges]
     maps = edge_maps(scene)
-    cut = [_edge(scene, maps.graph, edge) for edge in edges]
     block = maps.block(maps.total(i)[out], maps.total(j)[out])
     ends = [maps.total(end, without=set(cut)).get(out) for end in (i, j)]
     without = torch.zeros_like(block) if ends[0] is None or ends[1] is None else maps.block(ends[0], ends[1])

@@ -22,7 +22,7 @@ from dag_hesse.theory.spectral import largest_singular_values
 from dag_hesse.theory.text import cell, table
 
 Array = NDArray[np.float64]
-_DENSE = 1 << 22  # numbers of one pair's Jacobians that are formed as matrices
+_DENSE = 1 << 20  # numbers of one pair's Jacobians that are formed as matrices
 _STEPS = 200
 
 

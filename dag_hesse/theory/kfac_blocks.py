@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,13 +74,14 @@ def kfac_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> KFACError:
         True
     """
     _check(model, batch)
+    kinds = _curvlinops()
     params = [p for p in model.parameters() if p.requires_grad]
     hessian = HessianOperator(model, batch, params=params)
     eye = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
     gn, tensor = (part.double() for part in hessian.parts(eye))
     full = gn + tensor
     diagonal = _diagonal(hessian.form.sizes).to(full.device)
-    found = {"exact": full * diagonal, "ggn": gn * diagonal, **_curvlinops(model, batch, params, eye)}
+    found = {"exact": full * diagonal, "ggn": gn * diagonal, **_approximations(kinds, model, batch, params, eye)}
     size = _norms(full, hessian.form.sizes)
     with np.errstate(divide="ignore", invalid="ignore"):
         blocks = {k: _norms(full - x, hessian.form.sizes) / size for k, x in found.items() if k != "exact"}
@@ -102,20 +104,24 @@ def _check(model: nn.Module, batch: Any) -> None:
         )
 
 
-def _curvlinops(model: nn.Module, batch: tuple[Tensor, Tensor], params: list[Any], eye: Tensor) -> dict[str, Tensor]:
+def _curvlinops() -> dict[str, Any]:
+    """K-FAC's and EKFAC's operators with the factors of the exact GGN."""
     try:
         from curvlinops import EKFACLinearOperator, FisherType, KFACLinearOperator
     except ImportError as error:
         raise DependencyError(
             f"kfac_error() needs curvlinops ({error}): pip install 'dag-hesse[curvlinops]', or take band_errors()."
         ) from error
+    kinds = {"kfac": KFACLinearOperator, "ekfac": EKFACLinearOperator}
+    return {name: partial(kind, fisher_type=FisherType.TYPE2) for name, kind in kinds.items()}
+
+
+def _approximations(
+    kinds: Mapping[str, Any], model: nn.Module, batch: tuple[Tensor, Tensor], params: list[Any], eye: Tensor
+) -> dict[str, Tensor]:
     loss = nn.MSELoss() if batch[1].is_floating_point() else nn.CrossEntropyLoss()
-    made = {"kfac": KFACLinearOperator, "ekfac": EKFACLinearOperator}
     with preserved():
-        return {
-            name: (kind(model, loss, params, [batch], fisher_type=FisherType.TYPE2) @ eye).double()
-            for name, kind in made.items()
-        }
+        return {name: (kind(model, loss, params, [batch]) @ eye).double() for name, kind in kinds.items()}
 
 
 def _diagonal(sizes: tuple[int, ...] | list[int]) -> Tensor:

@@ -11,6 +11,7 @@ from dag_hesse._capture.losses import Loss
 from dag_hesse.errors import PointError, integer
 from dag_hesse.theory.edge_maps import EdgeMaps, edge_maps
 from dag_hesse.theory.path_search import Path, all_paths, number_of_paths, strength, strongest
+from dag_hesse.theory.point_graph import point_graph
 from dag_hesse.theory.scene import Names, pose, position_of
 from dag_hesse.theory.text import table
 
@@ -137,11 +138,11 @@ def strongest_paths(
     k = integer("k", k, 1)
     scene = pose(model, batch, loss=loss, output=output, points=points, verify=verify)
     i, j = position_of(scene, v), position_of(scene, w)
-    maps = edge_maps(scene)
-    paths, proved = strongest(maps, i, j, k)
-    count = number_of_paths(maps.graph, i, j)
+    count = number_of_paths(point_graph(scene.graph), i, j)
     if not count:
         raise PointError(f"no path leads from '{scene.names[i]}' to '{scene.names[j]}'.")
+    maps = edge_maps(scene)
+    paths, proved = strongest(maps, i, j, k)
     whole = maps.total(i)[j]
     norm = float(whole.pow(2).sum())
     terms = tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import dag_hesse as dh
-from dag_hesse.errors import BatchError, MemoryBudgetError, OptionError
+from dag_hesse.errors import BatchError, DependencyError, MemoryBudgetError, OptionError
 from tests.theory.models import batch, chain, residual
 
 
@@ -83,8 +84,12 @@ def test_kfac_is_exact_for_one_sample_and_a_linear_model() -> None:
     np.testing.assert_allclose(found.blocks["ggn"], 0.0, atol=1e-12)
 
 
-def test_refusals_of_kfac() -> None:
+def test_refusals_of_kfac(monkeypatch: pytest.MonkeyPatch) -> None:
     data = batch()
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "curvlinops", None)
+        with pytest.raises(DependencyError, match="dag-hesse\\[curvlinops\\]"):
+            dh.theory.kfac_error(chain(), data)
     with pytest.raises(OptionError, match="LayerNorm"):
         dh.theory.kfac_error(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3)).double(), data)
     with pytest.raises(BatchError, match="one batch"):
