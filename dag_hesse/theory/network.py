@@ -42,7 +42,7 @@ def resonance_graph(report: CurvatureReport, metric: str = "coupling", threshold
     try:
         import networkx
     except ImportError as error:
-        raise DependencyError("resonance_graph() needs networkx: pip install networkx.") from error
+        raise DependencyError("resonance_graph() needs networkx: pip install 'dag-hesse[network]'.") from error
     graph, weights = networkx.Graph(metric=metric), report.values[metric]
     for point, own in zip(report.points, report.resonance.diagonal().tolist(), strict=True):
         graph.add_node(point.name, dim=point.dim, kind=point.kind, resonance=own)
