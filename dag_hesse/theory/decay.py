@@ -67,8 +67,7 @@ def decay_fit(
     how much the pairs of this one model scatter. Pairs share points, so it is no statement about other models.
 
     Args:
-        report: of :func:`dag_hesse.analyze`. Its distance counts points; between parameters it is 2 for any two layers
-            that meet at the loss, so take activations.
+        report: of :func:`dag_hesse.analyze`.
         metric: ``"resonance"``, ``"coupling"``, ``"stable_rank"``, ``"gn_norm"`` or ``"tensor_norm"``.
         resamples: of the bootstrap.
         level: of the interval.

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dag_hesse._structure import analyze_structure
 from dag_hesse.errors import OptionError
 from dag_hesse.report import CurvatureReport
-from dag_hesse.storage.distance import band_distance
 from dag_hesse.theory.text import table
 
 Array = NDArray[np.float64]
@@ -60,14 +58,13 @@ def band_errors(report: CurvatureReport) -> BandError:
     beside the diagonal may be as large as those on it: nothing bounds Φ away from 1.
 
     Args:
-        report: of :func:`dag_hesse.analyze`, with ``space="parameter"`` (or activations, for their blocks). It must
-            still be with its model: distances between parameters are read off the graph.
+        report: of :func:`dag_hesse.analyze`, with ``space="parameter"`` (or activations, for their blocks).
 
     Returns:
         :class:`BandError`.
 
     Raises:
-        OptionError: the report was loaded or copied, or all blocks are zero.
+        OptionError: all blocks are zero.
 
     Example:
         >>> import torch, dag_hesse as dh
@@ -77,8 +74,7 @@ def band_errors(report: CurvatureReport) -> BandError:
         >>> abs(found.phi - report.phi) < 1e-12, found.band_error[-1]
         (True, np.float64(0.0))
     """
-    distance = _distance(report)
-    squares = report.resonance**2
+    distance, squares = report.distance, report.resonance**2
     total = squares.sum()
     if not total > 0:
         raise OptionError("all blocks of the report are zero, so there is no error to speak of.")
@@ -87,13 +83,3 @@ def band_errors(report: CurvatureReport) -> BandError:
     shares = np.array([squares[apart & (distance == d)].sum() / total for d in range(furthest + 1)])
     beyond = np.array([squares[distance > d].sum() / total for d in range(furthest + 1)])
     return BandError(report.names, distance, report.phi, shares, np.sqrt(beyond))
-
-
-def _distance(report: CurvatureReport) -> NDArray[np.int64]:
-    if all(point.kind == "activation" for point in report.points):
-        return report.distance
-    if report._reader is None:
-        raise OptionError(
-            "a loaded or copied report has no graph, which distances between parameters are read off: analyze() again."
-        )
-    return band_distance(analyze_structure(report._reader.problem.graphs[0]))
