@@ -1,5 +1,6 @@
 """Hessian, Gauss–Newton and tensor part as linear operators."""
 
-from dag_hesse.operators.operator import Block, CurvatureOperator, GGNOperator, HessianOperator, TensorOperator, hvp
+from dag_hesse.operators.block import Block
+from dag_hesse.operators.operator import CurvatureOperator, GGNOperator, HessianOperator, TensorOperator, hvp
 
 __all__ = ["Block", "CurvatureOperator", "GGNOperator", "HessianOperator", "TensorOperator", "hvp"]

@@ -1,17 +1,15 @@
-"""Our operators as curvlinops' operators, and its estimators run on them. curvlinops is an optional extra."""
+"""Our operators as curvlinops' operators. curvlinops is an optional extra."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from dag_hesse.errors import DependencyError
-from dag_hesse.randomness import preserved
 
 if TYPE_CHECKING:
-    from dag_hesse.operators.base import SymmetricOperator
+    from dag_hesse.operators.core import SegmentedOperator
 
 
 def _curvlinops() -> Any:
@@ -24,7 +22,7 @@ def _curvlinops() -> Any:
     return curvlinops
 
 
-def to_curvlinops(operator: SymmetricOperator) -> Any:
+def to_curvlinops(operator: SegmentedOperator) -> Any:
     """A ``curvlinops`` linear operator with the same segments, dtype and device."""
     _curvlinops()
     from curvlinops._torch_base import PyTorchLinearOperator
@@ -38,11 +36,3 @@ def to_curvlinops(operator: SymmetricOperator) -> Any:
 
     shapes = list(operator.form.shapes)
     return Wrapped(shapes, shapes)
-
-
-def estimate(operator: SymmetricOperator, name: str, matvecs: int, seed: int, **options: Any) -> Any:
-    """Run the estimator ``curvlinops.<name>`` with ``matvecs`` products; the global RNG stays as it was."""
-    estimator, wrapped = getattr(_curvlinops(), name), to_curvlinops(operator)
-    with preserved():
-        torch.manual_seed(seed)
-        return estimator(wrapped, matvecs, **options)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, final
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.reduction import Option, find_reduction
 from dag_hesse.budget import Budget
-from dag_hesse.errors import OptionError, choose, flag, position
+from dag_hesse.errors import OptionError, choose, flag
 from dag_hesse.kernels.arena import Arena
-from dag_hesse.operators.base import SymmetricOperator, dense, to_scipy
+from dag_hesse.operators.base import SymmetricOperator
 from dag_hesse.operators.functional import as_module, chosen_parameters, read_parameters
-from dag_hesse.operators.vectors import VectorForm, to_numpy
+from dag_hesse.operators.vectors import VectorForm
 from dag_hesse.plan import fuse_all
 from dag_hesse.plan.memory import probe_chunk, shared_chunk, sweep_bytes
 from dag_hesse.sweep import VERIFY, Parts, Problem, Request, capture_anew, prove_all
@@ -181,6 +179,10 @@ class CurvatureOperator(SymmetricOperator):
     def _products(self, segments: list[Tensor]) -> list[Tensor]:
         return self._apply(segments)[0]
 
+    def _between(self, segments: list[Tensor], rows: Sequence[int], columns: Sequence[int]) -> list[Tensor]:
+        found = self._run(segments, self._part, columns, rows)
+        return self._collect(found, "full", len(segments[0]), rows)
+
     def _run(
         self, segments: Sequence[Tensor], parts: str, sources: Sequence[int], reads: Sequence[int]
     ) -> dict[int, Parts]:
@@ -221,13 +223,40 @@ class CurvatureOperator(SymmetricOperator):
         self._problem.release()
         watch.note(settings)
 
-    def block(self, v: str | int, w: str | int) -> Block:
-        """The rectangular block [v, w] of two points, given by name or position.
+    @property
+    def loss(self) -> float:
+        """The loss over all batches, at the parameters' present values.
 
         Raises:
-            PointError: there is no such point.
+            StaleError: something changed since the operator was made.
         """
-        return Block(self, *(position(name, self.form.names, "this operator") for name in (v, w)))
+        self._problem.check("the operator was made", "call refresh() first.")
+        return self._problem.evaluated()
+
+    @property
+    def gradient(self) -> Tensor:
+        """The loss's gradient (n,), a flat vector as ``H @`` takes it; :meth:`by_name` divides it.
+
+        It is one adjoint pass over the linearization that products use, so it costs a backward pass (after a product),
+        and is the gradient of what products are the curvature of: same batches, same dropout masks.
+
+        Raises:
+            StaleError: something changed since the operator was made.
+
+        Example:
+            >>> import torch, dag_hesse as dh
+            >>> model = torch.nn.Linear(3, 1)
+            >>> H = dh.HessianOperator(model, (torch.ones(2, 3), torch.ones(2, 1)))
+            >>> H.by_name(H.gradient)["bias"].shape, abs(H.loss - (H.gradient[3] / 2).item() ** 2) < 1e-6
+            (torch.Size([1]), True)
+        """
+        self._problem.check("the operator was made", "call refresh() first.")
+        found = self._problem.gradient()
+        sizes = zip(self._order, self.form.sizes, strict=True)
+        blank = (
+            torch.zeros(size, dtype=self.dtype, device=self.device) if k is None else found[k] for k, size in sizes
+        )
+        return torch.cat([x.reshape(-1).to(self.dtype) for x in blank])
 
 
 @final
@@ -264,56 +293,6 @@ class TensorOperator(CurvatureOperator):
     """What Gauss–Newton leaves out of the Hessian."""
 
     _part = "tensor"
-
-
-@final
-class Block:
-    """The block [v, w] of an operator, (d_v, d_w)."""
-
-    def __init__(self, parent: CurvatureOperator, v: int, w: int) -> None:
-        self.parent, self.v, self.w = parent, v, w
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d_v, d_w)."""
-        return self.parent.form.sizes[self.v], self.parent.form.sizes[self.w]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of vectors."""
-        return self.parent.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where vectors lie."""
-        return self.parent.device
-
-    @property
-    def T(self) -> Block:
-        """The block [w, v]."""
-        return Block(self.parent, self.w, self.v)
-
-    def _only(self, k: int) -> VectorForm:
-        whole = self.parent.form
-        return VectorForm((whole.names[k],), (whole.shapes[k],), whole.dtype, whole.device)
-
-    def __matmul__(self, z: Any) -> Any:
-        """The product (d_v,) or (d_v, k) with z (d_w,) or (d_w, k); of an array, an array."""
-        segments, _ = self._only(self.w).pack(z, self.parent._arena)
-        found = self.parent._run(segments, self.parent._part, [self.w], [self.v])
-        rows = self.parent._collect(found, "full", len(segments[0]), [self.v])[0]
-        first = next(iter(z.values())) if isinstance(z, Mapping) else z[0] if isinstance(z, (list, tuple)) else None
-        flat = z.ndim == 1 if first is None else first.ndim == len(self.parent.form.shapes[self.w])
-        product = rows[0] if flat else rows.T
-        return to_numpy(product) if isinstance(z, np.ndarray) else product
-
-    def dense(self) -> Tensor:
-        """The matrix (d_v, d_w), by identity probes."""
-        return dense(self)
-
-    def to_scipy(self) -> LinearOperator:
-        """A ``scipy.sparse.linalg.LinearOperator`` over NumPy arrays."""
-        return to_scipy(self)
 
 
 def hvp(model: Any, batch: Any, v: Any, **options: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -42,6 +42,19 @@ class VectorForm:
     def size(self) -> int:
         """Elements of the whole vector."""
         return sum(self.sizes)
+
+    def among(self, places: Sequence[int]) -> VectorForm:
+        """The form of vectors that have some of the segments alone."""
+        names, shapes = tuple(self.names[k] for k in places), tuple(self.shapes[k] for k in places)
+        dtypes = tuple(self.dtypes[k] for k in places) if self.dtypes else ()
+        return VectorForm(names, shapes, self.dtype, self.device, dtypes)
+
+    def shaped(self, rows: Sequence[Tensor], several: bool) -> list[Tensor]:
+        """Segments of rows (k, size) in their own shapes and types: (*shape, k), or (*shape) unless ``several``."""
+        dtypes = self.dtypes or (self.dtype,) * len(self.names)
+        own = [p.to(dtype) for p, dtype in zip(rows, dtypes, strict=True)]
+        pairs = zip(own, self.shapes, strict=True)
+        return [p.reshape(-1, *s).movedim(0, -1) if several else p.reshape(s) for p, s in pairs]
 
     def pack(self, v: Any, arena: Arena = SYSTEM) -> tuple[list[Tensor], Unpack]:
         """Divide any accepted form into segments of rows (k, size), and say how to turn such back into that form.
@@ -103,12 +116,7 @@ class VectorForm:
         sizes, segments = self.sizes, [segment.detach() for segment in segments]
         rows = [(_rows(p) if several else p.reshape(1, n)).to(self.dtype) for p, n in zip(segments, sizes, strict=True)]
 
-        def unpack(out: list[Tensor]) -> list[Tensor]:
-            own = [p.to(dtype) for p, dtype in zip(out, dtypes, strict=True)]
-            pairs = zip(own, self.shapes, strict=True)
-            return [p.reshape(*columns, *s).movedim(0, -1) if several else p.reshape(s) for p, s in pairs]
-
-        return rows, unpack
+        return rows, lambda out: self.shaped(out, several)
 
     def _check(self, what: str, x: Tensor, dtype: torch.dtype) -> None:
         if x.dtype != dtype or x.device != self.device:

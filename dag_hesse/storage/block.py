@@ -10,7 +10,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from dag_hesse.errors import OptionError, VectorError
-from dag_hesse.operators.base import dense, to_scipy
+from dag_hesse.operators.exports import dense, to_scipy
 from dag_hesse.operators.vectors import VectorForm, to_numpy
 from dag_hesse.storage.cores import size
 from dag_hesse.storage.pairs import PairFacts, Storage

@@ -10,15 +10,18 @@ import numpy as np
 from torch import Tensor, nn
 
 from dag_hesse.errors import OptionError, PointError, choose, position
+from dag_hesse.names import selected
 from dag_hesse.operators.base import SymmetricOperator
+from dag_hesse.operators.estimates import answered
+from dag_hesse.operators.solve import Solution
 from dag_hesse.operators.vectors import VectorForm
 from dag_hesse.storage.block import StoredBlock
 from dag_hesse.storage.build import Built
 from dag_hesse.storage.live import Live
 from dag_hesse.storage.options import PARTS
 from dag_hesse.storage.pairs import PairFacts, Storage
-from dag_hesse.storage.slices import chosen, submatrix
-from dag_hesse.storage.solve import Solution, solved
+from dag_hesse.storage.slices import submatrix
+from dag_hesse.storage.solve import solved
 from dag_hesse.storage.whole import dense_of, diagonal_of
 
 _CHUNK = 64  # vectors that are multiplied together
@@ -136,7 +139,7 @@ class BlockMatrix(SymmetricOperator):
                 raise PointError(f"a block is named by two points; received {len(key)}.")
             v, w = (position(name, self.names, "this matrix") for name in key)
             return StoredBlock(self, v, w)
-        return submatrix(self, chosen(self.names, [key] if isinstance(key, str) else key))
+        return submatrix(self, selected(self.names, key, "this matrix"))
 
     def part(self, part: str) -> BlockMatrix:
         """The stored ``"full"``, ``"gn"`` or ``"tensor"`` part; others than the matrix itself need ``parts=True``.
@@ -160,12 +163,9 @@ class BlockMatrix(SymmetricOperator):
 
     def norm(self) -> float:
         """‖B‖_F of what is stored or live."""
-        kept = np.array([[self.facts_of(v, w).kind is not Storage.ZERO for w in self._n] for v in self._n])
+        every = range(len(self.names))
+        kept = np.array([[self.facts_of(v, w).kind is not Storage.ZERO for w in every] for v in every])
         return float(np.sqrt((self.norms() ** 2)[kept].sum()))
-
-    @property
-    def _n(self) -> range:
-        return range(len(self.names))
 
     def to_dense(self) -> Tensor:
         """The matrix (n, n), equal to its transpose to the bit.
@@ -178,22 +178,22 @@ class BlockMatrix(SymmetricOperator):
     def dense(self) -> Tensor:
         return self.to_dense()
 
-    def diagonal(self, matvecs: int | None = None, seed: int = 0) -> Tensor:
+    def diagonal(self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False) -> Any:
         """The diagonal (n,), from the cores: no random vectors are taken, whatever the arguments."""
-        return diagonal_of(self)
+        return answered(diagonal_of(self), return_stderr)
 
-    def trace(self, matvecs: int | None = None, seed: int = 0) -> Tensor:
+    def trace(self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False) -> Any:
         """The trace (), from the diagonal."""
-        return self.diagonal().sum()
+        return answered(self.diagonal().sum(), return_stderr)
 
-    def solve(self, z: Any, damping: float = 0.0, **options: Any) -> Solution:
-        """x with (B + λ I) x = z, for λ = ``damping`` and z in any form of a vector.
+    def solve(self, b: Any, damping: float = 0.0, **options: Any) -> Solution:
+        """x with (B + λ I) x = b, for λ = ``damping`` and b in any form of a vector.
 
         Where B + λI is positive definite, by a Cholesky factorization of the cores, block by block within the band;
         directions outside all bases are divided by λ. Else by SciPy's MINRES; ``rtol`` and ``maxiter`` are its options.
 
         Returns:
-            ``(x, residual, method, iterations)``; ``residual`` is ‖z − (B + λI) x‖ / ‖z‖, the largest of the columns.
+            ``(x, residual, method, iterations)``; ``residual`` is ‖b − (B + λI) x‖ / ‖b‖, the largest of the columns.
 
         Raises:
             OptionError: ``damping`` is no number from 0 on.
@@ -206,7 +206,7 @@ class BlockMatrix(SymmetricOperator):
             >>> step.method, step.residual < 1e-4
             ('cholesky', True)
         """
-        return solved(self, z, damping, **options)
+        return solved(self, b, damping, **options)
 
     def save(self, path: str | Path) -> None:
         """Write everything as one safetensors file with JSON in its header, whole or not at all.

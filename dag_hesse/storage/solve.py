@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from scipy.sparse.linalg import LinearOperator, minres
 from torch import Tensor
 
-from dag_hesse.errors import OptionError
 from dag_hesse.measure import available_memory
-from dag_hesse.operators.vectors import to_numpy
+from dag_hesse.operators.solve import Solution, by_krylov, checked_damping, residual
 from dag_hesse.storage.cores import Cores, Pair
 from dag_hesse.storage.pairs import Storage
 
@@ -20,37 +16,19 @@ if TYPE_CHECKING:
     from dag_hesse.storage.matrix import BlockMatrix
 
 
-class Solution(NamedTuple):
-    """Of (B + λI) x = z.
-
-    Attributes:
-        x: in the form of z.
-        residual: ‖z − (B + λI) x‖ / ‖z‖, the largest of the columns.
-        method: ``"cholesky"`` or ``"minres"``.
-        iterations: of MINRES, in all; 0 for Cholesky.
-    """
-
-    x: Any
-    residual: float
-    method: str
-    iterations: int
-
-
 def solved(
     matrix: BlockMatrix, z: Any, damping: float = 0.0, rtol: float = 1e-6, maxiter: int | None = None
 ) -> Solution:
     """As :meth:`dag_hesse.BlockMatrix.solve`."""
-    if not isinstance(damping, Real) or isinstance(damping, bool) or not 0 <= float(damping) < float("inf"):
-        raise OptionError(f"damping={damping!r}; expected a number from 0 on.")
+    shift = checked_damping(damping)
     segments, unpack = matrix.form.pack(z)
-    shift = float(damping)
     factors = _factors(matrix, shift)
     if factors is not None:
         x, method, steps = _by_cholesky(matrix.cores, factors, segments, shift), "cholesky", 0
     else:
-        x, steps = _by_minres(matrix, segments, shift, rtol, maxiter)
+        x, steps = by_krylov(matrix, segments, shift, rtol, maxiter)
         method = "minres"
-    return Solution(unpack(x), _residual(matrix, x, segments, shift), method, steps)
+    return Solution(unpack(x), residual(matrix, x, segments, shift), method, steps)
 
 
 def _factors(matrix: BlockMatrix, shift: float) -> dict[Pair, Tensor] | None:
@@ -112,27 +90,3 @@ def _by_cholesky(cores: Cores, left: dict[Pair, Tensor], segments: list[Tensor],
         else:
             found.append(cores.expand(v, y - short[v] / shift) + x / shift)
     return [x.reshape(len(x), -1) for x in found]
-
-
-def _by_minres(
-    matrix: BlockMatrix, segments: list[Tensor], shift: float, rtol: float, maxiter: int | None
-) -> tuple[list[Tensor], int]:
-    plain, steps, rows = matrix.to_scipy(), 0, []
-    shifted = LinearOperator(plain.shape, matvec=lambda x: plain @ x + shift * x, dtype=plain.dtype)
-
-    def count(_: Any) -> None:
-        nonlocal steps
-        steps += 1
-
-    name = "rtol" if "rtol" in inspect.signature(minres).parameters else "tol"  # SciPy renamed it
-    for row in torch.cat(segments, dim=1):
-        x, _ = minres(shifted, to_numpy(row), maxiter=maxiter, callback=count, **{name: rtol})
-        rows.append(torch.from_numpy(x).to(row))
-    return list(torch.stack(rows).split(matrix.form.sizes, dim=1)), steps
-
-
-def _residual(matrix: BlockMatrix, x: list[Tensor], z: list[Tensor], shift: float) -> float:
-    images = matrix._products(x)
-    off = torch.cat([b - y - shift * a for a, y, b in zip(x, images, z, strict=True)], dim=1).double().norm(dim=1)
-    size = torch.cat(z, dim=1).double().norm(dim=1)
-    return float(torch.where(size > 0, off / size.clamp_min(1e-300), off).max())

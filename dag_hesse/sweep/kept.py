@@ -67,9 +67,15 @@ class Linearizations:
         """Whether all are kept: the next pass makes none."""
         return len(self._kept) == len(self.entries)
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether the loss of every batch is known since :meth:`release`."""
+        return all(entry.batch in self.losses for entry in self.entries)
+
     def release(self) -> None:
         """Let those that are kept go; the next pass makes them anew."""
         self._kept.clear()
+        self.losses.clear()
         self._bytes = 0
 
     def __iter__(self) -> Iterator[tuple[Entry, AnyLinearization]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dag_hesse._capture import Batch, Batches
 from dag_hesse._capture.reduction import Reduction
@@ -16,6 +16,7 @@ from dag_hesse.errors import StaleError
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.arena import Pool
 from dag_hesse.sweep.compiled import AnyLinearization
+from dag_hesse.sweep.gradient import gradient
 from dag_hesse.sweep.kept import Linearizations
 from dag_hesse.sweep.meaning import Entry, read_meaning
 from dag_hesse.sweep.parts import Parts, Request
@@ -162,6 +163,16 @@ class Problem:
             UnstableLoaderError: a loader that is iterated again does not give what it gave first.
         """
         return iter(self._kept)
+
+    def evaluated(self) -> float:
+        """The loss over all batches at the parameters' present values: batches that are not linearized yet, are."""
+        if not self._kept.evaluated:
+            self.gradient()
+        return self.loss
+
+    def gradient(self) -> list[Tensor]:
+        """The loss's gradient: per point, (groups, dim)."""
+        return gradient(self._meaning, self._kept)
 
     def run(
         self, requests: Sequence[Request], *, parts: str = "both", progress: Progress | None = None

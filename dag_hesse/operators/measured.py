@@ -1,0 +1,137 @@
+"""What is asked of an operator beside products: spectra, trace and diagonal, and solutions of linear systems."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from dag_hesse.errors import integer
+from dag_hesse.operators import eigen, estimates, lanczos, solve
+from dag_hesse.operators.core import SegmentedOperator
+from dag_hesse.operators.interop import to_curvlinops
+
+if TYPE_CHECKING:
+    from dag_hesse.operators.eigen import Eigenpair
+    from dag_hesse.operators.solve import Solution
+
+
+class MeasuredOperator(SegmentedOperator):
+    """Estimates choose vectors; products are the operator's."""
+
+    def eigsh(self, k: int = 6, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        """k eigenvalues (k,) and eigenvectors (n, k), by :func:`scipy.sparse.linalg.eigsh`.
+
+        Args:
+            k: how many; those largest in magnitude, or as ``which=`` says (``"LA"``, ``"SA"``, ``"BE"``).
+            options: ``tol``, the relative residual ‖Hv − λv‖ / |λ| at which it stops (1e-3; 0: machine precision; an
+                eigenvalue is off by about its square); ``seed`` of the vector that it starts from, so results are
+                the same twice; ``ncv``, Lanczos vectors that are kept; others are SciPy's.
+
+        Raises:
+            OptionError: ``k``, ``tol``, ``ncv`` or ``seed`` is none of these.
+
+        Example:
+            >>> import torch, dag_hesse as dh
+            >>> H = dh.HessianOperator(torch.nn.Linear(9, 1), (torch.ones(2, 9), torch.zeros(2, 1)))
+            >>> H.eigsh(1)[0].round(3).tolist()
+            [20.0]
+        """
+        return eigen.eigsh(self, k, **options)
+
+    def top_eigenvectors(self, k: int = 1, **options: Any) -> list[Eigenpair]:
+        """k eigenpairs, the largest in magnitude first, with eigenvectors as dicts by name; options as for ``eigsh``.
+
+        Example:
+            >>> import torch, dag_hesse as dh
+            >>> H = dh.HessianOperator(torch.nn.Linear(9, 1), (torch.ones(2, 9), torch.zeros(2, 1)))
+            >>> (top,) = H.top_eigenvectors()
+            >>> round(top.value, 3), top.vector["weight"].shape, top.residual < 1e-2
+            (20.0, torch.Size([1, 9]), True)
+        """
+        return eigen.top_eigenvectors(self, k, **options)
+
+    def trace(self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False) -> Any:
+        """The trace (): exact by n products where n ≤ 64, else estimated by Hutchinson's method.
+
+        Args:
+            matvecs: random vectors of the estimate; None: 64.
+            seed: of the vectors. The global RNG is neither read nor changed.
+            return_stderr: whether to return ``(value, stderr)``, the standard error being 0 where it is exact.
+
+        Raises:
+            OptionError: ``matvecs`` is no integer from 2 to n - 1.
+
+        Example:
+            >>> import torch, dag_hesse as dh
+            >>> H = dh.HessianOperator(torch.nn.Linear(99, 1), (torch.ones(2, 99), torch.zeros(2, 1)))
+            >>> value, stderr = H.trace(return_stderr=True)
+            >>> bool(abs(value - 200) < 4 * stderr)
+            True
+        """
+        return estimates.trace(self, matvecs, seed, return_stderr)
+
+    def diagonal(self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False) -> Any:
+        """The diagonal (n,); arguments and errors as for :meth:`trace`, standard errors (n,)."""
+        return estimates.diagonal(self, matvecs, seed, return_stderr)
+
+    def spectral_density(self, ncv: int = 64, seed: int = 0, **options: Any) -> tuple[Tensor, Tensor]:
+        """(grid, density), the density of eigenvalues p(λ), by stochastic Lanczos quadrature (Papyan, 2020).
+
+        It takes ``ncv`` products of ``num_repeats`` vectors each, and none for its bounds.
+
+        Args:
+            ncv: Lanczos vectors, from 2 to n - 1.
+            seed: of the vectors that it starts from.
+            options: ``num_points`` (1024) of the grid; ``num_repeats`` (1), starts that are averaged and multiplied
+                together; ``kappa`` (3.0) and ``margin`` (0.05), Papyan's; ``boundaries``, (lowest, highest) eigenvalue.
+
+        Raises:
+            OptionError: ``ncv`` or an option is none of these.
+
+        Example:
+            >>> import torch, dag_hesse as dh
+            >>> H = dh.HessianOperator(torch.nn.Linear(99, 1), (torch.randn(50, 99), torch.zeros(50, 1)))
+            >>> grid, density = H.spectral_density(20)
+            >>> bool(abs(torch.trapezoid(density, grid) - 1) < 0.05)
+            True
+        """
+        ncv, seed = estimates.checked_count("ncv", ncv, self.shape[0]), integer("seed", seed)
+        return lanczos.spectral_density(self, ncv, seed, **options)
+
+    def solve(self, b: Any, damping: float = 0.0, **options: Any) -> Solution:
+        """x with (H + λI) x = b, for λ = ``damping`` and b in any form of a vector.
+
+        Args:
+            b: (n,), columns (n, k), a list or a dict.
+            damping: λ ≥ 0.
+            options: ``method``: ``"minres"`` (default, for any symmetric operator) or ``"cg"`` (where H + λI is
+                positive definite); ``preconditioner``: what approximates (H + λI)⁻¹ and is positive definite: an
+                operator, a tensor (n, n) or its diagonal (n,), or a callable of a vector (n,); ``rtol`` (1e-6) and
+                ``maxiter``.
+
+        Returns:
+            ``(x, residual, method, iterations)``; ``residual`` is ‖b − (H + λI) x‖ / ‖b‖, the largest of the columns,
+            by one more product: it says whether the method got there.
+
+        Raises:
+            OptionError: an option is none of these.
+            VectorError: ``b`` does not fit.
+
+        Example:
+            >>> import torch, dag_hesse as dh
+            >>> G = dh.GGNOperator(torch.nn.Linear(3, 1), (torch.ones(2, 3), torch.ones(2, 1)))
+            >>> step = G.solve(G.gradient, damping=0.1, method="cg")
+            >>> step.x.shape, step.residual < 1e-5
+            (torch.Size([4]), True)
+        """
+        return solve.solved(self, b, damping, **options)
+
+    def to_curvlinops(self) -> Any:
+        """A ``curvlinops`` operator, for everything in that library that takes one (its inverses, for example).
+
+        Raises:
+            DependencyError: curvlinops is not installed.
+        """
+        return to_curvlinops(self)
