@@ -15,7 +15,7 @@ from dag_hesse._profile import Profile, profile
 from dag_hesse._structure import Structure, structure
 from dag_hesse.errors import DagHesseError
 from dag_hesse.ir import CurvatureGraph, Point
-from dag_hesse.operators import GGNOperator, HessianOperator, TensorOperator, hvp
+from dag_hesse.operators import FisherOperator, GGNOperator, HessianOperator, TensorOperator, hvp
 from dag_hesse.report import CurvatureReport, load
 from dag_hesse.storage import BlockMatrix
 
@@ -26,6 +26,7 @@ __all__ = [
     "CurvatureGraph",
     "CurvatureReport",
     "DagHesseError",
+    "FisherOperator",
     "GGNOperator",
     "HessianOperator",
     "Point",
