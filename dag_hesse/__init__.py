@@ -16,7 +16,7 @@ from dag_hesse._structure import Structure, structure
 from dag_hesse.errors import DagHesseError
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.operators import FisherOperator, GGNOperator, HessianOperator, TensorOperator, hvp
-from dag_hesse.report import CurvatureReport, load
+from dag_hesse.report import CurvatureReport, ReportSeries, concat, load
 from dag_hesse.storage import BlockMatrix
 
 __version__ = "0.1.0"
@@ -31,11 +31,13 @@ __all__ = [
     "HessianOperator",
     "Point",
     "Profile",
+    "ReportSeries",
     "Structure",
     "TensorOperator",
     "__version__",
     "analyze",
     "capture",
+    "concat",
     "hvp",
     "load",
     "profile",

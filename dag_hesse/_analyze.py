@@ -26,7 +26,7 @@ from dag_hesse.plan import Plan, fuse_all, plan
 from dag_hesse.plan.planner import BATCH_MODES, MODES
 from dag_hesse.report import CurvatureReport
 from dag_hesse.report.blocks import BlockReader
-from dag_hesse.report.progress import shown
+from dag_hesse.report.progress import check_progress, shown
 from dag_hesse.sweep import VERIFY, Problem, capture_anew, prove_all
 
 
@@ -71,7 +71,8 @@ def analyze(
             (beyond, it is iterated again in every pass), a quarter for linearizations that are kept from pass to pass
             (beyond, they are made anew), and half for sweeps and what they return.
         seed: of the probes. The global RNG is neither read for them nor changed.
-        progress: True: a bar on stderr (lines where that is no terminal); a callable: called with (stage, sweeps done,
+        progress: True: a bar on stderr (lines where that is no terminal); False: nothing; None: a bar where stderr is
+            a terminal and a stage is foreseen to take more than 3 s; a callable: called with (stage, sweeps done,
             sweeps predicted).
         verify: what the captured graph is compared with before a product is given out: ``"gradient"`` (the model's own
             loss and gradient, at the cost of one gradient), ``"product"`` (one H·v by double-backward as well), or
@@ -99,6 +100,7 @@ def analyze(
     choose("batch_mode", batch_mode, BATCH_MODES)
     choose("verify", verify, VERIFY)
     flag("compile", compile)
+    check_progress(progress)
     probes, seed = integer("probes", probes, 2, "a standard error needs two"), integer("seed", seed)
     _check_rtol(rtol)
     clock = {"start": time.perf_counter()}

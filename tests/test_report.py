@@ -30,6 +30,7 @@ from dag_hesse.experiments.models import mlp
 from dag_hesse.ir import Point
 from dag_hesse.plan import Method
 from dag_hesse.report.files import write_whole
+from dag_hesse.report.progress import shown
 from dag_hesse.report.text import cells
 
 SPEC = """
@@ -161,6 +162,18 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_files_have_the_mode_that_the_umask_leaves(report: dh.CurvatureReport, tmp_path: Path) -> None:
+    for mask, mode in ((0o022, 0o644), (0o007, 0o660), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            report.save(tmp_path / "a.dh")
+            report.to_json(tmp_path / "a.json")
+            write_whole(tmp_path / "a.png", lambda place: report.plot().savefig(place))
+        finally:
+            os.umask(before)
+        assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("a.dh", "a.json", "a.png")} == {mode}
+
+
 def test_plots(report: dh.CurvatureReport) -> None:
     metrics = ("resonance", "coupling", "gn_gap")
     figure = report.plot(metrics)
@@ -203,7 +216,7 @@ def test_rows_and_data_frames(report: dh.CurvatureReport, monkeypatch: pytest.Mo
     assert rows[1]["coupling"] == report.coupling[0, 1]
     assert rows[1]["coupling_stderr"] == report.stderr["coupling"][0, 1]
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(DependencyError, match="pip install pandas"):
+    with pytest.raises(DependencyError, match=r"dag-hesse\[pandas\]"):
         report.to_dataframe()
     monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=list))
     assert report.to_dataframe() == rows
@@ -228,8 +241,28 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().err == ""
     dh.analyze(model, batch, progress=True, **options)
     assert "dag-hesse: probes 8/8 sweeps" in capsys.readouterr().err
-    with pytest.raises(OptionError, match="progress='yes'"):
-        dh.analyze(model, batch, progress="yes", **options)  # type: ignore[arg-type]
+    for wrong in ("yes", 1, 0):
+        with pytest.raises(OptionError, match=f"progress={wrong!r}"):
+            dh.analyze(nn.Identity(), None, progress=wrong, **options)  # type: ignore[arg-type]  # before anything else
+
+
+@pytest.mark.parametrize(("seconds", "appears"), [(0.02, False), (0.2, True)])
+def test_a_bar_comes_unasked_in_a_terminal_where_work_is_long(
+    seconds: float, appears: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(np.arange(1000) * seconds)
+    monkeypatch.setattr("dag_hesse.report.progress.time.perf_counter", lambda: next(clock))
+    with shown(None) as told:
+        assert told is None  # no terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with shown(None) as told:
+        assert told is not None
+        for done in range(21):
+            told("probes", done, 20)
+    assert ("probes" in capsys.readouterr().err) is appears
+    with shown(False) as told:
+        assert told is None
 
 
 def test_analyze_from_the_command_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -33,15 +33,17 @@ def write_whole(path: str | Path, write: Callable[[Path], None]) -> None:
     check_path(path)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
+    name = path.parent / f".{path.name}.{secrets.token_hex(4)}{path.suffix}"
+    os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the umask takes away
+    mode = name.stat().st_mode
     try:
-        write(Path(name))
+        write(name)
+        name.chmod(mode)  # safetensors puts a file of its own there
         with open(name, "rb+") as file:
             os.fsync(file.fileno())  # on the disk before it takes the old one's name
         os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         raise
 
 

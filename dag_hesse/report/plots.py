@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dag_hesse.errors import DependencyError
+from dag_hesse.errors import DependencyError, OptionError, choose
+from dag_hesse.estimate import METRICS
 from dag_hesse.report.report import CurvatureReport
+
+if TYPE_CHECKING:
+    from dag_hesse.report.series import ReportSeries
 
 TITLES = {
     "resonance": "Resonance  R = ‖H‖$_F$",
@@ -82,7 +86,15 @@ def against_distance(axes: Any, report: CurvatureReport, metric: str) -> None:
 
 
 def overview(report: CurvatureReport, metrics: Sequence[str]) -> Any:
-    """A figure with one column per metric: heat map above, metric against distance below."""
+    """A figure with one column per metric: heat map above, metric against distance below.
+
+    Raises:
+        OptionError: ``metrics`` is no list of metrics' names.
+    """
+    if isinstance(metrics, str) or not isinstance(metrics, Sequence) or not metrics:
+        raise OptionError(f"metrics={metrics!r}; expected a list of metrics' names.")
+    for metric in metrics:
+        choose("metric", metric, METRICS)
     side = max(3.2, 0.42 * len(report.names))
     figure = new_figure(figsize=(side * len(metrics) + 0.6, side + 3.0))
     grid = figure.subplots(2, len(metrics), squeeze=False, height_ratios=[side, 2.2])
@@ -102,4 +114,26 @@ def heat_maps(report: CurvatureReport, metrics: Sequence[str]) -> Any:
     figure = new_figure(figsize=(side * len(metrics) + 0.6, side))
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         heat_map(axes, report, metric)
+    return figure
+
+
+def over_time(series: ReportSeries, metric: str, pairs: Sequence[tuple[int, int]]) -> Any:
+    """A figure with a line per pair, in a band of two standard errors."""
+    figure = new_figure(figsize=(6.4, 3.6))
+    axes, names = figure.subplots(), series.names
+    values, errors = series[metric], series.stderr(metric)
+    for i, j in pairs:
+        value, error = values[:, i, j], 2 * errors[:, i, j]
+        (line,) = axes.plot(
+            series.steps, value, "o-", ms=3, lw=1.2, label=names[i] if i == j else f"{names[i]} – {names[j]}"
+        )
+        if error.any():
+            axes.fill_between(series.steps, value - error, value + error, color=line.get_color(), alpha=0.2, lw=0)
+    drawn = np.array([values[:, i, j] for i, j in pairs])
+    if metric in _LOG and drawn.size and (drawn > 0).all() and drawn.max() > 20 * drawn.min():
+        axes.set_yscale("log")
+    axes.set_xlabel("step", fontsize=8)
+    axes.set_title(TITLES[metric], fontsize=10)
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=7)
     return figure

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from dag_hesse.errors import OptionError
@@ -12,6 +13,13 @@ from dag_hesse.randomness import preserved
 
 Report = Callable[[str, int, int], None]  # (stage, sweeps done, sweeps predicted)
 _STEPS = 10  # lines a stage, where there is no terminal
+_LONG = 3.0  # seconds of a stage from which on a bar comes unasked
+
+
+def check_progress(progress: object) -> None:
+    """Raise :class:`OptionError` unless it is True, False, None or a callable."""
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise OptionError(f"progress={progress!r}; expected True, False, None or a callable of (stage, done, total).")
 
 
 @contextmanager
@@ -19,29 +27,30 @@ def shown(progress: Report | bool | None) -> Iterator[Report | None]:
     """What to call with (stage, done, total) while the context is open; None where nothing is to be shown.
 
     Args:
-        progress: a callable is taken as it is; True: a bar on stderr, or lines where that is no terminal; False, None:
-            nothing.
+        progress: a callable is taken as it is; True: a bar on stderr, or lines where that is no terminal; None: a bar
+            where stderr is a terminal, once a stage is foreseen to take more than 3 s; False: nothing.
 
     Raises:
         OptionError: it is none of these.
     """
-    if progress is None or progress is False:
+    check_progress(progress)
+    if progress is False or (progress is None and not sys.stderr.isatty()):
         yield None
+    elif progress is None:
+        with ExitStack() as stack:
+            yield _Foreseen(stack)
     elif progress is True:
-        with preserved():  # what is imported for it draws random numbers
-            import rich.progress  # noqa: F401
         with _bar() as update:
             yield update
-    elif callable(progress):
-        yield progress
     else:
-        raise OptionError(f"progress={progress!r}; expected True, False, None or a callable of (stage, done, total).")
+        yield progress  # type: ignore[misc]
 
 
 @contextmanager
 def _bar() -> Iterator[Report]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    with preserved():  # what is imported for it draws random numbers
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -57,6 +66,22 @@ def _bar() -> Iterator[Report]:
             bar.update(tasks[stage], completed=done, total=total)
 
         yield update
+
+
+class _Foreseen:
+    """A bar that appears when the sweeps done so far say that their stage will take long."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.stack = stack
+        self.bar: Report | None = None
+        self.starts: dict[str, float] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        seconds = time.perf_counter() - self.starts.setdefault(stage, time.perf_counter())
+        if self.bar is None and seconds * total > _LONG * max(done, 1):
+            self.bar = self.stack.enter_context(_bar())
+        if self.bar is not None:
+            self.bar(stage, done, total)
 
 
 class _Lines:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dag_hesse.errors import DependencyError, OptionError, StaleError, choose, position
+from dag_hesse.errors import PointError, StaleError, choose, position
 from dag_hesse.estimate import METRICS
 from dag_hesse.ir import Point
+from dag_hesse.report.pairs import data_frame, pair_of, rows_of
 
 if TYPE_CHECKING:
     from dag_hesse.report.blocks import BlockReader
+    from dag_hesse.report.compare import Comparison
     from dag_hesse.storage import BlockMatrix
 
 Array = NDArray[np.float64]
+_NO_BLOCKS = "a loaded or copied report holds maps, not blocks: run analyze() again for those."
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,40 @@ class CurvatureReport:
     def names(self) -> tuple[str, ...]:
         """Names of the points: labels of both axes."""
         return tuple(point.name for point in self.points)
+
+    def __len__(self) -> int:
+        """How many points there are."""
+        return len(self.points)
+
+    def __iter__(self) -> Iterator[Point]:
+        """The points, in order."""
+        return iter(self.points)
+
+    def __contains__(self, point: object) -> bool:
+        """Whether a name or a :class:`~dag_hesse.Point` is among the points."""
+        return point in self.names or point in self.points
+
+    def __getitem__(self, key: Any) -> Any:
+        """``report["resonance"]``: an n×n array; ``report[v, w]``: a pair's figures, by names or positions.
+
+        Raises:
+            OptionError: there is no such metric.
+            PointError: there is no such point.
+
+        Example:
+            >>> import torch, dag_hesse
+            >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+            >>> report = dag_hesse.analyze(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["0", "1"])
+            >>> pair = report["0", "1"]
+            >>> pair.distance, pair.resonance.method, float(pair.resonance) == float(report["resonance"][0, 1])
+            (1, 'exact', True)
+        """
+        if not isinstance(key, tuple):
+            choose("metric", key, METRICS)
+            return self.values[key]
+        if len(key) != 2:
+            raise PointError(f"report[v, w] names two points; received {len(key)}.")
+        return pair_of(self, *map(self.index, key))
 
     @property
     def resonance(self) -> Array:
@@ -113,9 +150,7 @@ class CurvatureReport:
         choose("part", part, ("full", "gn", "tensor"))
         i, j = self.index(v), self.index(w)
         if self._reader is None:
-            raise StaleError(
-                "a loaded or copied report holds maps, not blocks: run analyze() again for report.block()."
-            )
+            raise StaleError(_NO_BLOCKS)
         return self._reader(i, j, part)
 
     def blocks(self, *, part: str = "full", parts: bool = False, **options: Any) -> BlockMatrix:
@@ -123,13 +158,10 @@ class CurvatureReport:
 
         Raises:
             StaleError: the report was loaded, unpickled or copied, or the model changed since.
-            BatchCouplingError: the report's batch mode is ``"per_sample"``.
-            DagHesseError: as :meth:`BlockMatrix.from_model`.
+            DagHesseError: as :meth:`BlockMatrix.from_model`; not in batch mode ``"per_sample"``.
         """
         if self._reader is None:
-            raise StaleError(
-                "a loaded or copied report holds maps, not blocks: run analyze() again for report.blocks()."
-            )
+            raise StaleError(_NO_BLOCKS)
         return self._reader.matrix(part, parts, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -151,30 +183,36 @@ class CurvatureReport:
             >>> report.to_dataframe()[["v", "w"]].values.tolist()
             [['0', '0'], ['0', '1'], ['1', '1']]
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise DependencyError("to_dataframe() needs pandas: pip install pandas, or take to_dict().") from error
-        return pandas.DataFrame(self.rows())
+        return data_frame(self.rows())
 
     def rows(self) -> list[dict[str, Any]]:
         """What :meth:`to_dataframe` tabulates, as plain data."""
-        found, names = [], self.names
-        for i, j in zip(*np.triu_indices(len(self.points)), strict=True):
-            row: dict[str, Any] = {"v": names[i], "w": names[j]}
-            row |= {"distance": int(self.distance[i, j]), "rank_bound": int(self.rank_bound[i, j])}
-            for name in METRICS:
-                row[name] = float(self.values[name][i, j])
-                row[f"{name}_stderr"] = float(self.stderr[name][i, j])
-                row[f"{name}_method"] = str(self.method[name][i, j])
-            found.append(row)
-        return found
+        return rows_of(self)
+
+    def compare(self, other: CurvatureReport) -> Comparison:
+        """What is different in another report of the same points, with differences in standard errors.
+
+        Raises:
+            OptionError: it is no report, or in another space or batch mode.
+            PointError: the two have no point in common.
+
+        Example:
+            >>> import torch, dag_hesse
+            >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+            >>> batch = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+            >>> report = dag_hesse.analyze(net, batch, points=["0", "1"])
+            >>> report.compare(report).score["resonance"].tolist()
+            [[0.0, 0.0], [0.0, 0.0]]
+        """
+        from dag_hesse.report.compare import compared
+
+        return compared(self, other)
 
     def _repr_html_(self) -> str:
         """Facts and maps for notebooks."""
-        from dag_hesse.report.html import fragment
+        from dag_hesse.report import html
 
-        return fragment(self)
+        return html.fragment(self)
 
     def __str__(self) -> str:
         from dag_hesse.report.text import render
@@ -209,8 +247,4 @@ class CurvatureReport:
         """Heat maps of the metrics and metric against distance, as a matplotlib Figure (extra: ``plot``)."""
         from dag_hesse.report.plots import overview
 
-        if isinstance(metrics, str) or not isinstance(metrics, Sequence) or not metrics:
-            raise OptionError(f"metrics={metrics!r}; expected a list of metrics' names.")
-        for metric in metrics:
-            choose("metric", metric, METRICS)
         return overview(self, metrics)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from math import isnan
-
 from rich.cells import cell_len
 
+from dag_hesse.report.pairs import number
 from dag_hesse.report.report import CurvatureReport
 
 _TITLES = {
@@ -14,16 +13,6 @@ _TITLES = {
     "stable_rank": "D  stable rank",
     "gn_gap": "GN-gap  ‖H_T‖/‖H_GN‖",
 }
-
-
-def number(value: float, error: float, method: str) -> str:
-    """``1.23e-2 ±4%`` for an estimate, ``1.23e-2`` for an exact value, ``0`` for a structural zero."""
-    if method == "zero" and not isnan(value):
-        return "0"
-    if isnan(value):
-        return "-"
-    shown = f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
-    return f"{shown} ±{error / abs(value):.0%}" if error > 0 and value else shown
 
 
 def cells(report: CurvatureReport, metric: str) -> list[list[tuple[str, str]]]:
