@@ -57,7 +57,8 @@ def analyze(
             taken as one loss.
         loss: ``callable(output, targets) -> scalar tensor``; None: the model's own, or inferred from the targets.
         output: name of the module or tap that the loss consumes, where it cannot be inferred.
-        points: module names, taps, glob patterns or parameter names; None: at most 16 from the module tree.
+        points: module names, taps, parameter names, or globs over these, in which ``*`` does not cross dots and ``**``
+            does; None: at most 16 from the module tree.
         space: ``"activation"`` or ``"parameter"``: what module names stand for.
         batch_mode: ``"shared"`` (one perturbation for all samples), ``"per_sample"`` or ``"joint"`` (design §2.3).
         mode: ``"auto"``, ``"exact"``, ``"gram"`` or ``"probes"``.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 from math import prod
 
 from torch import nn
 
 from dag_hesse.errors import NonDifferentiableError, OptionError, PointError, choose, suggest
 from dag_hesse.ir import CurvatureGraph, Interaction, Kind, Node, Point
+from dag_hesse.names import innermost, matches
 
 MOST = 16
 SPACES = ("activation", "parameter")
@@ -125,6 +125,9 @@ def _missing(graph: CurvatureGraph, model: nn.Module, name: str, space: str) -> 
         return PointError(f"the output of module '{name}' is not a floating-point tensor, so it has no derivative.")
     if name in modules and space == "activation":
         return PointError(f"module '{name}' ({type(modules[name]).__name__}) was not called in the forward pass.")
+    wider = name.replace("**", "*").replace("*", "**")
+    if wider != name and any(matches(n, wider) for n in (*graph.taps, *graph.parameters)):
+        return PointError(f"'{name}' matches nothing, as * does not cross dots: '{wider}' does.")
     known = [*graph.taps, *graph.parameters] if space == "activation" else [*graph.parameters, *modules]
     return PointError(f"point '{name}' matches no module, tap or parameter. {suggest(name, known)}")
 
@@ -133,6 +136,10 @@ def resolve_points(
     graph: CurvatureGraph, model: nn.Module, names: Sequence[str] | str, space: str = "activation"
 ) -> tuple[Point, ...]:
     """Points for the user's names and glob patterns, in topological order.
+
+    ``*`` stands for a part of a name between dots, ``**`` for any number of parts. In parameter space a glob stands for
+    the parameters that match it, and for modules that do and that hold none of those: ``layer*`` is every stage as a
+    whole, ``**.weight`` every weight.
 
     Raises:
         PointError: a name that matches nothing (near names are suggested), or that the loss does not depend on.
@@ -150,13 +157,13 @@ def resolve_points(
             points.append(exact)
             continue
         if space == "activation":
-            matches = [n for n in graph.taps if fnmatchcase(n, name) and any(reaching[s] for s in graph.taps[n])]
+            found = [n for n in graph.taps if matches(n, name) and any(reaching[s] for s in graph.taps[n])]
+            found = found or [n for n in graph.parameters if matches(n, name)]
         else:
-            matches = []
-        matches = matches or [n for n in graph.parameters if fnmatchcase(n, name)]
-        if not matches:
+            found = innermost(name, list(graph.parameters))
+        if not found:
             raise _missing(graph, model, name, space)
-        points += [p for n in matches if (p := _named(graph, model, n, space)) is not None]
+        points += [p for n in found if (p := _named(graph, model, n, space)) is not None]
     if not points:
         raise PointError("the list of points is empty: name at least one, or pass None to have them chosen.")
     return _in_order(graph, points)
@@ -232,15 +239,26 @@ class _Chooser:
             if path in self.sites:
                 listed = isinstance(self.modules[name], (nn.ModuleList, nn.ModuleDict))
                 found[path] = found.get(path, False) or listed
-            elif path not in self.graph.modules:
-                found.update((p, True) for p, _ in self.children(path))
+            else:
+                listed = path not in self.graph.modules
+                found.update((p, listed) for p, _ in self.children(path))
         return list(found.items())
+
+    def wrapped(self, name: str) -> str | None:
+        """The one child with stages inside, where it makes the model's output: what is around it is a container."""
+        paths = dict.fromkeys(self.own[id(module)] for _, module in self.modules[name].named_children())
+        deep = [path for path in paths if path in self.graph.modules and self.composite(path)]
+        inside = [path for path, _ in self.children(deep[0])] if len(deep) == 1 else []
+        stages = deep and deep[0] not in self.sites and any(self.composite(path) for path in inside)
+        return deep[0] if stages else None
 
     def composite(self, name: str) -> bool:
         return any(path in self.sites for path, _ in self.children(name))
 
     def choose(self, name: str = "", *, tail: bool = False) -> list[str]:
         """Names from the module tree below ``name``; ``tail``: with the leaves behind the last stage (a head)."""
+        if (inner := self.wrapped(name)) is not None:
+            return self.choose(inner, tail=tail) + (self.behind(name, inner) if tail else [])
         children = self.children(name)
         composites = [(path, listed) for path, listed in children if self.composite(path)]
         if not composites:
@@ -262,7 +280,8 @@ class _Chooser:
         """Children of ``name`` that run after its last stage."""
         order = list(self.graph.modules)  # in order of completion
         paths = [self.own[id(module)] for _, module in self.modules[name].named_children()]
-        return [path for path in paths if path in order and order.index(path) > order.index(last)]
+        after = [path for path in paths if path in order and order.index(path) > order.index(last)]
+        return [path for path in after if not last.startswith(path + ".")]  # a container ends after its stages
 
     def leaves(self, names: list[str]) -> list[str]:
         active = [

@@ -94,8 +94,8 @@ def capture(
         batch: ``(inputs, targets)`` or a dict of keyword inputs.
         loss: ``callable(output, targets) -> scalar``; None: the model's own, or inferred from the targets' dtype.
         output: name of the module or tap that the loss consumes, where it cannot be inferred.
-        points: names, glob patterns or parameter names; None picks at most 16 from the module tree. A callable
-            takes the captured graph and returns points.
+        points: names, parameter names or globs (``*`` does not cross dots, ``**`` does); None picks at most 16 from
+            the module tree. A callable takes the captured graph and returns points.
         space: ``"activation"`` or ``"parameter"``: what a module's name stands for.
 
     Returns:

@@ -35,7 +35,8 @@ class CurvatureOperator(SymmetricOperator):
             loss does not depend on are zero.
         space: ``"parameter"`` (default: all parameters that require gradients) or ``"activation"``.
         points: names or globs, instead of all parameters (or of the points chosen).
-        param_filter: glob, globs, or ``callable(name, parameter) -> bool`` that picks among the parameters.
+        param_filter: glob, globs, or ``callable(name, parameter) -> bool`` that picks among the parameters. Here ``*``
+            is any text, dots included: ``"*.bias"`` is every bias.
         output: name of what the loss consumes, where it cannot be inferred.
         batch_mode: meaning of the batch axis of activations, ``"shared"`` or ``"joint"``.
         reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or

@@ -129,7 +129,7 @@ class BlockMatrix(SymmetricOperator):
         return found.reshape(len(rows), -1)
 
     def __getitem__(self, key: Any) -> Any:
-        """``B[v, w]``: a block, by names or positions. ``B[["a", "layer*"]]``: the matrix of some points.
+        """``B[v, w]``: a block, by names or positions. ``B[["a", "layer*"]]``: that of some points.
 
         Raises:
             PointError: there is no such point.
