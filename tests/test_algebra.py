@@ -304,3 +304,43 @@ def test_a_stored_matrix_goes_into_expressions() -> None:
     assert error((H @ B).dense(), H.dense() @ H.dense()) < 1e-8
     with pytest.raises(errors.OptionError, match="not copied"):
         copy.deepcopy(H + B)
+
+
+@pytest.mark.parametrize("name", ["mlp-silu", "encoder-eval", "batch-norm-train", "tied"])
+def test_a_factor_of_gauss_newton(name: str) -> None:
+    c = case(name)
+    names = [n for n, p in c.model.named_parameters() if p.numel() < 70][:6]
+    G = dh.GGNOperator(c.model, c.batch, loss=c.loss, params=names)
+    factor = G.factor()
+    found = (factor.rows.T * factor.signs) @ factor.rows
+    assert error(found, G.dense()) < 1e-10
+    v = torch.randn(G.shape[0]).double()
+    assert error(G @ v, factor.rows.T @ (factor.signs * (factor.rows @ v))) < 1e-10  # the operator is as it was
+
+
+def test_factors_of_several_batches_and_of_losses_that_are_not_convex() -> None:
+    model, (x, y) = _net(), _batch()
+    whole = dh.GGNOperator(model, (x, y)).factor()
+    assert whole.rows.shape == (14, 64) and bool((whole.signs == 1).all())  # rank of softmax: classes - 1
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=3)
+    parts = dh.GGNOperator(model, loader).factor()
+    assert error(parts.rows.T @ parts.rows, whole.rows.T @ whole.rows) < 1e-10
+    bent = dh.GGNOperator(model, (x, y), loss=lambda out, t: torch.sin(3 * out).sum())
+    factor = bent.factor()
+    assert set(factor.signs.tolist()) == {-1.0, 1.0}
+    assert error((factor.rows.T * factor.signs) @ factor.rows, bent.dense()) < 1e-10
+    wider = _net()
+    wider.unused = nn.Linear(2, 2).double()
+    wider.forward = lambda x: nn.Sequential(*list(wider.children())[:5])(x)
+    S = dh.GGNOperator(wider, (x, y)).factor().rows
+    assert S.shape == (14, 70) and not S[:, 64:].any()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dag_hesse.operators.factor.available_memory", lambda: 1000)
+        with pytest.raises(errors.MemoryBudgetError, match="21 × 64"):
+            dh.GGNOperator(model, (x, y)).factor()
+    joint = dh.GGNOperator(model, (x, y), space="activation", points=["1"], batch_mode="joint")
+    with pytest.raises(errors.OptionError, match="joint"):
+        joint.factor()
+    by_points = dh.GGNOperator(model, (x, y), space="activation", points=["1", "3"])
+    S = by_points.factor().rows
+    assert error(S.T @ S, by_points.dense()) < 1e-10

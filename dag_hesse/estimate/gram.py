@@ -91,7 +91,7 @@ def _columns(entry: Entry, roots: Tensor, alone: bool, separable: bool) -> Itera
         yield only, "each"
 
 
-def _rows(
+def factor_rows(
     problem: Problem, entry: Entry, lin: AnyLinearization, progress: Callable[[int], None] | None
 ) -> tuple[list[Tensor], Tensor]:
     """Per point S_v (groups, rows, dim), and signs (groups, rows)."""
@@ -232,7 +232,7 @@ def gram_factors(problem: Problem, progress: Callable[[int], None] | None = None
     rows: list[list[Tensor]] = [[] for _ in problem.points]
     signs: list[Tensor] = []
     for entry, lin in problem.linearizations():
-        found, sign = _rows(problem, entry, lin, progress)
+        found, sign = factor_rows(problem, entry, lin, progress)
         for k, part in enumerate(found):
             rows[k].append(part * entry.scale**0.5)
         signs.append(sign.to(found[0].dtype))
@@ -245,6 +245,6 @@ def gram_factors(problem: Problem, progress: Callable[[int], None] | None = None
 def _gram_blocks(problem: Problem, progress: Callable[[int], None] | None) -> GramBlocks:
     found = GramBlocks({})
     for entry, lin in problem.linearizations():
-        rows, signs = _rows(problem, entry, lin, progress)
+        rows, signs = factor_rows(problem, entry, lin, progress)
         found.add([entry.scale**0.5 * part[0] for part in rows], signs[0])
     return found

@@ -16,6 +16,7 @@ from dag_hesse.budget import Budget
 from dag_hesse.errors import OptionError, choose, flag
 from dag_hesse.kernels.arena import Arena
 from dag_hesse.operators.base import SymmetricOperator
+from dag_hesse.operators.factor import Factor, factored
 from dag_hesse.operators.functional import as_module, chosen_parameters, read_parameters
 from dag_hesse.operators.vectors import VectorForm
 from dag_hesse.plan import fuse_all
@@ -287,6 +288,27 @@ class GGNOperator(CurvatureOperator):
     """The generalized Gauss–Newton part Jᵀ(∇²L)J."""
 
     _part = "gn"
+
+    def factor(self) -> Factor:
+        """A square root: ``(rows, signs)``, (r, n) and (r,), with G = rowsᵀ diag(signs) rows; r ≤ outputs of the batch.
+
+        It takes an adjoint pass per sample and direction in which its loss is curved, and no probes. With ``K = rows @
+        rows.T`` small, (G + λI)⁻¹ is exact by Woodbury's formula, and for a convex loss K has G's eigenvalues.
+
+        Raises:
+            MemoryBudgetError: it would not fit.
+            OptionError: the operator's batch mode is ``"joint"`` and samples do not interact.
+            StaleError: something changed since the operator was made.
+
+        Example:
+            >>> import torch, dag_hesse as dh
+            >>> G = dh.GGNOperator(torch.nn.Linear(30, 3), (torch.randn(4, 30), torch.tensor([0, 1, 2, 0])))
+            >>> S = G.factor().rows
+            >>> S.shape, torch.allclose(S.T @ S, G.dense(), atol=1e-5)
+            (torch.Size([8, 93]), True)
+        """
+        self._problem.check("the operator was made", "call refresh() first.")
+        return factored(self._problem, self._order, self.form)
 
 
 @final
