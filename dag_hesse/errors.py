@@ -70,6 +70,10 @@ class StaleError(DagHesseError, RuntimeError):
     """What an operator or a report was made from has changed, or is not with it any more (a loaded report)."""
 
 
+class ConvergenceError(DagHesseError, RuntimeError):
+    """Eigenvalues were not found to the accuracy that was asked for, in as many products as were allowed."""
+
+
 class CompileError(DagHesseError, RuntimeError):
     """``compile=True`` was asked of a model whose products cannot be one compiled program."""
 

@@ -46,6 +46,7 @@ def test_taken_apart() -> None:
     assert float(pair.resonance) == report.resonance[0, 2]
     assert str(pair).startswith(f"1 – 5 (distance {pair.distance}): resonance {pair.resonance}, ")
     assert report[0, -1] == pair
+    assert repr(report) == "CurvatureReport(3 activation points of Sequential: 1, 3, 5)"
     for key, kind in (
         ("resonanse", errors.OptionError),
         (3, errors.OptionError),

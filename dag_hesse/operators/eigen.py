@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import scipy.sparse.linalg
 import torch
+from scipy.sparse.linalg import ArpackError, ArpackNoConvergence
 from torch import Tensor
 
-from dag_hesse.errors import OptionError, integer
+from dag_hesse.errors import ConvergenceError, OptionError, choose, integer
 from dag_hesse.operators.estimates import checked_count
+from dag_hesse.operators.vectors import to_numpy
 
 if TYPE_CHECKING:
     from dag_hesse.operators.core import SegmentedOperator
@@ -42,6 +44,7 @@ def eigsh(
     tol: float = 1e-3,
     ncv: int | None = None,
     v0: Any = None,
+    which: str = "LM",
     **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """As :meth:`dag_hesse.HessianOperator.eigsh`."""
@@ -50,10 +53,23 @@ def eigsh(
         raise OptionError(f"tol={tol!r}; expected a relative accuracy from 0 (machine precision) to 1.")
     if v0 is None:
         v0 = np.random.default_rng(integer("seed", seed)).standard_normal(size)
+    v0 = to_numpy(v0.detach()) if isinstance(v0, Tensor) else v0
     ncv = min(size, max(2 * k + 2, _LEAST_VECTORS)) if ncv is None else checked_count("ncv", ncv, size + 1)
-    found: tuple[np.ndarray, np.ndarray] = scipy.sparse.linalg.eigsh(
-        operator.to_scipy(), k=k, tol=tol, ncv=ncv, v0=v0, **options
-    )
+    choose("which", which, ("LM", "SM", "LA", "SA", "BE"))
+    given = operator.to_scipy()
+    try:
+        found: tuple[np.ndarray, np.ndarray] = scipy.sparse.linalg.eigsh(
+            given, k=k, tol=tol, ncv=ncv, v0=v0, which=which, **options
+        )
+    except ArpackNoConvergence as error:
+        raise ConvergenceError(
+            f"{len(error.eigenvalues)} of {k} eigenvalues have converged to tol={tol:g}: allow more products by "
+            "maxiter= or ncv=, or a larger tol=."
+        ) from error
+    except ArpackError:
+        if np.any(given @ np.asarray(v0, dtype=given.dtype)):
+            raise
+        return np.zeros(k, given.dtype), np.eye(size, k, dtype=given.dtype)  # what a random vector is mapped to 0 by
     return found
 
 

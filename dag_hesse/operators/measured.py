@@ -30,7 +30,8 @@ class MeasuredOperator(SegmentedOperator):
                 the same twice; ``ncv``, Lanczos vectors that are kept; others are SciPy's.
 
         Raises:
-            OptionError: ``k``, ``tol``, ``ncv`` or ``seed`` is none of these.
+            OptionError: ``k``, ``tol``, ``ncv``, ``which`` or ``seed`` is none of these.
+            ConvergenceError: they did not converge within SciPy's ``maxiter``.
 
         Example:
             >>> import torch, dag_hesse as dh
@@ -76,13 +77,13 @@ class MeasuredOperator(SegmentedOperator):
         """The diagonal (n,); arguments and errors as for :meth:`trace`, standard errors (n,)."""
         return estimates.diagonal(self, matvecs, seed, return_stderr)
 
-    def spectral_density(self, ncv: int = 64, seed: int = 0, **options: Any) -> tuple[Tensor, Tensor]:
+    def spectral_density(self, ncv: int | None = None, seed: int = 0, **options: Any) -> tuple[Tensor, Tensor]:
         """(grid, density), the density of eigenvalues p(λ), by stochastic Lanczos quadrature (Papyan, 2020).
 
-        It takes ``ncv`` products of ``num_repeats`` vectors each, and none for its bounds.
+        It takes ``ncv`` products with ``num_repeats`` vectors at a time, and none for its bounds.
 
         Args:
-            ncv: Lanczos vectors, from 2 to n - 1.
+            ncv: Lanczos vectors, from 2 to n - 1; None: 64, or n - 1 where that is less.
             seed: of the vectors that it starts from.
             options: ``num_points`` (1024) of the grid; ``num_repeats`` (1), starts that are averaged and multiplied
                 together; ``kappa`` (3.0) and ``margin`` (0.05), Papyan's; ``boundaries``, (lowest, highest) eigenvalue.
@@ -97,7 +98,8 @@ class MeasuredOperator(SegmentedOperator):
             >>> bool(abs(torch.trapezoid(density, grid) - 1) < 0.05)
             True
         """
-        ncv, seed = estimates.checked_count("ncv", ncv, self.shape[0]), integer("seed", seed)
+        n, seed = self.shape[0], integer("seed", seed)
+        ncv = estimates.checked_count("ncv", min(64, n - 1) if ncv is None else ncv, n)
         return lanczos.spectral_density(self, ncv, seed, **options)
 
     def solve(self, b: Any, damping: float = 0.0, **options: Any) -> Solution:

@@ -7,11 +7,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dag_hesse.errors import StaleError
 from dag_hesse.estimate import exact_blocks
 from dag_hesse.sweep import Problem
 
 if TYPE_CHECKING:
     from dag_hesse.storage import BlockMatrix
+
+
+def present(reader: BlockReader | None) -> BlockReader:
+    """The reader of a report.
+
+    Raises:
+        StaleError: a report that was loaded or copied has none.
+    """
+    if reader is None:
+        raise StaleError(
+            "a loaded or copied report holds maps: run analyze() again for report.block() and report.blocks()."
+        )
+    return reader
 
 
 class BlockReader:

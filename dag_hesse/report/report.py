@@ -12,21 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dag_hesse.errors import PointError, StaleError, choose, position
+from dag_hesse.errors import PointError, choose, position
 from dag_hesse.estimate import METRICS
 from dag_hesse.ir import Point
+from dag_hesse.report.blocks import BlockReader, present
 from dag_hesse.report.pairs import data_frame, pair_of, rows_of
 
 if TYPE_CHECKING:
-    from dag_hesse.report.blocks import BlockReader
     from dag_hesse.report.compare import Comparison
     from dag_hesse.storage import BlockMatrix
 
 Array = NDArray[np.float64]
-_NO_BLOCKS = "a loaded or copied report holds maps, not blocks: run analyze() again for those."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CurvatureReport:
     """A curvature map over n points (design §5).
 
@@ -149,9 +148,7 @@ class CurvatureReport:
         """
         choose("part", part, ("full", "gn", "tensor"))
         i, j = self.index(v), self.index(w)
-        if self._reader is None:
-            raise StaleError(_NO_BLOCKS)
-        return self._reader(i, j, part)
+        return present(self._reader)(i, j, part)
 
     def blocks(self, *, part: str = "full", parts: bool = False, **options: Any) -> BlockMatrix:
         """Store the blocks between the points, computed now; options as for :meth:`BlockMatrix.from_model`.
@@ -160,9 +157,7 @@ class CurvatureReport:
             StaleError: the report was loaded, unpickled or copied, or the model changed since.
             DagHesseError: as :meth:`BlockMatrix.from_model`; not in batch mode ``"per_sample"``.
         """
-        if self._reader is None:
-            raise StaleError(_NO_BLOCKS)
-        return self._reader.matrix(part, parts, options)
+        return present(self._reader).matrix(part, parts, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled and copied without what makes blocks, which is the model and its batches."""
@@ -213,6 +208,10 @@ class CurvatureReport:
         from dag_hesse.report import html
 
         return html.fragment(self)
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.names[:3]) + (", …" if len(self) > 3 else "")
+        return f"CurvatureReport({len(self)} {self.facts['space']} points of {self.facts['model']}: {names})"
 
     def __str__(self) -> str:
         from dag_hesse.report.text import render
