@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dag_hesse.experiments.newton import DAMPING, steps, train
+from dag_hesse.experiments.newton import DAMPINGS, steps, train
 
 
 def test_steps_get_better_with_the_band() -> None:
@@ -15,10 +15,10 @@ def test_steps_get_better_with_the_band() -> None:
     ).double()
     batch = torch.randn(9, 6).double(), torch.arange(9) % 3
     before = [p.clone() for p in model.parameters()]
-    found = {step.method: step for step in steps(model, batch)}
+    found = {(step.method, step.damping): step for step in steps(model, batch)}
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert list(found) == ["band 0", "band 1", "band 2", "band 3", "K-FAC", "whole, by CG"]
-    assert found["band 3"].error < 1e-8 < found["band 2"].error < found["band 0"].error
+    assert {name for name, _ in found} == {"band 0", "band 1", "band 2", "band 3", "K-FAC", "whole"}
+    assert found["band 2", 1.0].error < found["band 0", 1.0].error
 
     def outputs(*parameters: torch.Tensor) -> torch.Tensor:
         named = dict(zip(dict(model.named_parameters()), parameters, strict=True))
@@ -29,9 +29,10 @@ def test_steps_get_better_with_the_band() -> None:
     H = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]) / len(p)
     G = torch.einsum("bci,bcd,bdj->ij", J, H, J)
     g = torch.einsum("bci,bc->i", J, p - nn.functional.one_hot(batch[1], 3)) / len(p)
-    whole = torch.linalg.solve(G + DAMPING * torch.eye(len(g)), g)
     blocks = torch.block_diag(*(G[a:b, a:b] for a, b in ((0, 35), (35, 65), (65, 95), (95, 113))))
-    step = torch.linalg.solve(blocks + DAMPING * torch.eye(len(g)), g)
-    assert abs(found["band 0"].error - float((step - whole).norm() / whole.norm())) < 1e-8
+    for damping in DAMPINGS:
+        whole, step = (torch.linalg.solve(M + damping * torch.eye(len(g)), g) for M in (G, blocks))
+        assert abs(found["band 0", damping].error - float((step - whole).norm() / whole.norm())) < 1e-8
+        assert found["band 3", damping].error < 1e-8
     train(model, batch)
-    assert steps(model, batch)[0].before < found["band 0"].before
+    assert steps(model, batch)[0].before < found["band 0", 1.0].before
