@@ -22,6 +22,7 @@ from dag_hesse.estimate import assemble, estimate
 from dag_hesse.estimate.run import Progress
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.dispatch import failures
+from dag_hesse.measure import precision
 from dag_hesse.plan import Plan, fuse_all, plan
 from dag_hesse.plan.planner import BATCH_MODES, MODES
 from dag_hesse.report import CurvatureReport
@@ -112,7 +113,7 @@ def analyze(
     needs_split(graphs)
     clock["capture"] = time.perf_counter()
     swept = fuse_all(graphs)
-    plan_of = partial(_plan, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory)
+    plan_of = partial(_plan, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory, device=batches.device)
     chosen = plan_of(graphs, swept)
     clock["plan"] = time.perf_counter()
     prove_all(graphs, batches, model, loss, output, verify)
@@ -198,6 +199,7 @@ def _facts(
         "lost": list(problem.entries[0].graph.lost),
         "kernels that failed": failures(),
         "compiled": problem.compiled,
+        "precision": precision(problem.device, problem.dtype),
         "sweeps": problem.sweeps + chosen.gram_columns,
         "predicted_flops": chosen.flops,
         "seconds": {**seconds, "total": stamps[-1][1] - stamps[0][1]},

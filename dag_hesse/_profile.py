@@ -180,7 +180,7 @@ def profile(
         captured = capture_all(model, batches, loss=loss, output=output, points=points, space=space)
         graphs = fuse_all(captured)
         structure = replace(analyze_structure(captured[0]), graph=graphs[0])
-        chosen = plan([structure], mode=mode, probes=probes, memory=memory)
+        chosen = plan([structure], mode=mode, probes=probes, memory=memory, device=device)
     every = tuple(range(len(graphs[0].points)))
     problem = Problem(model, graphs, batches, "shared", with_out=False, chunk=chosen.chunk, memory=memory)
     with measured(device) as phases["linearize"]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from dag_hesse.errors import integer
 from dag_hesse.measure import available_memory
 
@@ -22,19 +24,21 @@ class Budget:
     """
 
     total: int | None = None
+    device: torch.device | None = None  # where what is free is asked; None: in main memory
 
     @staticmethod
-    def of(memory: object) -> Budget:
+    def of(memory: object, device: torch.device | None = None) -> Budget:
         """What the user said.
 
         Raises:
             OptionError: it is neither None nor a positive integer.
         """
-        return Budget(None if memory is None else integer("memory", memory, 1, "a positive number of bytes, or None"))
+        why = "a positive number of bytes, or None"
+        return Budget(None if memory is None else integer("memory", memory, 1, why), device)
 
     @property
     def _whole(self) -> int:
-        return available_memory() if self.total is None else self.total
+        return available_memory(self.device) if self.total is None else self.total
 
     @property
     def batches(self) -> int:

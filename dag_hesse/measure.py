@@ -22,12 +22,35 @@ class Phase:
     peak_bytes: int = 0
 
 
-def available_memory() -> int:
-    """Bytes of main memory that are free now."""
+def available_memory(device: torch.device | None = None) -> int:
+    """Bytes that are free now: of main memory, or of a GPU's, with what PyTorch holds there and does not use."""
+    if device is not None and device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return 4 << 30
+
+
+def precision(device: torch.device, dtype: torch.dtype) -> str:
+    """What products of float32 are rounded to before they are added up, where PyTorch's flags allow it; "" if nothing.
+
+    Example:
+        >>> precision(torch.device("cpu"), torch.float64)
+        ''
+    """
+    if dtype is not torch.float32:
+        return ""
+    if device.type != "cuda":
+        lowered = torch.get_float32_matmul_precision()
+        return "" if lowered == "highest" else f"float32 matrix products at {lowered!r} precision"
+    allowed = {
+        "matrix products": torch.backends.cuda.matmul.allow_tf32,
+        "convolutions": torch.backends.cudnn.allow_tf32,
+    }
+    reduced = [what for what, on in allowed.items() if on]
+    return f"TF32 in {' and '.join(reduced)}" if reduced else ""
 
 
 def _status(key: str) -> int:

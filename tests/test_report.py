@@ -351,3 +351,14 @@ def test_the_built_in_models(name: str, tmp_path: Path) -> None:
     data = json.loads((tmp_path / "a.json").read_text())
     assert data["facts"]["batch_size"] == 2 and len(data["points"]) > 1
     assert all(x > 0 for x in np.diag(np.array(data["metrics"]["resonance"]["value"], dtype=float)))
+
+
+def test_reports_say_what_float32_products_are_rounded_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = (torch.randn(6, 5), torch.arange(6) % 3)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    assert "precision" not in str(dh.analyze(model, batch))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert "precision: float32 matrix products at 'medium' precision" in str(dh.analyze(model, batch))
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -36,7 +36,7 @@ class Product(Protocol):
 def dense(operator: Product) -> Tensor:
     """The matrix of an operator or block, by identity probes."""
     n, m = operator.shape
-    need, budget = 3 * n * m * operator.dtype.itemsize, available_memory() // 2
+    need, budget = 3 * n * m * operator.dtype.itemsize, available_memory(operator.device) // 2
     if need > budget:
         raise MemoryBudgetError(
             f"dense() of a {n} × {m} operator needs {need / 2**30:.1f} GiB and {budget / 2**30:.1f} GiB may be used: "

@@ -32,7 +32,7 @@ def factored(problem: Problem, order: Sequence[int | None], form: VectorForm) ->
     if problem.groups > 1:
         raise OptionError("batch_mode='joint' has a block per sample and no one factor: take batch_mode='shared'.")
     height = sum(entry.graph.nodes[k].numel for entry in problem.entries for k in entry.graph.out)
-    need, budget = height * form.size * form.dtype.itemsize, available_memory() // 2
+    need, budget = height * form.size * form.dtype.itemsize, available_memory(problem.device) // 2
     if need > budget:
         raise MemoryBudgetError(
             f"a factor of up to {height} × {form.size} needs {need / 2**30:.1f} GiB and {budget / 2**30:.1f} GiB may "

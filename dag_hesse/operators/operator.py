@@ -100,7 +100,7 @@ class CurvatureOperator(SymmetricOperator):
             batch_mode,
             reduction,
             verify,
-            Budget.of(memory),
+            Budget.of(memory, batches.device),
             compile,
         )
         self._set_up()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dag_hesse._structure import Structure
@@ -29,6 +30,7 @@ def plan(
     batch_mode: str = "shared",
     probes: int = 32,
     memory: int | None = None,
+    device: torch.device | None = None,
 ) -> Plan:
     """Choose methods, sources and probe chunks.
 
@@ -41,6 +43,7 @@ def plan(
         batch_mode: meaning of the batch axis.
         probes: Rademacher probes per source.
         memory: bytes that the call may use, half of them for sweeps and results; None: what is free.
+        device: where that is asked; None: in main memory.
 
     Raises:
         OptionError: unknown mode or batch mode, or no count of probes or bytes.
@@ -51,7 +54,7 @@ def plan(
     choose("batch_mode", batch_mode, BATCH_MODES)
     counts = [1] * len(structures) if counts is None else counts
     probes = integer("probes", probes, 1)
-    budget = Budget.of(memory).sweeps
+    budget = Budget.of(memory, device).sweeps
     task = Task(structures, counts, mode, batch_mode, probes, budget)
     _check_separable(task)
     route = _chosen_route(task)

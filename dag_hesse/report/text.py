@@ -55,6 +55,8 @@ def facts(report: CurvatureReport) -> list[str]:
         lines.append(f"loss: {f['reduction']}")
     if f["opaque"]:
         lines.append(f"opaque ops (differentiated by autograd, exact): {', '.join(f['opaque'])}")
+    if f.get("precision"):
+        lines.append(f"precision: {f['precision']}")
     lines += [f"left out: kernel {which}" for which in f.get("kernels that failed", ())]
     lines += [f"batch axis lost at {where}" for where in f.get("lost", ())]
     return lines

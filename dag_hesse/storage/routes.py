@@ -23,7 +23,7 @@ def drafted(source: Source, wanted: Wanted, gn_alone: bool) -> Draft:
         return _gram(source)
     if wanted.error == 0.0 or all(small(d, START) for d in dims):
         return _exact(source)
-    room = available_memory() // 3
+    room = available_memory(source.problem.device) // 3
     if wanted.memory is not None:
         room = min(room, 2 * wanted.memory)  # trimming comes after
     most = room // (source.groups * sum(dims) * source.dtype.itemsize)
@@ -42,7 +42,9 @@ def _columns(source: Source) -> tuple[int, int]:
 
 def _gram_fits(source: Source, wanted: Wanted) -> bool:
     problem, (_, rows) = source.problem, _columns(source)
-    room = available_memory() // 4 if wanted.memory is None else min(available_memory() // 4, 2 * wanted.memory)
+    room = available_memory(problem.device) // 4
+    if wanted.memory is not None:
+        room = min(room, 2 * wanted.memory)
     held = rows * sum(source.dims) * source.dtype.itemsize
     return problem.with_out and can_gram(problem.graphs) and rows <= _ROWS and held <= room
 

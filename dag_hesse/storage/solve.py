@@ -41,8 +41,9 @@ def _factors(matrix: BlockMatrix, shift: float) -> dict[Pair, Tensor] | None:
     ranks = [cores.rank(v) for v in range(count)]
     left = {(w, v): x.mT.double() for (v, w), x in cores.cores.items()}
     first = [min((j for j in range(i + 1) if (i, j) in left), default=i) for i in range(count)]
-    if 16 * cores.groups * sum(ranks[i] * sum(ranks[first[i] : i + 1]) for i in range(count)) > available_memory() // 2:
-        return None  # a row fills from its first block to the diagonal
+    filled = sum(ranks[i] * sum(ranks[first[i] : i + 1]) for i in range(count))  # a row, from its first block on
+    if 16 * cores.groups * filled > available_memory(matrix.device) // 2:
+        return None
     for i, rank in enumerate(ranks):
         eye = torch.eye(rank, dtype=torch.float64, device=matrix.device)
         left[i, i] = left.get((i, i), torch.zeros_like(eye).expand(cores.groups, -1, -1)) + shift * eye

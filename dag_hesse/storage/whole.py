@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def dense_of(matrix: BlockMatrix) -> Tensor:
     """As :meth:`dag_hesse.BlockMatrix.to_dense`."""
     rows, points = matrix.shape[0], range(len(matrix.names))
-    need, budget = rows**2 * matrix.dtype.itemsize, available_memory() // 2
+    need, budget = rows**2 * matrix.dtype.itemsize, available_memory(matrix.device) // 2
     if need > budget:
         raise MemoryBudgetError(
             f"to_dense() of {rows} rows needs {need / 2**30:.1f} GiB and {budget / 2**30:.1f} GiB may be used: "

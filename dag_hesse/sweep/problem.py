@@ -75,7 +75,7 @@ class Problem:
             tensor_part=tensor_part,
             with_out=with_out,
             again=again,
-            budget=Budget.of(memory),
+            budget=Budget.of(memory, batches.device),
             compiled=compiled,
         )
         self._runner = Runner(meaning, self._kept, chunk)

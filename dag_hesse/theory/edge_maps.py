@@ -67,7 +67,7 @@ def edge_maps(scene: Scene) -> EdgeMaps:
     """
     graph, dims = point_graph(scene.graph), tuple(point.dim for point in scene.points)
     need = 8 * scene.problem.groups * sum(dims[v] * dims[u] for v, u in graph.edges)
-    if need > available_memory() // 4:
+    if need > available_memory(scene.problem.device) // 4:
         raise MemoryBudgetError(
             f"the Jacobians of {len(graph.edges)} edges need {need / 2**30:.1f} GiB: take fewer samples, or points of "
             "fewer dimensions."

@@ -126,7 +126,7 @@ def interaction_ranks(
 
 def _check_room(scene: Scene, dims: list[int], samples: int) -> None:
     need = 4 * samples * max(dims) * sum(dims) * scene.problem.dtype.itemsize
-    if need > available_memory() // 2:
+    if need > available_memory(scene.problem.device) // 2:
         raise MemoryBudgetError(
             f"the blocks of one point need {need / 2**30:.1f} GiB: take fewer samples, or points of fewer dimensions."
         )
