@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from dag_hesse._capture.losses import Loss
 from dag_hesse.errors import OptionError, integer
 from dag_hesse.operators import HessianOperator
-from dag_hesse.operators.operator import CurvatureOperator
-from dag_hesse.sweep import pullback
-from dag_hesse.sweep.embed import joined
 from dag_hesse.theory.text import table
 
 Array = NDArray[np.float64]
@@ -119,7 +116,7 @@ def negative_curvature(
     values, vectors, mass, complete = _lowest(hessian, k, seed)
     columns = torch.from_numpy(vectors).to(dtype=hessian.dtype, device=hessian.device)
     gn, tensor = (part.double() for part in (hessian.parts(columns) if columns.numel() else (columns, columns)))
-    columns, slope = columns.double(), gradient(hessian).double() @ columns.double()
+    columns, slope = columns.double(), hessian.gradient.double() @ columns.double()
     signs = torch.where(slope > 0, -1.0, 1.0).double()
     left = gn + tensor - columns * torch.from_numpy(values).to(columns)
     return NegativeCurvature(
@@ -160,19 +157,3 @@ def _lowest(hessian: HessianOperator, k: int, seed: int) -> tuple[Array, Array, 
     mass = float(np.abs(values[negative]).sum())
     every = complete or bool((~negative).any())  # the next one up was found, and it is not negative
     return values[negative][:k], vectors[:, negative][:, :k], mass, every
-
-
-def gradient(operator: CurvatureOperator) -> Tensor:
-    """∇L over an operator's vector, (n,): the adjoint pass from the loss."""
-    problem = operator._problem
-    total = [torch.zeros(size, dtype=operator.dtype, device=operator.device) for size in operator.form.sizes]
-    for entry, lin in problem.linearizations():
-        graph = entry.graph
-        one = torch.ones(1, *graph.nodes[graph.loss].shape, dtype=graph.nodes[graph.loss].dtype, device=operator.device)
-        sites = {site for point in entry.points for site in point.sites}
-        found = pullback(lin, {graph.loss: one}, sites, problem.embedding)
-        for place, k in enumerate(operator._order):
-            if k is not None:
-                vector = joined(graph, entry.points[k], found, one, problem.embedding)
-                total[place] += entry.scale * vector.reshape(-1).to(operator.dtype)
-    return torch.cat(total)

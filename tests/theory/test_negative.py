@@ -124,7 +124,7 @@ def test_gradient_over_several_batches(space: str) -> None:
     model, (x, y) = residual(), batch(samples=5)
     names = {"parameter": ["0.linear.weight", "2.bias"], "activation": ["0.linear", "0"]}[space]
     split = [(x[:2], y[:2]), (x[2:], y[2:])]
-    found = module.gradient(dh.HessianOperator(model, split, space=space, points=names))
+    found = dh.HessianOperator(model, split, space=space, points=names).gradient
     if space == "parameter":
         leaves = [model.get_parameter(name) for name in names]
         expected = torch.autograd.grad(F.cross_entropy(model(x), y), leaves)
