@@ -324,7 +324,7 @@ def test_ctrl_c_leaves_nothing_half_written(here: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "dag_hesse.cli",
+        "dag_hesse",
         "analyze",
         "specs_for_test:slow",
         "--mode",
