@@ -84,7 +84,7 @@ def _attention(qkv: Any, heads: int, causal: bool) -> Any:
 def _chain(p: Parameters, x: Any) -> Any:
     import jax
 
-    layers = [name.removesuffix(".weight") for name in p if name.endswith(".weight")]
+    layers = sorted((name.removesuffix(".weight") for name in p if name.endswith(".weight")), key=int)
     for layer in layers[:-1]:
         x = jax.nn.silu(_linear(p, layer, x))
     return _linear(p, layers[-1], x)
