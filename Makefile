@@ -7,7 +7,7 @@ WORKERS ?= 2
 # One thread per test process: the models are small, and the processes share the cores.
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
 
-.PHONY: demo test fuzz lint bench experiments peers clean
+.PHONY: demo test fuzz lint bench experiments peers site serve clean
 
 demo: $(VENV)/demo
 	$(RUN) -m dag_hesse.experiments digits --out demo-report
@@ -33,6 +33,13 @@ bench: peers
 experiments: $(VENV)/demo
 	$(RUN) -m dag_hesse.experiments attention
 
+# The documentation, as pages in site/; `make serve` shows them while they are edited.
+site: $(VENV)/docs
+	$(RUN) -m mkdocs build --strict
+
+serve: $(VENV)/docs
+	$(RUN) -m mkdocs serve
+
 # torch is taken from the machine where it has one (the environment sees the system's packages), else pinned.
 $(VENV)/bin/python:
 	$(PYTHON) -m venv --system-site-packages $(VENV)
@@ -48,9 +55,13 @@ $(VENV)/test: pyproject.toml setup.py csrc/reachability.cpp bench/peers.txt | $(
 	$(RUN) -m pip install --quiet --no-deps --requirement bench/peers.txt
 	touch $@
 
+$(VENV)/docs: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26"
+	touch $@
+
 # What the benchmark compares with: the test environment has all but JAX.
 peers: $(VENV)/test
 	$(RUN) -m pip install --quiet jax
 
 clean:
-	rm -rf $(VENV) build *.egg-info dag_hesse/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build site *.egg-info dag_hesse/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
