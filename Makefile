@@ -55,8 +55,8 @@ $(VENV)/test: pyproject.toml setup.py csrc/reachability.cpp bench/peers.txt | $(
 	$(RUN) -m pip install --quiet --no-deps --requirement bench/peers.txt
 	touch $@
 
-$(VENV)/docs: pyproject.toml | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26"
+$(VENV)/docs: pyproject.toml setup.py csrc/reachability.cpp | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 # What the benchmark compares with: the test environment has all but JAX.
