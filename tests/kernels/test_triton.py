@@ -47,7 +47,9 @@ def run(*arguments: str, **environment: str) -> str:
 
 def test_kernels_agree_with_their_reference() -> None:
     conformance = "tests/kernels/test_conformance.py"
-    run("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", conformance, "-k", "agree", TRITON_INTERPRET="1")
+    run(
+        "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", conformance, "-k", "always or half", TRITON_INTERPRET="1"
+    )
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 1e-5)])
