@@ -29,6 +29,7 @@ from dag_hesse.report import CurvatureReport
 from dag_hesse.report.blocks import BlockReader
 from dag_hesse.report.progress import check_progress, shown
 from dag_hesse.sweep import VERIFY, Problem, capture_anew, prove_all
+from dag_hesse.sweep.replay import refused
 
 
 def analyze(
@@ -198,6 +199,7 @@ def _facts(
         "opaque": sorted({node.op for node in problem.entries[0].graph.opaque}),
         "lost": list(problem.entries[0].graph.lost),
         "kernels that failed": failures(),
+        "not recorded": sorted(refused),
         "compiled": problem.compiled,
         "precision": precision(problem.device, problem.dtype),
         "sweeps": problem.sweeps + chosen.gram_columns,

@@ -6,9 +6,8 @@ of leaves are arguments, so another linearization of the same graph runs the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +17,13 @@ from dag_hesse.ir import CurvatureGraph, Kind, Node
 from dag_hesse.kernels.arena import SYSTEM, Arena
 from dag_hesse.rules.region import Region
 from dag_hesse.rules.table import evaluate, rule_for
-from dag_hesse.sweep import engine
-from dag_hesse.sweep.embed import reader
 from dag_hesse.sweep.emit import split, traced
 from dag_hesse.sweep.engine import Adjoint
+from dag_hesse.sweep.form import Form, by_engine, disagreement
 from dag_hesse.sweep.linearize import Linearization, check_guard, check_loss, leaf_values
 
 Run = Callable[..., Sequence[Tensor]]
 _CHOICES = {"aten.where.self", "aten.masked_fill.Scalar", "aten.masked_fill.Tensor"}  # by a mask that is given
-
-
-class Form(NamedTuple):
-    """What a program is made for.
-
-    ``seeds`` are nodes and shapes; ``parts`` is None where adjoints are seeded (a pullback); adjoints are read as
-    vectors of an ``embedding``, or whole.
-    """
-
-    seeds: tuple[tuple[int, tuple[int, ...]], ...]
-    reads: frozenset[int]
-    parts: str | None
-    embedding: str | None
 
 
 @dataclass
@@ -118,7 +103,7 @@ class Compiled:
             sample = None if self.sample is None else leaves[-1]
             values = dict(zip(self.nodes, leaves, strict=False))
             lin = self._linearized(values, sample)
-            found = _by_engine(lin, form, dict(zip((k for k, _ in form.seeds), seeds, strict=True)))
+            found = by_engine(lin, form, dict(zip((k for k, _ in form.seeds), seeds, strict=True)))
             results[:] = [(k, x.gn, x.tensor) for k, x in found.items()]
             return [lin.loss, *(x.data for x in found.values())]
 
@@ -148,27 +133,14 @@ class Compiled:
         _, *kept = program.prepare(*self._inputs)
         found = _run(program, kept, self._inputs, seeds)
         lin = self._linearized(dict(zip(self.nodes, self.leaves, strict=True)), self.sample)
-        expected = _by_engine(lin, form, dict(zip((k for k, _ in form.seeds), seeds, strict=True)))
-        largest = max((float(one.data.norm()) for one in expected.values()), default=0.0)
-        for k, one in expected.items():
-            off, size, node = float((found[k].data - one.data).norm()), float(one.data.norm()), self.graph.nodes[k]
-            tolerance = torch.finfo(one.data.dtype).eps ** 0.5
-            if not off <= tolerance * max(size, tolerance * largest):
-                raise CompileError(
-                    f"the compiled product is off by {off / max(size, 1e-300):.1e} at {node.name or node.where}, held "
-                    "against the product without a compiler: leave compile=True out."
-                )
-
-
-AnyLinearization = Linearization | Compiled
-
-
-def _by_engine(lin: Linearization, form: Form, seeds: Mapping[int, Tensor]) -> dict[int, Adjoint]:
-    read = engine.whole if form.embedding is None else reader(lin.graph, form.embedding)
-    if form.parts is not None:
-        return engine.sweep(lin, seeds, form.reads, form.parts, read)
-    found = engine.pullback(lin, seeds, form.reads, read)
-    return {k: Adjoint(x, gn=True, tensor=False) for k, x in found.items()}
+        expected = by_engine(lin, form, dict(zip((k for k, _ in form.seeds), seeds, strict=True)))
+        wrong = disagreement(found, expected)
+        if wrong is not None:
+            node = self.graph.nodes[wrong[0]]
+            raise CompileError(
+                f"the compiled product is off by {wrong[1]:.1e} at {node.name or node.where}, held against the product "
+                "without a compiler: leave compile=True out."
+            )
 
 
 def _run(
@@ -253,33 +225,3 @@ def _origins(graph: CurvatureGraph, nodes: Set[int]) -> set[int]:
         if node.index in found:
             found.update(node.inputs)
     return found
-
-
-def sweep(
-    lin: AnyLinearization,
-    seeds: Mapping[int, Tensor],
-    reads: Iterable[int],
-    parts: str,
-    embedding: str | None = None,
-) -> dict[int, Adjoint]:
-    """As :func:`dag_hesse.sweep.engine.sweep`, by a program where ``lin`` is compiled.
-
-    ``embedding``: what vectors adjoints are read as (:mod:`dag_hesse.sweep.embed`); None: as they are.
-    """
-    return _answer(lin, Form(_shapes(seeds), frozenset(reads), parts, embedding), seeds)
-
-
-def pullback(
-    lin: AnyLinearization, given: Mapping[int, Tensor], reads: Iterable[int], embedding: str | None = None
-) -> dict[int, Tensor]:
-    """As :func:`dag_hesse.sweep.engine.pullback`, by a program where ``lin`` is compiled."""
-    found = _answer(lin, Form(_shapes(given), frozenset(reads), None, embedding), given)
-    return {k: adjoint.data for k, adjoint in found.items()}
-
-
-def _answer(lin: AnyLinearization, form: Form, seeds: Mapping[int, Tensor]) -> dict[int, Adjoint]:
-    return lin.run(form, seeds) if isinstance(lin, Compiled) else _by_engine(lin, form, seeds)
-
-
-def _shapes(seeds: Mapping[int, Tensor]) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    return tuple((k, tuple(x.shape)) for k, x in seeds.items())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dag_hesse.sweep.compiled import pullback
 from dag_hesse.sweep.embed import joined
 from dag_hesse.sweep.kept import Linearizations
 from dag_hesse.sweep.meaning import Meaning
+from dag_hesse.sweep.product import pullback
 
 
 def gradient(meaning: Meaning, kept: Linearizations) -> list[Tensor]:

@@ -16,9 +16,11 @@ from dag_hesse.kernels.arena import Pool
 from dag_hesse.plan.fusion import fuse
 from dag_hesse.plan.memory import linearization_bytes
 from dag_hesse.randomness import RandomState, preserved
-from dag_hesse.sweep.compiled import AnyLinearization, Compiled, Programs
+from dag_hesse.sweep.compiled import Compiled, Programs
 from dag_hesse.sweep.linearize import Linearization, leaf_values
 from dag_hesse.sweep.meaning import Entry
+from dag_hesse.sweep.product import AnyLinearization
+from dag_hesse.sweep.replay import Replayed
 
 
 class Linearizations:
@@ -124,7 +126,8 @@ class Linearizations:
             made = Programs(entry.graph, self._sites(entry), self.tensor_part)
             programs = self._programs.setdefault(id(entry.graph), made)
             return Compiled(programs, self.model, batch.tensors, entry.sample, checked)
-        return Linearization(
+        kind = Replayed if self.batches.device.type == "cuda" else Linearization
+        return kind(
             entry.graph,
             leaf_values(entry.graph, self.model, batch.tensors),
             self._sites(entry),

@@ -15,11 +15,11 @@ from dag_hesse.budget import Budget
 from dag_hesse.errors import StaleError
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.arena import Pool
-from dag_hesse.sweep.compiled import AnyLinearization
 from dag_hesse.sweep.gradient import gradient
 from dag_hesse.sweep.kept import Linearizations
 from dag_hesse.sweep.meaning import Entry, read_meaning
 from dag_hesse.sweep.parts import Parts, Request
+from dag_hesse.sweep.product import AnyLinearization
 from dag_hesse.sweep.runner import Progress, Runner
 from dag_hesse.sweep.watch import Watch
 

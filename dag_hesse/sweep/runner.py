@@ -8,11 +8,11 @@ from functools import partial
 from torch import Tensor
 
 from dag_hesse.errors import NonFiniteError, out_of_memory
-from dag_hesse.sweep.compiled import AnyLinearization, sweep
 from dag_hesse.sweep.embed import read_parts, seed
 from dag_hesse.sweep.kept import Linearizations
 from dag_hesse.sweep.meaning import Entry, Meaning
 from dag_hesse.sweep.parts import Parts, Request, in_a_row
+from dag_hesse.sweep.product import AnyLinearization, sweep
 
 Progress = Callable[[int], None]  # probes swept since the last call
 Pair = tuple[Tensor | None, Tensor | None]  # (GN, T)
