@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref
 from dag_hesse.kernels.arena import has_values
-from dag_hesse.kernels.batch_affine import sums
-from dag_hesse.kernels.elementwise import Coefficient, add_times, plus_times, times
+from dag_hesse.kernels.batch_affine import adjoint, sums, tangent
+from dag_hesse.kernels.elementwise import Coefficient
 from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Residual, Rule, Samples, Tangents
 from dag_hesse.rules.elementwise import elementwise
 
@@ -73,13 +73,9 @@ class _FixedStatistics(Linearized):
         self.mean, self.var = call.argument(3), call.argument(4)
         self.r = torch.rsqrt(self.var + self.eps)
         self.gamma = call.argument(1)
-        self.gain = self._spread((self.r * self.gamma)[None])
+        self.gain = self.r * self.gamma
         self.curved, self.arena = call.curved, call.arena
         self.lam: Tensor | None = None  # or μ; λ r is factor times that
-
-    def _spread(self, x: Tensor) -> Tensor:
-        """(probes, channels) -> a shape that broadcasts against (probes, *x)."""
-        return x.reshape(len(x), 1, -1, *(1,) * (self.x.ndim - 2))
 
     def _sums(self, g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         return sums(self.arena, g, x, mean, self.r, self.var, self.eps)
@@ -104,21 +100,10 @@ class _FixedStatistics(Linearized):
         return moved, None if share is None and turned is None else (share, turned)
 
     def _move(self, xdot: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        total: Tensor | None = None
         if scale is not None:
-            turned = scale * self.r
-            offset = -self.mean * turned if shift is None else shift - self.mean * turned
-            place = self.arena.room(self.x[None]) if len(turned) == 1 else None
-            total = torch.addcmul(self._spread(offset), self.x, self._spread(turned), out=place)
-        elif shift is not None:
-            total = self._spread(shift)
-        if xdot is None:
-            assert total is not None
-            return total.expand(len(total), *self.x.shape)
-        if total is None:
-            return times(self.arena, self.gain, xdot)
-        own = total.shape == xdot.shape  # then it is a new tensor
-        return add_times(self.arena, total, self.gain, xdot) if own else plus_times(self.arena, total, self.gain, xdot)
+            scale = scale * self.r
+            shift = -self.mean * scale if shift is None else shift - self.mean * scale
+        return tangent(self.arena, self.gain, xdot, self.x, scale, shift)
 
     def pull(
         self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
@@ -126,14 +111,9 @@ class _FixedStatistics(Linearized):
         share, turned = residual or (None, None)
         x, scale, shift = self.slots["x"], self.slots["γ"], self.slots.get("β")
         found: dict[int, Tensor] = {}
-        if x in slots and abar is not None:
-            found[x] = times(self.arena, self.gain, abar)
-        if x in slots and share is not None:
-            assert self.lam is not None
-            if abar is None:
-                found[x] = self.lam * self._spread(share)
-            else:
-                found[x][rows].addcmul_(self.lam, self._spread(share))
+        if x in slots and not (abar is None and share is None):
+            lam = None if share is None else self.lam
+            found[x] = adjoint(self.arena, self.gain, abar, lam, share, rows)
         if abar is not None and {scale, shift} & set(slots):
             of_scale, of_shift = self._sums(abar, self.x[None], self.mean)
             if turned is not None:

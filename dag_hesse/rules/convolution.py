@@ -25,7 +25,9 @@ from dag_hesse.rules.bilinear import bilinear
 
 
 def _of(c: Call) -> Geometry:
-    return geometry(c.shape(0), c.shape(1), c.value.shape, c.node.args)
+    # A GPU's kernels take either layout, and elementwise ones want one: there the model's own is kept.
+    last = not (c.value.is_cuda and c.value.is_contiguous())
+    return geometry(c.shape(0), c.shape(1), c.value.shape, c.node.args, last)
 
 
 def _kept(c: Call, slot: int, value: Tensor) -> Tensor:

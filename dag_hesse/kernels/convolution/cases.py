@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -26,10 +27,10 @@ _CALLS: tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], ...] = (
 
 def cases(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """(kernel, arguments)."""
-    for x_shape, w_shape, arguments in _CALLS:
+    for (x_shape, w_shape, arguments), lies_last in product(_CALLS, (True, False)):
         x, w = torch.randn(x_shape, dtype=dtype), torch.randn(w_shape, dtype=dtype)
         y = torch.ops.aten.convolution(x, w, None, *arguments)
-        geo = geometry(x_shape, w_shape, y.shape, (None, None, None, *arguments))
+        geo = geometry(x_shape, w_shape, y.shape, (None, None, None, *arguments), lies_last)
 
         def normal(rows: int, like: Tensor) -> Tensor:
             return torch.randn(rows, *like.shape, dtype=like.dtype)

@@ -22,7 +22,7 @@ class Geometry:
     """A convolution's sizes: input (batch, C, *S), weight (O, C/groups, *K), output (batch, O, *S').
 
     ``kernel_taps`` is, per spatial axis, the part of the kernel that meets the input; ``padding`` is what is left of
-    the padding once the others are gone.
+    the padding once the others are gone. ``last`` says whether activations lie channels last.
     """
 
     batch: int
@@ -37,6 +37,7 @@ class Geometry:
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
+    last: bool
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -81,7 +82,7 @@ class Geometry:
     @property
     def outside(self) -> torch.memory_format:
         """Memory format that all activations have in common."""
-        return CHANNELS_LAST.get(len(self.side), torch.contiguous_format)
+        return CHANNELS_LAST.get(len(self.side), torch.contiguous_format) if self.last else torch.contiguous_format
 
     def inside(self, batch: int) -> torch.memory_format:
         """Memory format that the vendor's kernels like: channels last where the weight is not the larger operand."""
@@ -111,7 +112,7 @@ def _live(size: int, out: int, kernel: int, stride: int, padding: int, dilation:
 
 @cache
 def _geometry(x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...], *rest: object) -> Geometry:
-    stride, padding, dilation, transposed, output_padding, groups = rest
+    stride, padding, dilation, transposed, output_padding, groups, last = rest
     dims = len(w) - 2
     wide = [tuple(v) * (dims // len(v)) for v in (stride, padding, dilation, output_padding)]  # type: ignore[arg-type]
     taps = [(slice(0, k), p) for k, p in zip(w[2:], wide[1], strict=True)]
@@ -131,12 +132,16 @@ def _geometry(x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...], *rest:
         bool(transposed),
         wide[3],
         int(groups),  # type: ignore
+        bool(last),
     )
 
 
-def geometry(x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...], arguments: tuple[object, ...]) -> Geometry:
+def geometry(
+    x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...], arguments: tuple[object, ...], last: bool = True
+) -> Geometry:
     """The geometry of a call of ``aten.convolution`` with these shapes of input, weight and output."""
-    return _geometry(tuple(x), tuple(w), tuple(y), *(tuple(a) if isinstance(a, list) else a for a in arguments[3:9]))
+    rest = [tuple(a) if isinstance(a, list) else a for a in arguments[3:9]]
+    return _geometry(tuple(x), tuple(w), tuple(y), *rest, last)
 
 
 def crop(geo: Geometry, w: Tensor) -> Tensor:

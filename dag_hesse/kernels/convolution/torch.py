@@ -1,7 +1,7 @@
 """By the vendor's convolutions and by matrix products: the shapes decide.
 
-Activations lie channels last, so that matrix products and elementwise ops need no copies; where the weight is the
-larger operand, the vendor's kernels get them otherwise.
+On a CPU activations lie channels last, so that matrix products and elementwise ops need no copies; where the weight is
+the larger operand, the vendor's kernels get them otherwise.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """By one generated Triton kernel a node: both channels and all probes, each coefficient loaded once.
 
 What is computed is sums of products Σ c ∘ x, one a result: x has rows, c is shared by them; second-order terms go to
-the rows of their channel alone. Inputs that are broadcast are left to PyTorch.
+the rows of their channel alone. Both may be :class:`Spread` from a number per image channel; other inputs that are
+broadcast are left to PyTorch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,15 @@ from dag_hesse.kernels.elementwise.coefficients import Coefficient, Gate
 from dag_hesse.kernels.generated import DTYPES, HEAD, available, computed, home, launch, load, number
 
 Seconds = Mapping[tuple[int, int], Coefficient]
+_DIVIDED = 31  # bits of what is divided by a multiplication
+_PLACE: dict[Any, str] = {"tensor": "at", "gate": "at", "spread": "channel"}
+
+
+class Spread(NamedTuple):
+    """A number per image channel, (channels) or (rows, channels), for each of ``inner`` elements beside each other."""
+
+    value: Tensor
+    inner: int
 
 
 class Term(NamedTuple):
@@ -29,24 +39,38 @@ class Term(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What a kernel is generated from: per coefficient a number, "tensor" or "gate"; per result its terms."""
+    """What a kernel is generated from.
+
+    ``coefficients`` are numbers, "tensor", "gate" or "spread"; ``operands`` "tensor" or "spread"; ``results`` terms.
+    """
 
     coefficients: tuple[float | str, ...]
     results: tuple[tuple[Term, ...], ...]
-    operands: int
+    operands: tuple[str, ...]
     dtype: str
 
 
-class _Sums:
-    """Collects terms, every coefficient and operand once."""
+def _kind(x: Coefficient | Spread) -> float | str:
+    return x if isinstance(x, float) else {Gate: "gate", Spread: "spread"}.get(type(x), "tensor")
 
-    def __init__(self) -> None:
-        self.coefficients: list[Coefficient] = []
-        self.operands: list[Tensor] = []
+
+def _tensor(x: Coefficient | Spread) -> Tensor:
+    assert not isinstance(x, float)
+    return x if isinstance(x, Tensor) else x.value
+
+
+class Sums:
+    """Collects terms, every coefficient and operand once; results have rows like ``like``."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.coefficients: list[Coefficient | Spread] = []
+        self.operands: list[Tensor | Spread] = []
         self.of_channel: list[bool] = []
         self.results: list[tuple[Term, ...]] = []
 
-    def term(self, c: Coefficient, x: Tensor, channel: bool = False) -> Term:
+    def term(self, c: Coefficient | Spread, x: Tensor | Spread, channel: bool = False) -> Term:
+        """Of a result that is added to ``results``."""
         known = zip(self.operands, self.of_channel, strict=True)  # one tensor may be met in both ways
         place = next((k for k, (y, of) in enumerate(known) if y is x and of == channel), len(self.operands))
         if place == len(self.operands):
@@ -54,8 +78,8 @@ class _Sums:
             self.of_channel.append(channel)
         return Term(self._coefficient(c), place, channel)
 
-    def _coefficient(self, c: Coefficient) -> int:
-        c = c if isinstance(c, (Gate, Tensor)) else float(c)
+    def _coefficient(self, c: Coefficient | Spread) -> int:
+        c = c if isinstance(c, (Gate, Tensor, Spread)) else float(c)
         for k, other in enumerate(self.coefficients):
             if c is other or (isinstance(c, float) and isinstance(other, float) and c == other):
                 return k
@@ -63,48 +87,70 @@ class _Sums:
         return len(self.coefficients) - 1
 
     def run(self, count: int, rows: slice) -> list[Tensor]:
-        """Results of ``count`` rows each."""
-        like = self.operands[0]
-        whole = [torch.empty_strided((count, *like.shape[1:]), _strides(like), dtype=like.dtype, device=like.device)
-                 for _ in self.results]  # fmt: skip
-        kinds = tuple(
-            c if isinstance(c, float) else "gate" if isinstance(c, Gate) else "tensor" for c in self.coefficients
-        )
-        form = Form(kinds, tuple(self.results), len(self.operands), computed(like.dtype))
-        tensors = [c.value if isinstance(c, Gate) else c for c in self.coefficients if not isinstance(c, float)]
+        """Results of ``count`` rows each; ``rows`` are those of the channel."""
+        like = self.like
+        whole = [torch.empty_strided((count, *like.shape), (like.numel(), *like.stride()), dtype=like.dtype,
+                                     device=like.device) for _ in self.results]  # fmt: skip
+        kinds = tuple("spread" if isinstance(x, Spread) else "tensor" for x in self.operands)
+        form = Form(tuple(map(_kind, self.coefficients)), tuple(self.results), kinds, computed(like.dtype))
         first, stop, _ = rows.indices(count)
-        size = like[0].numel()
-        strides = [x.stride(0) for x in self.operands]
-        given = (*tensors, *self.operands, *whole, size, first, stop, *strides)
-        launch(compiled(form), size, like.device, *given, ROWS=count)
+        operands = [_tensor(x) for x in self.operands]
+        tensors = [_tensor(c) for c in self.coefficients if not isinstance(c, float)]
+        strides = [x.stride(0) for x in operands]
+        given = (*tensors, *operands, *whole, like.numel(), first, stop, *strides, *self._channels())
+        launch(compiled(form), like.numel(), like.device, *given, ROWS=count)
         return whole
 
+    def _channels(self) -> list[int]:
+        """What an element's channel is found by, where one is asked for."""
+        spread = next((x for x in (*self.coefficients, *self.operands) if isinstance(x, Spread)), None)
+        if spread is None:
+            return []
+        channels = spread.value.shape[-1]
+        return [*divisor(spread.inner), *divisor(channels), channels]
 
-def _strides(like: Tensor) -> tuple[int, ...]:
-    """Of rows that lie as those of ``like``, one behind the other."""
-    return (like[0].numel(), *like.stride()[1:])
+
+def divisor(by: int) -> tuple[int, int]:
+    """(factor, shift): n // by is n · factor >> shift for all n below 2³¹ (Granlund and Montgomery, 1994).
+
+    Example:
+        >>> factor, shift = divisor(49)
+        >>> all(n * factor >> shift == n // 49 for n in (0, 48, 49, 2**31 - 1))
+        True
+    """
+    shift = _DIVIDED + (by - 1).bit_length()
+    return -(-(1 << shift) // by), shift
 
 
 @cache
 def compiled(form: Form) -> Any:
-    """``kernel[grid](*coefficients, *operands, *results, size, first, stop, *row strides, ROWS=…, BLOCK=…)``."""
+    """``kernel[grid](*coefficients, *operands, *results, size, first, stop, *row strides, …, ROWS=…, BLOCK=…)``.
+
+    Where a coefficient or an operand is spread, the divisors of its axes come next, and the number of channels.
+    """
     return load(source(form), "kernel")
 
 
 def source(form: Form) -> str:
     """Triton code of sums of products."""
     tensors = [k for k, kind in enumerate(form.coefficients) if isinstance(kind, str)]
-    places, outs = range(form.operands), range(len(form.results))
+    places, outs = range(len(form.operands)), range(len(form.results))
+    spread = "spread" in (*form.coefficients, *form.operands)
     names = [f"c{k}" for k in tensors] + [f"x{k}" for k in places] + [f"y{k}" for k in outs]
-    names += ["size", "first", "stop"] + [f"s{k}" for k in places] + ["ROWS: tl.constexpr", "BLOCK: tl.constexpr"]
+    names += ["size", "first", "stop"] + [f"s{k}" for k in places]
+    names += ["inner_factor", "inner_shift", "factor", "shift", "channels"] if spread else []
+    names += ["ROWS: tl.constexpr", "BLOCK: tl.constexpr"]
     lines = [
         f"def kernel({', '.join(names)}):",
         f"    T: tl.constexpr = {form.dtype}",
         "    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)",
         "    mask = at < size",
     ]
+    if spread:
+        lines.append("    outer = (at * inner_factor) >> inner_shift")
+        lines.append("    channel = outer - ((outer * factor) >> shift) * channels")
     for k in tensors:
-        loaded = f"tl.load(c{k} + at, mask=mask, other=0.0)"
+        loaded = f"tl.load(c{k} + {_PLACE[form.coefficients[k]]}, mask=mask, other=0.0)"
         lines.append(f"    k{k} = ({loaded}{' > 0' if form.coefficients[k] == 'gate' else ''}).to(T)")
     lines += [
         "    for probe in range(ROWS):",
@@ -114,7 +160,9 @@ def source(form: Form) -> str:
     of_channel = {term.operand for terms in form.results for term in terms if term.channel}
     for k in places:
         row, mask = ("(row - first)", "inside") if k in of_channel else ("row", "mask")
-        lines.append(f"        v{k} = tl.load(x{k} + {row} * s{k} + at, mask={mask}, other=0.0).to(T)")
+        lines.append(
+            f"        v{k} = tl.load(x{k} + {row} * s{k} + {_PLACE[form.operands[k]]}, mask={mask}, other=0.0).to(T)"
+        )
     for n, terms in enumerate(form.results):
         total = " + ".join(_product(form, term) for term in terms)
         lines.append(f"        tl.store(y{n} + row * size + at, {total}, mask=mask)")
@@ -156,9 +204,10 @@ def refuse_tangent(
 def tangent(
     arena: Arena, partials: Sequence[Coefficient | None], tangents: Mapping[int, Tensor], shape: Sequence[int]
 ) -> Tensor:
-    sums = _Sums()
+    lead = next(iter(tangents.values()))
+    sums = Sums(lead[0])
     sums.results.append(tuple(sums.term(c, x) for slot, x in tangents.items() if (c := partials[slot]) is not None))
-    return sums.run(len(next(iter(tangents.values()))), slice(None))[0]
+    return sums.run(len(lead), slice(None))[0]
 
 
 def refuse_adjoints(
@@ -189,7 +238,8 @@ def adjoints(
     shapes: Mapping[int, Sequence[int]],
     out_shape: Sequence[int],
 ) -> dict[int, Tensor]:
-    sums, slots = _Sums(), list[int]()
+    lead = abar if abar is not None else next(iter(tangents.values()))
+    sums, slots = Sums(lead[0]), list[int]()
     for slot in shapes:
         c = first[slot]
         terms = [] if abar is None or c is None else [sums.term(c, abar)]
@@ -197,8 +247,19 @@ def adjoints(
         if terms:
             sums.results.append(tuple(terms))
             slots.append(slot)
-    count = len(abar) if abar is not None else len(next(iter(tangents.values())))
-    return dict(zip(slots, sums.run(count, rows if abar is not None else slice(None)), strict=True)) if slots else {}
+    return (
+        dict(zip(slots, sums.run(len(lead), rows if abar is not None else slice(None)), strict=True)) if slots else {}
+    )
 
 
-__all__ = ["adjoints", "compiled", "refuse_adjoints", "refuse_tangent", "source", "tangent"]
+__all__ = [
+    "Spread",
+    "Sums",
+    "adjoints",
+    "compiled",
+    "divisor",
+    "refuse_adjoints",
+    "refuse_tangent",
+    "source",
+    "tangent",
+]
