@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench.kernels import activation
-from dag_hesse.kernels import attention, elementwise, probe, program, rowwise
+from dag_hesse.kernels import attention, batch_affine, elementwise, probe, program, rowwise
 from dag_hesse.kernels.elementwise.triton import Form, Term
 
 ARCHITECTURES = (80, 90)
@@ -31,6 +31,7 @@ class Configuration:
     types: tuple[str, ...] = ALL
     pointers: Mapping[str, str] = field(default_factory=dict)  # those that are of another type
     short: tuple[str, ...] = ()  # integers of 32 bits
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 def _activation(name: str) -> Configuration:
@@ -42,8 +43,8 @@ def _activation(name: str) -> Configuration:
     return Configuration(kernel, lambda dtype: {"BLOCK": 1024}, ("n0",))
 
 
-def _sums(coefficients: Any, results: Any, operands: int) -> Configuration:
-    """Products of a node of one input, of a sum of two, and of a product of two."""
+def _sums(coefficients: Any, results: Any, *operands: str) -> Configuration:
+    """Products of a node of one input, of a sum of two, of a product of two, and of BatchNorm."""
 
     def kernel(dtype: str) -> Any:
         return elementwise.triton.compiled(Form(coefficients, results, operands, dtype))
@@ -77,19 +78,20 @@ def _probes(parts: int, *types: str) -> Configuration:
     return Configuration(lambda dtype: probe.triton.compiled(parts), used, ("key", "first", "groups"), types)
 
 
-def _attention(kind: str, width: int, wants: tuple[int, ...] = ()) -> Configuration:
+def _attention(arch: int, kind: str, width: int, wants: tuple[int, ...] = ()) -> Configuration:
     """Causal attention, all of whose operands move: the most that a kernel has to do."""
     met = kind in ("queries", "keys")
     form = attention.forms.Form(
         kind, 0.125, 1.0, ("bias",), True, () if kind == "rows" else (0, 1, 2), met, met, wants, (), "tl.float32", False
     )
-    tile, kernel = attention.forms.TILES[width][kind], attention.tiles.compiled(form)
+    tile, kernel = attention.forms.TILES[arch // 10][width][kind], attention.tiles.compiled(form)
     dense = {n: 1 for n in kernel.arg_names if n.endswith("_j")}  # strides of what lies side by side
     constants = {"M": tile.queries, "N": tile.keys, "D": width, "E": width, "num_warps": tile.warps, "num_stages": 1}
     return Configuration(
         lambda dtype: kernel, lambda dtype: constants | dense, types=("bf16",),
         pointers={"p_lse": "fp32", "p_from": "i32", "p_to": "i32"},
         short=("matrices", "heads", "queries", "keys", "width", "values", *(n for n in kernel.arg_names if n.endswith("_i"))),
+        architectures=(arch,),
     )  # fmt: skip
 
 
@@ -109,18 +111,35 @@ ROWS: dict[str, Any] = {
 }
 CONFIGURATIONS: dict[str, Configuration] = {
     **{name: _activation(name) for name in ("gelu", "silu", "tanh", "sigmoid")},
-    "tangent": _sums(("tensor",), ((Term(0, 0, False),),), 1),
-    "tangent of a gate": _sums(("gate",), ((Term(0, 0, False),),), 1),
-    "both channels": _sums(("tensor", "tensor"), ((Term(0, 0, False), Term(1, 1, True)),), 2),
+    "tangent": _sums(("tensor",), ((Term(0, 0, False),),), "tensor"),
+    "tangent of a gate": _sums(("gate",), ((Term(0, 0, False),),), "tensor"),
+    "both channels": _sums(("tensor", "tensor"), ((Term(0, 0, False), Term(1, 1, True)),), "tensor", "tensor"),
+    "tangent of BatchNorm": _sums(
+        ("spread", "tensor", 1.0),
+        ((Term(0, 0, False), Term(1, 1, False), Term(2, 2, False)),),
+        "tensor",
+        "spread",
+        "spread",
+    ),
+    "both channels of BatchNorm": _sums(
+        ("spread", "tensor"), ((Term(0, 0, False), Term(1, 1, True)),), "tensor", "spread"
+    ),
+    "sums of BatchNorm": Configuration(
+        batch_affine.triton.compiled,
+        lambda dtype: {"N": 4, "I": 256, "STEP": 16},
+        ("batch", "channels"),
+        short=("batch", "channels", "inner"),
+    ),
     "both channels of a product": _sums(
         ("tensor",) * 3,
         ((Term(0, 0, False), Term(2, 2, True)), (Term(1, 0, False), Term(2, 1, True))),
-        3,
+        *("tensor",) * 3,
     ),
     "signs": _probes(0, "fp32", "bf16"),
     "squares of two parts": _probes(2, "fp32", "bf16"),
     **{
-        f"attention, {name} of {width}": _attention(kind, width, wants)
+        f"attention, {name} of {width}, sm_{arch}": _attention(arch, kind, width, wants)
+        for arch in ARCHITECTURES
         for width, name, kind, wants in (
             (64, "log-sum-exp", "rows", ()),
             (64, "tangent", "tangent", ()),
@@ -134,7 +153,10 @@ CONFIGURATIONS: dict[str, Configuration] = {
     **{f"rowwise, {name}": _rows(*one) for name, one in ROWS.items()},
 }
 NAMES = [
-    f"{name} {kind} sm_{arch}" for name, one in CONFIGURATIONS.items() for kind in one.types for arch in ARCHITECTURES
+    f"{name} {kind} sm_{arch}"
+    for name, one in CONFIGURATIONS.items()
+    for kind in one.types
+    for arch in one.architectures
 ]
 
 
@@ -175,7 +197,7 @@ def usages() -> Iterator[tuple[str, dict[str, int]]]:
     """(name, what it uses) of every declared configuration."""
     for name, one in CONFIGURATIONS.items():
         for kind in one.types:
-            for arch in ARCHITECTURES:
+            for arch in one.architectures:
                 yield f"{name} {kind} sm_{arch}", _compile(one, kind, arch)
 
 

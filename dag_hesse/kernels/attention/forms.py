@@ -42,11 +42,23 @@ class Tile(NamedTuple):
     warps: int
 
 
-# By the wider of q and v; within registers for bf16 on sm_80 and sm_90, without pipelined loads.
-TILES: dict[int, dict[str, Tile]] = {
-    64: {"rows": Tile(64, 64, 4), "tangent": Tile(64, 32, 4), "queries": Tile(32, 32, 4), "keys": Tile(32, 32, 4)},
-    128: {"rows": Tile(64, 64, 4), "tangent": Tile(32, 32, 4), "queries": Tile(32, 32, 8), "keys": Tile(16, 32, 4)},
-}
+# By compute capability and the wider of q and v; within registers for bf16, without pipelined loads. From 9.0 on,
+# products of 64 rows and more run asynchronously.
+TILES: dict[int, dict[int, dict[str, Tile]]] = {
+    8: {
+        64: {"rows": Tile(64, 64, 4), "tangent": Tile(64, 32, 4), "queries": Tile(32, 32, 4), "keys": Tile(32, 32, 4)},
+        128: {"rows": Tile(64, 64, 4), "tangent": Tile(32, 32, 4), "queries": Tile(32, 32, 8), "keys": Tile(16, 32, 4)},
+    },
+    9: {
+        64: {
+            "rows": Tile(128, 64, 8), "tangent": Tile(128, 32, 8), "queries": Tile(64, 32, 4), "keys": Tile(32, 64, 4),
+        },
+        128: {
+            "rows": Tile(64, 64, 4), "tangent": Tile(128, 32, 8), "queries": Tile(32, 32, 8), "keys": Tile(16, 32, 4),
+        },
+    },
+}  # fmt: skip
+WIDEST = 128
 # Name -> axes of its strides (p: probes, n: matrices, i: rows, j: columns; b, h: samples and heads), rows, columns.
 MATRICES = {
     "q": ("nij", "i", "d"), "k": ("nij", "j", "d"), "v": ("nij", "j", "e"), "out": ("nij", "i", "e"),
@@ -82,4 +94,4 @@ def arguments(form: Form) -> list[str]:
     return [*pointers, *strides, "matrices", "heads", "queries", "keys", "width", "values"]
 
 
-__all__ = ["DOTS", "MATRICES", "RESULTS", "TILES", "VECTORS", "Form", "Tile", "arguments", "operands"]
+__all__ = ["DOTS", "MATRICES", "RESULTS", "TILES", "VECTORS", "WIDEST", "Form", "Tile", "arguments", "operands"]

@@ -1,7 +1,8 @@
 """Triton code of attention in tiles: what of a query's row and a key's column meets is made, used and forgotten.
 
 Letters as in the reference. ``i`` are queries, ``j`` keys; q and k have ``d`` columns, v has ``e``. A program has a
-tile of queries and goes through keys, or has a tile of keys and goes through queries; ``n`` is its matrix.
+tile of queries and goes through keys, or has a tile of keys and goes through queries; ``n`` is its matrix. Its own tile
+is the rows of everything the size of the scores: then what is added up over the others is a product as it stands.
 """
 
 from __future__ import annotations
@@ -58,12 +59,23 @@ def _load(form: Form, *names: str) -> list[str]:
     lines = []
     for name in names:
         if name in VECTORS:
-            row = "(probe * matrices + n)" if VECTORS[name] else "n"
-            lines.append(f"{name} = tl.load(p_{name} + {row} * queries + i, mask=m_i, other=0.0).to(T)[:, None]")
+            row, axes = "(probe * matrices + n)" if VECTORS[name] else "n", _axes(form)[0]
+            lines.append(f"{name} = tl.load(p_{name} + {row} * queries + i, mask=m_i, other=0.0).to(T){axes}")
         else:
             place, mask = _at(name)
             lines.append(f"{name} = tl.load({place}, mask={mask}, other=0.0){'.to(T)' if form.widened else ''}")
     return lines
+
+
+def _axes(form: Form) -> tuple[str, str]:
+    """How queries and keys lie in what has the size of the scores."""
+    return ("[None, :]", "[:, None]") if form.kind == "keys" else ("[:, None]", "[None, :]")
+
+
+def _met(form: Form, of_query: str, of_key: str, onto: str | None = None) -> str:
+    """Products of rows of queries with rows of keys."""
+    own, other = (of_key, of_query) if form.kind == "keys" else (of_query, of_key)
+    return _dot(own, f"tl.trans({other})", onto)
 
 
 def _dot(a: str, b: str, onto: str | None = None) -> str:
@@ -76,19 +88,17 @@ def _rounded(x: str) -> str:
     return f"({x}).to(k.dtype)"
 
 
-def _turned(x: str) -> str:
-    return f"tl.trans({_rounded(x)})"
-
-
-def _side(name: str) -> str:
+def _side(form: Form, name: str) -> str:
+    of_i, of_j = _axes(form)
     lead = f"n // heads * {name}_b + n % heads * {name}_h + i_0 * {name}_i + j_0 * {name}_j"
-    place = f"p_{name} + ({lead}) + (i_r[:, None] * {name}_i + j_r[None, :] * {name}_j)"
+    place = f"p_{name} + ({lead}) + (i_r{of_i} * {name}_i + j_r{of_j} * {name}_j)"
     return f"{name} = tl.load({place}, mask=m, other=0)"
 
 
 def _through(form: Form, over: str) -> list[str]:
     """The head of the loop over keys or queries, and where it is."""
     step, size = ("N", "keys") if over == "j" else ("M", "queries")
+    of_i, of_j = _axes(form)
     bounds = ["start_of = tl.load(p_from + tile)", "stop_of = tl.load(p_to + tile)"] if form.spans else []
     head = loop("start", "start_of", "stop_of", step) if form.spans else loop("start", "0", size, step)
     inside = [
@@ -97,19 +107,19 @@ def _through(form: Form, over: str) -> list[str]:
         f"{over} = start + {over}_r",
         f"m_{over} = {over} < {size}",
     ]
-    return [*bounds, head, *("    " + line for line in [*inside, "m = m_i[:, None] & m_j[None, :]"])]
+    return [*bounds, head, *("    " + line for line in [*inside, f"m = m_i{of_i} & m_j{of_j}"])]
 
 
 def _scores(form: Form) -> list[str]:
     """S, −∞ where there is none."""
-    lines = [f"s = {_dot('q', 'tl.trans(k)')} * {number(form.scale)}"]
-    lines += [_side("hidden"), "s = tl.where(hidden != 0, 0.0, s)"] if "hidden" in form.sides else []
-    lines += [_side("bias"), "s += bias.to(T)"] if "bias" in form.sides else []
+    lines = [f"s = {_met(form, 'q', 'k')} * {number(form.scale)}"]
+    lines += [_side(form, "hidden"), "s = tl.where(hidden != 0, 0.0, s)"] if "hidden" in form.sides else []
+    lines += [_side(form, "bias"), "s += bias.to(T)"] if "bias" in form.sides else []
     return [*lines, 's = tl.where(m, s, float("-inf"))']
 
 
 def _weights(form: Form) -> list[str]:
-    return [*_scores(form), "p = tl.exp(s - lse)", *([_side("drop")] if "drop" in form.sides else [])]
+    return [*_scores(form), "p = tl.exp(s - lse)", *([_side(form, "drop")] if "drop" in form.sides else [])]
 
 
 def _dropped(form: Form, x: str) -> str:
@@ -119,8 +129,8 @@ def _dropped(form: Form, x: str) -> str:
 
 def _moved(form: Form) -> list[str]:
     """Ṡ, where q or k moves."""
-    pairs = [("q_dot", "tl.trans(k)")] * (0 in form.tangents) + [("q", "tl.trans(k_dot)")] * (1 in form.tangents)
-    lines = [f"s_dot = {_dot(*pairs[0])}"] + [f"s_dot = {_dot(*pair, 's_dot')}" for pair in pairs[1:]] if pairs else []
+    pairs = [("q_dot", "k")] * (0 in form.tangents) + [("q", "k_dot")] * (1 in form.tangents)
+    lines = [f"s_dot = {_met(form, *pair, 's_dot' if k else None)}" for k, pair in enumerate(pairs)]
     lines += [f"s_dot *= {number(form.scale)}"] if pairs else []
     return lines + (["s_dot = tl.where(hidden != 0, 0.0, s_dot)"] if pairs and "hidden" in form.sides else [])
 
@@ -169,10 +179,11 @@ def _tangent(form: Form) -> list[str]:
 
 def _of_scores(form: Form) -> list[str]:
     """X, the adjoint of the scores, and Y = P ∘ C, where a tangent meets it; what is hidden has none."""
-    lines = [f"x = {_dot('abar', 'tl.trans(v)')}"] if form.first else ["x = tl.zeros([M, N], T)"]
+    size = "[N, M]" if form.kind == "keys" else "[M, N]"
+    lines = [f"x = {_met(form, 'abar', 'v')}"] if form.first else [f"x = tl.zeros({size}, T)"]
     if form.second:
-        lines += [f"c = {_dot('lam', 'tl.trans(v)')}", f"c = {_dropped(form, 'c')} - delta"]
-        lines += [f"x = {_dot('lam', 'tl.trans(v_dot)', 'x')}"] if 2 in form.tangents else []
+        lines += [f"c = {_met(form, 'lam', 'v')}", f"c = {_dropped(form, 'c')} - delta"]
+        lines += [f"x = {_met(form, 'lam', 'v_dot', 'x')}"] if 2 in form.tangents else []
     lines += [f"x = {_dropped(form, 'x')}"]
     lines += ["x -= overlap"] if form.first else []
     if form.second:
@@ -188,7 +199,7 @@ def _of_queries(form: Form) -> list[str]:
     names = ["q", "lse"] + (["abar", "out"] if form.first else [])
     if form.second:
         names += ["lam", "delta", "mu", "delta_dot"] + (["q_dot"] if 0 in form.tangents else [])
-    overlap = ["overlap = tl.sum(abar.to(T) * out.to(T), 1)[:, None]"] if form.first else []
+    overlap = [f"overlap = tl.sum(abar.to(T) * out.to(T), 1){_axes(form)[0]}"] if form.first else []
     return [*_load(form, *names), *overlap]
 
 
@@ -230,13 +241,13 @@ def _keys(form: Form) -> list[str]:
     body = [*_of_queries(form), *_weights(form), *_less_mean(form)]
     if 2 in form.wants:
         if form.first:
-            body += [f"of_v = {_dot(_turned(_dropped(form, 'p')), 'abar', 'of_v')}"]
+            body += [f"of_v = {_dot(_rounded(_dropped(form, 'p')), 'abar', 'of_v')}"]
         if form.second and {0, 1} & set(form.tangents):
-            body += [f"of_v = {_dot(_turned(_dropped(form, 'p * s_dot')), 'lam', 'of_v')}"]
+            body += [f"of_v = {_dot(_rounded(_dropped(form, 'p * s_dot')), 'lam', 'of_v')}"]
     if 1 in form.wants:
-        body += [*_of_scores(form), f"of_k = {_dot(_turned('x'), 'q', 'of_k')}"]
+        body += [*_of_scores(form), f"of_k = {_dot(_rounded('x'), 'q', 'of_k')}"]
         if form.second and 0 in form.tangents:
-            body += [f"of_k = {_dot(_turned('c'), 'q_dot', 'of_k')}"]
+            body += [f"of_k = {_dot(_rounded('c'), 'q_dot', 'of_k')}"]
     lines = [*_of_keys(form)]
     lines += ["of_k = tl.zeros([N, D], T)"] if 1 in form.wants else []
     lines += ["of_v = tl.zeros([N, E], T)"] if 2 in form.wants else []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena
-from dag_hesse.kernels.attention.forms import DOTS, MATRICES, RESULTS, TILES, Form, Tile, operands
+from dag_hesse.kernels.attention.forms import DOTS, MATRICES, RESULTS, TILES, WIDEST, Form, Tile, operands
 from dag_hesse.kernels.attention.operands import Bound, Operands, Residual
 from dag_hesse.kernels.attention.tiles import compiled
 from dag_hesse.kernels.generated import DTYPES, available, computed, home, interpreted, launch_grid
@@ -37,8 +37,8 @@ def _refuse(a: Operands, given: Sequence[Tensor]) -> str | None:
     sides = [x for x in (a.bias, a.hidden, a.drop) if x is not None]
     if any(max(x.stride()[-2:]) >= _FAR for x in (a.q, a.k, a.v, *given, *sides)):
         return "rows lie too far apart"
-    if max(a.q.shape[2], a.v.shape[2]) > max(TILES):
-        return f"heads are wider than {max(TILES)}"
+    if max(a.q.shape[2], a.v.shape[2]) > WIDEST:
+        return f"heads are wider than {WIDEST}"
     return available()
 
 
@@ -47,7 +47,8 @@ class _Call:
 
     def __init__(self, a: Operands) -> None:
         self.a, self.keys = a, a.k.shape[2]
-        self.width = 64 if max(a.q.shape[2], a.v.shape[2]) <= 64 else 128
+        self.width = 64 if max(a.q.shape[2], a.v.shape[2]) <= 64 else WIDEST
+        self.tiles = TILES[_generation(a.q.device)][self.width]
         self.sides = {n: x for n, x in (("bias", a.bias), ("hidden", a.hidden), ("drop", a.drop)) if x is not None}
         self.vectors: dict[str, Tensor] = {"lse": a.q.new_empty(a.q.shape[:2], dtype=self.accumulated)}
         self.given: dict[str, Tensor] = {"q": a.q, "k": a.k.mT, "v": a.v}
@@ -66,7 +67,7 @@ class _Call:
 
     def launch(self, form: Form, probes: int) -> None:
         """Run a kernel on ``probes`` rows of what was ``given``."""
-        tile, (count, queries, width), values = TILES[self.width][form.kind], self.a.q.shape, self.a.v.shape[2]
+        tile, (count, queries, width), values = self.tiles[form.kind], self.a.q.shape, self.a.v.shape[2]
         matrices, vectors = operands(form)
         bounds = (
             [] if self.a.spans is None else _bounds(self.a.spans, self.keys, tile, form.kind == "keys", self.a.q.device)
@@ -81,6 +82,10 @@ class _Call:
             count, self.a.lead[1], queries, self.keys, width, values,
             M=tile.queries, N=tile.keys, D=_padded(width), E=_padded(values), num_warps=tile.warps, num_stages=1,
         )  # fmt: skip
+
+
+def _generation(device: torch.device) -> int:
+    return 9 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9 else 8
 
 
 def _padded(width: int) -> int:
