@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from bench import against, analyze, blocks, gpu, hvp, kernels, memory, profile, scaling
+from bench.timing import RESULTS
 
 PLAIN = {
     "analyze": analyze.main,
@@ -22,7 +24,12 @@ def main() -> int:
     names = parser.add_subparsers(dest="name", required=True, help="which benchmark")
     for name in (*PLAIN, "hvp", "blocks"):
         names.add_parser(name)
-    names.add_parser("gpu").add_argument("--quick", action="store_true", help="two workloads only")
+    of_gpu = names.add_parser("gpu")
+    of_gpu.add_argument("--quick", action="store_true", help="one workload of each kind")
+    of_gpu.add_argument("--compiled", action="store_true", help="compiled products instead, ours and functorch's")
+    of_gpu.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    of_gpu.add_argument("--minutes", type=float, default=6, help="how long: what comes last is left out")
+    of_gpu.add_argument("--only", help="with --compiled: one workload, in this process")
     names.add_parser("against").add_argument("checkout", help="folder of another checkout, built by `make .venv/test`")
     names.choices["against"].add_argument("--bits", action="store_true", help="compare digests over the tests' models")
     for name in ("hvp", "against", "blocks"):
@@ -38,7 +45,11 @@ def main() -> int:
             if options.bits
             else against.main(options.checkout, options.workloads)
         )
-    return gpu.main(options.quick) if options.name == "gpu" else PLAIN[options.name]()
+    if options.name == "gpu":
+        if options.compiled:
+            return gpu.main_compiled(options.out, options.only)
+        return gpu.main(options.quick, options.out, options.minutes)
+    return PLAIN[options.name]()
 
 
 if __name__ == "__main__":

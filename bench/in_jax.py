@@ -26,8 +26,9 @@ def products(work: Workload, v: Mapping[str, Tensor]) -> dict[str, Callable[[], 
     x, y = jnp.asarray(work.x.numpy()), jnp.asarray(work.y.numpy())
 
     def loss(params: Parameters) -> Any:
-        scores = jax.nn.log_softmax(forward(params, x))  # classes last
-        return -jnp.take_along_axis(scores, y[..., None], -1).mean()
+        logits = forward(params, x)  # classes last
+        scores = jax.nn.log_softmax(logits.reshape(-1, logits.shape[-1]))
+        return -jnp.take_along_axis(scores, y[:, None], -1).mean()
 
     def turned(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return {name: jnp.asarray(t.detach().numpy()) for name, t in tensors.items()}

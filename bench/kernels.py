@@ -1,13 +1,18 @@
 """``python -m bench kernels``: implementations of a kernel side by side, by the share of the copy bandwidth they reach.
 
 Each is compared with the kernel's reference first. Bytes are counted: every operand is read once, every result written.
+On a GPU the time is the device's: calls are recorded and replayed, as sweeps are. There the reference is compiled by
+TorchInductor too.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +21,15 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bench.timing import interleaved, median, write_json
+from bench.timing import RESULTS, device_seconds, interleaved, median, write_json
 from dag_hesse.ir import Kind, Node, Ref
-from dag_hesse.kernels import attention, elementwise, probe, program, rowwise
+from dag_hesse.kernels import attention, batch_affine, elementwise, probe, program, rowwise
 from dag_hesse.kernels.arena import SYSTEM
 from dag_hesse.kernels.dispatch import Kernel
 from dag_hesse.rules.chain import fuse_members
 
 ROUNDS, PROBES = 9, 8
+COUNT = {"cuda": 1 << 24, "cpu": 1 << 20}  # elements
 UNITS = {"GB/s": ".0f", "of a copy": ".2f", "GFLOP/s": ".0f"}
 
 
@@ -55,12 +61,24 @@ def cases(device: torch.device, count: int) -> Iterator[Case]:
         yield Case(f"tangent{name}", elementwise.tangent, ([first], {0: tangents}, (count,)), moved)
     both = ([c], {(0, 0): h}, abar, {0: tangents}, slice(PROBES, None), {0: (count,)}, (count,))
     yield Case("adjoints of both channels", elementwise.adjoints, both, 4 * count * (2 + 5 * PROBES))
+    yield from images(x, tangents)
     drawn = (0, 0, (PROBES, 1, count), x)
     yield Case("signs", probe.signs, drawn, 4 * count * PROBES)
     yield Case("squares of two parts", probe.squares, (abar.view(2, PROBES, 1, count).unbind(),), 8 * count * PROBES)
     for length in (1 << 10, 1 << 16):
         yield from rows_of(length, x, tangents, abar)
     yield from heads_of(4096 if device.type == "cuda" else 256, device)
+
+
+def images(x: Tensor, tangents: Tensor) -> Iterator[Case]:
+    """BatchNorm of images of 32² in 64 channels."""
+    x, tangents = x.view(-1, 64, 32, 32), tangents.view(PROBES, -1, 64, 32, 32)
+    gain, mean, numbers = torch.ones(64, device=x.device), torch.zeros(64, device=x.device), tangents[:, 0, :, 0, 0]
+    numbers, size = numbers.contiguous(), 4 * x.numel()
+    moved, adjoint = (gain, tangents, x, numbers, numbers), (gain, tangents, x[None], numbers, slice(None))
+    yield Case("BatchNorm tangent", batch_affine.tangent, moved, size * (1 + 2 * PROBES))
+    yield Case("BatchNorm adjoint", batch_affine.adjoint, adjoint, size * (1 + 2 * PROBES))
+    yield Case("BatchNorm sums", batch_affine.sums, (tangents, x[None], mean, gain, gain, 0.0), size * (1 + PROBES))
 
 
 def rows_of(length: int, x: Tensor, tangents: Tensor, abar: Tensor) -> Iterator[Case]:
@@ -126,11 +144,31 @@ def activation(name: str, x: Tensor, lam: Tensor) -> program.Program:
     return program.record(code, [x, lam], x).program
 
 
-def measure(device: torch.device, count: int) -> list[dict[str, Any]]:
-    """Per case and implementation: seconds, bytes a second, and the share of a copy's."""
-    x = torch.randn(count * PROBES, device=device)
-    copy = median(interleaved({"copy": lambda: x.clone()}, ROUNDS)["copy"])
-    bandwidth, rows = 8 * x.numel() / copy, list[dict[str, Any]]()
+def seconds(runs: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    """Median of each: on a GPU, of the device's own time."""
+    if device.type == "cuda":
+        return {name: device_seconds(run) for name, run in runs.items()}
+    return {name: median(found) for name, found in interleaved(runs, ROUNDS).items()}
+
+
+def roofline(device: torch.device, count: int) -> dict[str, float]:
+    """What the device does at best: bytes a second of a copy, and FLOPs a second of matrix products."""
+    size = 8192 if device.type == "cuda" else 512
+    x, y = torch.randn(count * PROBES, device=device), torch.empty(count * PROBES, device=device)
+    found = {"copy GB/s": 8 * x.numel() / seconds({"": lambda: torch.mul(x, 2.0, out=y)}, device)[""] / 1e9}
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+        took = seconds({"": lambda a=a, b=b: a @ b}, device)[""]  # type: ignore[misc]
+        found[f"{str(dtype).removeprefix('torch.')} TFLOP/s"] = 2 * size**3 / took / 1e12
+    return found
+
+
+def measure(device: torch.device, count: int, bandwidth: float, compile_until: float | None) -> list[dict[str, Any]]:
+    """Per case and implementation: bytes a second, and the share of ``bandwidth``.
+
+    References are compiled too, until that much is shown by the monotonic clock.
+    """
+    rows = list[dict[str, Any]]()
     for case in cases(device, count):
         expected = tree_leaves(case.kernel.reference(SYSTEM, *case.arguments))
         runs: dict[str, Callable[[], Any]] = {"reference": partial(case.kernel.reference, SYSTEM, *case.arguments)}
@@ -143,23 +181,29 @@ def measure(device: torch.device, count: int) -> list[dict[str, Any]]:
             if right:
                 runs[one.name] = run
             rows += [] if right else [{"case": case.name, "implementation": one.name, "error": off}]
-        for name, found in interleaved(runs, ROUNDS).items():
-            speed = (case.flops or case.bytes) / median(found)
+        if compile_until is not None and time.monotonic() < compile_until:
+            runs["reference, torch.compile"] = torch.compile(runs["reference"], dynamic=False)
+        for name, took in seconds(runs, device).items():
+            speed = (case.flops or case.bytes) / took
             row = {"case": case.name, "implementation": name, "GFLOP/s" if case.flops else "GB/s": speed / 1e9}
             rows.append(row if case.flops else {**row, "of a copy": speed / bandwidth})
     return rows
 
 
-def main() -> int:
+def main(folder: Path = RESULTS, compile_until: float | None = math.inf) -> int:
     """Measure, print and write."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     card = torch.cuda.get_device_name().replace(" ", "-") if device.type == "cuda" else "cpu"
-    rows = measure(device, 1 << 24 if device.type == "cuda" else 1 << 20)
+    count = COUNT[device.type]
+    best = roofline(device, count)
+    rows = measure(device, count, best["copy GB/s"] * 1e9, compile_until if device.type == "cuda" else None)
     table = Table("kernel", "implementation", *UNITS, title=f"Kernels, {card}", title_justify="left")
     for row in rows:
         cells = [f"{row[unit]:{digits}}" if unit in row else "" for unit, digits in UNITS.items()]
         wrong = f"off by {row['error']:.1e}" if "error" in row else ""
         table.add_row(row["case"], row["implementation"], *([wrong, "", ""] if wrong else cells))
-    Console(width=120).print(table)
-    write_json("kernels" if device.type == "cpu" else f"gpu/{card}-kernels", {"kernels": rows})
+    console = Console(width=120)
+    console.print(", ".join(f"{what}: {value:.0f}" for what, value in best.items()))
+    console.print(table)
+    write_json("kernels" if device.type == "cpu" else f"gpu/{card}-kernels", {"best": best, "kernels": rows}, folder)
     return sum("error" in row for row in rows)

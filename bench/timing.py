@@ -34,6 +34,26 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int, warmup: int 
     return seconds
 
 
+def device_seconds(run: Callable[[], Any], rounds: int = 5, repeats: int = 5) -> float:
+    """Median of what a call takes on the GPU alone: calls are recorded one behind another, and replayed."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            run()
+    graph.replay()
+    found = []
+    for _ in range(rounds):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(stop) / repeats / 1e3)
+    return median(found)
+
+
 def median(values: list[float]) -> float:
     """The median."""
     return statistics.median(values)
@@ -63,10 +83,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_json(name: str, data: Mapping[str, Any]) -> None:
-    """Write ``data`` with the machine's facts to ``bench/results/<name>.json``."""
+def write_json(name: str, data: Mapping[str, Any], folder: Path = RESULTS) -> None:
+    """Write ``data`` with the machine's facts to ``<name>.json`` in ``bench/results``, or another folder."""
     text = json.dumps({"machine": machine(), **data}, indent=1, ensure_ascii=False)
-    write_text(RESULTS / f"{name}.json", text + "\n")
+    write_text(folder / f"{name}.json", text + "\n")
 
 
 def peak_bytes(code: str) -> int:

@@ -22,7 +22,7 @@ from dag_hesse.sweep.form import Form, by_engine, disagreement
 from dag_hesse.sweep.linearize import Linearization
 
 _LOG = logging.getLogger("dag_hesse")
-_SWITCH = "DAG_HESSE_REPLAY"  # "0" turns recording off
+SWITCH = "DAG_HESSE_REPLAY"  # "0" turns recording off
 _MOST = 32  # forms that a linearization records
 
 Results = dict[int, Adjoint]
@@ -66,7 +66,7 @@ class Replayed(Linearization):
         super().__init__(*args, **options)
         self._known: dict[Form, Recorded | None] = {}  # None: it ran once
         self._pool: Any = None
-        self._off = os.environ.get(_SWITCH) == "0"
+        self._off = os.environ.get(SWITCH) == "0"
 
     def run(self, form: Form, seeds: Mapping[int, Tensor]) -> Results:
         """The sweep, replayed if it can be."""
