@@ -26,7 +26,8 @@ from torch import Tensor
 
 import dag_hesse as dh
 from bench import kernels
-from bench.hvp import PROBES, Named, Run, agreed, flat, theirs, truth
+from bench.hvp import MATH, PROBES, Run, agreed, flat, truth
+from bench.peers import HESSIANS, Named
 from bench.timing import RESULTS, interleaved, median, write_json
 from bench.workloads import LARGE, WORKLOADS, Workload
 from dag_hesse.measure import measured
@@ -34,8 +35,8 @@ from dag_hesse.sweep import replay
 
 FACTS = ("sweeps", "seconds", "precision", "kernels that failed", "not recorded")
 ROUNDS = 5
+PEERS = ("functorch jvp∘grad", "double-backward", "double-backward, retained graph")
 SMALL = ("MLP", "ResNet-18", "GPT-2")
-MATH = torch.nn.attention.SDPBackend.MATH  # fused attention has no second derivatives
 
 
 @contextmanager
@@ -48,28 +49,9 @@ def call_by_call() -> Iterator[None]:
         del os.environ[replay.SWITCH]
 
 
-def _peers(work: Workload, v: Named) -> dict[str, Callable[[], Named]]:
+def _peers(work: Workload, v: Named) -> dict[str, Run]:
     """functorch's product and double-backward's, fresh and on a retained graph."""
-    own = dict(work.model.named_parameters())
-    params = {name: p.detach() for name, p in own.items()}
-    vectors = [v[name] for name in own]
-    retained: list[tuple[Tensor, ...]] = []
-
-    def named(values: Any) -> Named:
-        return dict(zip(own, values, strict=True))
-
-    def first() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(work.value(), list(own.values()), create_graph=True)
-
-    def again() -> Named:
-        retained[:] = retained or [first()]
-        return named(torch.autograd.grad(retained[0], list(own.values()), vectors, retain_graph=True))
-
-    return {
-        "functorch jvp∘grad": lambda: torch.func.jvp(torch.func.grad(work.functional), (params,), (v,))[1],
-        "double-backward": lambda: named(torch.autograd.grad(first(), list(own.values()), vectors)),
-        "double-backward, retained graph": again,
-    }
+    return {name: Run(HESSIANS[name](work, v), lambda found: {"H": flat(found)}) for name in PEERS}
 
 
 def _ours(work: Workload, v: Named) -> dict[str, Run]:
@@ -115,14 +97,14 @@ def correctness(name: str, device: str) -> Iterator[dict[str, Any]]:
     for dtype in (torch.float64, torch.float32):
         work, v = _made(WORKLOADS[name], device, dtype)
         with torch.nn.attention.sdpa_kernel(MATH):
-            errors, unable = agreed(_ours(work, v) | theirs(_peers(work, v), "H"), truth(work, v, {}))
+            errors, unable = agreed(_ours(work, v) | _peers(work, v), truth(work, v, {}))
         yield {"workload": name, "dtype": str(dtype).removeprefix("torch."), "errors": errors, "unable": unable}
 
 
 def products(name: str, make: Callable[[], Workload], device: str) -> dict[str, Any]:
     """A workload's products: errors against functorch's, times in gradients, and peaks of memory."""
     work, v = _made(make, device, torch.float32)
-    runs = theirs(_peers(work, v), "H")
+    runs = _peers(work, v)
     with torch.nn.attention.sdpa_kernel(MATH):
         expected = {"H": flat(runs["functorch jvp∘grad"].call())}
         torch.cuda.empty_cache() if device == "cuda" else None
@@ -171,9 +153,7 @@ def maps(name: str, make: Callable[[], Workload], device: str) -> dict[str, Any]
 def compiled(name: str, make: Callable[[], Workload], device: str, folder: Path) -> None:
     """Compiled products of a workload, ours and functorch's; processes beside this one are timed in turn."""
     work, v = _made(make, device, torch.float32)
-    own = {key: p.detach() for key, p in work.model.named_parameters()}
-    gradient = torch.func.grad(work.functional)
-    product = torch.compile(lambda p, t: torch.func.jvp(gradient, (p,), (t,))[1], dynamic=False)
+    peer = "functorch jvp∘grad, torch.compile"
     row: dict[str, Any] = {"workload": name, "errors": {}, "seconds to compile": {}, "gradients": {}, "unable": {}}
     with torch.nn.attention.sdpa_kernel(MATH):
         C = _operator(work, compile=True, verify="none")
@@ -182,7 +162,7 @@ def compiled(name: str, make: Callable[[], Workload], device: str, folder: Path)
             C.refresh()
             return C @ v
 
-        calls: dict[str, Callable[[], Named]] = {"functorch jvp∘grad, torch.compile": lambda: product(own, v)}
+        calls: dict[str, Callable[[], Named]] = {peer: HESSIANS[peer](work, v)}
         calls |= {"ours, compiled, amortized": lambda: C @ v, "ours, compiled, fresh": fresh}
         expected = flat(_operator(work, verify="none") @ v)
         for key, call in calls.items():

@@ -1,4 +1,8 @@
-"""``python -m bench hvp``: curvature products against every peer's, in gradients of the same model."""
+"""``python -m bench hvp``: curvature products against every peer's, in gradients of the same model.
+
+Every peer is made and timed in a process of its own, by turns with the gradient, which is the unit; what it finds is
+compared with one oracle first.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,15 +25,14 @@ from torch import Tensor
 
 import dag_hesse as dh
 from bench.pairwise import gauss_newton, with_leaves
-from bench.peers import Products, gauss_newtons, hessians
+from bench.peers import GAUSS_NEWTONS, HESSIANS, Maker, Named
 from bench.timing import RESULTS, interleaved, machine, median, spread, write_json
 from bench.workloads import WORKLOADS, Workload
 from dag_hesse.report.files import write_text
 
 TOLERANCE = 1e-4
 PROBES = 8
-APART = "ours, GN and T apart"
-Named = dict[str, Tensor]  # by parameter or point
+MATH = torch.nn.attention.SDPBackend.MATH  # fused attention has no second derivatives
 Vectors = dict[str, Tensor]  # of products: "H", "GN" in parameter space, "H′", "GN′" in activation space
 
 
@@ -73,38 +80,6 @@ def _addends(total: Named) -> Named:
     return found
 
 
-def _ours(work: Workload, H: dh.HessianOperator, A: dh.HessianOperator, v: Named, z: Named) -> dict[str, Run]:
-    G = dh.GGNOperator(work.model, (work.x, work.y), loss=F.cross_entropy)
-    C = dh.HessianOperator(work.model, (work.x, work.y), loss=F.cross_entropy, compile=True)
-    many, probes = _addends(v), _addends(z)
-
-    def fresh(of: dh.HessianOperator) -> Named:
-        of.refresh()
-        return of @ v
-
-    def total(found: Named) -> Tensor:
-        return flat({name: x.sum(-1) for name, x in found.items()})
-
-    return {
-        "ours, amortized": Run(lambda: H @ v, lambda x: {"H": flat(x)}),
-        "ours, fresh": Run(lambda: fresh(H), lambda x: {"H": flat(x)}),
-        "ours, compiled, amortized": Run(lambda: C @ v, lambda x: {"H": flat(x)}),
-        "ours, compiled, fresh": Run(lambda: fresh(C), lambda x: {"H": flat(x)}),
-        "ours, GGN, amortized": Run(lambda: G @ v, lambda x: {"GN": flat(x)}),
-        APART: Run(lambda: H.parts(v), lambda x: {"GN": flat(x[0]), "H": flat(x[0]) + flat(x[1])}),
-        f"ours, {PROBES} at once": Run(lambda: H @ many, lambda x: {"H": total(x)}),
-        f"ours, activations, {PROBES} at once": Run(lambda: A @ probes, lambda x: {"H′": total(x)}),
-        f"ours, activations, GN and T apart, {PROBES} at once": Run(
-            lambda: A.parts(probes), lambda x: {"GN′": total(x[0]), "H′": total(x[0]) + total(x[1])}
-        ),
-    }
-
-
-def theirs(products: Products, key: str) -> dict[str, Run]:
-    """Runs of peers' products, which say ``key``."""
-    return {name: Run(call, lambda found: {key: flat(found)}) for name, call in products.items()}
-
-
 def agreed(runs: dict[str, Run], truth: Vectors) -> tuple[dict[str, float], dict[str, str]]:
     """Everybody's error, and why a peer has no product or a wrong one."""
     errors, unable = {}, {}
@@ -119,35 +94,142 @@ def agreed(runs: dict[str, Run], truth: Vectors) -> tuple[dict[str, float], dict
     return errors, unable
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Medians of one workload, in gradients; only the errors where one of ours is wrong."""
+def _fresh(H: dh.HessianOperator, v: Named) -> Named:
+    H.refresh()
+    return H @ v
+
+
+def _total(found: Named) -> Tensor:
+    return flat({name: x.sum(-1) for name, x in found.items()})
+
+
+def _says(found: Named) -> Vectors:
+    return {"H": flat(found)}
+
+
+def _operator(work: Workload, **options: Any) -> dh.HessianOperator:
+    return dh.HessianOperator(work.model, (work.x, work.y), loss=F.cross_entropy, **options)
+
+
+def _products(work: Workload, v: Named, z: Named) -> dict[str, Run]:
+    H, many = _operator(work), _addends(v)
+    return {
+        "ours, amortized": Run(lambda: H @ v, _says),
+        "ours, fresh": Run(lambda: _fresh(H, v), _says),
+        "ours, GN and T apart": Run(lambda: H.parts(v), lambda x: {"GN": flat(x[0]), "H": flat(x[0]) + flat(x[1])}),
+        f"ours, {PROBES} at once": Run(lambda: H @ many, lambda x: {"H": _total(x)}),
+    }
+
+
+def _compiled_products(work: Workload, v: Named, z: Named) -> dict[str, Run]:
+    C = _operator(work, compile=True)
+    return {
+        "ours, compiled, amortized": Run(lambda: C @ v, _says),
+        "ours, compiled, fresh": Run(lambda: _fresh(C, v), _says),
+    }
+
+
+def _gauss_newton(work: Workload, v: Named, z: Named) -> dict[str, Run]:
+    G = dh.GGNOperator(work.model, (work.x, work.y), loss=F.cross_entropy)
+    return {"ours, GGN, amortized": Run(lambda: G @ v, lambda x: {"GN": flat(x)})}
+
+
+def _activations(work: Workload, v: Named, z: Named) -> dict[str, Run]:
+    A, probes = _operator(work, space="activation"), _addends(z)
+    return {
+        f"ours, activations, {PROBES} at once": Run(lambda: A @ probes, lambda x: {"H′": _total(x)}),
+        f"ours, activations, GN and T apart, {PROBES} at once": Run(
+            lambda: A.parts(probes), lambda x: {"GN′": _total(x[0]), "H′": _total(x[0]) + _total(x[1])}
+        ),
+    }
+
+
+Group = Callable[[Workload, Named, Named], dict[str, Run]]
+
+
+def _of_peer(name: str, maker: Maker, key: str) -> Group:
+    return lambda work, v, z: {name: Run(maker(work, v), lambda found: {key: flat(found)})}
+
+
+# What is made and timed together, in a process of its own: some hold gigabytes between products.
+GROUPS: dict[str, Group] = {
+    "ours": _products,
+    "ours, compiled": _compiled_products,
+    "ours, GGN": _gauss_newton,
+    "ours, activations": _activations,
+    **{name: _of_peer(name, maker, "H") for name, maker in HESSIANS.items()},
+    **{name: _of_peer(name, maker, "GN") for name, maker in GAUSS_NEWTONS.items()},
+}
+
+
+def _posed(name: str) -> tuple[Workload, Named, Named]:
+    """A workload, and vectors of its parameters and of its points; the same in every process."""
     torch.manual_seed(0)
     work = WORKLOADS[name]()
+    A = _operator(work, space="activation", verify="none")
+    torch.manual_seed(1)
     v = {key: torch.randn_like(p) for key, p in work.model.named_parameters()}
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        batch = (work.x, work.y)
-        H = dh.HessianOperator(work.model, batch, loss=F.cross_entropy)
-        A = dh.HessianOperator(work.model, batch, loss=F.cross_entropy, space="activation")
-        z = {name: torch.randn(shape) for name, shape in zip(A.names, A.form.shapes, strict=True)}
-        runs = _ours(work, H, A, v, z)
-        runs |= theirs(hessians(work, v), "H") | theirs(gauss_newtons(work, v), "GN")
-        errors, unable = agreed(runs, truth(work, v, z))
-        if any(key.startswith("ours") for key in unable):
-            return {"workload": name, "disagree": errors}
-        calls = {"gradient": work.gradient, **{key: run.call for key, run in runs.items() if key not in unable}}
+    return work, v, {key: torch.randn(shape) for key, shape in zip(A.names, A.form.shapes, strict=True)}
+
+
+def _in_a_process(run: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of this module returns in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(run, *arguments).result()
+
+
+def find_truth(name: str, file: str) -> None:
+    """Write a workload's products to a file."""
+    with torch.nn.attention.sdpa_kernel(MATH):
+        torch.save(truth(*_posed(name)), file)
+
+
+def measure_group(name: str, group: str, file: str) -> dict[str, Any]:
+    """Errors of a group's products, and its times and the gradient's, by turns."""
+    expected, ours = torch.load(file), group.startswith("ours")
+    with torch.nn.attention.sdpa_kernel(MATH):
+        work, v, z = _posed(name)
+        try:
+            runs = GROUPS[group](work, v, z)
+        except Exception as error:  # as of products
+            if ours:
+                raise
+            return {"errors": {}, "unable": {group: f"{type(error).__name__}: {error}".splitlines()[0]}, "seconds": {}}
+        errors, unable = agreed(runs, expected)
+        found: dict[str, Any] = {"errors": errors, "unable": unable, "seconds": {}}
+        calls = {key: run.call for key, run in runs.items() if key not in unable}
+        if not calls or (ours and unable):
+            return found
         started = time.perf_counter()
         work.gradient()
         once = time.perf_counter() - started
-        seconds = interleaved(calls, 11 if once < 0.25 else 5 if once < 1 else 3)
-    unit = median(seconds["gradient"])
-    return {
-        "workload": name,
-        "gradient s": unit,
-        "products agree to": max(off for key, off in errors.items() if key not in unable),
-        "gradients": {key: median(s) / unit / (PROBES if "at once" in key else 1) for key, s in seconds.items()},
-        "spread": {key: spread(s) for key, s in seconds.items()},
-        "unable": unable,
-    }
+        rounds = 11 if once < 0.25 else 5 if once < 1 else 3
+        return {**found, "seconds": interleaved({"gradient": work.gradient, **calls}, rounds)}
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Medians of one workload, in gradients; only the errors where one of ours is wrong."""
+    row: dict[str, Any] = {"workload": name, "gradients": {}, "spread": {}, "unable": {}}
+    errors, units = dict[str, float](), list[float]()
+    with TemporaryDirectory() as folder:
+        file = f"{folder}/truth"
+        _in_a_process(find_truth, name, file)
+        for group in GROUPS:
+            try:
+                found = _in_a_process(measure_group, name, group, file)
+            except BrokenProcessPool:
+                row["unable"][group] = "the system ended its process: memory was short"
+                continue
+            if group.startswith("ours") and found["unable"]:
+                return {"workload": name, "disagree": found["errors"]}
+            errors |= {key: off for key, off in found["errors"].items() if key not in found["unable"]}
+            row["unable"] |= found["unable"]
+            if found["seconds"]:
+                units.append(median(found["seconds"].pop("gradient")))
+            for key, seconds in found["seconds"].items():
+                row["gradients"][key] = median(seconds) / units[-1] / (PROBES if "at once" in key else 1)
+                row["spread"][key] = spread(seconds)
+    return {**row, "gradient s": median(units), "products agree to": max(errors.values())}
 
 
 def _written() -> dict[str, dict[str, Any]]:

@@ -13,16 +13,21 @@ from bench.workloads import LanguageModel, VisionTransformer, Workload
 Parameters = Mapping[str, Any]
 
 
-def products(work: Workload, v: Mapping[str, Tensor]) -> dict[str, Callable[[], dict[str, Tensor]]]:
-    """JAX's H·v; empty where the model is none of those below, or JAX is not installed."""
-    try:
-        import jax
-        import jax.numpy as jnp
-    except ImportError:
-        return {}
+Product = Callable[[], dict[str, Tensor]]
+
+
+def _posed(work: Workload, v: Mapping[str, Tensor]) -> tuple[Callable[[Parameters], Any], Parameters, Parameters]:
+    """The loss's gradient, parameters and a vector.
+
+    Raises:
+        NotImplementedError: the model is none of those below.
+    """
+    import jax
+    import jax.numpy as jnp
+
     forward = _forward(work.model)
     if forward is None:
-        return {}
+        raise NotImplementedError(f"{type(work.model).__name__} is not written in JAX here")
     x, y = jnp.asarray(work.x.numpy()), jnp.asarray(work.y.numpy())
 
     def loss(params: Parameters) -> Any:
@@ -33,17 +38,31 @@ def products(work: Workload, v: Mapping[str, Tensor]) -> dict[str, Callable[[], 
     def turned(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return {name: jnp.asarray(t.detach().numpy()) for name, t in tensors.items()}
 
-    params, tangent = turned(dict(work.model.named_parameters())), turned(v)
-    product = jax.jit(lambda p, t: jax.jvp(jax.grad(loss), (p,), (t,))[1])
-    push = jax.jit(jax.linearize(jax.grad(loss), params)[1])
+    return jax.grad(loss), turned(dict(work.model.named_parameters())), turned(v)
 
-    def back(found: Parameters) -> dict[str, Tensor]:
-        return {name: torch.from_dlpack(t) for name, t in jax.block_until_ready(found).items()}
 
-    return {
-        "JAX jvp∘grad, jit": lambda: back(product(params, tangent)),
-        "JAX linearize, jit, amortized": lambda: back(push(tangent)),
-    }
+def _back(found: Parameters) -> dict[str, Tensor]:
+    import jax
+
+    return {name: torch.from_dlpack(t) for name, t in jax.block_until_ready(found).items()}
+
+
+def product(work: Workload, v: Mapping[str, Tensor]) -> Product:
+    """JAX's H·v under ``jit``."""
+    import jax
+
+    gradient, params, tangent = _posed(work, v)
+    run = jax.jit(lambda p, t: jax.jvp(gradient, (p,), (t,))[1])
+    return lambda: _back(run(params, tangent))
+
+
+def linearized(work: Workload, v: Mapping[str, Tensor]) -> Product:
+    """JAX's H·v under ``jit``, linearized once."""
+    import jax
+
+    gradient, params, tangent = _posed(work, v)
+    push = jax.jit(jax.linearize(gradient, params)[1])
+    return lambda: _back(push(tangent))
 
 
 def _forward(model: nn.Module) -> Callable[[Parameters, Any], Any] | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import dag_hesse as dh
 from dag_hesse.errors import CompileError, LossError, OptionError
 from dag_hesse.sweep import compiled
+from tests import device
 from tests.models.test_blocks import by_name
 from tests.models.zoo import Case, case
 
@@ -52,26 +53,27 @@ EMITTED = (
 @by_name(EMITTED)
 def test_programs_give_the_same_products(name: str, interpreted: list[Any]) -> None:
     plain, program = pair(case(name))
-    v = torch.randn(plain.shape[1], dtype=torch.float64)
+    v = torch.randn(plain.shape[1], dtype=torch.float64, device=device.NAME)
     assert off(program @ v, plain @ v) < 1e-12
     plain, program = pair(case(name), space="activation")
-    v = torch.randn(plain.shape[1], 2, dtype=torch.float64)
+    v = torch.randn(plain.shape[1], 2, dtype=torch.float64, device=device.NAME)
     for mine, theirs in zip(program.parts(v), plain.parts(v), strict=True):
         assert float((mine - theirs).norm()) <= 1e-12 * float((plain @ v).norm())
 
 
 def net(*layers: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 8), *layers, nn.Linear(8, 3)).double()
+    return nn.Sequential(nn.Linear(5, 8), *layers, nn.Linear(8, 3)).to(device.NAME, torch.float64)
 
 
-X, Y = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(6, 5), torch.arange(6) % 3
+X = torch.linspace(-1, 1, 30, dtype=torch.float64, device=device.NAME).reshape(6, 5)
+Y = torch.arange(6, device=device.NAME) % 3
 
 
 @pytest.mark.parametrize("name", ["mlp-silu", "encoder-eval", "batch-norm-train"])
 def test_compiled_products_are_the_same(name: str) -> None:
     plain, program = pair(case(name))
-    v = torch.randn(plain.shape[1], dtype=torch.float64)
+    v = torch.randn(plain.shape[1], dtype=torch.float64, device=device.NAME)
     assert off(program @ v, plain @ v) < 1e-12
 
 
@@ -112,7 +114,7 @@ def test_values_before_a_gate_are_pytorchs_own(interpreted: list[Any]) -> None:
     for layer, compiled_parts in ((nn.ReLU(), 1), (nn.Hardtanh(), 1), (nn.MaxPool1d(1), 1), (nn.Tanh(), 2)):
         interpreted.clear()
         program = dh.HessianOperator(net(layer), (X, Y), compile=True)
-        program @ torch.ones(program.shape[1], dtype=torch.float64)
+        program @ torch.ones(program.shape[1], dtype=torch.float64, device=device.NAME)
         assert len(interpreted) == compiled_parts, layer
 
 
@@ -165,7 +167,7 @@ def test_what_cannot_be_compiled_is_refused() -> None:
         dh.analyze(net(nn.Tanh()), (X, Y), compile=1)  # type: ignore[arg-type]
     program = dh.HessianOperator(net(Special()), (X, Y), compile=True)
     with pytest.raises(CompileError, match="no rule"):
-        program @ torch.ones(program.shape[1], dtype=torch.float64)
+        program @ torch.ones(program.shape[1], dtype=torch.float64, device=device.NAME)
 
 
 def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +177,7 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch._inductor, "compile", fail)
     program = dh.HessianOperator(net(nn.Tanh()), (X, Y), compile=True)
     with pytest.raises(CompileError, match=r"no C\+\+ compiler"):
-        program @ torch.ones(program.shape[1], dtype=torch.float64)
+        program @ torch.ones(program.shape[1], dtype=torch.float64, device=device.NAME)
 
 
 def test_a_compiler_that_computes_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,13 +187,13 @@ def test_a_compiler_that_computes_something_else_is_found_out(monkeypatch: pytes
     monkeypatch.setattr(compiled, "_compiled", wrong)
     program = dh.HessianOperator(net(nn.Tanh()), (X, Y), compile=True)
     with pytest.raises(CompileError, match="off by"):
-        program @ torch.ones(program.shape[1], dtype=torch.float64)
+        program @ torch.ones(program.shape[1], dtype=torch.float64, device=device.NAME)
 
 
 def test_a_loss_that_has_become_infinite_is_an_error(interpreted: list[Any]) -> None:
     model = net(nn.Tanh())
     program = dh.HessianOperator(model, (X, Y), compile=True)
-    v = torch.ones(program.shape[1], dtype=torch.float64)
+    v = torch.ones(program.shape[1], dtype=torch.float64, device=device.NAME)
     program @ v
     with torch.no_grad():
         for p in model.parameters():

@@ -43,7 +43,9 @@ class Poisoned(Arena):
         return like.new_full((count,), math.nan)
 
 
-def cases(dtype: torch.dtype) -> Iterator[tuple[Kernel[..., Any], Implementation, tuple[Any, ...]]]:
+def cases(
+    dtype: torch.dtype, where: str | None = None
+) -> Iterator[tuple[Kernel[..., Any], Implementation, tuple[Any, ...]]]:
     torch.manual_seed(0)
     for folder in FOLDERS:
         with torch.device(device.NAME):
@@ -135,11 +137,12 @@ def test_generated_kernels_agree_in_half_precision() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 def test_implementations_run_on_shapes_or_refuse(dtype: torch.dtype) -> None:
-    # What a call keeps is found by running it on tensors without memory.
-    for _, one, arguments in cases(dtype):
+    # What a call keeps is found by running it on tensors without memory; and none makes one on another device.
+    for kernel, one, arguments in cases(dtype):
         shapes = tree_map(bare, arguments)
-        if one.refuse(*shapes) is None:
-            one.run(Arena(), *shapes)
+        runs = [kernel.reference] + ([one.run] if one.refuse(*shapes) is None else [])
+        for run in runs:
+            assert all(x.is_meta for x in tensors(run(Arena(), *shapes))), f"{kernel.name}, {one.name}"
 
 
 def test_every_folder_of_kernels_has_cases() -> None:

@@ -49,7 +49,7 @@ def _of_scores(a: Operands, tangents: Mapping[int, Tensor]) -> Tensor:
     """Ṡ."""
     terms = [_scores(a, tangents[0], a.k)] if 0 in tangents else []
     terms += [_scores(a, a.q, tangents[1])] if 1 in tangents else []
-    return sum(terms, torch.zeros((), dtype=a.q.dtype))
+    return sum(terms, a.q.new_zeros(()))
 
 
 def tangent(arena: Arena, a: Operands, out: Tensor, tangents: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:

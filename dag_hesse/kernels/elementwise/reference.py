@@ -23,7 +23,7 @@ def tangent(
     arena: Arena, partials: Sequence[Coefficient | None], tangents: Mapping[int, Tensor], shape: Sequence[int]
 ) -> Tensor:
     """ȧ = Σ_i c_i ∘ ẋ_i, (rows, *shape)."""
-    total = torch.zeros((), dtype=next(iter(tangents.values())).dtype)
+    total = next(iter(tangents.values())).new_zeros(())
     for slot, xdot in tangents.items():
         c = partials[slot]
         assert c is not None
