@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import t
+from scipy.stats import binom, t
 from torch import Tensor, nn
 
 import dag_hesse as dh
@@ -16,6 +16,8 @@ from tests.oracle import Truth
 
 SEEDS, PROBES = 200, 24
 METRICS = ("resonance", "tensor_norm", "gn_norm")
+# So often may a true claim be rejected, of all comparisons of a test together (Bonferroni).
+CHANCE = 1e-3
 
 
 def _problem() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
@@ -32,6 +34,8 @@ def test_estimates_keep_the_promise_of_their_standard_errors(space: str) -> None
     options = {"points": points, "space": space, "mode": "probes", "verify": "none"}  # the same capture as above
     runs = [dh.analyze(model, batch, probes=PROBES, seed=s, **options) for s in range(SEEDS)]
     upper = np.triu_indices(3)
+    share = CHANCE / (len(METRICS) * len(upper[0]))
+    bias, least = t.ppf(1 - share / 2, SEEDS - 1), binom.ppf(share, SEEDS, 0.95) / SEEDS
     for metric in METRICS:
         truth = exact.values[metric][upper]
         found = np.stack([run.values[metric][upper] for run in runs])
@@ -40,9 +44,9 @@ def test_estimates_keep_the_promise_of_their_standard_errors(space: str) -> None
         assert sampled.any()
         z = (found - truth)[:, sampled] / stderr[:, sampled]
         error_of_mean = found[:, sampled].std(0, ddof=1) / SEEDS**0.5
-        assert (np.abs(found[:, sampled].mean(0) - truth[sampled]) < 3 * error_of_mean).all(), metric
+        assert (np.abs(found[:, sampled].mean(0) - truth[sampled]) < bias * error_of_mean).all(), metric
         covered = (np.abs(z) < t.ppf(0.975, PROBES - 1)).mean(0)
-        assert (covered >= 0.90).all(), (metric, covered)
+        assert (covered >= least).all(), (metric, covered)
 
 
 def test_ratios_keep_the_promise_of_their_standard_errors() -> None:

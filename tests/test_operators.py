@@ -165,6 +165,18 @@ def test_refresh_after_an_optimizer_step() -> None:
     assert error(H @ v, before) > 1e-3
 
 
+def test_parameters_that_became_nan_are_named_as_such_after_a_refresh() -> None:
+    model, batch = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (torch.randn(4, 3), torch.arange(4) % 2)
+    H = dh.HessianOperator(model, batch)
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    with pytest.raises(errors.StaleError):
+        H @ torch.ones(H.shape[1])
+    H.refresh()
+    with pytest.raises(errors.LossError, match="the loss is nan"):
+        H @ torch.ones(H.shape[1])
+
+
 def test_same_bits_twice_and_with_dropout() -> None:
     c = case("encoder-dropout")
     H = dh.HessianOperator(c.model, [c.batch, c.batch])  # two linearizations a product

@@ -77,6 +77,12 @@ def test_a_container_does_not_change_the_default_points(wrap: Callable[[nn.Modul
         assert _points(wrap(Staged()), space) == [prefix + name for name in own]
 
 
+def test_the_parameters_of_a_bare_module_are_its_points() -> None:
+    batch = torch.randn(4, 3), torch.arange(4) % 2
+    report = dh.analyze(nn.Linear(3, 2), batch, space="parameter")
+    assert list(report.names) == ["weight", "bias"] and report["resonance"][0, 1] > 0
+
+
 def test_a_head_that_is_a_container_is_looked_into() -> None:
     head = nn.Sequential(nn.Linear(5, 5), nn.SiLU(), nn.Linear(5, 3))
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), head)

@@ -305,7 +305,7 @@ def _default_parameters(graph: CurvatureGraph, model: nn.Module) -> list[Point]:
     names = [name for name in chosen if _members(graph, model, name)]
     if len(names) < 2:
         names = [n for n, m in model.named_modules() if n and any(True for _ in m.parameters(recurse=False))]
-        names = [name for name in names if _members(graph, model, name)]
+        names = [name for name in names if _members(graph, model, name)] or list(graph.parameters)  # of a bare module
     return [_parameter(graph, name, _members(graph, model, name)) for name in _spread(names, MOST)]
 
 

@@ -87,9 +87,9 @@ class Watch:
         found = [name for name, x in self._present().items() if self._identities.get(name) != _identity(x)]
         for names, old in zip(self._groups, self._values, strict=True):
             new = self._elements(names)
-            if not torch.equal(new, old):
+            if not _equal(new, old):
                 pieces = zip(names, new.split(self._sizes(names)), old.split(self._sizes(names)), strict=True)
-                found += [name for name, a, b in pieces if name not in found and not torch.equal(a, b)]
+                found += [name for name, a, b in pieces if name not in found and not _equal(a, b)]
         return found + (["the training flags"] if self.changed_training_flags() else [])
 
     def _elements(self, names: list[str]) -> Tensor:
@@ -127,6 +127,11 @@ def _cells(loss: Any) -> list[Any]:
         with suppress(ValueError):  # not filled yet
             found.append(_plain(cell.cell_contents))
     return [*found, _plain(getattr(loss, "__defaults__", None) or ())]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether the values are the same; NaN is no change of a NaN."""
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _identity(x: Tensor) -> Any:
