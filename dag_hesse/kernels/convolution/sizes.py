@@ -7,7 +7,7 @@ product, which reads the weight once and never reorders it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from typing import Any
 
@@ -39,33 +39,33 @@ class Geometry:
     groups: int
     last: bool
 
-    @property
+    @cached_property
     def kernel(self) -> tuple[int, ...]:
         """Sizes of the part of the kernel that meets the input."""
         return tuple(tap.stop - tap.start for tap in self.kernel_taps)
 
-    @property
+    @cached_property
     def reached_taps(self) -> Any:
         """Index of that part in (…, *K)."""
         return (..., *self.kernel_taps)
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether the weight is one block, outputs by inputs."""
         return self.groups == 1 and not self.transposed
 
-    @property
+    @cached_property
     def folds(self) -> bool:
         """Whether weights of several probes are better laid side by side than taken one by one: small ones are."""
         return self.plain and self.batch * prod(self.out) > self.weight[0]
 
-    @property
+    @cached_property
     def joins(self) -> bool:
         """Whether a sum of two weight adjoints is better one of twice the batch: small activations are."""
         read = self.batch * (self.channels * prod(self.side) + self.weight[0] * prod(self.out))
         return read <= 8 * prod(self.weight[:2]) * prod(self.kernel)
 
-    @property
+    @cached_property
     def unit(self) -> bool:
         """Whether every output reads one position of the input."""
         return all(k == 1 and p == 0 for k, p in zip(self.kernel, self.padding, strict=True))
@@ -79,7 +79,7 @@ class Geometry:
         few = 4 * batch * prod(self.out) <= self.weight[0]
         return self.is_matrix(batch) or (few and self.plain and len(self.side) == 2)
 
-    @property
+    @cached_property
     def outside(self) -> torch.memory_format:
         """Memory format that all activations have in common."""
         return CHANNELS_LAST.get(len(self.side), torch.contiguous_format) if self.last else torch.contiguous_format
@@ -89,12 +89,12 @@ class Geometry:
         wide = batch * prod(self.out) >= 4 * self.weight[0]
         return self.outside if wide else torch.contiguous_format
 
-    @property
+    @cached_property
     def strided(self) -> Any:
         """Index of the positions that a weight of one kernel tap reads, in (…, *S)."""
         return (..., *(slice(None, None, s) for s in self.stride))
 
-    @property
+    @cached_property
     def arguments(self) -> tuple[object, ...]:
         """What ``aten.convolution`` takes after the bias."""
         lists = [list(v) for v in (self.stride, self.padding, self.dilation, self.output_padding)]
