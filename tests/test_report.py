@@ -129,15 +129,21 @@ def test_save_and_load(report: dh.CurvatureReport, tmp_path: Path) -> None:
         loaded.block("1", "1")
 
 
-def test_json_and_html(report: dh.CurvatureReport, tmp_path: Path) -> None:
+def test_json_and_html(report: dh.CurvatureReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report.to_json(tmp_path / "deep" / "a.json")
     data = json.loads((tmp_path / "deep" / "a.json").read_text())
     assert data["metrics"]["resonance"]["value"][0][1] == report.resonance[0, 1]
     assert [p["name"] for p in data["points"]] == list(report.names)
     report.to_html(tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text()
-    assert "<svg" in page
-    assert all(name in page for name in report.names)
+    assert all(f'"name":"{name}"' in page for name in report.names)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report.to_html(tmp_path / "b.html")
+    assert (tmp_path / "b.html").read_text() == page
+    for wrong in ({"spectra": 3}, {"against": 3}):
+        with pytest.raises(OptionError, match="int"):
+            report.to_html(tmp_path / "c.html", **wrong)  # type: ignore[arg-type]
+    assert not (tmp_path / "c.html").exists()
 
 
 def test_files_that_are_no_reports(tmp_path: Path) -> None:

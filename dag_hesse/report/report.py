@@ -21,6 +21,7 @@ from dag_hesse.report.pairs import data_frame, pair_of, rows_of
 if TYPE_CHECKING:
     from dag_hesse.report.compare import Comparison
     from dag_hesse.storage import BlockMatrix
+    from dag_hesse.theory import BlockSpectra
 
 Array = NDArray[np.float64]
 
@@ -236,11 +237,32 @@ class CurvatureReport:
 
         save(self, path)
 
-    def to_html(self, path: str | Path) -> None:
-        """Write one self-contained HTML page with the maps and the table."""
+    def to_html(
+        self, path: str | Path, *, against: CurvatureReport | None = None, spectra: BlockSpectra | None = None
+    ) -> None:
+        """Write one page that needs no network: linked maps, the graph of the points, decay, proofs, pairs, facts.
+
+        Args:
+            path: of the page, written whole or not at all.
+            against: another report of the same points; the page can then show what is different there.
+            spectra: of :func:`dag_hesse.theory.block_spectra`, to be drawn as well.
+
+        Raises:
+            OptionError: ``path`` is no name of a file, ``spectra`` are none, or the reports measure different things.
+            PointError: the two reports have no point in common.
+
+        Example:
+            >>> import tempfile, torch, dag_hesse
+            >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+            >>> report = dag_hesse.analyze(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["0", "1"])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     report.to_html(f"{folder}/map.html")
+            ...     open(f"{folder}/map.html", encoding="utf-8").read(15)
+            '<!doctype html>'
+        """
         from dag_hesse.report.html import write_html
 
-        write_html(self, path)
+        write_html(self, path, against, spectra)
 
     def plot(self, metrics: Sequence[str] = ("resonance", "coupling", "stable_rank", "gn_gap")) -> Any:
         """Heat maps of the metrics and metric against distance, as a matplotlib Figure (extra: ``plot``)."""
