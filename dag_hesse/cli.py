@@ -23,7 +23,7 @@ from dag_hesse.errors import DagHesseError, DependencyError, OptionError, intege
 from dag_hesse.experiments import models
 from dag_hesse.plan import render_edges
 from dag_hesse.plan.planner import BATCH_MODES, MODES
-from dag_hesse.report.files import write_text, write_whole
+from dag_hesse.report.files import write_text
 from dag_hesse.storage import BlockMatrix
 from dag_hesse.storage.options import PARTS
 
@@ -244,8 +244,7 @@ def _analyze(options: argparse.Namespace) -> None:
         report.to_json(options.out / "report.json")
         report.save(options.out / "report.safetensors")
         report.to_html(options.out / "report.html")
-        figure = report.plot()
-        write_whole(options.out / "report.png", lambda path: figure.savefig(path, dpi=130))
+        report.plot(path=options.out / "report.png")
     if not options.quiet:  # files first: a terminal that goes away takes nothing with it
         print(report)
         if options.out:

@@ -32,6 +32,7 @@ from dag_hesse.plan import Method
 from dag_hesse.report.files import write_whole
 from dag_hesse.report.progress import shown
 from dag_hesse.report.text import cells
+from tests.page.reports import made
 
 SPEC = """
 import sys
@@ -90,6 +91,19 @@ def _large(count: int) -> dh.CurvatureReport:
     whole = {**facts, "seconds": {"total": 1.0}, "opaque": [], "lost": []}
     zeros = np.zeros(shape, dtype=np.int64)
     return dh.CurvatureReport(points, values, stderr, method, zeros, zeros, whole)
+
+
+def test_long_names_are_shortened_in_text_and_no_two_alike() -> None:
+    for count in (5, 16, 64):
+        report = made(count)
+        lines = str(report).splitlines()
+        head = next(line for line in lines if "┃" in line)
+        heads = [word.strip() for word in head.split("┃")[1:]]
+        rows = [line.split("│")[0].strip() for line in lines if "│" in line][:count]
+        for names in (heads, rows):
+            assert len(set(names)) == count
+            assert all(name.endswith(full.rpartition(".")[2]) for name, full in zip(names, report.names, strict=True))
+        assert max(map(len, heads)) <= 24 and max(map(len, rows)) <= 40
 
 
 def test_tables_are_drawn_as_rich_would() -> None:
@@ -178,22 +192,6 @@ def test_files_have_the_mode_that_the_umask_leaves(report: dh.CurvatureReport, t
         finally:
             os.umask(before)
         assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("a.dh", "a.json", "a.png")} == {mode}
-
-
-def test_plots(report: dh.CurvatureReport) -> None:
-    metrics = ("resonance", "coupling", "gn_gap")
-    figure = report.plot(metrics)
-    maps, beside = figure.axes[: len(metrics)], figure.axes[len(metrics) : 2 * len(metrics)]
-    for axes, metric in zip(maps, metrics, strict=True):
-        shown = axes.images[0].get_array().filled(np.nan)
-        assert np.array_equal(shown, np.where(report.values[metric] > 0, report.values[metric], np.nan), equal_nan=True)
-        assert [label.get_text() for label in axes.get_yticklabels()] == list(report.names)
-    for axes in beside:  # a point a pair, and the mean of every distance
-        pairs, means = (line.get_xdata() for line in axes.get_lines()[:2])
-        assert sorted(pairs) == sorted(report.distance[np.triu_indices(3)]) and list(means) == [0, 1, 2]
-    assert len(report.plot().axes) == 4 * 3  # with a bar of colours each
-    with pytest.raises(OptionError, match="'resonance'"):
-        report.plot(["resonanse"])
 
 
 def test_unknown_point_of_a_report(report: dh.CurvatureReport) -> None:

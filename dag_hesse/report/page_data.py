@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dag_hesse.errors import OptionError
 from dag_hesse.estimate import METRICS
 from dag_hesse.names import shortened
+from dag_hesse.report.colour import STOPS
 from dag_hesse.report.pairs import TITLES
 from dag_hesse.report.proved import proved
 from dag_hesse.report.report import CurvatureReport
@@ -49,6 +50,7 @@ def page_data(report: CurvatureReport, against: CurvatureReport | None, spectra:
             for p, short in zip(report.points, shortened(report.names, _NAME), strict=True)
         ],
         "whole": whole,
+        "colours": STOPS,
         "metrics": [_metric(report, name, pack) for name in METRICS],
         "distance": pack(report.distance).tolist(),
         "rank": pack(report.rank_bound).tolist(),

@@ -1,12 +1,11 @@
 // Elements, colours and axes.
 
 const SVG = "http://www.w3.org/2000/svg";
-const VIRIDIS = "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c 1fa088 28ae80 3fbc73 5ec962 84d44b addc30 d8e219 fde725";
 // Blue, grey, orange: told apart by all eyes, and by lightness from the middle.
 const DIVERGING = "0b3c78 2166ac 4a92c6 8fbfdc c9dbe6 e4e4e4 f2d3b3 eeae72 d97f2c b3560b 7a3402";
 const rgb = (hex) => [0, 2, 4].map((k) => parseInt(hex.slice(k, k + 2), 16));
 const stops = (text) => text.split(" ").map(rgb);
-const SEQUENCE = stops(VIRIDIS), BOTH = stops(DIVERGING);
+const SEQUENCE = stops(DATA.colours), BOTH = stops(DIVERGING);
 
 /** An element with attributes and children; text is text, whatever it holds. */
 function el(name, attributes = {}, ...children) {
