@@ -160,6 +160,17 @@ def test_json_and_html(report: dh.CurvatureReport, tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "c.html").exists()
 
 
+def test_a_report_says_the_call_that_makes_it() -> None:
+    batch = [(torch.randn(4, 3), torch.arange(4) % 2), (torch.randn(2, 3), torch.arange(2))]
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    report = dh.analyze(model, batch, reduction=lambda *_: 1.0, probes=np.int64(4), progress=False)
+    assert report.facts["call"] == "dag_hesse.analyze(model, batch, probes=4, reduction=reduction)"
+    assert "reduction=[1.0, 2.0]" in dh.analyze(model, batch, reduction=[1.0, 2.0]).facts["call"]
+    assert report.facts["curved"] == {}
+    trained = dh.analyze(model, batch, space="parameter").facts
+    assert (trained["call"], trained["curved"]) == ("dag_hesse.analyze(model, batch, space='parameter')", {"mm": 1})
+
+
 def test_files_that_are_no_reports(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"nonsense")
     with pytest.raises(ReportFileError, match="not a report"):

@@ -21,9 +21,13 @@ def call_text(function: Callable[..., Any], given: Mapping[str, Any]) -> str:
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.default is inspect.Parameter.empty:
             said.append(name)
-        elif name not in _SILENT and given[name] is not parameter.default and given[name] != parameter.default:
+        elif name not in _SILENT and not _same(given[name], parameter.default):
             said.append(f"{name}={_literal(given[name]) or name}")
     return f"dag_hesse.{function.__name__}({', '.join(said)})"
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value is default or (isinstance(value, (Number, str)) and bool(value == default))  # not so of arrays
 
 
 def _literal(value: Any) -> str:

@@ -15,7 +15,7 @@ from dag_hesse.estimate import METRICS
 from dag_hesse.names import shortened
 from dag_hesse.report.colour import STOPS
 from dag_hesse.report.pairs import TITLES
-from dag_hesse.report.proved import proved
+from dag_hesse.report.proved import WHY, proved
 from dag_hesse.report.report import CurvatureReport
 from dag_hesse.report.text import facts
 
@@ -56,6 +56,7 @@ def page_data(report: CurvatureReport, against: CurvatureReport | None, spectra:
         "rank": pack(report.rank_bound).tolist(),
         "lines": facts(report),
         "proved": proved(report),
+        "why": WHY,
         "facts": {key: _shown(value) for key, value in report.facts.items() if key not in ("seconds", "call")},
         "seconds": dict(report.facts["seconds"]),
         "call": report.facts.get("call", ""),
@@ -106,9 +107,11 @@ def _fits(report: CurvatureReport) -> dict[str, Any]:
     found = {}
     for metric in _FITTED:
         try:
-            found[metric] = _fit(decay_fit(report, metric))
+            fit = decay_fit(report, metric)
         except OptionError:  # says that there is no line
             continue
+        if np.isfinite([fit.slope, *fit.interval]).all():
+            found[metric] = _fit(fit)
     return found
 
 
@@ -143,8 +146,8 @@ def _spectra(spectra: BlockSpectra) -> dict[str, Any]:
         "blocks": [
             {
                 "name": name,
-                "low": float(values.min(initial=0.0)) if not len(values) else float(values.min()),
-                "high": float(values.max(initial=0.0)) if not len(values) else float(values.max()),
+                "low": float(values[0]) if len(values) else 0.0,
+                "high": float(values[-1]) if len(values) else 0.0,
                 "negative": float(weights[values < 0].sum()),
                 "exact": exact,
                 "shares": _shares(values, weights, edges),

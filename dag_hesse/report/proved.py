@@ -8,6 +8,13 @@ import numpy as np
 
 from dag_hesse.report.report import CurvatureReport
 
+WHY = {
+    "apart": "no op of model or loss depends on both points",
+    "block": "the points meet in no op of model or loss that has a second derivative",
+    "gn": "the points do not meet in the loss",
+    "tensor": "the points meet in no op of the model that has a second derivative",
+}
+
 
 def proved(report: CurvatureReport) -> list[dict[str, str]]:
     """A row per claim: what is zero, of how many of the unordered pairs, and why.
@@ -26,9 +33,9 @@ def proved(report: CurvatureReport) -> list[dict[str, str]]:
     gn = zero["gn_norm"] & ~zero["resonance"]
     tensor = zero["tensor_norm"] & ~zero["resonance"]
     claims = (
-        ("H", apart, "no op of model or loss depends on both points"),
-        ("H", block, "the points meet in no op of model or loss that has a second derivative"),
-        ("H_GN", gn, "the points do not meet in the loss"),
+        ("H", apart, WHY["apart"]),
+        ("H", block, WHY["block"]),
+        ("H_GN", gn, WHY["gn"]),
         ("H_T", tensor, _no_tensor_part(report.facts.get("curved"), bool(zero["tensor_norm"].all()))),
     )
     return [
@@ -41,7 +48,6 @@ def proved(report: CurvatureReport) -> list[dict[str, str]]:
 def _no_tensor_part(curved: Mapping[str, int] | None, everywhere: bool) -> str:
     if everywhere and curved == {}:
         return "every op of the model between points and output is linear or piecewise linear in them"
-    reason = "the points meet in no op of the model that has a second derivative"
     if not curved:
-        return reason
-    return f"{reason}; elsewhere there are {', '.join(f'{op} ×{count}' for op, count in curved.items())}"
+        return WHY["tensor"]
+    return f"{WHY['tensor']}; elsewhere there are {', '.join(f'{op} ×{count}' for op, count in curved.items())}"

@@ -302,6 +302,17 @@ def test_a_screen_reader_finds_grids_heads_and_figures(opened: Open) -> None:
     assert all(name for role in ("button", "checkbox", "combobox", "searchbox", "slider") for name in roles[role])
 
 
+def test_a_zero_says_why(opened: Open) -> None:
+    report = made(5)
+    i, j = np.argwhere(np.triu(report.method["resonance"] == "zero"))[0].tolist()
+    page = opened(report)
+    click(page, cell(page, "resonance", i, j))
+    assert "H = 0: the points meet in no op of model or loss that has a second derivative." in find(page, "#pair").text
+    assert "zero" in cell(page, "resonance", i, j).get_attribute("class")
+    proved = texts(page, "#proved tbody tr")
+    assert proved[0].startswith(f"H{int((report.method['resonance'][np.triu_indices(5)] == 'zero').sum())} of 15")
+
+
 def test_without_facts_of_newer_versions(opened: Open) -> None:
     facts = {key: value for key, value in FACTS.items() if key not in ("curved", "call")}
     report = made(3)

@@ -79,11 +79,9 @@ function* pairs() {
     }
 }
 
+/** Why a pair's block or a part of it is zero, if that is proved. */
 function why(i, j) {
-  const zero = (m) => METRIC[m].how(i, j) === "z";
-  if (zero("resonance")) return distance(i, j) < 0 ? "H = 0: nothing depends on both points." : "H = 0: the points meet in no op that has a second derivative.";
-  const parts = [];
-  if (zero("gn_norm")) parts.push("H_GN = 0: the points do not meet in the loss.");
-  if (zero("tensor_norm")) parts.push("H_T = 0: the points meet in no op of the model that has a second derivative.");
-  return parts.join(" ");
+  const zero = (m) => METRIC[m].how(i, j) === "z", { apart, block, gn, tensor } = DATA.why;
+  if (zero("resonance")) return `H = 0: ${distance(i, j) < 0 ? apart : block}.`;
+  return [zero("gn_norm") ? `H_GN = 0: ${gn}.` : "", zero("tensor_norm") ? `H_T = 0: ${tensor}.` : ""].join(" ").trim();
 }

@@ -25,6 +25,9 @@ const css = (c) => `rgb(${c.join(" ")})`;
 /** Whether white stands out from a colour better than black: by its luminance. */
 const dark = (c) => [0.2126, 0.7152, 0.0722].reduce((sum, share, k) => sum + share * (c[k] / 255) ** 2.2, 0) < 0.179;
 
+/** A dotted name that may be broken after its dots. */
+const broken = (name) => name.split(/(?<=\.)/).flatMap((part) => [part, el("wbr")]).slice(0, -1);
+
 /** A formula with its subscripts: H_GN. */
 const formula = (text) => text.split(/_(\w+)/).map((piece, k) => (k % 2 ? el("sub", {}, piece) : piece));
 

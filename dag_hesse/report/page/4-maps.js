@@ -50,7 +50,7 @@ function map(m) {
   TILES.set(m.name, cells);
   const first = cells.get(`${STATE.order[0]} ${STATE.order[0]}`);
   if (first) first.tabIndex = 0;
-  const table = el("table", { class: "map", role: "grid", "data-metric": m.name, "aria-label": `${m.symbol}, ${m.title}`, style: `--cell:${tall()}px` }, el("thead", {}, head), el("tbody", {}, ...rows));
+  const table = el("table", { class: wide ? "map few" : "map", role: "grid", "data-metric": m.name, "aria-label": `${m.symbol}, ${m.title}`, style: `--cell:${tall()}px` }, el("thead", {}, head), el("tbody", {}, ...rows));
   const title = el("figcaption", {}, el("strong", {}, m.symbol), " ", ...formula(m.title));
   return el("figure", {}, title, el("div", { class: "wide" }, table), legend(by.colours, by.low, by.high, by.log, by.label));
 }

@@ -12,7 +12,7 @@ function tip(cell, i, j) {
 }
 
 function heading(i, j) {
-  const named = (k) => el("span", { class: "name" }, POINTS[k].name);
+  const named = (k) => el("span", { class: "name" }, ...broken(POINTS[k].name));
   return i === j ? [el("p", { class: "names" }, named(i))] : [el("p", { class: "names" }, named(i), el("br"), named(j))];
 }
 
@@ -40,10 +40,10 @@ function drawPair() {
   close.addEventListener("click", () => keep(null));
   side.replaceChildren(
     el("div", { class: "title" }, title, close),
-    el("dl", {}, ...rows.flatMap(([a, b]) => [el("dt", { class: "name" }, a), el("dd", {}, b)])),
+    el("dl", {}, ...rows.flatMap(([a, b]) => [el("dt", { class: "name" }, ...broken(a)), el("dd", {}, b)])),
     figures(i, j),
-    el("p", {}, `${apart(i, j)}; rank of H_GN per sample ≤ ${DATA.rank[place(i, j)]}`),
-    ...(reason ? [el("p", {}, reason)] : []),
+    el("p", {}, ...formula(`${apart(i, j)}; rank of H_GN per sample ≤ ${DATA.rank[place(i, j)]}`)),
+    ...(reason ? [el("p", {}, ...formula(reason))] : []),
     el("pre", {}, el("code", {}, `report[${name(i)}, ${name(j)}]\nreport.block(${name(i)}, ${name(j)})`)),
   );
 }

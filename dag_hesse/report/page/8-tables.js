@@ -30,7 +30,7 @@ function drawRows() {
   });
   const rows = shown.map((p) => {
     const row = el("tr", { "data-pair": p.join(" "), tabindex: "0" }, ...COLUMNS.map((c, k) =>
-      el("td", { class: k < 2 ? "name" : c.how ? c.how(p) : null, title: c.how ? c.how(p) : null }, String((c.text ?? c.of)(p)))));
+      el("td", { class: k < 2 ? "name" : c.how ? c.how(p) : null, title: c.how ? c.how(p) : null }, ...(k < 2 ? broken(c.of(p)) : [String((c.text ?? c.of)(p))]))));
     row.addEventListener("click", () => keep(...p));
     row.addEventListener("keydown", (event) => { if (event.key === "Enter") keep(...p); });
     return row;

@@ -3,7 +3,7 @@
 function redraw() {
   STATE.order = arrange(find("filter").value.trim(), find("order").value);
   const n = STATE.order.length;
-  find("count").textContent = n === N ? `${N} points` : `${n} of ${N} points`;
+  find("count").textContent = n === N ? `${N} ${N === 1 ? "point" : "points"}` : `${n} of ${N} points`;
   drawMaps();
   drawCurves();
   drawRows();
