@@ -157,7 +157,7 @@ def analyze(
         metrics.method,
         structure.distance,
         structure.rank_bound,
-        {**_facts(model, problem, chosen, space, mode, seed, clock), "curved": curved_ops(graphs[0]), "call": call},
+        {**_facts(model, problem, chosen, space, mode, seed, clock), "curved ops": curved_ops(graphs[0]), "call": call},
         BlockReader(problem),
     )
 

@@ -166,9 +166,9 @@ def test_a_report_says_the_call_that_makes_it() -> None:
     report = dh.analyze(model, batch, reduction=lambda *_: 1.0, probes=np.int64(4), progress=False)
     assert report.facts["call"] == "dag_hesse.analyze(model, batch, probes=4, reduction=reduction)"
     assert "reduction=[1.0, 2.0]" in dh.analyze(model, batch, reduction=[1.0, 2.0]).facts["call"]
-    assert report.facts["curved"] == {}
+    assert report.facts["curved ops"] == {}
     trained = dh.analyze(model, batch, space="parameter").facts
-    assert (trained["call"], trained["curved"]) == ("dag_hesse.analyze(model, batch, space='parameter')", {"mm": 1})
+    assert (trained["call"], trained["curved ops"]) == ("dag_hesse.analyze(model, batch, space='parameter')", {"mm": 1})
 
 
 def test_files_that_are_no_reports(tmp_path: Path) -> None:

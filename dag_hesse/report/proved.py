@@ -36,7 +36,7 @@ def proved(report: CurvatureReport) -> list[dict[str, str]]:
         ("H", apart, WHY["apart"]),
         ("H", block, WHY["block"]),
         ("H_GN", gn, WHY["gn"]),
-        ("H_T", tensor, _no_tensor_part(report.facts.get("curved"), bool(zero["tensor_norm"].all()))),
+        ("H_T", tensor, _no_tensor_part(report.facts.get("curved ops"), bool(zero["tensor_norm"].all()))),
     )
     return [
         {"what": what, "pairs": f"{int(pairs.sum())} of {len(pairs)}", "why": why}

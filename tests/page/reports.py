@@ -23,7 +23,7 @@ FACTS: dict[str, Any] = {
     "seconds": {"capture": 0.5, "estimate": 1.5, "total": 2.0},
     "opaque": [],
     "lost": [],
-    "curved": {"gelu": 2},
+    "curved ops": {"gelu": 2},
     "call": "dag_hesse.analyze(model, batch, space='parameter')",
 }
 

@@ -57,7 +57,7 @@ function ticks(low, high, log) {
 function powerOf(x) {
   if (x <= 0) return x < 0 ? `−${powerOf(-x)}` : "0";
   const k = Math.round(Math.log10(x));
-  return (x >= 0.01 && x < 1000) || Math.abs(x / 10 ** k - 1) > 1e-6 ? brief(x) : `1e${k}`;
+  return (x >= 0.01 && x < 1000) || Math.abs(x / 10 ** k - 1) > 1e-6 ? brief(x).replace(".0e", "e") : `1e${k}`;
 }
 
 /** A bar of colours under its numbers. */
