@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 import dag_hesse as dh
 from dag_hesse.estimate import METRICS
+from dag_hesse.report.colour import colours, spread
 from dag_hesse.report.pairs import number
 from tests.page.conftest import Open
 from tests.page.reports import EVIL, FACTS, long_names, made
@@ -80,7 +82,9 @@ def test_numbers_are_written_as_python_writes_them(opened: Open) -> None:
         2.5e-7, 1e100, 1.125, 1.375, 0.0, 1e22,
     ]  # fmt: skip
     cells = [
-        [x, x * share, how] for x in numbers for share, how in ((0.0, "e"), (0.125, "p"), (0.004, "p"), (0.045, "z"))
+        [x, x * share, how]
+        for x in numbers
+        for share, how in ((0.0, "e"), (0.125, "p"), (0.375, "p"), (0.004, "p"), (0.045, "z"))
     ]
     written = page_numbers(opened, cells)
     assert written == [number(x, off, "zero" if how == "z" else "probes") for x, off, how in cells]
@@ -197,6 +201,36 @@ def test_decay_has_the_fits_of_the_theory(opened: Open) -> None:
         assert said.startswith(f"slope {number(fit.slope, 0, 'exact')} [{number(fit.interval[0], 0, 'exact')}, ")
         dots = page.execute_script(f"return document.querySelectorAll('[data-curve={metric}] .dot').length")
         assert dots == int((report.values[metric][np.triu_indices(9)] > 0).sum())
+
+
+def test_fits_are_drawn_where_their_line_is(opened: Open) -> None:
+    report = made(9)
+    page, fit = opened(report), dh.theory.decay_fit(report)
+    heights = "return [...document.querySelectorAll('[data-curve=resonance] .mean')].map((x) => +x.getAttribute('cy'))"
+    rings = np.array(page.execute_script(heights))
+    slope, shift = np.polyfit(np.log(fit.mean), rings, 1)  # from logarithms to pixels
+    assert np.allclose(rings, slope * np.log(fit.mean) + shift)
+    path = page.execute_script("return document.querySelector('[data-curve=resonance] .fit').getAttribute('d')")
+    line = [float(point.split()[1]) for point in path.removeprefix("M ").split(" L ")]
+    assert np.allclose(line, slope * (fit.intercept + fit.slope * fit.distance) + shift)
+
+
+def test_cells_have_the_colours_of_their_values_and_a_scale_that_says_so(opened: Open) -> None:
+    report = made(6)
+    report.values["stable_rank"][:] = np.where(np.isnan(report.stable_rank), np.nan, 1.0 + report.distance)
+    page = opened(report)
+    for metric in ("resonance", "coupling", "stable_rank"):
+        values = report.values[metric].ravel()
+        drawn = page.execute_script(
+            f"return [...document.querySelectorAll('[data-metric={metric}].map tbody td')].map((x) => x.style.background)"
+        )
+        for text, hexes in zip(drawn, colours(values), strict=True):
+            expected = "" if hexes is None else f"rgb({', '.join(str(int(hexes[k : k + 2], 16)) for k in (1, 3, 5))})"
+            shades = [list(map(int, re.findall(r"\d+", each))) for each in (text, expected)]
+            assert len(shades[0]) == len(shades[1])
+            assert all(abs(x - y) <= 1 for x, y in zip(*shades, strict=True))
+        kind = texts(page, f"figure:has([data-metric={metric}]) .kind")
+        assert kind == ["log scale" if spread(values)[2] else "linear scale"]
 
 
 def test_a_real_report(opened: Open) -> None:

@@ -16,7 +16,11 @@ function watchTools() {
     find("shown").append(el("label", { title: m.title }, box, ` ${m.symbol}`));
   }
   let soon = 0;
-  find("filter").addEventListener("input", () => { clearTimeout(soon); soon = setTimeout(redraw, N > 30 ? 150 : 0); });
+  find("filter").addEventListener("input", () => {
+    clearTimeout(soon);
+    if (N > 30) soon = setTimeout(redraw, 150); // once a word is typed
+    else redraw();
+  });
   find("order").addEventListener("change", redraw);
   find("view-label").hidden = CHANGE === null;
   find("view").addEventListener("change", () => { STATE.view = find("view").value; drawMaps(); drawPair(); });
