@@ -16,7 +16,7 @@ from torch import nn
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like, unwrapped
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.reduction import Option, find_reduction
-from dag_hesse._structure import analyze_structure
+from dag_hesse._structure import analyze_structure, curved_ops
 from dag_hesse.errors import OptionError, choose, flag, integer
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.estimate.run import Progress
@@ -27,6 +27,7 @@ from dag_hesse.plan import Plan, fuse_all, plan
 from dag_hesse.plan.planner import BATCH_MODES, MODES
 from dag_hesse.report import CurvatureReport
 from dag_hesse.report.blocks import BlockReader
+from dag_hesse.report.call import call_text
 from dag_hesse.report.progress import check_progress, shown
 from dag_hesse.sweep import VERIFY, Problem, capture_anew, prove_all
 from dag_hesse.sweep.replay import refused
@@ -99,6 +100,7 @@ def analyze(
         >>> report.names, report.resonance.shape, bool((report.tensor_norm == 0.0).all())
         (('1', '3'), (2, 2), True)
     """
+    call = call_text(analyze, locals())
     choose("mode", mode, MODES)
     choose("batch_mode", batch_mode, BATCH_MODES)
     choose("verify", verify, VERIFY)
@@ -156,7 +158,7 @@ def analyze(
         metrics.method,
         structure.distance,
         structure.rank_bound,
-        _facts(model, problem, chosen, space, mode, seed, clock),
+        {**_facts(model, problem, chosen, space, mode, seed, clock), "curved ops": curved_ops(graphs[0]), "call": call},
         BlockReader(problem),
     )
 

@@ -1,13 +1,16 @@
-"""Globs over dotted names: ``*`` stays within one part of a name, ``**`` crosses dots."""
+"""Dotted names: globs over them, in which ``*`` stays within one part and ``**`` crosses dots, and shorter forms."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from dag_hesse.errors import PointError, position
+from rich.cells import cell_len, set_cell_size
+
+from dag_hesse.errors import OptionError, PointError, position
 
 _PIECES = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
 
@@ -87,3 +90,50 @@ def _places(names: Sequence[str], pattern: Any) -> list[int]:
         return [names.index(pattern)]
     chosen = innermost(pattern, names)
     return [k for k, name in enumerate(names) if any(name == n or name.startswith(n + ".") for n in chosen)]
+
+
+def shortened(names: Sequence[str], width: int) -> list[str]:
+    """The names in at most ``width`` terminal cells each, no two alike.
+
+    Parts of dotted names become initials from the left, as many in all names as it takes. Where that is not enough, or
+    two would read the same, the middle of a name is left out and, if need be, a number is put there.
+
+    >>> shortened(["encoder.layers.0.self_attn.in_proj_weight", "encoder.layers.0.norm1.weight", "head"], 28)
+    ['e.l.0.sa.in_proj_weight', 'e.l.0.n1.weight', 'head']
+    >>> shortened(["blocks.first.weight", "blocks.final.weight"], 12)
+    ['block…weight', 'bloc…2…eight']
+    """
+    if width < 8:
+        raise OptionError(f"width={width}; expected at least 8.")
+    for level in range(max((name.count(".") for name in names), default=0) + 1):
+        found = [_initials(name, level) for name in names]
+        if max(map(cell_len, found), default=0) <= width and len(set(found)) == len(set(names)):
+            return found
+    return _cut(names, width)
+
+
+def _initials(name: str, level: int) -> str:
+    """A dotted name of which the first parts, but never the last one, are initials of their words; digits stay."""
+    *parts, last = name.split(".")
+    short = ["".join(re.findall(r"\d+|(?:^|(?<=_))\D", part)) for part in parts[:level]]
+    return ".".join([*short, *parts[level:], last])
+
+
+def _cut(names: Sequence[str], width: int) -> list[str]:
+    """Names of which those that are too long lack their middle."""
+    found = {name: name for name in names if cell_len(name) <= width}
+    taken = set(found)
+    for name in dict.fromkeys(names):
+        if name not in found:
+            gaps = itertools.chain("…", (f"…{k}…" for k in itertools.count(2)))
+            found[name] = next(short for gap in gaps if (short := _without_middle(name, gap, width)) not in taken)
+            taken.add(found[name])
+    return [found[name] for name in names]
+
+
+def _without_middle(name: str, gap: str, width: int) -> str:
+    room = width - cell_len(gap)
+    head, tail = set_cell_size(name, room // 2).rstrip(), name
+    while cell_len(tail) > room - cell_len(head):
+        tail = tail[1:]
+    return head + gap + tail

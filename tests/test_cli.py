@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import dag_hesse as dh
+from dag_hesse._cli.spec import load_spec
+from dag_hesse.cli import main, parser
 
 BLOCKS = ("blocks", "mlp", "--batch", "6", "--image", "4")
 
@@ -62,3 +67,129 @@ def test_a_terminal_of_few_letters() -> None:
     done = run(*BLOCKS, PYTHONIOENCODING="latin-1")
     assert done.returncode == 0, done.stderr
     assert "directions" in done.stdout
+
+
+SMALL = ("mlp", "--batch", "6", "--image", "2")
+
+
+def operator(kind: type = dh.HessianOperator, points: list[str] | None = None) -> dh.HessianOperator:
+    return kind(*load_spec("mlp", 6, 2, 0), points=points)
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    assert main([*arguments, "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return json.loads(out)
+
+
+@pytest.mark.parametrize(("part", "kind"), [("full", dh.HessianOperator), ("gn", dh.GGNOperator)])
+def test_a_product_with_a_vector_of_a_file(
+    part: str, kind: type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    H = operator(kind)
+    v = H.by_name(torch.randn(H.shape[0]))
+    save_file(v, tmp_path / "v.safetensors")
+    files = ["--vector", str(tmp_path / "v.safetensors"), "--out", str(tmp_path / "Hv.safetensors")]
+    data = said(capsys, "hvp", *SMALL, "--part", part, *files)
+    product = H @ v
+    written = load_file(tmp_path / "Hv.safetensors")
+    assert set(written) == set(product)
+    for row in data["segments"]:
+        name = row["name"]
+        assert torch.equal(written[name], product[name])
+        assert row["vector"] == pytest.approx(float(v[name].double().norm()))
+        assert row["product"] == pytest.approx(float(product[name].double().norm()))
+    flat = [torch.cat([x[name].double().flatten() for name in H.names]) for x in (v, product)]
+    assert data["inner"] == pytest.approx(float(flat[0] @ flat[1]), rel=1e-4, abs=1e-6)
+    assert data["product"] == pytest.approx(float(flat[1].norm()))
+
+
+def test_a_random_product_is_the_same_twice_and_told_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["hvp", *SMALL, "--points", "6.weight", "6.bias", "--seed", "3"]
+    first = said(capsys, *command)
+    assert said(capsys, *command) == first
+    assert said(capsys, *command[:-1], "4")["product"] != first["product"]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["point", "6.weight", "6.bias", "all"]
+    assert lines[1].split()[1] == "10×256"
+
+
+def test_vectors_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"6.bias": torch.ones(3)}, tmp_path / "short")
+    save_file({"7.bias": torch.ones(10)}, tmp_path / "other")
+    (tmp_path / "text").write_text("1 2 3")
+    for name, message in (("none", "MissingFile"), ("text", "safetensors"), ("other", "7.bias"), ("short", "(3,)")):
+        command = ["hvp", *SMALL, "--points", "6.bias", "--vector", str(tmp_path / name)]
+        assert main([*command, "--out", str(tmp_path / "Hv")]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "Hv").exists()
+
+
+@pytest.mark.parametrize("points", [["6.bias"], ["0.weight", "6.weight"]])  # all eigenvalues, and by Lanczos
+def test_the_ends_of_the_spectrum(points: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    H = operator(points=points)
+    exact = torch.linalg.eigvalsh(H.dense().double())
+    data = said(capsys, "spectrum", *SMALL, "--points", *points, "--top", "3", "--bottom", "2", "--tol", "1e-6")
+    assert data["size"] == len(exact)
+    assert data["top"] == pytest.approx(exact.flip(0)[:3].tolist(), rel=1e-3, abs=1e-5)
+    assert data["bottom"] == pytest.approx(exact[:2].tolist(), rel=1e-3, abs=1e-5)
+    grid, density = (torch.tensor(data[name]) for name in ("grid", "density"))
+    assert float(torch.trapezoid(density, grid)) == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_spectrum_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["spectrum", *SMALL, "--points", "6.weight", "--steps", "20", "--top", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2560 eigenvalues" and len(lines[1].split()) == 3
+    shares = [float(line.split()[1].rstrip("%")) for line in lines[5:]]
+    assert len(shares) == 20 and sum(shares) == pytest.approx(100.0, abs=0.1)
+    assert lines[5 + shares.index(max(shares))].count("█") >= 25
+
+
+def test_json_on_the_standard_output_is_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    data = said(capsys, "analyze", *SMALL, "--html", str(page))
+    assert [point["name"] for point in data["points"]] == ["1", "3", "5"]
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert "predicted" in json.dumps(said(capsys, "profile", *SMALL))
+
+
+def completed(line: str, shell_script: str) -> list[str]:
+    """What bash offers for the last word of a line."""
+    words = line.split(" ")
+    quoted = " ".join(f"'{word}'" for word in words)
+    tail = f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _dag_hesse; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    done = subprocess.run(["bash", "-c", f"{shell_script}\n{tail}"], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_tab_completes_commands_options_and_choices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    commands = next(a for a in parser()._actions if a.dest == "command").choices
+    assert set(completed("dag-hesse ", script)) >= set(commands)
+    assert completed("dag-hesse pro", script) == ["profile"]
+    assert completed("dag-hesse analyze res", script) == ["resnet18", "resnet18-silu", "resnet50"]
+    assert completed("dag-hesse analyze mlp --mo", script) == ["--mode"]
+    assert completed("dag-hesse analyze mlp --mode ", script) == ["auto", "exact", "gram", "probes"]
+    (tmp_path / "vector.safetensors").touch()
+    assert completed(f"dag-hesse hvp mlp --vector {tmp_path}/v", script) == [f"{tmp_path}/vector.safetensors"]
+    for name, command in commands.items():
+        for action in command._actions:
+            assert all(option in completed(f"dag-hesse {name} x --", script) for option in action.option_strings[-1:])
+    assert main(["completion", "zsh"]) == 0
+    assert capsys.readouterr().out.endswith(script)
+
+
+def test_help_has_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    import shlex
+
+    for name in ("hvp", "spectrum"):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        examples = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  dag-hesse ")]
+        assert len(examples) == 3
+        for line in examples:
+            assert parser().parse_args(shlex.split(line)[1:]).command == name

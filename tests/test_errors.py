@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import dag_hesse as dh
 from dag_hesse import errors
-from dag_hesse.cli import load_spec
+from dag_hesse._cli.spec import load_spec
 from dag_hesse.experiments.digits import load_digits
 from dag_hesse.experiments.models import mlp
 

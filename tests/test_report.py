@@ -32,6 +32,7 @@ from dag_hesse.plan import Method
 from dag_hesse.report.files import write_whole
 from dag_hesse.report.progress import shown
 from dag_hesse.report.text import cells
+from tests.page.reports import made
 
 SPEC = """
 import sys
@@ -92,6 +93,19 @@ def _large(count: int) -> dh.CurvatureReport:
     return dh.CurvatureReport(points, values, stderr, method, zeros, zeros, whole)
 
 
+def test_long_names_are_shortened_in_text_and_no_two_alike() -> None:
+    for count in (5, 16, 64):
+        report = made(count)
+        lines = str(report).splitlines()
+        head = next(line for line in lines if "┃" in line)
+        heads = [word.strip() for word in head.split("┃")[1:]]
+        rows = [line.split("│")[0].strip() for line in lines if "│" in line][:count]
+        for names in (heads, rows):
+            assert len(set(names)) == count
+            assert all(name.endswith(full.rpartition(".")[2]) for name, full in zip(names, report.names, strict=True))
+        assert max(map(len, heads)) <= 24 and max(map(len, rows)) <= 40
+
+
 def test_tables_are_drawn_as_rich_would() -> None:
     report, buffer = _large(9), io.StringIO()
     for metric in ("resonance", "coupling", "stable_rank", "gn_gap"):
@@ -129,15 +143,32 @@ def test_save_and_load(report: dh.CurvatureReport, tmp_path: Path) -> None:
         loaded.block("1", "1")
 
 
-def test_json_and_html(report: dh.CurvatureReport, tmp_path: Path) -> None:
+def test_json_and_html(report: dh.CurvatureReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report.to_json(tmp_path / "deep" / "a.json")
     data = json.loads((tmp_path / "deep" / "a.json").read_text())
     assert data["metrics"]["resonance"]["value"][0][1] == report.resonance[0, 1]
     assert [p["name"] for p in data["points"]] == list(report.names)
     report.to_html(tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text()
-    assert "<svg" in page
-    assert all(name in page for name in report.names)
+    assert all(f'"name":"{name}"' in page for name in report.names)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report.to_html(tmp_path / "b.html")
+    assert (tmp_path / "b.html").read_text() == page
+    for wrong in ({"spectra": 3}, {"against": 3}):
+        with pytest.raises(OptionError, match="int"):
+            report.to_html(tmp_path / "c.html", **wrong)  # type: ignore[arg-type]
+    assert not (tmp_path / "c.html").exists()
+
+
+def test_a_report_says_the_call_that_makes_it() -> None:
+    batch = [(torch.randn(4, 3), torch.arange(4) % 2), (torch.randn(2, 3), torch.arange(2))]
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    report = dh.analyze(model, batch, reduction=lambda *_: 1.0, probes=np.int64(4), progress=False)
+    assert report.facts["call"] == "dag_hesse.analyze(model, batch, probes=4, reduction=reduction)"
+    assert "reduction=[1.0, 2.0]" in dh.analyze(model, batch, reduction=[1.0, 2.0]).facts["call"]
+    assert report.facts["curved ops"] == {}
+    trained = dh.analyze(model, batch, space="parameter").facts
+    assert (trained["call"], trained["curved ops"]) == ("dag_hesse.analyze(model, batch, space='parameter')", {"mm": 1})
 
 
 def test_files_that_are_no_reports(tmp_path: Path) -> None:
@@ -172,22 +203,6 @@ def test_files_have_the_mode_that_the_umask_leaves(report: dh.CurvatureReport, t
         finally:
             os.umask(before)
         assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("a.dh", "a.json", "a.png")} == {mode}
-
-
-def test_plots(report: dh.CurvatureReport) -> None:
-    metrics = ("resonance", "coupling", "gn_gap")
-    figure = report.plot(metrics)
-    maps, beside = figure.axes[: len(metrics)], figure.axes[len(metrics) : 2 * len(metrics)]
-    for axes, metric in zip(maps, metrics, strict=True):
-        shown = axes.images[0].get_array().filled(np.nan)
-        assert np.array_equal(shown, np.where(report.values[metric] > 0, report.values[metric], np.nan), equal_nan=True)
-        assert [label.get_text() for label in axes.get_yticklabels()] == list(report.names)
-    for axes in beside:  # a point a pair, and the mean of every distance
-        pairs, means = (line.get_xdata() for line in axes.get_lines()[:2])
-        assert sorted(pairs) == sorted(report.distance[np.triu_indices(3)]) and list(means) == [0, 1, 2]
-    assert len(report.plot().axes) == 4 * 3  # with a bar of colours each
-    with pytest.raises(OptionError, match="'resonance'"):
-        report.plot(["resonanse"])
 
 
 def test_unknown_point_of_a_report(report: dh.CurvatureReport) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from dag_hesse._capture import capture
-from dag_hesse._structure.analysis import Structure, analyze_structure
+from dag_hesse._structure.analysis import Structure, analyze_structure, curved_ops
 from dag_hesse.ir import CurvatureGraph
 
 
@@ -32,4 +32,4 @@ def structure(model: nn.Module | CurvatureGraph, batch: Any = None, **options: A
     return analyze_structure(graph)
 
 
-__all__ = ["Structure", "analyze_structure", "structure"]
+__all__ = ["Structure", "analyze_structure", "curved_ops", "structure"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +77,20 @@ def _meeting_pairs(graph: CurvatureGraph, *, loss_side: bool) -> tuple[NDArray[n
     ]
     table = np.array(found, dtype=np.int64).reshape(-1, 2)
     return table[:, 0].copy(), table[:, 1].copy()
+
+
+def curved_ops(graph: CurvatureGraph) -> dict[str, int]:
+    """Ops of the model in which points meet in a second derivative, and how many of each: all that H_T comes of."""
+    reached = graph.descendants(site for point in graph.points for site in point.sites)
+    reaching, in_loss = graph.ancestors([graph.loss]), graph.loss_subgraph
+    ops = [
+        node.op.split(".")[1] if node.op.count(".") > 1 else node.op
+        for node in graph.nodes
+        if reaching[node.index]
+        and not in_loss[node.index]
+        and any(reached[node.inputs[i]] and reached[node.inputs[j]] for i, j in pairs_of(node))
+    ]
+    return dict(Counter(ops))
 
 
 def _loss_rank(graph: CurvatureGraph) -> int:

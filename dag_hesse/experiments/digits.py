@@ -15,8 +15,7 @@ from dag_hesse._analyze import analyze
 from dag_hesse.errors import DependencyError
 from dag_hesse.experiments.models import resnet18
 from dag_hesse.report import CurvatureReport
-from dag_hesse.report.files import write_whole
-from dag_hesse.report.plots import heat_maps
+from dag_hesse.report.plots import heat_maps, save_figure
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 METRICS = ("resonance", "coupling", "stable_rank", "gn_gap")
@@ -65,8 +64,7 @@ def write(report: CurvatureReport, place: Path) -> None:
     report.to_json(place.with_suffix(".json"))
     report.save(place.with_suffix(".safetensors"))
     report.to_html(place.with_suffix(".html"))
-    figure = heat_maps(report, METRICS)
-    write_whole(place.with_suffix(".png"), lambda path: figure.savefig(path, dpi=130))
+    save_figure(heat_maps(report, METRICS), place.with_suffix(".png"))
 
 
 def main(arguments: Sequence[str] = ()) -> None:

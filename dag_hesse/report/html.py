@@ -1,34 +1,22 @@
-"""One self-contained HTML page: facts, maps (if matplotlib is there), tables."""
+"""Reports in HTML: one page that needs no network, and facts with tables for notebooks."""
 
 from __future__ import annotations
 
-import io
+import re
+from functools import cache
 from html import escape
+from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dag_hesse.errors import DependencyError
-from dag_hesse.estimate import METRICS
-from dag_hesse.report.files import write_text
+from dag_hesse.errors import OptionError
+from dag_hesse.report.files import check_path, write_text
+from dag_hesse.report.page_data import as_json, page_data
 from dag_hesse.report.report import CurvatureReport
 from dag_hesse.report.text import cells, facts
 
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1c1c1c}
-h1{font-size:1.4rem}h2{font-size:1.05rem;margin-top:2rem}table{border-collapse:collapse;font-size:.85rem}
-th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e3e3e3}th:first-child{text-align:left}
-td.probes{color:#8a4b00}td.zero{color:#999}svg{max-width:100%;height:auto}.wide{overflow-x:auto}
-"""
-
-
-def _svg(report: CurvatureReport) -> str:
-    try:
-        figure = report.plot()
-    except DependencyError:
-        return ""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+if TYPE_CHECKING:
+    from dag_hesse.theory import BlockSpectra
 
 
 def _table(report: CurvatureReport, metric: str) -> str:
@@ -42,19 +30,44 @@ def _table(report: CurvatureReport, metric: str) -> str:
 
 def fragment(report: CurvatureReport) -> str:
     """Facts and tables, to stand in another page."""
-    lines = "".join(f"<div>{escape(line)}</div>" for line in facts(report))
     tables = "".join(_table(report, metric) for metric in ("resonance", "coupling", "gn_gap"))
-    return f'<div class="dag-hesse">{lines}{tables}</div>'
+    return f'<div class="dag-hesse">{_lines(report, "div")}{tables}</div>'
 
 
-def write_html(report: CurvatureReport, path: str | Path) -> None:
-    """Write the page."""
-    title = escape(f"Curvature of {report.facts['model']}")
-    lines = "".join(f"<p>{escape(line)}</p>" for line in facts(report))
-    tables = "".join(_table(report, metric) for metric in METRICS)
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        f'<h1>{title}</h1>{lines}<div class="wide">{_svg(report)}</div>{tables}'
-        "<p>± is the relative standard error of an estimate; hover a cell for its method.</p></html>\n"
-    )
-    write_text(path, page)
+def _lines(report: CurvatureReport, element: str) -> str:
+    return "".join(f"<{element}>{escape(line)}</{element}>" for line in facts(report))
+
+
+@cache
+def _template() -> tuple[str, str, str]:
+    """The page's HTML, its style and its script."""
+    folder = files("dag_hesse.report") / "page"
+    scripts = sorted((file for file in folder.iterdir() if file.name.endswith(".js")), key=lambda file: file.name)
+    names = (folder / "page.html", folder / "page.css", *scripts)
+    page, style, *script = (file.read_text(encoding="utf-8") for file in names)
+    return page, style, "\n".join(script)
+
+
+def write_html(
+    report: CurvatureReport,
+    path: str | Path,
+    against: CurvatureReport | None = None,
+    spectra: BlockSpectra | None = None,
+) -> None:
+    """As :meth:`dag_hesse.CurvatureReport.to_html`."""
+    from dag_hesse.theory import BlockSpectra  # theory reads reports
+
+    check_path(path)
+    if spectra is not None and not isinstance(spectra, BlockSpectra):
+        raise OptionError(
+            f"spectra is a {type(spectra).__name__}; expected what dag_hesse.theory.block_spectra() returns, or None."
+        )
+    page, style, script = _template()
+    parts = {
+        "title": escape(f"Curvature of {report.facts['model']}"),
+        "lines": _lines(report, "p"),
+        "style": style,
+        "script": script,
+        "data": as_json(page_data(report, against, spectra)),
+    }
+    write_text(path, re.sub(r"<!--(\w+)-->", lambda place: parts[place[1]], page))

@@ -15,6 +15,15 @@ from dag_hesse.estimate import METRICS
 if TYPE_CHECKING:
     from dag_hesse.report.report import CurvatureReport
 
+TITLES = {
+    "resonance": ("R", "‖H‖_F"),
+    "coupling": ("C", "coupling"),
+    "stable_rank": ("D", "stable rank"),
+    "gn_gap": ("GN-gap", "‖H_T‖/‖H_GN‖"),
+    "gn_norm": ("GN", "‖H_GN‖_F"),
+    "tensor_norm": ("T", "‖H_T‖_F"),
+}  # a metric's symbol, and what it is
+
 
 def number(value: float, error: float, method: str) -> str:
     """``1.23e-2 ±4%`` for an estimate, ``1.23e-2`` for an exact value, ``0`` for a structural zero."""

@@ -19,8 +19,11 @@ from dag_hesse.report.blocks import BlockReader, present
 from dag_hesse.report.pairs import data_frame, pair_of, rows_of
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from dag_hesse.report.compare import Comparison
     from dag_hesse.storage import BlockMatrix
+    from dag_hesse.theory import BlockSpectra
 
 Array = NDArray[np.float64]
 
@@ -236,14 +239,83 @@ class CurvatureReport:
 
         save(self, path)
 
-    def to_html(self, path: str | Path) -> None:
-        """Write one self-contained HTML page with the maps and the table."""
+    def to_html(
+        self, path: str | Path, *, against: CurvatureReport | None = None, spectra: BlockSpectra | None = None
+    ) -> None:
+        """Write one page that needs no network: linked maps, the graph of the points, decay, proofs, pairs, facts.
+
+        Args:
+            path: of the page, written whole or not at all.
+            against: another report of the same points; the page can then show what is different there.
+            spectra: of :func:`dag_hesse.theory.block_spectra`, to be drawn as well.
+
+        Raises:
+            OptionError: ``path`` is no name of a file, ``spectra`` are none, or the reports measure different things.
+            PointError: the two reports have no point in common.
+
+        Example:
+            >>> import tempfile, torch, dag_hesse
+            >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+            >>> report = dag_hesse.analyze(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["0", "1"])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     report.to_html(f"{folder}/map.html")
+            ...     open(f"{folder}/map.html", encoding="utf-8").read(15)
+            '<!doctype html>'
+        """
         from dag_hesse.report.html import write_html
 
-        write_html(self, path)
+        write_html(self, path, against, spectra)
 
-    def plot(self, metrics: Sequence[str] = ("resonance", "coupling", "stable_rank", "gn_gap")) -> Any:
-        """Heat maps of the metrics and metric against distance, as a matplotlib Figure (extra: ``plot``)."""
+    def plot(
+        self,
+        metrics: Sequence[str] = ("resonance", "coupling", "stable_rank", "gn_gap"),
+        path: str | Path | None = None,
+    ) -> Any:
+        """Heat maps of the metrics and metric against distance, as a matplotlib Figure (extra: ``plot``).
+
+        Args:
+            metrics: what is drawn, a map each.
+            path: where to save it, whole or not at all: ``.pdf`` and ``.svg`` are vectors, with text as text in a PDF.
+
+        Raises:
+            OptionError: there is no such metric, or no such kind of file.
+            DependencyError: matplotlib is not installed.
+        """
         from dag_hesse.report.plots import overview
 
-        return overview(self, metrics)
+        return overview(self, metrics, path)
+
+    def to_model_explorer(
+        self,
+        path: str | Path,
+        *,
+        metric: str = "resonance",
+        point: str | int | None = None,
+        program: ExportedProgram | None = None,
+    ) -> None:
+        """Write a metric as node data (JSON) for Google's Model Explorer, which colours the nodes of a graph by it.
+
+        Args:
+            path: of the node data, as ``map.json``.
+            metric: its name.
+            point: its values are those of the pairs with this point; None: those of the diagonal.
+            program: of ``torch.export.export(model, inputs)``: nodes are those of its graph, a point's being the one
+                that computes a module's output or brings a parameter in. None: nodes are the points, and their graph is
+                written as well, as ``map.graph.json``.
+
+        Raises:
+            OptionError: there is no such metric, or ``program`` is none.
+            PointError: there is no such point, or the program has none of the report's.
+
+        Example:
+            >>> import json, tempfile, torch, dag_hesse
+            >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+            >>> report = dag_hesse.analyze(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["0", "1"])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     report.to_model_explorer(f"{folder}/map.json")
+            ...     sorted(json.load(open(f"{folder}/map.json"))["results"])
+            ['0', '1']
+        """
+        from dag_hesse.report.explorer import write_model_explorer
+
+        write_model_explorer(self, path, metric, point, program)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from rich.cells import cell_len
 
-from dag_hesse.report.pairs import number
+from dag_hesse.names import shortened
+from dag_hesse.report.pairs import TITLES, number
 from dag_hesse.report.report import CurvatureReport
 
-_TITLES = {
-    "resonance": "R  ‖H‖_F",
-    "coupling": "C  coupling",
-    "stable_rank": "D  stable rank",
-    "gn_gap": "GN-gap  ‖H_T‖/‖H_GN‖",
-}
+_SHOWN = ("resonance", "coupling", "stable_rank", "gn_gap")
+_NAME = 40  # terminal cells of a name beside a map
+_HEAD = 24  # and above one
 
 
 def cells(report: CurvatureReport, metric: str) -> list[list[tuple[str, str]]]:
@@ -24,10 +22,10 @@ def cells(report: CurvatureReport, metric: str) -> list[list[tuple[str, str]]]:
 
 def _table(report: CurvatureReport, metric: str) -> list[str]:
     """A map as lines, a row and a column per point."""
-    names = report.names
+    names, heads = shortened(report.names, _NAME), shortened(report.names, _HEAD)
     columns = [
         [name, *(text for text, _ in column)]
-        for name, column in zip(names, zip(*cells(report, metric), strict=True), strict=True)
+        for name, column in zip(heads, zip(*cells(report, metric), strict=True), strict=True)
     ]
     first = max(map(cell_len, names), default=0)
     padded = [[name + " " * (first - cell_len(name)) for name in ("", *names)]]
@@ -66,6 +64,6 @@ def facts(report: CurvatureReport) -> list[str]:
 def render(report: CurvatureReport) -> str:
     """The whole report as plain text; ± gives the relative standard error of an estimate."""
     lines = facts(report)
-    for metric, title in _TITLES.items():
-        lines += ["", title, *_table(report, metric)]
+    for metric in _SHOWN:
+        lines += ["", "  ".join(TITLES[metric]), *_table(report, metric)]
     return "\n".join(line.rstrip() for line in lines)

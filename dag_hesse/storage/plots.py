@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dag_hesse.report.files import write_whole
-from dag_hesse.report.plots import new_figure
+from dag_hesse.report.plots import new_figure, save_figure
 from dag_hesse.storage.pairs import Storage
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ def overview(matrix: BlockMatrix, path: str | Path | None = None) -> Any:
     _kinds(left, matrix)
     _values(right, matrix)
     if path is not None:
-        write_whole(path, lambda place: figure.savefig(place, dpi=130))
+        save_figure(figure, path)
     return figure
 
 

@@ -1,0 +1,1 @@
+"""Parts of the command line: what a SPEC stands for, products, shell completion, what is printed."""
