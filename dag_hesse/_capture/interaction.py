@@ -17,17 +17,8 @@ import torch
 from dag_hesse._capture import labels
 from dag_hesse._capture.batch import Batch
 from dag_hesse._capture.batch_axis import FREE
-from dag_hesse._capture.families import (
-    ARITHMETIC,
-    FOLLOW,
-    GONE,
-    NONE,
-    State,
-    is_linear,
-    mixed,
-    samples_of,
-    separate,
-)
+from dag_hesse._capture.dependence import GONE, NONE, State, is_linear, mixed, separate
+from dag_hesse._capture.families import ARITHMETIC, FOLLOW, samples_of
 from dag_hesse.ir import BatchAxis, CurvatureGraph, Interaction, Kind, Node
 from dag_hesse.rules.base import Samples
 

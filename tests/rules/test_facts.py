@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dag_hesse._capture.batch_axis import FREE
-from dag_hesse._capture.families import FOLLOW, NONE, separate
+from dag_hesse._capture.dependence import NONE, separate
+from dag_hesse._capture.families import FOLLOW
 from dag_hesse.ir import BatchAxis, Interaction, Kind, Node
 from dag_hesse.ir.node import execute
 from dag_hesse.rules import RULES, Call
