@@ -217,13 +217,12 @@ class CurvatureOperator(SymmetricOperator):
         Nothing is captured again, unless a module has another training flag (``train()``, ``eval()``) or other
         settings: numbers, flags and functions among its attributes, submodules, hooks, what a loss function was given.
         """
-        watch = self._problem.watch
-        settings = watch.settings()
-        if watch.changed_training_flags() or watch.differ(settings):
+        if not self._problem.renewed():
             self._set_up()
-            return
+
+    def release(self) -> None:
+        """Give back the memory of the linearization; the next product makes it anew."""
         self._problem.release()
-        watch.note(settings)
 
     @property
     def loss(self) -> float:
