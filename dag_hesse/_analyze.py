@@ -244,6 +244,11 @@ class Mapper:
         if not self.problem.renewed():
             self._set_up()
 
+    def release(self) -> None:
+        """Give back the memory of linearizations and sweeps."""
+        self.problem.release()
+        self.problem.arena.retire()
+
 
 def _plan(graphs: Sequence[CurvatureGraph], swept: Sequence[CurvatureGraph], **options: Any) -> Plan:
     """For graphs as they were captured and as they are swept, one a batch."""

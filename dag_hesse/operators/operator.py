@@ -221,8 +221,18 @@ class CurvatureOperator(SymmetricOperator):
             self._set_up()
 
     def release(self) -> None:
-        """Give back the memory of the linearization; the next product makes it anew."""
+        """Give back the memory of the linearization, and that in which products lie; the next product makes it anew.
+
+        Example:
+            >>> import torch, dag_hesse as dh
+            >>> H = dh.HessianOperator(torch.nn.Linear(3, 1), (torch.ones(2, 3), torch.zeros(2, 1)))
+            >>> before = H @ torch.ones(4)
+            >>> H.release()
+            >>> torch.equal(H @ torch.ones(4), before)
+            True
+        """
         self._problem.release()
+        self._problem.arena.retire()
 
     @property
     def loss(self) -> float:
