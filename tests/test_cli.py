@@ -62,3 +62,12 @@ def test_a_terminal_of_few_letters() -> None:
     done = run(*BLOCKS, PYTHONIOENCODING="latin-1")
     assert done.returncode == 0, done.stderr
     assert "directions" in done.stdout
+
+
+def test_the_monitor_s_demo_draws_its_curves(tmp_path: Path) -> None:
+    place = tmp_path / "figures" / "monitor.png"
+    done = run("monitor-demo", "--seconds", "1", "--every", "5", "--out", str(place))
+    assert done.returncode == 0, done.stderr
+    assert place.read_bytes().startswith(b"\x89PNG")
+    for text in ("step 0: loss", "sharpness", "held-out digits are read right", str(place)):
+        assert text in done.stdout
