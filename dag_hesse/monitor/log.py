@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
+from dag_hesse.errors import OptionError
 from dag_hesse.monitor.changes import Change, change
 
 _LOG = logging.getLogger("dag_hesse")
@@ -34,10 +36,15 @@ class Log:
     Attributes:
         history: per name, (step, value) in order.
         changes, failures: in order.
+
+    Raises:
+        OptionError: ``threshold`` is no positive number.
     """
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
+    def __init__(self, threshold: Any) -> None:
+        if isinstance(threshold, bool) or not isinstance(threshold, Real) or not float(threshold) > 0:
+            raise OptionError(f"threshold={threshold!r}; expected a positive z-score.")
+        self.threshold: float = float(threshold)
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.changes: list[Change] = []
         self.failures: list[Failure] = []
@@ -69,7 +76,8 @@ class Log:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        self.history = {name: [(step, value) for step, value in series] for name, series in state["history"].items()}
-        self.changes = [Change(*found) for found in state["changes"]]
-        self.failures = [Failure(*found) for found in state["failures"]]
+        """Go on from there, in the same lists."""
+        self.history.clear()
+        self.history |= {name: [(k, value) for k, value in series] for name, series in state["history"].items()}
+        self.changes[:] = [Change(*found) for found in state["changes"]]
+        self.failures[:] = [Failure(*found) for found in state["failures"]]

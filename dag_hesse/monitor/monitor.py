@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from dag_hesse._capture.losses import Loss
 from dag_hesse.errors import NonFiniteError, OptionError, flag, integer
 from dag_hesse.monitor import optimizers
-from dag_hesse.monitor.changes import Change
-from dag_hesse.monitor.log import Failure, Log
+from dag_hesse.monitor.log import Log
 from dag_hesse.monitor.pace import Pace, share
 from dag_hesse.monitor.quantities import QUANTITIES, Moment, Numbers, chosen
 from dag_hesse.monitor.subject import Subject, bare
@@ -47,6 +46,9 @@ class Monitor:
     Attributes:
         quantities: those that are measured.
         report: the last map (:class:`~dag_hesse.CurvatureReport`), or None.
+        history: per name, all measurements as (step, value).
+        changes: abrupt ones (:class:`~dag_hesse.monitor.Change`), in order.
+        failures: what could not be measured (:class:`~dag_hesse.monitor.Failure`), in order.
 
     Raises:
         DagHesseError: as for :func:`~dag_hesse.analyze`; here, not during training.
@@ -91,7 +93,8 @@ class Monitor:
         seed: int = 0,
     ) -> None:
         self._pace = Pace(integer("every", every, 1), share(budget))
-        self._log = Log(_threshold(threshold))
+        self._log = log = Log(threshold)
+        self.history, self.changes, self.failures = log.history, log.changes, log.failures
         self._prefix, self._seed = _prefix(prefix), integer("seed", seed, 0)
         optimizer = None if optimizer is None else optimizers.bare(optimizer)
         self.quantities = chosen(quantities, optimizer)
@@ -137,6 +140,7 @@ class Monitor:
         noted = first or self._before is not None or "update" not in self.quantities
         found = None
         if noted and pace.due(step):
+            self._subject.wait()
             with pace.measuring(step):
                 found = self._measure(step)
         if "update" in self.quantities:
@@ -148,7 +152,11 @@ class Monitor:
         if not self._pace.due(step + self._pace.stride):
             self._before = None
         elif self._before is None or self._before[0] != step:
-            self._before = step, self._subject.copy()
+            self._before = step, {}  # the last copy ends before the next is made; without one there is no update
+            try:
+                self._before = step, self._subject.copy()
+            except Exception as error:
+                self._log.failed(step, "update", error)
 
     def _measure(self, step: int) -> Numbers:
         found: Numbers = {}
@@ -184,21 +192,6 @@ class Monitor:
             self._subject.forget()
             self._starts.clear()
             return {}
-
-    @property
-    def history(self) -> dict[str, list[tuple[int, float]]]:
-        """Per name, all measurements as (step, value)."""
-        return self._log.history
-
-    @property
-    def changes(self) -> list[Change]:
-        """Abrupt changes, in order."""
-        return self._log.changes
-
-    @property
-    def failures(self) -> list[Failure]:
-        """What could not be measured, in order."""
-        return self._log.failures
 
     @property
     def seconds(self) -> float:
@@ -252,9 +245,3 @@ def _prefix(prefix: Any) -> str:
     if not isinstance(prefix, str):
         raise OptionError(f"prefix={prefix!r} is a {type(prefix).__name__}; expected a string.")
     return f"{prefix.rstrip('/')}/" if prefix else ""
-
-
-def _threshold(threshold: Any) -> float:
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold > 0:
-        raise OptionError(f"threshold={threshold!r}; expected a positive z-score.")
-    return float(threshold)

@@ -121,6 +121,11 @@ class Subject:
                     module.training = flag
                 self.release()
 
+    def wait(self) -> None:
+        """Let training's kernels end that a device has yet to run: their time is not the measurement's."""
+        for device in {p.device for p in self.model.parameters() if p.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+
     def look(self) -> None:
         """See what the parameters are now; what was captured holds as long as they have the same names and shapes.
 

@@ -6,10 +6,12 @@ import copy
 import io
 import logging
 import math
+import random
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +23,8 @@ import dag_hesse as dh
 from dag_hesse import errors
 from dag_hesse.monitor.monitor import Monitor
 from dag_hesse.monitor.plots import PANELS
+from dag_hesse.monitor.quantities import QUANTITIES
+from dag_hesse.randomness import RandomState
 from dag_hesse.sweep import Problem
 from tests.monitor.common import Net, data, matrix, net, state_of, top, train_step, truth
 
@@ -55,6 +59,34 @@ def test_training_is_bit_for_bit_the_same(make: Any, dtype: torch.dtype, trainin
     watched, monitor = trained(2, make, dtype, training=training)
     assert monitor is not None and not monitor.failures and len(monitor.history["curvature/loss"]) == 5
     assert len(alone) == len(watched) and all(torch.equal(a, b) for a, b in zip(alone, watched, strict=True))
+
+
+def test_random_numbers_of_a_measurement_are_not_training_s(monkeypatch: Any) -> None:
+    def draws(moment: Any) -> dict[str, float]:
+        return {"loss": torch.rand(()).item() + np.random.rand() + random.random()}
+
+    monkeypatch.setitem(QUANTITIES, "loss", draws)
+    monitor = dh.Monitor(net(), data(), quantities=["loss"])
+    before = RandomState.now()
+    assert monitor.step(0)["curvature/failed"] == 0
+    after = RandomState.now()
+    assert torch.equal(before.torch, after.torch) and not before.drew_outside(after)
+
+
+def test_parameters_are_copied_once_a_step() -> None:
+    model, count = net(), 0
+    monitor = dh.Monitor(model, data(), every=4, quantities=["update"])
+    copied = monitor._subject.copy
+
+    def copy_counted() -> dict[str, torch.Tensor]:
+        nonlocal count
+        count += 1
+        return copied()
+
+    with mock.patch.object(monitor._subject, "copy", copy_counted):
+        for step in (0, 1, 2, 3, 3, 3, 4, 5):  # several batches a step
+            monitor.step(step)
+    assert count == 1
 
 
 def test_flags_of_modules_stay_each_what_it_is() -> None:
@@ -128,6 +160,22 @@ def test_what_goes_wrong_in_one_quantity_leaves_the_others(error: Exception, mon
         assert monitor.step(2)["curvature/failed"] == 2  # the loss takes no sweep; there is no update
     assert set(monitor.step(3)) == set(whole)
     assert len(log) == 3
+
+
+def test_parameters_that_cannot_be_noted(log: list[str]) -> None:
+    model = net()
+    monitor = dh.Monitor(model, data(), every=2, quantities=["loss", "update"])
+    monitor.step(0)
+    model.requires_grad_(False)
+    assert monitor.step(1) is None
+    assert [f.quantity for f in monitor.failures] == ["update"]
+    assert monitor.step(2) == {"curvature/abrupt": 0.0, "curvature/failed": 1.0}
+    assert [f.quantity for f in monitor.failures] == ["update", "all"] and len(log) == 2
+    with mock.patch.object(monitor._subject, "copy", side_effect=MemoryError):
+        model.requires_grad_(True)
+        assert monitor.step(3) is None
+    found = monitor.step(4)
+    assert found == {"curvature/loss": found["curvature/loss"], "curvature/abrupt": 0.0, "curvature/failed": 0.0}
 
 
 def test_an_interrupt_is_raised(monkeypatch: Any) -> None:
@@ -223,6 +271,8 @@ def test_gradients_may_be_off_and_types_automatic() -> None:
         assert monitor.step(3)
         model.head.bias.data.add_(1e-6)
         assert "curvature/update" in monitor.step(4)
+        inside = dh.Monitor(model, data(dtype=F32), quantities=["sharpness"])
+        assert math.isclose(sharpness(inside, 0), first, rel_tol=1e-4)
         assert math.isclose(sharpness(monitor, 5), first, rel_tol=1e-4)
 
 
