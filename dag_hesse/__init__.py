@@ -15,6 +15,7 @@ from dag_hesse._profile import Profile, profile
 from dag_hesse._structure import Structure, structure
 from dag_hesse.errors import DagHesseError
 from dag_hesse.ir import CurvatureGraph, Point
+from dag_hesse.monitor import Monitor
 from dag_hesse.operators import FisherOperator, GGNOperator, HessianOperator, TensorOperator, hvp
 from dag_hesse.report import CurvatureReport, ReportSeries, concat, load
 from dag_hesse.storage import BlockMatrix
@@ -29,6 +30,7 @@ __all__ = [
     "FisherOperator",
     "GGNOperator",
     "HessianOperator",
+    "Monitor",
     "Point",
     "Profile",
     "ReportSeries",

@@ -101,66 +101,164 @@ def analyze(
         (('1', '3'), (2, 2), True)
     """
     call = call_text(analyze, locals())
-    choose("mode", mode, MODES)
-    choose("batch_mode", batch_mode, BATCH_MODES)
-    choose("verify", verify, VERIFY)
-    flag("compile", compile)
     check_progress(progress)
-    probes, seed = integer("probes", probes, 2, "a standard error needs two"), integer("seed", seed)
-    _check_rtol(rtol)
-    clock = {"start": time.perf_counter()}
-    batches = Batches(batch, memory)
-    batches.check_batch_mode(batch_mode)
-    model = unwrapped(model)
-    graphs = capture_all(model, batches, loss=loss, output=output, points=points, space=space)
-    needs_split(graphs)
-    clock["capture"] = time.perf_counter()
-    swept = fuse_all(graphs)
-    plan_of = partial(_plan, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory, device=batches.device)
-    chosen = plan_of(graphs, swept)
-    clock["plan"] = time.perf_counter()
-    prove_all(graphs, batches, model, loss, output, verify)
-    clock["proof"] = time.perf_counter()
-    added = find_reduction(model, graphs, batches, loss, reduction, per_sample=batch_mode == "per_sample")
-    like = partial(points_like, graphs[0], model)
+    mapper = Mapper(
+        model,
+        batch,
+        loss=loss,
+        output=output,
+        points=points,
+        space=space,
+        batch_mode=batch_mode,
+        mode=mode,
+        probes=probes,
+        rtol=rtol,
+        reduction=reduction,
+        memory=memory,
+        seed=seed,
+        verify=verify,
+        compile=compile,
+    )
+    return mapper.report(progress, call)
 
-    def pose(graphs: Sequence[CurvatureGraph], chosen: Plan) -> Problem:
+
+class Mapper:
+    """A model captured and planned, of which maps are made: :meth:`report`, and after :meth:`refresh` another one.
+
+    Args and errors are those of :func:`analyze`, which makes one map.
+
+    Example:
+        >>> import torch
+        >>> model, batch = torch.nn.Linear(3, 2), (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
+        >>> mapper = Mapper(model, batch, points="weight")
+        >>> before = mapper.report().resonance
+        >>> _ = model.weight.data.mul_(9)
+        >>> mapper.refresh()
+        >>> bool(mapper.report().resonance < before)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        *,
+        loss: Loss | None = None,
+        output: str | None = None,
+        points: Sequence[str] | str | None = None,
+        space: str = "activation",
+        batch_mode: str = "shared",
+        mode: str = "auto",
+        probes: int = 32,
+        rtol: float | None = None,
+        reduction: Option = None,
+        memory: int | None = None,
+        seed: int = 0,
+        verify: str = "gradient",
+        compile: bool = False,
+    ) -> None:
+        choose("mode", mode, MODES)
+        choose("batch_mode", batch_mode, BATCH_MODES)
+        choose("verify", verify, VERIFY)
+        flag("compile", compile)
+        probes, self.seed = integer("probes", probes, 2, "a standard error needs two"), integer("seed", seed)
+        _check_rtol(rtol)
+        self._clock = {"start": time.perf_counter()}
+        self.batches = Batches(batch, memory)
+        self.batches.check_batch_mode(batch_mode)
+        self.model, self.space, self.mode, self.rtol = unwrapped(model), space, mode, rtol
+        self._loss, self._output, self._points, self._verify = loss, output, points, verify
+        self._batch_mode, self._reduction, self._memory, self._compile = batch_mode, reduction, memory, compile
+        self._plan_of = partial(
+            _plan, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory, device=self.batches.device
+        )
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """Capture, plan, prove and pose the problem."""
+        model, batches, loss, output = self.model, self.batches, self._loss, self._output
+        graphs = capture_all(model, batches, loss=loss, output=output, points=self._points, space=self.space)
+        needs_split(graphs)
+        self._curved_ops = curved_ops(graphs[0])
+        self._clock["capture"] = time.perf_counter()
+        swept = fuse_all(graphs)
+        self.plan = self._plan_of(graphs, swept)
+        self._clock["plan"] = time.perf_counter()
+        prove_all(graphs, batches, model, loss, output, self._verify)
+        self._clock["proof"] = time.perf_counter()
+        per_sample = self._batch_mode == "per_sample"
+        self._added = find_reduction(model, graphs, batches, loss, self._reduction, per_sample=per_sample)
+        self._like = partial(points_like, graphs[0], model)
+        self.points = graphs[0].points
+        self.problem = self._posed(swept)
+        settled = self.problem.settled()
+        if any(now is not before for now, before in zip(settled, swept, strict=True)):  # planned is what others need
+            needs_split(settled)
+            self.plan = self._plan_of(settled, settled)
+            self.problem = self._posed(settled)
+
+    def _posed(self, graphs: Sequence[CurvatureGraph]) -> Problem:
         return Problem(
-            model,
+            self.model,
             graphs,
-            batches,
-            batch_mode,
-            reduction=added,
-            tensor_part=bool(chosen.structure.tensor_alive.any()),
-            with_out=chosen.gram_columns > 0,
-            chunk=chosen.chunk,
-            again=partial(capture_anew, model, loss=loss, output=output, points=like, space=space, verify=verify),
-            memory=memory,
-            compiled=compile,
+            self.batches,
+            self._batch_mode,
+            reduction=self._added,
+            tensor_part=bool(self.plan.structure.tensor_alive.any()),
+            with_out=self.plan.gram_columns > 0,
+            chunk=self.plan.chunk,
+            again=partial(
+                capture_anew,
+                self.model,
+                loss=self._loss,
+                output=self._output,
+                points=self._like,
+                space=self.space,
+                verify=self._verify,
+            ),
+            loss=self._loss,
+            memory=self._memory,
+            compiled=self._compile,
         )
 
-    problem = pose(swept, chosen)
-    settled = problem.settled()
-    if any(
-        now is not before for now, before in zip(settled, swept, strict=True)
-    ):  # what was planned is of other graphs
-        needs_split(settled)
-        chosen = plan_of(settled, settled)
-        problem = pose(settled, chosen)
-    with shown(progress) as told:
-        metrics = assemble(estimate(problem, chosen, rtol=rtol, seed=seed, progress=told), chosen)
-    clock["estimate"] = time.perf_counter()
-    structure = chosen.structure
-    return CurvatureReport(
-        graphs[0].points,
-        metrics.values,
-        metrics.stderr,
-        metrics.method,
-        structure.distance,
-        structure.rank_bound,
-        {**_facts(model, problem, chosen, space, mode, seed, clock), "curved ops": curved_ops(graphs[0]), "call": call},
-        BlockReader(problem),
-    )
+    def report(self, progress: Progress | bool | None = False, call: str = "") -> CurvatureReport:
+        """The map at the values that the parameters had when they were last looked at.
+
+        ``progress`` as for :func:`analyze`; ``call``: the code that the report says it was made by.
+        """
+        with shown(progress) as told:
+            norms = estimate(self.problem, self.plan, rtol=self.rtol, seed=self.seed, progress=told)
+            metrics = assemble(norms, self.plan)
+        self._clock["estimate"] = time.perf_counter()
+        structure = self.plan.structure
+        return CurvatureReport(
+            self.points,
+            metrics.values,
+            metrics.stderr,
+            metrics.method,
+            structure.distance,
+            structure.rank_bound,
+            {
+                **_facts(self.model, self.problem, self.plan, self.space, self.mode, self.seed, self._clock),
+                "curved ops": self._curved_ops,
+                "call": call,
+            },
+            BlockReader(self.problem),
+        )
+
+    def refresh(self) -> None:
+        """Look at the parameters anew, as :meth:`dag_hesse.HessianOperator.refresh` does.
+
+        Reports that were made before keep their numbers, but cannot make blocks any more (``StaleError``).
+        """
+        self._clock = {"start": time.perf_counter()}
+        if not self.problem.renewed():
+            self._set_up()
+
+    def release(self) -> None:
+        """Give back the memory of linearizations and sweeps."""
+        self.problem.release()
+        self.problem.arena.retire()
 
 
 def _plan(graphs: Sequence[CurvatureGraph], swept: Sequence[CurvatureGraph], **options: Any) -> Plan:

@@ -1,4 +1,4 @@
-"""The command line: ``dag-hesse analyze SPEC``, and beside it profile, blocks, hvp, spectrum and completion."""
+"""The command line: ``dag-hesse analyze SPEC``, profile, blocks, hvp, spectrum, completion and monitor-demo."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dag_hesse._cli.output import add_json, give
 from dag_hesse._cli.spec import BUILT_IN, add_model, built, positive
 from dag_hesse._profile import profile
 from dag_hesse.errors import DagHesseError, integer
+from dag_hesse.monitor import demo
 from dag_hesse.plan import render_edges
 from dag_hesse.plan.planner import BATCH_MODES, MODES
 from dag_hesse.storage import BlockMatrix
@@ -86,6 +87,18 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--size", metavar="SIZE", help="what the stored blocks may take: bytes, or 4GiB, 500MB …")
     b.add_argument("--out", type=Path, metavar="FILE", help="write the blocks there")
     b.set_defaults(run=_blocks)
+    m = commands.add_parser(
+        "monitor-demo",
+        help="train on handwritten digits and watch the curvature",
+        description="Train a small network on scikit-learn's handwritten digits with a Monitor, and draw its curves.",
+    )
+    m.add_argument("--model", choices=tuple(demo.MODELS), default="cnn", help="(default: cnn)")
+    m.add_argument("--optimizer", choices=tuple(demo.OPTIMIZERS), default="sgd", help="(default: sgd)")
+    m.add_argument("--seconds", type=float, default=60.0, metavar="X", help="training time (default: 60)")
+    m.add_argument("--every", type=positive, default=20, metavar="N", help="steps between measurements (default: 20)")
+    m.add_argument("--budget", metavar="SHARE", help="of the time that measurements may take, as 20%% (default: any)")
+    m.add_argument("--out", type=Path, default=Path("monitor.png"), metavar="FILE", help="(default: monitor.png)")
+    m.set_defaults(run=_monitor_demo)
     products.add(commands)
     completion.add(commands, top)
     return top
@@ -154,6 +167,10 @@ def _blocks(options: argparse.Namespace) -> None:
     print(matrix)
     if options.out:
         print(f"\nwritten to {options.out.resolve()}")
+
+
+def _monitor_demo(options: argparse.Namespace) -> None:
+    demo.run(options.model, options.optimizer, options.seconds, options.every, options.budget, options.out)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

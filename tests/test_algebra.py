@@ -48,12 +48,14 @@ def _pair() -> tuple[SymmetricOperator, SymmetricOperator, Tensor, Tensor]:
 
 def test_sums_shifts_and_products() -> None:
     A, B, a, b = _pair()
-    eye = torch.eye(len(a)).double()
+    eye, d = torch.eye(len(a)).double(), torch.randn(len(a)).double()
     for found, expected in (
         (A + B, a + b),
         (A - B, a - b),
         (A.shifted(0.3), a + 0.3 * eye),
         (2 * A - B.shifted(-1) / 4, 2 * a - (b - eye) / 4),
+        (A.congruent(d), d[:, None] * a * d),
+        ((A + B).congruent(A.by_name(d)), d[:, None] * (a + b) * d),
         (A @ B, a @ b),
         ((A @ B).T, b @ a),
         (A @ (B @ A), a @ b @ a),
@@ -67,6 +69,13 @@ def test_sums_shifts_and_products() -> None:
         by_name = found @ dict(zip(NAMES, [p.reshape(p.shape) for p in A.by_name(v[:, 0]).values()], strict=True))
         assert error(torch.cat([x.reshape(-1) for x in by_name.values()]), expected @ v[:, 0]) < 1e-10
     assert isinstance(A @ B @ v.numpy(), np.ndarray)
+    names = ["2.weight", "4.bias"]
+    places = torch.cat([torch.arange(len(a))[slice(*ends)] for ends in ((25, 45), (61, 64))])
+    within = (d[:, None] * a * d)[places][:, places]
+    assert error(A.congruent(d)[names].dense(), within) < 1e-10
+    assert repr(A.congruent(d)) == f"D · {A!r} · D"
+    with pytest.raises(errors.VectorError, match="2 columns"):
+        A.congruent(v)
     assert "+ 0.3 · I" in repr(A.shifted(0.3)) and " @ " in repr(A @ B)
     gn = dh.GGNOperator(_net(), _batch())
     rest = dh.TensorOperator(_net(), _batch())

@@ -193,3 +193,12 @@ def test_help_has_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> Non
         assert len(examples) == 3
         for line in examples:
             assert parser().parse_args(shlex.split(line)[1:]).command == name
+
+
+def test_the_monitor_s_demo_draws_its_curves(tmp_path: Path) -> None:
+    place = tmp_path / "figures" / "monitor.png"
+    done = run("monitor-demo", "--seconds", "1", "--every", "5", "--out", str(place))
+    assert done.returncode == 0, done.stderr
+    assert place.read_bytes().startswith(b"\x89PNG")
+    for text in ("step 0: loss", "sharpness", "held-out digits are read right", str(place)):
+        assert text in done.stdout

@@ -1,4 +1,4 @@
-"""What operators over the same vectors are put together to: multiples, sums, shifts and products."""
+"""What operators over the same vectors are put together to: multiples, sums, shifts, congruences and products."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from dag_hesse.errors import OptionError
+from dag_hesse.errors import OptionError, VectorError
 from dag_hesse.kernels.arena import Arena
 from dag_hesse.operators.base import SymmetricOperator
 from dag_hesse.operators.exports import dense, to_scipy
@@ -117,6 +117,38 @@ class Shifted(SymmetricOperator):
 
     def __repr__(self) -> str:
         return f"{self.of!r} + {self.shift:g} · I"
+
+
+@final
+class Congruent(SymmetricOperator):
+    """D H D for a diagonal matrix D."""
+
+    def __init__(self, of: SymmetricOperator, d: Any) -> None:
+        self.of, self.form = of, of.form
+        self._d, _ = self.form.pack(d)  # (1, size) per segment
+        if any(len(x) != 1 for x in self._d):
+            raise VectorError(f"d has {len(self._d[0])} columns; expected one vector, the diagonal of D.")
+
+    @property
+    def chunk(self) -> int:
+        """As that of the operator."""
+        return self.of.chunk
+
+    @property
+    def _arena(self) -> Arena:
+        return self.of._arena
+
+    def _between(self, segments: list[Tensor], rows: Sequence[int], columns: Sequence[int]) -> list[Tensor]:
+        within = [self._d[k] * z for k, z in zip(columns, segments, strict=True)]
+        found = self.of._between(within, rows, columns)
+        return [self._d[k] * x for k, x in zip(rows, found, strict=True)]
+
+    def _products(self, segments: list[Tensor]) -> list[Tensor]:
+        found = self.of._products([d * z for d, z in zip(self._d, segments, strict=True)])
+        return [d * x for d, x in zip(self._d, found, strict=True)]
+
+    def __repr__(self) -> str:
+        return f"D · {self.of!r} · D"
 
 
 @final

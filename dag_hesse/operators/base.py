@@ -9,15 +9,16 @@ from dag_hesse.names import selected
 from dag_hesse.operators.measured import MeasuredOperator
 
 if TYPE_CHECKING:
-    from dag_hesse.operators.algebra import Scaled, Shifted, Sum
+    from dag_hesse.operators.algebra import Congruent, Scaled, Shifted, Sum
     from dag_hesse.operators.block import Block
 
 
 class SymmetricOperator(MeasuredOperator):
     """A symmetric operator over a vector's named segments.
 
-    It goes into expressions: ``2 * H``, ``-H``, ``H / n``, ``A + B``, ``A - B``, ``H.shifted(λ)`` for H + λI, and
-    ``A @ B``, which is not symmetric. ``H["a", "b"]`` is a block, ``H[["a", "b"]]`` a symmetric submatrix.
+    It goes into expressions: ``2 * H``, ``-H``, ``H / n``, ``A + B``, ``A - B``, ``H.shifted(λ)`` for H + λI,
+    ``H.congruent(d)`` for D H D, and ``A @ B``, which is not symmetric. ``H["a", "b"]`` is a block, ``H[["a", "b"]]`` a
+    symmetric submatrix.
     """
 
     # NumPy leaves ``v @ H`` and ``2 * H`` to us.
@@ -131,6 +132,22 @@ class SymmetricOperator(MeasuredOperator):
         if shift is None:
             raise OptionError(f"an operator is shifted by {by!r}; expected a real number.")
         return Shifted(self, shift)
+
+    def congruent(self, d: Any) -> Congruent:
+        """D H D for D = diag(d), d in any form of a vector: with d = p^(-1/2), its eigenvalues are those of P⁻¹H.
+
+        Raises:
+            VectorError: ``d`` does not fit, or is a matrix.
+
+        Example:
+            >>> import torch, dag_hesse as dh
+            >>> H = dh.HessianOperator(torch.nn.Linear(3, 1), (torch.ones(2, 3), torch.zeros(2, 1)))
+            >>> H.congruent(torch.tensor([1.0, 0.0, 0.0, 2.0])) @ torch.ones(4)
+            tensor([ 6.,  0.,  0., 12.])
+        """
+        from dag_hesse.operators.algebra import Congruent
+
+        return Congruent(self, d)
 
     def __getitem__(self, key: Any) -> Any:
         """``H[v, w]``: a rectangular block; ``H[v]`` and ``H[[v, w, …]]``: the symmetric submatrix of some segments.

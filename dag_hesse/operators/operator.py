@@ -217,13 +217,22 @@ class CurvatureOperator(SymmetricOperator):
         Nothing is captured again, unless a module has another training flag (``train()``, ``eval()``) or other
         settings: numbers, flags and functions among its attributes, submodules, hooks, what a loss function was given.
         """
-        watch = self._problem.watch
-        settings = watch.settings()
-        if watch.changed_training_flags() or watch.differ(settings):
+        if not self._problem.renewed():
             self._set_up()
-            return
+
+    def release(self) -> None:
+        """Give back the memory of the linearization, and that in which products lie; the next product makes it anew.
+
+        Example:
+            >>> import torch, dag_hesse as dh
+            >>> H = dh.HessianOperator(torch.nn.Linear(3, 1), (torch.ones(2, 3), torch.zeros(2, 1)))
+            >>> before = H @ torch.ones(4)
+            >>> H.release()
+            >>> torch.equal(H @ torch.ones(4), before)
+            True
+        """
         self._problem.release()
-        watch.note(settings)
+        self._problem.arena.retire()
 
     @property
     def loss(self) -> float:

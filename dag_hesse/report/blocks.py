@@ -32,12 +32,18 @@ class BlockReader:
     """Computes H[v, w] or one of its parts by identity probes from the smaller side."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+        self.problem, self._renewals = problem, problem.renewals
         problem.release()
+
+    def _check(self, wish: str) -> None:
+        """Raise :class:`StaleError` where blocks would not be those of the report."""
+        if self.problem.renewals != self._renewals:
+            raise StaleError(f"a later map was made of the same model since: take that one, or analyze() again {wish}.")
+        self.problem.check("analyze()", f"analyze it again {wish}.")
 
     def __call__(self, v: int, w: int, part: str) -> Tensor:
         problem = self.problem
-        problem.check("analyze()", "analyze it again to read blocks.")
+        self._check("to read blocks")
         from_w = problem.dim(w) <= problem.dim(v)
         source, target = (w, v) if from_w else (v, w)
         parts = exact_blocks(problem, source, (target,))[target]
@@ -59,5 +65,5 @@ class BlockReader:
 
         with shown(options.pop("progress", None)) as told:
             chosen = wanted(**options)
-            self.problem.check("analyze()", "analyze it again to store blocks.")
+            self._check("to store blocks")
             return of_problem(self.problem, "analyze()", part, parts, chosen, told)

@@ -44,6 +44,7 @@ class Problem:
         points, groups, batch_mode, embedding, entries, separate_groups: as of
             :class:`~dag_hesse.sweep.meaning.Meaning`.
         watch: notices changes of what was linearized.
+        renewals: how often :meth:`renewed` took changes for granted.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Problem:
         )
         self._runner = Runner(meaning, self._kept, chunk)
         self.watch = Watch(model, self.graphs, batches, loss)
+        self.renewals = 0
 
     @property
     def graphs(self) -> list[CurvatureGraph]:
@@ -148,6 +150,21 @@ class Problem:
     def release(self) -> None:
         """Let the kept linearizations go; the next sweep makes them anew."""
         self._kept.release()
+
+    def renewed(self) -> bool:
+        """Take everything for what it is now, so that the next sweep linearizes anew.
+
+        Returns:
+            False, and nothing is done, where it must be captured anew: a module has another training flag or other
+            settings, or a loss function has.
+        """
+        settings = self.watch.settings()
+        if self.watch.changed_training_flags() or self.watch.differ(settings):
+            return False
+        self.release()
+        self.watch.note(settings)
+        self.renewals += 1
+        return True
 
     def check(self, what: str, advice: str) -> None:
         """Raise :class:`StaleError` if something changed since the problem was posed (or last noted)."""
