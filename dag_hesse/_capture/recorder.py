@@ -190,9 +190,10 @@ class Recorder(TorchDispatchMode):
         written = None if plain and statistics(op, args) is None else recipe(op, args, kwargs)
         if written is not None:
             made = self._follow(written, args, kwargs, nodes, constant)
-            results = [made[number] for number, _ in fresh]
-            if all(k is not None for k in results):
-                return results  # type: ignore[return-value]
+            results = [(k, x.dtype) for number, x in fresh if (k := made[number]) is not None]
+            if len(results) == len(fresh):
+                # Kernels that mix types (a norm of half inputs and float32 weights) give their input's back.
+                return [self.trail.cast(At(k), dtype).node for k, dtype in results]
         where = [_placed(arg, nodes) for arg in args]
         options = {key: _placed(arg, nodes) for key, arg in kwargs.items()}
         return [

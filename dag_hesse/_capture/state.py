@@ -263,11 +263,14 @@ def restored(*roots: Any) -> Iterator[Snapshot]:
     """Give back what is reachable from ``roots``, the random states, and the memory of tensors that are listed.
 
     Yields the snapshot; what is put into its ``written`` while the context is open is written back at its end.
+    Autocast's cache of weights is neither read nor filled.
     """
-    snapshot = Snapshot(roots)
+    snapshot, cached = Snapshot(roots), torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
     with preserved():
         try:
             yield snapshot
         finally:
+            torch.set_autocast_cache_enabled(cached)
             with torch.no_grad():
                 snapshot.restore()

@@ -25,9 +25,10 @@ class MeasuredOperator(SegmentedOperator):
 
         Args:
             k: how many; those largest in magnitude, or as ``which=`` says (``"LA"``, ``"SA"``, ``"BE"``).
-            options: ``tol``, the relative residual ‖Hv − λv‖ / |λ| at which it stops (1e-3; 0: machine precision; an
-                eigenvalue is off by about its square); ``seed`` of the vector that it starts from, so results are
-                the same twice; ``ncv``, Lanczos vectors that are kept; others are SciPy's.
+            options: ``tol``, the relative residual ‖Hv − λv‖ / |λ| at which it stops (1e-3; 0: machine precision). Some
+                eigenvalue lies within its square or so; with 1e-2 that was once the second one, as a larger one had
+                hardly been started from. ``seed`` of the vector that it starts from, so results are the same twice;
+                ``ncv``, Lanczos vectors that are kept; others are SciPy's.
 
         Raises:
             OptionError: ``k``, ``tol``, ``ncv``, ``which`` or ``seed`` is none of these.

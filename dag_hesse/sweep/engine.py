@@ -15,7 +15,7 @@ from torch import Tensor
 from dag_hesse.ir import Node
 from dag_hesse.kernels.arena import Arena, is_owned
 from dag_hesse.rules.base import ALL, Residual
-from dag_hesse.sweep.linearize import Linearization
+from dag_hesse.sweep.linearize import Linearization, as_recorded
 
 Read = Callable[[int, Tensor], Tensor]
 
@@ -180,7 +180,7 @@ def sweep(
     """
     reads = set(reads)
     needed = lin.graph.descendants(reads)
-    with torch.no_grad():
+    with as_recorded(lin.device):
         return _pull(lin, {}, _push(lin, seeds, needed, parts), reads, needed, parts, read)
 
 
@@ -189,6 +189,6 @@ def pullback(
 ) -> dict[int, Tensor]:
     """First-order adjoints Σ J[u←v]ᵀ ū at ``reads`` for the ``given`` ū, (probes, *node), at nodes u."""
     reads = set(reads)
-    with torch.no_grad():
+    with as_recorded(lin.device):
         found = _pull(lin, given, {}, reads, lin.graph.descendants(reads), "both", read)
     return {k: adjoint.data for k, adjoint in found.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tag, Tensor, nn
@@ -18,6 +19,15 @@ from dag_hesse.rules.table import evaluate, pairs_of
 PARTS = ("both", "full", "gn", "tensor")
 # Ops whose result has a shape that its values decide.
 _SHAPED_BY_VALUES = {"aten.index.Tensor", "aten.nonzero.default", "aten.masked_select.default"}
+
+
+@contextmanager
+def as_recorded(device: torch.device) -> Iterator[None]:
+    """No gradients, and no casts but those of the graph: whoever calls may have autocast on."""
+    casts = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    cast = torch.autocast(device.type, enabled=False) if casts else nullcontext()
+    with torch.no_grad(), cast:
+        yield
 
 
 def check_loss(loss: Tensor) -> None:
@@ -61,6 +71,7 @@ class Linearization:
         OtherGraphError: they are not.
 
     Attributes:
+        device: where it lies.
         loss: value of the loss.
         calls: per node index, its linearized call.
         curved: nodes with a second-order term, and the input slots that take part in it.
@@ -85,7 +96,8 @@ class Linearization:
         self.calls: dict[int, Linearized] = {}
         self.curved = self._find_curved()
         self.curved_in = {parts: {c for c in self.curved if self._is_in(c, parts)} for parts in PARTS}
-        with torch.no_grad():
+        self.device = next(iter(given.values())).device
+        with as_recorded(self.device):
             self.loss = self._forward(given)
             self.feeds = {parts: self._feeds(self.curved_in[parts]) for parts in PARTS}
             if has_values(self.loss):
