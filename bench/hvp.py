@@ -28,7 +28,7 @@ from bench.pairwise import gauss_newton, with_leaves
 from bench.peers import GAUSS_NEWTONS, HESSIANS, Maker, Named
 from bench.timing import RESULTS, interleaved, machine, median, spread, write_json
 from bench.workloads import WORKLOADS, Workload
-from dag_hesse.report.files import write_text
+from dag_hesse.files import write_text
 
 TOLERANCE = 1e-4
 PROBES = 8

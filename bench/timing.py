@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dag_hesse.report.files import write_text
+from dag_hesse.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 

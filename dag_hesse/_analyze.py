@@ -25,10 +25,10 @@ from dag_hesse.kernels.dispatch import failures
 from dag_hesse.measure import precision
 from dag_hesse.plan import Plan, fuse_all, plan
 from dag_hesse.plan.planner import BATCH_MODES, MODES
+from dag_hesse.progress import check_progress, shown
 from dag_hesse.report import CurvatureReport
 from dag_hesse.report.blocks import BlockReader
 from dag_hesse.report.call import call_text
-from dag_hesse.report.progress import check_progress, shown
 from dag_hesse.sweep import VERIFY, Problem, capture_anew, prove_all
 from dag_hesse.sweep.replay import refused
 

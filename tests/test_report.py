@@ -27,10 +27,10 @@ from dag_hesse.cli import BUILT_IN, main
 from dag_hesse.errors import DependencyError, MissingFileError, OptionError, PointError, ReportFileError, StaleError
 from dag_hesse.estimate import METRICS
 from dag_hesse.experiments.models import mlp
+from dag_hesse.files import write_whole
 from dag_hesse.ir import Point
 from dag_hesse.plan import Method
-from dag_hesse.report.files import write_whole
-from dag_hesse.report.progress import shown
+from dag_hesse.progress import shown
 from dag_hesse.report.text import cells
 from tests.page.reports import made
 
@@ -266,7 +266,7 @@ def test_a_bar_comes_unasked_in_a_terminal_where_work_is_long(
     seconds: float, appears: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter(np.arange(1000) * seconds)
-    monkeypatch.setattr("dag_hesse.report.progress.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("dag_hesse.progress.time.perf_counter", lambda: next(clock))
     with shown(None) as told:
         assert told is None  # no terminal
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dag_hesse.report.files import write_text
+from dag_hesse.files import write_text
 
 
 def add_json(command: argparse.ArgumentParser) -> None:

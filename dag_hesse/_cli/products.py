@@ -15,8 +15,8 @@ from torch import Tensor
 from dag_hesse._cli.output import add_json, give
 from dag_hesse._cli.spec import add_model, built, positive
 from dag_hesse.errors import MissingFileError, VectorError
+from dag_hesse.files import write_whole
 from dag_hesse.operators import CurvatureOperator, GGNOperator, HessianOperator, TensorOperator
-from dag_hesse.report.files import write_whole
 from dag_hesse.theory.text import table
 
 PARTS: dict[str, type[CurvatureOperator]] = {"full": HessianOperator, "gn": GGNOperator, "tensor": TensorOperator}

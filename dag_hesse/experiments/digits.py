@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from dag_hesse._analyze import analyze
 from dag_hesse.errors import DependencyError
 from dag_hesse.experiments.models import resnet18
+from dag_hesse.figures import save_figure
 from dag_hesse.report import CurvatureReport
-from dag_hesse.report.plots import heat_maps, save_figure
+from dag_hesse.report.plots import heat_maps
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 METRICS = ("resonance", "coupling", "stable_rank", "gn_gap")

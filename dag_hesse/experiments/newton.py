@@ -25,9 +25,9 @@ from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
 
 from dag_hesse.experiments.digits import load_digits
+from dag_hesse.files import write_text, write_whole
 from dag_hesse.operators import GGNOperator
 from dag_hesse.randomness import preserved
-from dag_hesse.report.files import write_text, write_whole
 from dag_hesse.storage import BlockMatrix
 
 DAMPINGS, SAMPLES, STEPS = (1e-2, 1e-1, 1.0), 60, 5

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dag_hesse.experiments.digits import accuracy, load_digits
+from dag_hesse.files import write_whole
 from dag_hesse.monitor.monitor import Monitor
 from dag_hesse.monitor.quantities import Numbers
-from dag_hesse.report.files import write_whole
 
 HELD_OUT = 297  # digits
 _SHOWN = ("loss", "sharpness", "stability", "update", "update_tensor")

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dag_hesse.errors import OptionError
+from dag_hesse.figures import new_figure
 from dag_hesse.monitor.changes import Change
-from dag_hesse.report.plots import new_figure
 
 Series = Sequence[tuple[int, float]]
 # Title, names (or what they begin with), and a line to compare with.

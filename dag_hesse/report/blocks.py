@@ -59,7 +59,7 @@ class BlockReader:
 
     def matrix(self, part: str, parts: bool, options: dict[str, Any]) -> BlockMatrix:
         """All blocks, stored."""
-        from dag_hesse.report.progress import shown
+        from dag_hesse.progress import shown
         from dag_hesse.storage.options import wanted
         from dag_hesse.storage.pose import of_problem
 

@@ -12,8 +12,8 @@ from torch.export import ExportedProgram
 
 from dag_hesse.errors import OptionError, PointError, choose, suggest
 from dag_hesse.estimate import METRICS
+from dag_hesse.files import check_path, write_text
 from dag_hesse.report.colour import colours
-from dag_hesse.report.files import check_path, write_text
 from dag_hesse.report.pairs import TITLES
 from dag_hesse.report.report import CurvatureReport
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,46 +11,13 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from dag_hesse.errors import MissingFileError, OptionError, ReportFileError
+from dag_hesse.errors import MissingFileError, ReportFileError
 from dag_hesse.estimate import METRICS
+from dag_hesse.files import check_path, write_text, write_whole
 from dag_hesse.ir import Point
 from dag_hesse.report.report import CurvatureReport
 
 FORMAT = "dag-hesse report 1"
-
-
-def check_path(path: object) -> None:
-    """Raise :class:`OptionError` for what names no file."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise OptionError(f"path is a {type(path).__name__}; expected a file's name.")
-
-
-def write_whole(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` on a temporary file beside ``path`` and move it there only when it is complete."""
-    check_path(path)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name = path.parent / f".{path.name}.{secrets.token_hex(4)}{path.suffix}"
-    os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the umask takes away
-    mode = name.stat().st_mode
-    try:
-        write(name)
-        name.chmod(mode)  # safetensors puts a file of its own there
-        with open(name, "rb+") as file:
-            os.fsync(file.fileno())  # on the disk before it takes the old one's name
-        os.replace(name, path)
-    except BaseException:
-        name.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all."""
-
-    def write(place: Path) -> None:
-        place.write_text(text, encoding="utf-8")
-
-    write_whole(path, write)
 
 
 def _plain(array: np.ndarray) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dag_hesse.errors import OptionError
-from dag_hesse.report.files import check_path, write_text
+from dag_hesse.files import check_path, write_text
 from dag_hesse.report.page_data import as_json, page_data
 from dag_hesse.report.report import CurvatureReport
 from dag_hesse.report.text import cells, facts

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dag_hesse.errors import DependencyError, OptionError, choose
+from dag_hesse.errors import OptionError, choose
 from dag_hesse.estimate import METRICS
+from dag_hesse.figures import check_figure, new_figure, save_figure
 from dag_hesse.names import shortened
 from dag_hesse.report.colour import spread
-from dag_hesse.report.files import check_path, write_whole
 from dag_hesse.report.report import CurvatureReport
 
 if TYPE_CHECKING:
@@ -30,37 +30,6 @@ TITLES = {
 _CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito's
 _NAME = 30  # letters beside a map
 _NUMBERS = 8  # points up to which cells hold numbers
-
-
-def new_figure(layout: Any = "constrained", **options: Any) -> Any:
-    """A figure of no window.
-
-    Raises:
-        DependencyError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DependencyError("plots need matplotlib: pip install 'dag-hesse[plot]'.") from error
-    return Figure(layout=layout, **options)
-
-
-def check_figure(path: str | Path) -> None:
-    """Raise :class:`OptionError` where no figure can be saved under such a name."""
-    check_path(path)
-    known, ending = new_figure().canvas.get_supported_filetypes(), Path(path).suffix[1:].lower()
-    if ending not in known:
-        raise OptionError(f"'{path}' ends in '.{ending}'; expected one of {', '.join(f'.{name}' for name in known)}.")
-
-
-def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a figure, whole or not at all; the same figure is the same bytes, and text in a PDF stays text."""
-    import matplotlib
-
-    check_figure(path)
-    date = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(Path(path).suffix.lower())
-    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "dag-hesse"}):
-        write_whole(path, lambda place: figure.savefig(place, dpi=130, metadata=date))
 
 
 def _short(value: float) -> str:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dag_hesse.errors import BlockFileError, MissingFileError, OptionError
+from dag_hesse.files import check_path, write_whole
 from dag_hesse.operators.vectors import VectorForm
-from dag_hesse.report.files import check_path, write_whole
 from dag_hesse.storage.build import Built
 from dag_hesse.storage.cores import Cores
 from dag_hesse.storage.pairs import PairFacts, Storage

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dag_hesse.report.plots import new_figure, save_figure
+from dag_hesse.figures import new_figure, save_figure
 from dag_hesse.storage.pairs import Storage
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from dag_hesse.operators.vectors import VectorForm
 from dag_hesse.plan import fuse_all
 from dag_hesse.plan.gram import can_gram
 from dag_hesse.plan.memory import probe_chunk, sweep_bytes
-from dag_hesse.report.progress import check_progress, shown
+from dag_hesse.progress import check_progress, shown
 from dag_hesse.storage.build import Built, alive_in, build, check, structure_of
 from dag_hesse.storage.cores import Cores
 from dag_hesse.storage.live import Live
