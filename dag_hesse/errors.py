@@ -78,6 +78,10 @@ class CompileError(DagHesseError, RuntimeError):
     """``compile=True`` was asked of a model whose products cannot be one compiled program."""
 
 
+class RankError(DagHesseError, RuntimeError):
+    """Another rank of ``torch.distributed`` failed, or does not answer."""
+
+
 class MissingFileError(DagHesseError, FileNotFoundError):
     """There is no such file."""
 

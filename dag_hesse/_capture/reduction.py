@@ -26,6 +26,7 @@ from dag_hesse._capture.stream import Batches
 from dag_hesse._capture.sub_batches import OnOutputs, Piece, parameter_gradient, put_together, sub_batch
 from dag_hesse.errors import DagHesseError, OptionError, ReductionError
 from dag_hesse.ir import BatchAxis, CurvatureGraph, Kind
+from dag_hesse.ranks import Ranks
 
 REDUCTIONS = ("mean", "sum")
 Option = str | Sequence[float] | Callable[[Any], float] | None
@@ -37,17 +38,21 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class Reduction:
-    """``kind``: ``"one batch"``, ``"sum"``, ``"mean"`` (over samples) or ``"weights"`` (a mean with these weights)."""
+    """``kind``: ``"one batch"``, ``"sum"``, ``"mean"`` (over samples) or ``"weights"`` (a mean with these weights).
+
+    ``whole`` is what all batches weigh, where other ranks have some of them.
+    """
 
     kind: str
     weights: tuple[float, ...] = ()
+    whole: float | None = None
 
     def shares(self, sizes: Sequence[int]) -> list[float]:
         """The factor of every batch's loss in the whole."""
         if self.kind in ("one batch", "sum"):
             return [1.0] * len(sizes)
         weights = self.weights or tuple(map(float, sizes))
-        return [weight / sum(weights) for weight in weights]
+        return [weight / (self.whole or sum(weights)) for weight in weights]
 
     def per_sample(self, sizes: Sequence[int]) -> list[float]:
         """The factor that makes of a sample's term in its batch's loss a loss of its own, with no 1/B."""
@@ -122,6 +127,32 @@ def find_reduction(
         raise
     except Exception as error:
         raise ReductionError(f"the loss cannot be evaluated on sub-batches ({error}), so {_ADVICE}") from error
+
+
+def shared_reduction(
+    model: nn.Module,
+    graphs: Sequence[CurvatureGraph],
+    batches: Batches,
+    loss: Loss | None,
+    option: Option,
+    ranks: Ranks,
+) -> Reduction:
+    """As :func:`find_reduction`, where every rank has some of the batches; arguments as there.
+
+    Raises:
+        ReductionError: weights cannot be read off the loss, or ranks have other kinds of losses.
+    """
+    found = find_reduction(model, graphs, batches, loss, option, per_sample=True)
+    weights = found.weights or tuple(map(float, batches.sizes))
+    if option is None and found.kind != "sum":  # in a unit that all ranks have
+        weights = tuple(_denominator(graph, batch) for graph, batch in zip(graphs, batches, strict=True))
+    kinds = {"sum" if kind == "sum" else "mean" for kind in ranks.told("a reduction", found.kind)}
+    if len(kinds) > 1:
+        raise ReductionError(f"the loss is a sum on some ranks and a mean on others, so {_ADVICE}")
+    if found.kind == "sum":
+        return found
+    (total,) = ranks.added([torch.tensor([sum(weights)], dtype=torch.float64, device=batches.device)])
+    return Reduction("weights", weights, float(total))
 
 
 _MOST = 32  # batches whose outputs are put together to be looked at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, final
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like
 from dag_hesse._capture.losses import Loss
-from dag_hesse._capture.reduction import Option, find_reduction
+from dag_hesse._capture.reduction import Option, find_reduction, shared_reduction
 from dag_hesse.budget import Budget
 from dag_hesse.errors import OptionError, choose, flag
 from dag_hesse.kernels.arena import Arena
@@ -21,6 +22,7 @@ from dag_hesse.operators.functional import as_module, chosen_parameters, read_pa
 from dag_hesse.operators.vectors import VectorForm
 from dag_hesse.plan import fuse_all
 from dag_hesse.plan.memory import probe_chunk, shared_chunk, sweep_bytes
+from dag_hesse.ranks import Ranks, whole_model
 from dag_hesse.sweep import VERIFY, Parts, Problem, Request, capture_anew, prove_all
 
 
@@ -47,6 +49,9 @@ class CurvatureOperator(SymmetricOperator):
         verify: as for :func:`~dag_hesse.analyze`: what the captured graph is compared with, once.
         compile: as for :func:`~dag_hesse.analyze`: products are programs of TorchInductor. The first product with so
             many vectors compiles for a minute or more, and is held against the product without a compiler.
+        mesh: a ``DeviceMesh`` of ``torch.distributed``. Along its axis ``"data"`` every rank brings other samples, and
+            the operator is that of all samples, as if one process had them; along ``"probe"`` every rank has the same
+            samples and sweeps some of the vectors. Every rank makes the same calls with the same vectors.
 
     Raises:
         DagHesseError: as :func:`~dag_hesse.analyze`; :class:`~dag_hesse.errors.VectorError` for a bad vector;
@@ -72,38 +77,48 @@ class CurvatureOperator(SymmetricOperator):
         memory: int | None = None,
         verify: str = "gradient",
         compile: bool = False,
+        mesh: Any = None,
     ) -> None:
         choose("verify", verify, VERIFY)
         flag("compile", compile)
-        choose("space", space, ("parameter", "activation"))
-        choose("batch_mode", batch_mode, ("shared", "joint"))
-        module, params = as_module(model, params)
-        if (points is not None or space == "activation") and not (params is None and param_filter is None):
-            raise OptionError(
-                "params= and param_filter= pick among all parameters: not with points= or space='activation'."
+        self._ranks = None if mesh is None else Ranks(mesh)
+        with self._together("making the operator"):
+            model = model if self._ranks is None else whole_model(model)
+            choose("space", space, ("parameter", "activation"))
+            choose("batch_mode", batch_mode, ("shared", "joint"))
+            if self._ranks is not None and batch_mode != "shared":
+                raise OptionError("mesh= takes batch_mode='shared': vectors of samples would lie on other ranks.")
+            module, params = as_module(model, params)
+            if (points is not None or space == "activation") and not (params is None and param_filter is None):
+                raise OptionError(
+                    "params= and param_filter= pick among all parameters: not with points= or space='activation'."
+                )
+            batches = Batches(batch, memory)
+            batches.check_batch_mode(batch_mode)
+            wanted: Any = points
+            own = chosen_parameters(module, params, param_filter) if points is None and space == "parameter" else []
+            if own:
+                wanted = partial(read_parameters, own, module)
+            self.model = module
+            self._set_up = partial(
+                self._captured,
+                batches,
+                own,
+                wanted,
+                loss,
+                space,
+                output,
+                batch_mode,
+                reduction,
+                verify,
+                Budget.of(memory, batches.device),
+                compile,
             )
-        batches = Batches(batch, memory)
-        batches.check_batch_mode(batch_mode)
-        wanted: Any = points
-        own = chosen_parameters(module, params, param_filter) if points is None and space == "parameter" else []
-        if own:
-            wanted = partial(read_parameters, own, module)
-        self.model = module
-        self._set_up = partial(
-            self._captured,
-            batches,
-            own,
-            wanted,
-            loss,
-            space,
-            output,
-            batch_mode,
-            reduction,
-            verify,
-            Budget.of(memory, batches.device),
-            compile,
-        )
-        self._set_up()
+            self._set_up()
+
+    def _together(self, what: str) -> AbstractContextManager[None]:
+        """What fails on one rank fails on all."""
+        return nullcontext() if self._ranks is None else self._ranks.together(what)
 
     def _captured(
         self,
@@ -120,13 +135,16 @@ class CurvatureOperator(SymmetricOperator):
         compiled: bool,
     ) -> None:
         """Capture, prove and pose the problem."""
-        module = self.model
+        module, ranks = self.model, self._ranks
         graphs = capture_all(module, batches, loss=loss, output=output, points=points, space=space)
         if self._part != "full":
             needs_split(graphs)
         like = partial(points_like, graphs[0], module)
         prove_all(graphs, batches, module, loss, output, verify)
-        self.reduction = find_reduction(module, graphs, batches, loss, reduction)
+        if ranks is None or ranks.data is None:
+            self.reduction = find_reduction(module, graphs, batches, loss, reduction)
+        else:
+            self.reduction = shared_reduction(module, graphs, batches, loss, reduction, ranks)
         graphs = fuse_all(graphs)
         again = partial(capture_anew, module, loss=loss, output=output, points=like, space=space, verify=verify)
         self._problem = Problem(
@@ -140,6 +158,7 @@ class CurvatureOperator(SymmetricOperator):
             loss=loss,
             memory=budget.total,
             compiled=compiled,
+            ranks=ranks,
         )
         sites = [k for point in graphs[0].points for k in point.sites]
         cap = budget.sweeps // 2  # vectors that come and go take as much
@@ -217,8 +236,9 @@ class CurvatureOperator(SymmetricOperator):
         Nothing is captured again, unless a module has another training flag (``train()``, ``eval()``) or other
         settings: numbers, flags and functions among its attributes, submodules, hooks, what a loss function was given.
         """
-        if not self._problem.renewed():
-            self._set_up()
+        with self._together("refresh()"):
+            if not self._problem.renewed():
+                self._set_up()
 
     def release(self) -> None:
         """Give back the memory of the linearization, and that in which products lie; the next product makes it anew.
@@ -306,7 +326,7 @@ class GGNOperator(CurvatureOperator):
 
         Raises:
             MemoryBudgetError: it would not fit.
-            OptionError: the operator's batch mode is ``"joint"`` and samples do not interact.
+            OptionError: the operator's batch mode is ``"joint"`` and samples do not interact, or it has several ranks.
             StaleError: something changed since the operator was made.
 
         Example:
@@ -316,6 +336,8 @@ class GGNOperator(CurvatureOperator):
             >>> S.shape, torch.allclose(S.T @ S, G.dense(), atol=1e-5)
             (torch.Size([8, 93]), True)
         """
+        if self._ranks is not None:
+            raise OptionError("an operator of several ranks has no factor: its rows lie on all of them.")
         self._problem.check("the operator was made", "call refresh() first.")
         return factored(self._problem, self._order, self.form)
 

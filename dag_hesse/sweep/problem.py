@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from dag_hesse.budget import Budget
 from dag_hesse.errors import StaleError
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.arena import Pool
+from dag_hesse.ranks import Ranks
 from dag_hesse.sweep.gradient import gradient
 from dag_hesse.sweep.kept import Linearizations
 from dag_hesse.sweep.meaning import Entry, read_meaning
 from dag_hesse.sweep.parts import Parts, Request
 from dag_hesse.sweep.product import AnyLinearization
 from dag_hesse.sweep.runner import Progress, Runner
+from dag_hesse.sweep.shared import run_shared
 from dag_hesse.sweep.watch import Watch
 
 
@@ -38,6 +41,7 @@ class Problem:
         again: captures a batch whose values lead the forward another way than its graph goes (it is told once).
         loss: what the loss was asked of; watched for changes.
         compiled: whether sweeps are compiled programs.
+        ranks: that work on it together; all make the same calls then.
         memory: bytes that may be used, a quarter of them for linearizations that are kept; None: what is free.
 
     Attributes:
@@ -62,7 +66,9 @@ class Problem:
         loss: Any = None,
         memory: int | None = None,
         compiled: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks
         self.model, self.batches, self.reduction, self.batch_mode = model, batches, reduction, batch_mode
         self.compiled = compiled
         self._given = list(graphs)
@@ -124,9 +130,13 @@ class Problem:
     def loss(self) -> float:
         """The loss over all batches; before any sweep, as it was captured."""
         shares, losses = self._meaning.shares, self._kept.losses
-        if not losses:
-            return sum(entry.graph.value * shares[entry.batch] for entry in self.entries if entry.sample is None)
-        return sum(value * shares[number] for number, value in losses.items())
+        if losses:
+            own = sum(value * shares[number] for number, value in losses.items())
+        else:
+            own = sum(entry.graph.value * shares[entry.batch] for entry in self.entries if entry.sample is None)
+        if self.ranks is None:
+            return own
+        return float(self.ranks.added([torch.tensor([own], dtype=torch.float64, device=self.device)])[0])
 
     @property
     def chunk(self) -> int:
@@ -168,10 +178,11 @@ class Problem:
 
     def check(self, what: str, advice: str) -> None:
         """Raise :class:`StaleError` if something changed since the problem was posed (or last noted)."""
-        changed = self.watch.changes()
-        if changed:
-            named = ", ".join(changed[:4]) + (" …" if len(changed) > 4 else "")
-            raise StaleError(f"{named} changed since {what}: {advice}")
+        with nullcontext() if self.ranks is None else self.ranks.together("a product"):
+            changed = self.watch.changes()
+            if changed:
+                named = ", ".join(changed[:4]) + (" …" if len(changed) > 4 else "")
+                raise StaleError(f"{named} changed since {what}: {advice}")
 
     def linearizations(self) -> Iterator[tuple[Entry, AnyLinearization]]:
         """Each entry with its linearization: kept for the next pass while there is room, else made anew.
@@ -189,7 +200,11 @@ class Problem:
 
     def gradient(self) -> list[Tensor]:
         """The loss's gradient: per point, (groups, dim)."""
-        return gradient(self._meaning, self._kept)
+        if self.ranks is None:
+            return gradient(self._meaning, self._kept)
+        with self.ranks.together("a gradient"):
+            own = gradient(self._meaning, self._kept)
+        return self.ranks.added(own)
 
     def run(
         self, requests: Sequence[Request], *, parts: str = "both", progress: Progress | None = None
@@ -203,4 +218,6 @@ class Problem:
             UnstableLoaderError: a loader that is iterated again does not give what it gave first.
             NonFiniteError: second derivatives are not finite.
         """
-        return self._runner.run(requests, parts, progress)
+        if self.ranks is None:
+            return self._runner.run(requests, parts, progress)
+        return run_shared(self.ranks, self._runner, requests, parts, progress)

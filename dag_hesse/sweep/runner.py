@@ -18,6 +18,22 @@ Progress = Callable[[int], None]  # probes swept since the last call
 Pair = tuple[Tensor | None, Tensor | None]  # (GN, T)
 
 
+def pieces(count: int, most: int, start: int = 0) -> list[slice]:
+    """The rows from ``start`` to ``count`` in pieces of at most so many, as equal as can be.
+
+    Example:
+        >>> pieces(7, 3)
+        [slice(0, 3, None), slice(3, 5, None), slice(5, 7, None)]
+    """
+    found = []
+    while start < count:
+        left = count - start
+        stop = start + -(-left // -(-left // most))
+        found.append(slice(start, stop))
+        start = stop
+    return found
+
+
 class Runner:
     """Sweeps requests through linearizations.
 
@@ -81,11 +97,10 @@ class Runner:
         """(probes, what is read of them), in chunks of equal size that memory has room for."""
         count, done = len(next(iter(z.values()))), 0
         while done < count:
-            left = count - done
-            stop = done + -(-left // -(-left // self.chunk))
-            pieces = {k: x[done:stop] for k, x in z.items()}
+            stop = pieces(count, self.chunk, done)[0].stop
+            some = {k: x[done:stop] for k, x in z.items()}
             try:
-                found = self._one(entry, lin, pieces, reads, parts)
+                found = self._one(entry, lin, some, reads, parts)
             except (MemoryError, RuntimeError) as error:
                 if self.chunk == 1 or not out_of_memory(error):
                     raise

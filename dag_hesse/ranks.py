@@ -1,0 +1,132 @@
+"""Processes of ``torch.distributed`` that work on one problem: shards of the batch, or shares of the vectors.
+
+A :class:`~torch.distributed.device_mesh.DeviceMesh` says who: along ``data`` every rank brings other samples, and
+products are added up; along ``probe`` every rank sweeps other vectors of the same samples. All ranks make the same
+calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dag_hesse.errors import OptionError, RankError
+
+AXES = ("data", "probe")
+
+
+class Ranks:
+    """The ranks that this one works with.
+
+    Args:
+        mesh: a DeviceMesh whose axes are called ``"data"`` and ``"probe"``, or one of these.
+
+    Raises:
+        OptionError: it is none.
+    """
+
+    def __init__(self, mesh: Any) -> None:
+        advice = "expected a DeviceMesh: init_device_mesh('cpu', (2,), mesh_dim_names=('data',))."
+        if not (dist.is_available() and dist.is_initialized()):
+            raise OptionError(
+                "mesh= needs torch.distributed's process group: call init_process_group, or use torchrun."
+            )
+        names = getattr(mesh, "mesh_dim_names", None)
+        if not isinstance(mesh, dist.DeviceMesh):
+            raise OptionError(f"mesh is a {type(mesh).__name__}; {advice}")
+        if not names or not set(names) <= set(AXES):
+            raise OptionError(f"the mesh's axes are called {names}; expected 'data', 'probe' or both.")
+        groups = {name: mesh.get_group(name) for name in names}
+        self._groups = list(groups.values())
+        self.data, self.probe = groups.get("data"), groups.get("probe")
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """What fails on one rank fails on all, wherever they are by then.
+
+        Raises:
+            RankError: on the others, with what it said there.
+        """
+        try:
+            yield
+        except RankError:  # all have heard of it
+            raise
+        except Exception as error:
+            self._exchanged(what, None, f"{type(error).__name__}: {error}")
+            raise
+        self.told(what, None)
+
+    def told(self, what: str, mine: Any) -> list[Any]:
+        """What every rank of the mesh says, the same list on all.
+
+        Raises:
+            RankError: one has failed, makes another call, or does not answer.
+        """
+        said = self._exchanged(what, mine, None)
+        failed = [(rank, doing, error) for rank, doing, error, _ in said if error is not None]
+        if failed:
+            raise RankError("{1} failed on rank {0}: {2}".format(*failed[0]))
+        others = [(rank, doing) for rank, doing, _, _ in said if doing != what]
+        if others:
+            raise RankError(f"{what} met {others[0][1]} on rank {others[0][0]}: expected the same calls on all ranks.")
+        return [item for _, _, _, item in said]
+
+    def _exchanged(self, what: str, mine: Any, error: str | None) -> list[tuple[int, str, str | None, Any]]:
+        """(rank, what it does, how that failed, what it says) of all ranks."""
+        said = [(dist.get_rank(), what, error, mine)]
+        for group in self._groups:
+            every: list[Any] = [None] * dist.get_world_size(group)
+            try:
+                dist.all_gather_object(every, said, group=group)
+            except RuntimeError as reason:
+                raise RankError(f"a rank does not answer: {reason}") from reason
+            said = [item for items in every for item in items]
+        return said
+
+    def added(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each tensor summed over the shards, the same bits on all; one collective a type."""
+        if self.data is None:
+            return list(tensors)
+        found: list[Tensor] = list(tensors)
+        for dtype in dict.fromkeys(x.dtype for x in tensors):
+            places = [k for k, x in enumerate(tensors) if x.dtype == dtype]
+            flat = torch.cat([tensors[k].reshape(-1) for k in places])
+            dist.all_reduce(flat, group=self.data)
+            for k, piece in zip(places, flat.split([tensors[k].numel() for k in places]), strict=True):
+                found[k] = piece.reshape(tensors[k].shape)
+        return found
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(number, count) of this rank among those that share the vectors."""
+        return (0, 1) if self.probe is None else (dist.get_rank(self.probe), dist.get_world_size(self.probe))
+
+    def sent(self, x: Tensor, owner: int) -> Tensor:
+        """``x`` as the ``owner``-th of those that share the vectors has it."""
+        if self.probe is not None:
+            dist.broadcast(x, group=self.probe, group_src=owner)
+        return x
+
+
+def whole_model(model: Any) -> Any:
+    """What DistributedDataParallel holds.
+
+    Raises:
+        OptionError: BatchNorm normalizes by the statistics of a shard.
+    """
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise OptionError(
+                f"'{name}' normalizes by the statistics of this rank's samples: the shards' losses do not add up to "
+                "the whole's. Call model.eval(), or use one process."
+            )
+    return model
+
+
+__all__ = ["AXES", "Ranks", "whole_model"]

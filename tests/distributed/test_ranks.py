@@ -1,0 +1,81 @@
+"""Several processes as one: gloo, two to four ranks, against one process that has all samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import multiprocessing
+
+import dag_hesse as dh
+from dag_hesse.errors import OptionError
+from tests.distributed import work
+
+
+def run(what: str, ranks: int, folder: Path) -> list[Any]:
+    """What each rank found."""
+    multiprocessing.spawn(work.enter, (ranks, str(folder), what), nprocs=ranks)
+    files = [folder / str(rank) for rank in range(ranks)]
+    return [torch.load(file, weights_only=False) for file in files if file.exists()]
+
+
+def alone(name: str) -> dict[str, Any]:
+    return work.figures(dh.HessianOperator(work.model(), work.samples(), loss=work.LOSSES[name]))
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for key, x in expected.items():
+        torch.testing.assert_close(found[key], x, rtol=1e-12, atol=1e-13 * float(x.abs().max()), msg=key)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_shards_make_the_operator_of_all_samples(ranks: int, tmp_path: Path) -> None:
+    every = run("by_data", ranks, tmp_path)
+    for found in every:
+        for name in work.LOSSES:
+            same(found[name], alone(name))
+        A = dh.HessianOperator(work.model(), work.samples(), loss=F.cross_entropy, space="activation")
+        same(found["activations"], {"many": A @ work.vectors(A)})
+        G = dh.GGNOperator(work.model(), work.samples(), loss=F.cross_entropy)
+        same(found["wrapped"], {"one": G @ work.vectors(G)[:, 0]})
+        for name in work.LOSSES:
+            for key, x in found[name].items():
+                assert torch.equal(x, every[0][name][key])
+    for rank, found in enumerate(every):
+        texts = found["errors"]
+        assert texts["batch"].startswith(
+            "NonFiniteError" if rank else "RankError: making the operator failed on rank 1: NonFinite"
+        )
+        assert texts["vector"].startswith("VectorError: ranks multiply with different vectors")
+        assert "eval()" in texts["norm"] and "batch_mode='shared'" in texts["joint"]
+        assert "expected a DeviceMesh" in texts["no mesh"] and "expected 'data', 'probe' or both" in texts["names"]
+        assert texts["stale"].startswith("StaleError" if rank else "RankError: a product failed on rank 1: StaleError")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_shares_of_the_vectors_give_the_bits_of_one_process(ranks: int, tmp_path: Path) -> None:
+    H = dh.HessianOperator(work.model(), work.samples(), loss=F.cross_entropy)
+    H._problem.chunk = 2
+    expected = work.figures(H)
+    for found in run("by_probe", ranks, tmp_path):
+        for key, x in expected.items():
+            assert torch.equal(found["mean"][key], x), key
+
+
+def test_shards_and_shares_at_once(tmp_path: Path) -> None:
+    for found in run("by_both", 4, tmp_path):
+        same(found["ignoring"], alone("ignoring"))
+
+
+def test_a_rank_that_ended_is_not_waited_for(tmp_path: Path) -> None:
+    (text,) = run("left_alone", 2, tmp_path)
+    assert text.startswith("RankError: a rank does not answer")
+
+
+def test_a_mesh_needs_a_process_group() -> None:
+    with pytest.raises(OptionError, match="init_process_group"):
+        dh.HessianOperator(work.model(), work.samples(), loss=F.cross_entropy, mesh="data")
