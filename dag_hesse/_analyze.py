@@ -15,7 +15,7 @@ from torch import nn
 
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like, unwrapped
 from dag_hesse._capture.losses import Loss
-from dag_hesse._capture.reduction import Option, find_reduction
+from dag_hesse._capture.reduction import Option, find_reduction, shared_reduction
 from dag_hesse._structure import analyze_structure, curved_ops
 from dag_hesse.errors import OptionError, choose, flag, integer
 from dag_hesse.estimate import assemble, estimate
@@ -24,8 +24,10 @@ from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.dispatch import failures
 from dag_hesse.measure import precision
 from dag_hesse.plan import Plan, fuse_all, plan
+from dag_hesse.plan.agreed import agreed
 from dag_hesse.plan.planner import BATCH_MODES, MODES
 from dag_hesse.progress import check_progress, shown
+from dag_hesse.ranks import Ranks, together, whole_model
 from dag_hesse.report import CurvatureReport
 from dag_hesse.report.blocks import BlockReader
 from dag_hesse.report.call import call_text
@@ -51,6 +53,7 @@ def analyze(
     progress: Progress | bool | None = None,
     verify: str = "gradient",
     compile: bool = False,
+    mesh: Any = None,
 ) -> CurvatureReport:
     """Map the inter-layer Hessian blocks of a model on a batch (paper, Definitions 23 and 24; design §2).
 
@@ -83,6 +86,9 @@ def analyze(
             ``"none"``.
         compile: whether linearization and sweeps are compiled by TorchInductor first. That takes a minute or more for
             every number of probes that is swept at once, so it pays for large batches and many probes.
+        mesh: a ``DeviceMesh`` of ``torch.distributed``. Along its axis ``"data"`` every rank brings other samples, and
+            the map is that of all samples; along ``"probe"`` every rank sweeps some of the probes. Every rank makes the
+            same calls, and has the same report.
 
     Returns:
         A :class:`~dag_hesse.CurvatureReport` of n points: n×n maps with methods and standard errors.
@@ -118,6 +124,7 @@ def analyze(
         seed=seed,
         verify=verify,
         compile=compile,
+        mesh=mesh,
     )
     return mapper.report(progress, call)
 
@@ -156,6 +163,7 @@ class Mapper:
         seed: int = 0,
         verify: str = "gradient",
         compile: bool = False,
+        mesh: Any = None,
     ) -> None:
         choose("mode", mode, MODES)
         choose("batch_mode", batch_mode, BATCH_MODES)
@@ -164,15 +172,20 @@ class Mapper:
         probes, self.seed = integer("probes", probes, 2, "a standard error needs two"), integer("seed", seed)
         _check_rtol(rtol)
         self._clock = {"start": time.perf_counter()}
-        self.batches = Batches(batch, memory)
-        self.batches.check_batch_mode(batch_mode)
-        self.model, self.space, self.mode, self.rtol = unwrapped(model), space, mode, rtol
+        self._ranks = None if mesh is None else Ranks(mesh)
+        if self._ranks is not None and batch_mode != "shared":
+            raise OptionError("mesh= takes batch_mode='shared': samples lie on other ranks.")
+        self.space, self.mode, self.rtol = space, mode, rtol
         self._loss, self._output, self._points, self._verify = loss, output, points, verify
         self._batch_mode, self._reduction, self._memory, self._compile = batch_mode, reduction, memory, compile
-        self._plan_of = partial(
-            _plan, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory, device=self.batches.device
-        )
-        self._set_up()
+        with together(self._ranks, "making the map"):
+            self.batches = Batches(batch, memory)
+            self.batches.check_batch_mode(batch_mode)
+            self.model = unwrapped(model) if self._ranks is None else whole_model(model)
+            self._plan_of = partial(
+                _plan, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory, device=self.batches.device
+            )
+            self._set_up()
 
     def _set_up(self) -> None:
         """Capture, plan, prove and pose the problem."""
@@ -187,7 +200,10 @@ class Mapper:
         prove_all(graphs, batches, model, loss, output, self._verify)
         self._clock["proof"] = time.perf_counter()
         per_sample = self._batch_mode == "per_sample"
-        self._added = find_reduction(model, graphs, batches, loss, self._reduction, per_sample=per_sample)
+        if self._ranks is None or self._ranks.data is None:
+            self._added = find_reduction(model, graphs, batches, loss, self._reduction, per_sample=per_sample)
+        else:
+            self._added = shared_reduction(model, graphs, batches, loss, self._reduction, self._ranks)
         self._like = partial(points_like, graphs[0], model)
         self.points = graphs[0].points
         self.problem = self._posed(swept)
@@ -195,6 +211,9 @@ class Mapper:
         if any(now is not before for now, before in zip(settled, swept, strict=True)):  # planned is what others need
             needs_split(settled)
             self.plan = self._plan_of(settled, settled)
+            self.problem = self._posed(settled)
+        if self._ranks is not None:
+            self.plan = agreed(self.plan, self._ranks)
             self.problem = self._posed(settled)
 
     def _posed(self, graphs: Sequence[CurvatureGraph]) -> Problem:
@@ -219,6 +238,7 @@ class Mapper:
             loss=self._loss,
             memory=self._memory,
             compiled=self._compile,
+            ranks=self._ranks,
         )
 
     def report(self, progress: Progress | bool | None = False, call: str = "") -> CurvatureReport:
@@ -226,7 +246,7 @@ class Mapper:
 
         ``progress`` as for :func:`analyze`; ``call``: the code that the report says it was made by.
         """
-        with shown(progress) as told:
+        with together(self._ranks, "the map"), shown(progress) as told:
             norms = estimate(self.problem, self.plan, rtol=self.rtol, seed=self.seed, progress=told)
             metrics = assemble(norms, self.plan)
         self._clock["estimate"] = time.perf_counter()
@@ -252,8 +272,9 @@ class Mapper:
         Reports that were made before keep their numbers, but cannot make blocks any more (``StaleError``).
         """
         self._clock = {"start": time.perf_counter()}
-        if not self.problem.renewed():
-            self._set_up()
+        with together(self._ranks, "refresh()"):
+            if not self.problem.renewed():
+                self._set_up()
 
     def release(self) -> None:
         """Give back the memory of linearizations and sweeps."""
@@ -288,7 +309,7 @@ def _facts(
     return {
         "model": type(model).__name__,
         "loss": problem.loss,
-        "batch_size": problem.batches.total,
+        "batch_size": problem.total,
         "batch_mode": problem.batch_mode,
         "reduction": str(problem.reduction),
         "space": space,

@@ -8,7 +8,7 @@ calls.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -88,6 +88,13 @@ class Ranks:
             said = [item for items in every for item in items]
         return said
 
+    def of_shards(self, what: str, mine: Any) -> list[Any]:
+        """What every shard has, in order; of each, one of those that share it."""
+        number, _ = self.place
+        said = self.told(what, (number, 0 if self.data is None else dist.get_rank(self.data), mine))
+        of_mine = {shard: item for other, shard, item in said if other == number}
+        return [of_mine[shard] for shard in sorted(of_mine)]
+
     def added(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Each tensor summed over the shards, the same bits on all; one collective a type."""
         if self.data is None:
@@ -113,6 +120,11 @@ class Ranks:
         return x
 
 
+def together(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
+    """:meth:`Ranks.together`, where there are several."""
+    return nullcontext() if ranks is None else ranks.together(what)
+
+
 def whole_model(model: Any) -> Any:
     """What DistributedDataParallel holds.
 
@@ -120,6 +132,7 @@ def whole_model(model: Any) -> Any:
         OptionError: BatchNorm normalizes by the statistics of a shard.
     """
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    model = getattr(model, "_orig_mod", model)  # torch.compile's
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise OptionError(
@@ -129,4 +142,4 @@ def whole_model(model: Any) -> Any:
     return model
 
 
-__all__ = ["AXES", "Ranks", "whole_model"]
+__all__ = ["AXES", "Ranks", "together", "whole_model"]

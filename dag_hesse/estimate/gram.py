@@ -19,6 +19,7 @@ from torch import Tensor
 from dag_hesse.estimate.norms import Array, NormTable
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.plan.gram import gram_in_blocks
+from dag_hesse.ranks import Ranks
 from dag_hesse.sweep import AnyLinearization, Problem, pullback, sweep
 from dag_hesse.sweep.embed import joined, to_tensor, to_vector
 from dag_hesse.sweep.meaning import Entry
@@ -227,6 +228,8 @@ def gram_factors(problem: Problem, progress: Callable[[int], None] | None = None
     """Adjoint passes from the factors of ∇²L through all batches: of S or of blocks, what takes less room is kept."""
     dims = [problem.dim(k) for k in range(len(problem.points))]
     height = sum(entry.graph.nodes[k].numel for entry in problem.entries for k in entry.graph.out)
+    if problem.ranks is not None:
+        height = sum(problem.ranks.of_shards("rows", height))
     if not problem.separate_groups and gram_in_blocks(height, dims):
         return _gram_blocks(problem, progress)
     rows: list[list[Tensor]] = [[] for _ in problem.points]
@@ -239,7 +242,16 @@ def gram_factors(problem: Problem, progress: Callable[[int], None] | None = None
     if problem.separate_groups:  # every sample has rows of its own
         return GramFactors([[s for part in r for s in part] for r in rows], [s for part in signs for s in part])
     # one group holds the rows of all batches
-    return GramFactors([[torch.cat([part[0] for part in r])] for r in rows], [torch.cat([part[0] for part in signs])])
+    whole, sign = [torch.cat([part[0] for part in r]) for r in rows], torch.cat([part[0] for part in signs])
+    if problem.ranks is not None:
+        *whole, sign = _of_all_shards(problem.ranks, [*whole, sign])
+    return GramFactors([[s] for s in whole], [sign])
+
+
+def _of_all_shards(ranks: Ranks, tensors: list[Tensor]) -> list[Tensor]:
+    """Rows of every shard, one behind the other."""
+    every = ranks.of_shards("rows of S", [x.cpu() for x in tensors])
+    return [torch.cat(pieces).to(x.device) for x, pieces in zip(tensors, zip(*every, strict=True), strict=True)]
 
 
 def _gram_blocks(problem: Problem, progress: Callable[[int], None] | None) -> GramBlocks:
@@ -247,4 +259,6 @@ def _gram_blocks(problem: Problem, progress: Callable[[int], None] | None) -> Gr
     for entry, lin in problem.linearizations():
         rows, signs = factor_rows(problem, entry, lin, progress)
         found.add([entry.scale**0.5 * part[0] for part in rows], signs[0])
-    return found
+    if problem.ranks is None:
+        return found
+    return GramBlocks(dict(zip(found.blocks, problem.ranks.added(list(found.blocks.values())), strict=True)))

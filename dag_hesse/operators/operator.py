@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, final
 
@@ -22,7 +21,7 @@ from dag_hesse.operators.functional import as_module, chosen_parameters, read_pa
 from dag_hesse.operators.vectors import VectorForm
 from dag_hesse.plan import fuse_all
 from dag_hesse.plan.memory import probe_chunk, shared_chunk, sweep_bytes
-from dag_hesse.ranks import Ranks, whole_model
+from dag_hesse.ranks import Ranks, together, whole_model
 from dag_hesse.sweep import VERIFY, Parts, Problem, Request, capture_anew, prove_all
 
 
@@ -82,7 +81,7 @@ class CurvatureOperator(SymmetricOperator):
         choose("verify", verify, VERIFY)
         flag("compile", compile)
         self._ranks = None if mesh is None else Ranks(mesh)
-        with self._together("making the operator"):
+        with together(self._ranks, "making the operator"):
             model = model if self._ranks is None else whole_model(model)
             choose("space", space, ("parameter", "activation"))
             choose("batch_mode", batch_mode, ("shared", "joint"))
@@ -115,10 +114,6 @@ class CurvatureOperator(SymmetricOperator):
                 compile,
             )
             self._set_up()
-
-    def _together(self, what: str) -> AbstractContextManager[None]:
-        """What fails on one rank fails on all."""
-        return nullcontext() if self._ranks is None else self._ranks.together(what)
 
     def _captured(
         self,
@@ -236,7 +231,7 @@ class CurvatureOperator(SymmetricOperator):
         Nothing is captured again, unless a module has another training flag (``train()``, ``eval()``) or other
         settings: numbers, flags and functions among its attributes, submodules, hooks, what a loss function was given.
         """
-        with self._together("refresh()"):
+        with together(self._ranks, "refresh()"):
             if not self._problem.renewed():
                 self._set_up()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from dag_hesse.budget import Budget
 from dag_hesse.errors import StaleError
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.arena import Pool
-from dag_hesse.ranks import Ranks
+from dag_hesse.ranks import Ranks, together
 from dag_hesse.sweep.gradient import gradient
 from dag_hesse.sweep.kept import Linearizations
 from dag_hesse.sweep.meaning import Entry, read_meaning
@@ -122,6 +121,13 @@ class Problem:
         return self._meaning.dim(index)
 
     @property
+    def total(self) -> int:
+        """Samples of all batches, those of other ranks too."""
+        if self.ranks is None:
+            return self.batches.total
+        return sum(self.ranks.of_shards("samples", self.batches.total))
+
+    @property
     def device(self) -> torch.device:
         """Where the batch lies."""
         return self.batches.device
@@ -178,7 +184,7 @@ class Problem:
 
     def check(self, what: str, advice: str) -> None:
         """Raise :class:`StaleError` if something changed since the problem was posed (or last noted)."""
-        with nullcontext() if self.ranks is None else self.ranks.together("a product"):
+        with together(self.ranks, "a product"):
             changed = self.watch.changes()
             if changed:
                 named = ", ".join(changed[:4]) + (" …" if len(changed) > 4 else "")

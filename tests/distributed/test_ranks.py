@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,21 @@ def test_shares_of_the_vectors_give_the_bits_of_one_process(ranks: int, tmp_path
 def test_shards_and_shares_at_once(tmp_path: Path) -> None:
     for found in run("by_both", 4, tmp_path):
         same(found["ignoring"], alone("ignoring"))
+
+
+@pytest.mark.parametrize("axis", ["data", "probe"])
+def test_a_map_of_several_ranks_is_that_of_one(axis: str, tmp_path: Path) -> None:
+    expected = work.maps(work.samples(), work.ignoring)
+    for found in run(f"map_by_{axis}", 2, tmp_path):
+        for name, report in expected.items():
+            mine = found[name]
+            assert mine.facts["batch_size"] == report.facts["batch_size"]
+            assert abs(mine.facts["loss"] - report.facts["loss"]) < 1e-14
+            for metric, values in report.values.items():
+                assert (mine.method[metric] == report.method[metric]).all(), (name, metric)
+                rtol = 0 if axis == "probe" else 1e-11 if metric == "stable_rank" else 1e-12  # its ‖H‖₂ by Lanczos
+                for x, y in ((mine.values[metric], values), (mine.stderr[metric], report.stderr[metric])):
+                    np.testing.assert_allclose(x, y, rtol, atol=bool(rtol) * 1e-14 * values.max(), err_msg=f"{name} {metric}")
 
 
 def test_a_rank_that_ended_is_not_waited_for(tmp_path: Path) -> None:

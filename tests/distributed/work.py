@@ -95,6 +95,28 @@ def by_data(rank: int, ranks: int) -> dict[str, Any]:
     return found
 
 
+MAPS: dict[str, dict[str, Any]] = {
+    "auto": {},  # by Gram factors, with rows on all ranks
+    "parameters": {"space": "parameter", "points": ["0.weight", "2.bias", "4"]},
+    "exact": {"mode": "exact"},
+    "probes": {"mode": "probes", "probes": 16},
+    "blocks": {"mode": "gram", "points": ["3"]},  # fewer numbers in the block than in the rows
+    "to an error": {"mode": "probes", "probes": 8, "rtol": 0.2},
+}
+
+
+def maps(batch: Any, loss: Any, mesh: DeviceMesh | None = None) -> dict[str, dh.CurvatureReport]:
+    return {name: dh.analyze(model(), batch, loss=loss, mesh=mesh, **options) for name, options in MAPS.items()}
+
+
+def map_by_data(rank: int, ranks: int) -> dict[str, Any]:
+    return maps(shard(rank, ranks), ignoring, init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",)))
+
+
+def map_by_probe(rank: int, ranks: int) -> dict[str, Any]:
+    return maps(samples(), ignoring, init_device_mesh("cpu", (ranks,), mesh_dim_names=("probe",)))
+
+
 def errors(H: dh.HessianOperator, mesh: DeviceMesh, rank: int) -> dict[str, str]:
     """What every rank says where one is wrong; all go on together afterwards."""
     stranger = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
