@@ -14,6 +14,7 @@ from dag_hesse import __version__
 from dag_hesse._analyze import analyze
 from dag_hesse._cli import completion, products
 from dag_hesse._cli.output import add_json, give
+from dag_hesse._cli.ranks import add_ranks, working
 from dag_hesse._cli.spec import BUILT_IN, add_model, built, positive
 from dag_hesse._profile import profile
 from dag_hesse.errors import DagHesseError, integer
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument("--batch-mode", choices=BATCH_MODES, default="shared", help="meaning of the batch axis")
     a.add_argument("--rtol", type=float, metavar="X", help="probe until relative standard errors are below X")
     a.add_argument("--compile", action="store_true", help="compile the sweeps by TorchInductor first (minutes)")
+    add_ranks(a)
     add_json(a)
     a.add_argument("--html", type=Path, metavar="FILE", help="write the report as one page that needs no network")
     a.add_argument("--out", type=Path, metavar="DIR", help="write report.json, .safetensors, .html and .png there")
@@ -128,18 +130,22 @@ def _profile(options: argparse.Namespace) -> None:
 
 
 def _analyze(options: argparse.Namespace) -> None:
-    model, batch, loss = built(options)
-    report = analyze(
-        model,
-        batch,
-        loss=loss,
-        batch_mode=options.batch_mode,
-        rtol=options.rtol,
-        seed=options.seed,
-        compile=options.compile,
-        progress=sys.stderr.isatty(),
-        **_common(options),
-    )
+    with working(options.ranks, options.device) as group:
+        model, batch, loss = built(options)
+        report = analyze(
+            model,
+            group.shard(batch),
+            loss=loss,
+            batch_mode=options.batch_mode,
+            rtol=options.rtol,
+            seed=options.seed,
+            compile=options.compile,
+            progress=sys.stderr.isatty() and group.writes,
+            mesh=group.mesh,
+            **_common(options),
+        )
+        if not group.writes:
+            return
     if options.html:
         report.to_html(options.html)
     if options.out:

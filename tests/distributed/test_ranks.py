@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch.nn.functional as F
 from torch import multiprocessing
 
 import dag_hesse as dh
+from dag_hesse.cli import main
 from dag_hesse.errors import OptionError
 from tests.distributed import work
 
@@ -84,12 +88,42 @@ def test_a_map_of_several_ranks_is_that_of_one(axis: str, tmp_path: Path) -> Non
                 assert (mine.method[metric] == report.method[metric]).all(), (name, metric)
                 rtol = 0 if axis == "probe" else 1e-11 if metric == "stable_rank" else 1e-12  # its ‖H‖₂ by Lanczos
                 for x, y in ((mine.values[metric], values), (mine.stderr[metric], report.stderr[metric])):
-                    np.testing.assert_allclose(x, y, rtol, atol=bool(rtol) * 1e-14 * values.max(), err_msg=f"{name} {metric}")
+                    np.testing.assert_allclose(
+                        x, y, rtol, atol=bool(rtol) * 1e-14 * values.max(), err_msg=f"{name} {metric}"
+                    )
 
 
 def test_a_rank_that_ended_is_not_waited_for(tmp_path: Path) -> None:
     (text,) = run("left_alone", 2, tmp_path)
     assert text.startswith("RankError: a rank does not answer")
+
+
+def test_the_command_line_under_torchrun(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["mlp", "--batch", "6", "--image", "2", "--points", "0", "2"]
+    for axis in ("data", "probe"):
+        file = tmp_path / f"{axis}.json"
+        run = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "dag_hesse",
+        ]
+        done = subprocess.run(
+            [*run, "analyze", *command, "--ranks", axis, "--json", str(file)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("activation points") == 1  # one process prints
+        assert main(["analyze", *command, "--json", "-"]) == 0
+        expected, found = json.loads(capfd.readouterr().out), json.loads(file.read_text())
+        np.testing.assert_allclose(
+            found["metrics"]["resonance"]["value"], expected["metrics"]["resonance"]["value"], rtol=1e-5
+        )
+    assert main(["analyze", "mlp", "--ranks", "data"]) == 1
+    assert "torchrun" in capfd.readouterr().err
 
 
 def test_a_mesh_needs_a_process_group() -> None:
