@@ -172,13 +172,18 @@ def check_no_transform() -> None:
 
 
 def check_tensors(model: torch.nn.Module, batch: Batch) -> None:
-    """Raise :class:`BatchError` for tensors that hold no dense values: of lazy modules, sparse, or on no device."""
+    """Raise :class:`BatchError` for tensors without dense values: of lazy modules, sharded, sparse, or on no device."""
     own = [*model.named_parameters(), *model.named_buffers()]
     for name, x in own:
         if isinstance(x, UninitializedTensorMixin):
             raise BatchError(f"'{name}' has no size yet (a lazy module): run the model once on a batch first.")
     given = list(zip(batch.names, batch.tensors, strict=True))
     for name, x in [*own, *given]:
+        if hasattr(x, "placements"):
+            raise BatchError(
+                f"'{name}' is a {type(x).__name__}, of which this rank has a part (FSDP, tensor parallelism): give a "
+                "model with whole parameters, with .full_tensor() of each, say."
+            )
         if x.is_meta:
             raise BatchError(
                 f"'{name}' is on the meta device, where tensors have no values: give it some (.to_empty())."

@@ -98,6 +98,11 @@ def test_a_rank_that_ended_is_not_waited_for(tmp_path: Path) -> None:
     assert text.startswith("RankError: a rank does not answer")
 
 
+def test_sharded_parameters_are_refused(tmp_path: Path) -> None:
+    for text in run("sharded", 2, tmp_path):
+        assert "'0.weight' is a DTensor" in text and "full_tensor()" in text
+
+
 def test_the_command_line_under_torchrun(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["mlp", "--batch", "6", "--image", "2", "--points", "0", "2"]
     for axis in ("data", "probe"):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import dag_hesse as dh
 from dag_hesse.errors import DagHesseError
@@ -149,6 +150,14 @@ def by_both(rank: int, ranks: int) -> dict[str, Any]:
     H = dh.HessianOperator(model(), shard(mesh.get_local_rank("data"), 2), loss=ignoring, mesh=mesh)
     H._problem.chunk = 2
     return {"ignoring": figures(H)}
+
+
+def sharded(rank: int, ranks: int) -> str:
+    """Parameters of which every rank has a part."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))
+    net = model()
+    fully_shard(net, mesh=mesh)
+    return said(lambda: dh.HessianOperator(net, shard(rank, ranks), loss=F.cross_entropy, mesh=mesh))
 
 
 def left_alone(rank: int, ranks: int) -> str:
