@@ -94,7 +94,10 @@ def _gpt(batch: int, tokens: int, **sizes: int) -> Workload:
     return Workload(model, ids, ids.roll(-1, 1).flatten())
 
 
-_SMALL = {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 5000, "n_positions": 128}
+_SMALL = {
+    "n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 5000, "n_positions": 128, "bos_token_id": 0,
+    "eos_token_id": 0,
+}  # fmt: skip
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "MLP 3072-1024×16-10, B=256": _mlp,
     "ResNet-18 SiLU, B=32, 32²": lambda: _images(resnet18(activation=nn.SiLU), 32, 32, 10),
