@@ -26,7 +26,7 @@ from torch import Tensor
 
 import dag_hesse as dh
 from bench import kernels
-from bench.hvp import MATH, PROBES, Run, agreed, flat, truth
+from bench.hvp import MATH, PROBES, Run, agreed, flat, fresh, operator_of, says, truth
 from bench.peers import HESSIANS, Named
 from bench.timing import RESULTS, interleaved, median, write_json
 from bench.workloads import LARGE, WORKLOADS, Workload
@@ -35,6 +35,7 @@ from dag_hesse.sweep import replay
 
 FACTS = ("sweeps", "seconds", "precision", "kernels that failed", "not recorded")
 ROUNDS = 5
+RECORDED = ("ours, amortized", "ours, GN and T apart")  # their memory is in the recording: see call by call
 PEERS = ("functorch jvp∘grad", "double-backward", "double-backward, retained graph")
 SMALL = ("MLP", "ResNet-18", "GPT-2")
 
@@ -51,31 +52,20 @@ def call_by_call() -> Iterator[None]:
 
 def _peers(work: Workload, v: Named) -> dict[str, Run]:
     """functorch's product and double-backward's, fresh and on a retained graph."""
-    return {name: Run(HESSIANS[name](work, v), lambda found: {"H": flat(found)}) for name in PEERS}
+    return {name: Run(HESSIANS[name](work, v), says) for name in PEERS}
 
 
 def _ours(work: Workload, v: Named) -> dict[str, Run]:
-    H, plain, anew = _operator(work), *(_operator(work, verify="none") for _ in range(2))
+    H, plain, anew = operator_of(work), *(operator_of(work, verify="none") for _ in range(2))
     with call_by_call():
         plain @ v
-
-    def fresh() -> Named:
-        anew.refresh()
-        return anew @ v
-
-    def says(x: Named) -> Named:
-        return {"H": flat(x)}
 
     return {
         "ours, amortized": Run(lambda: H @ v, says),
         "ours, amortized, call by call": Run(lambda: plain @ v, says),
-        "ours, fresh": Run(fresh, says),
+        "ours, fresh": Run(lambda: fresh(anew, v), says),
         "ours, GN and T apart": Run(lambda: H.parts(v), lambda x: {"H": flat(x[0]) + flat(x[1])}),
     }
-
-
-def _operator(work: Workload, **options: Any) -> dh.HessianOperator:
-    return dh.HessianOperator(work.model, (work.x, work.y), loss=F.cross_entropy, **options)
 
 
 def _moved(work: Workload, device: str, dtype: torch.dtype) -> Workload:
@@ -119,7 +109,7 @@ def products(name: str, make: Callable[[], Workload], device: str) -> dict[str, 
         took = {key: median(found) for key, found in interleaved(calls, ROUNDS).items()}
         row["gradient s"] = took["gradient"]
         row["gradients"] = {key: value / took["gradient"] for key, value in took.items()}
-        row["peak MiB"] = {key: _peak(call, device) for key, call in calls.items()}
+        row["peak MiB"] = {key: _peak(call, device) for key, call in calls.items() if key not in RECORDED}
         row["gradients"] |= {f"ours, activations, {PROBES} at once": _activations(work) / took["gradient"]}
     return row
 
@@ -132,7 +122,7 @@ def _peak(call: Callable[[], Any], device: str) -> int:
 
 def _activations(work: Workload) -> float:
     """Seconds of a product with several vectors in activation space, at the default points."""
-    A = _operator(work, space="activation", verify="none")
+    A = operator_of(work, space="activation", verify="none")
     z = {n: torch.randn(*shape, PROBES, device=work.x.device) for n, shape in zip(A.names, A.form.shapes, strict=True)}
     return median(interleaved({"": lambda: A @ z}, ROUNDS, warmup=3)[""])
 
@@ -156,15 +146,11 @@ def compiled(name: str, make: Callable[[], Workload], device: str, folder: Path)
     peer = "functorch jvp∘grad, torch.compile"
     row: dict[str, Any] = {"workload": name, "errors": {}, "seconds to compile": {}, "gradients": {}, "unable": {}}
     with torch.nn.attention.sdpa_kernel(MATH):
-        C = _operator(work, compile=True, verify="none")
-
-        def fresh() -> Named:
-            C.refresh()
-            return C @ v
+        C = operator_of(work, compile=True, verify="none")
 
         calls: dict[str, Callable[[], Named]] = {peer: HESSIANS[peer](work, v)}
-        calls |= {"ours, compiled, amortized": lambda: C @ v, "ours, compiled, fresh": fresh}
-        expected = flat(_operator(work, verify="none") @ v)
+        calls |= {"ours, compiled, amortized": lambda: C @ v, "ours, compiled, fresh": lambda: fresh(C, v)}
+        expected = flat(operator_of(work, verify="none") @ v)
         for key, call in calls.items():
             start = time.perf_counter()
             try:

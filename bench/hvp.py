@@ -94,7 +94,8 @@ def agreed(runs: dict[str, Run], truth: Vectors) -> tuple[dict[str, float], dict
     return errors, unable
 
 
-def _fresh(H: dh.HessianOperator, v: Named) -> Named:
+def fresh(H: dh.HessianOperator, v: Named) -> Named:
+    """A product of an operator that linearizes first."""
     H.refresh()
     return H @ v
 
@@ -103,29 +104,31 @@ def _total(found: Named) -> Tensor:
     return flat({name: x.sum(-1) for name, x in found.items()})
 
 
-def _says(found: Named) -> Vectors:
+def says(found: Named) -> Vectors:
+    """A product with the Hessian."""
     return {"H": flat(found)}
 
 
-def _operator(work: Workload, **options: Any) -> dh.HessianOperator:
+def operator_of(work: Workload, **options: Any) -> dh.HessianOperator:
+    """A workload's Hessian."""
     return dh.HessianOperator(work.model, (work.x, work.y), loss=F.cross_entropy, **options)
 
 
 def _products(work: Workload, v: Named, z: Named) -> dict[str, Run]:
-    H, many = _operator(work), _addends(v)
+    H, many = operator_of(work), _addends(v)
     return {
-        "ours, amortized": Run(lambda: H @ v, _says),
-        "ours, fresh": Run(lambda: _fresh(H, v), _says),
+        "ours, amortized": Run(lambda: H @ v, says),
+        "ours, fresh": Run(lambda: fresh(H, v), says),
         "ours, GN and T apart": Run(lambda: H.parts(v), lambda x: {"GN": flat(x[0]), "H": flat(x[0]) + flat(x[1])}),
         f"ours, {PROBES} at once": Run(lambda: H @ many, lambda x: {"H": _total(x)}),
     }
 
 
 def _compiled_products(work: Workload, v: Named, z: Named) -> dict[str, Run]:
-    C = _operator(work, compile=True)
+    C = operator_of(work, compile=True)
     return {
-        "ours, compiled, amortized": Run(lambda: C @ v, _says),
-        "ours, compiled, fresh": Run(lambda: _fresh(C, v), _says),
+        "ours, compiled, amortized": Run(lambda: C @ v, says),
+        "ours, compiled, fresh": Run(lambda: fresh(C, v), says),
     }
 
 
@@ -135,7 +138,7 @@ def _gauss_newton(work: Workload, v: Named, z: Named) -> dict[str, Run]:
 
 
 def _activations(work: Workload, v: Named, z: Named) -> dict[str, Run]:
-    A, probes = _operator(work, space="activation"), _addends(z)
+    A, probes = operator_of(work, space="activation"), _addends(z)
     return {
         f"ours, activations, {PROBES} at once": Run(lambda: A @ probes, lambda x: {"H′": _total(x)}),
         f"ours, activations, GN and T apart, {PROBES} at once": Run(
@@ -166,7 +169,7 @@ def _posed(name: str) -> tuple[Workload, Named, Named]:
     """A workload, and vectors of its parameters and of its points; the same in every process."""
     torch.manual_seed(0)
     work = WORKLOADS[name]()
-    A = _operator(work, space="activation", verify="none")
+    A = operator_of(work, space="activation", verify="none")
     torch.manual_seed(1)
     v = {key: torch.randn_like(p) for key, p in work.model.named_parameters()}
     return work, v, {key: torch.randn(shape) for key, shape in zip(A.names, A.form.shapes, strict=True)}

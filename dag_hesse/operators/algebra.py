@@ -7,7 +7,6 @@ from numbers import Real
 from typing import Any, final
 
 import numpy as np
-import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from dag_hesse.errors import OptionError, VectorError
 from dag_hesse.kernels.arena import Arena
 from dag_hesse.operators.base import SymmetricOperator
 from dag_hesse.operators.exports import dense, to_scipy
-from dag_hesse.operators.vectors import VectorForm
+from dag_hesse.operators.vectors import OverForm, VectorForm
 
 
 def number(value: Any) -> float | None:
@@ -40,12 +39,11 @@ def check_same(one: VectorForm, other: VectorForm) -> None:
         )
 
 
-@final
-class Scaled(SymmetricOperator):
-    """A number times an operator."""
+class OfOne(SymmetricOperator):
+    """An expression of one operator ``of``, over its vectors."""
 
-    def __init__(self, of: SymmetricOperator, factor: float) -> None:
-        self.of, self.factor, self.form = of, factor, of.form
+    def __init__(self, of: SymmetricOperator) -> None:
+        self.of, self.form = of, of.form
 
     @property
     def chunk(self) -> int:
@@ -55,6 +53,15 @@ class Scaled(SymmetricOperator):
     @property
     def _arena(self) -> Arena:
         return self.of._arena
+
+
+@final
+class Scaled(OfOne):
+    """A number times an operator."""
+
+    def __init__(self, of: SymmetricOperator, factor: float) -> None:
+        super().__init__(of)
+        self.factor = factor
 
     def _between(self, segments: list[Tensor], rows: Sequence[int], columns: Sequence[int]) -> list[Tensor]:
         return [self.factor * x for x in self.of._between(segments, rows, columns)]
@@ -92,20 +99,12 @@ class Sum(SymmetricOperator):
 
 
 @final
-class Shifted(SymmetricOperator):
+class Shifted(OfOne):
     """An operator plus a multiple of the identity."""
 
     def __init__(self, of: SymmetricOperator, shift: float) -> None:
-        self.of, self.shift, self.form = of, shift, of.form
-
-    @property
-    def chunk(self) -> int:
-        """As that of the operator."""
-        return self.of.chunk
-
-    @property
-    def _arena(self) -> Arena:
-        return self.of._arena
+        super().__init__(of)
+        self.shift = shift
 
     def _between(self, segments: list[Tensor], rows: Sequence[int], columns: Sequence[int]) -> list[Tensor]:
         own = dict(zip(columns, segments, strict=True))
@@ -120,23 +119,14 @@ class Shifted(SymmetricOperator):
 
 
 @final
-class Congruent(SymmetricOperator):
+class Congruent(OfOne):
     """D H D for a diagonal matrix D."""
 
     def __init__(self, of: SymmetricOperator, d: Any) -> None:
-        self.of, self.form = of, of.form
+        super().__init__(of)
         self._d, _ = self.form.pack(d)  # (1, size) per segment
         if any(len(x) != 1 for x in self._d):
             raise VectorError(f"d has {len(self._d[0])} columns; expected one vector, the diagonal of D.")
-
-    @property
-    def chunk(self) -> int:
-        """As that of the operator."""
-        return self.of.chunk
-
-    @property
-    def _arena(self) -> Arena:
-        return self.of._arena
 
     def _between(self, segments: list[Tensor], rows: Sequence[int], columns: Sequence[int]) -> list[Tensor]:
         within = [self._d[k] * z for k, z in zip(columns, segments, strict=True)]
@@ -152,7 +142,7 @@ class Congruent(SymmetricOperator):
 
 
 @final
-class Composition:
+class Composition(OverForm):
     """The product of operators over the same vectors, which is not symmetric: the last acts first."""
 
     # NumPy leaves ``v @ (A @ B)`` to us.
@@ -167,16 +157,6 @@ class Composition:
     def shape(self) -> tuple[int, int]:
         """(n, n)."""
         return self.form.size, self.form.size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of flat vectors."""
-        return self.form.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where vectors lie."""
-        return self.form.device
 
     @property
     def T(self) -> Composition:

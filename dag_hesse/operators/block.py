@@ -15,7 +15,7 @@ from dag_hesse.kernels.arena import Arena
 from dag_hesse.operators import eigen, estimates
 from dag_hesse.operators.base import SymmetricOperator
 from dag_hesse.operators.exports import dense, to_scipy
-from dag_hesse.operators.vectors import to_numpy
+from dag_hesse.operators.vectors import OverForm, to_numpy
 
 
 @final
@@ -43,7 +43,7 @@ class Submatrix(SymmetricOperator):
 
 
 @final
-class Block:
+class Block(OverForm):
     """The block [v, w] of an operator, (d_v, d_w): one segment on either side, or several."""
 
     def __init__(self, parent: SymmetricOperator, rows: Sequence[int], columns: Sequence[int]) -> None:
@@ -55,16 +55,6 @@ class Block:
     def shape(self) -> tuple[int, int]:
         """(d_v, d_w)."""
         return self._out.size, self.form.size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of vectors."""
-        return self.form.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where vectors lie."""
-        return self.form.device
 
     @property
     def chunk(self) -> int:

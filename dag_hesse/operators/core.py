@@ -6,19 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from dag_hesse.kernels.arena import SYSTEM, Arena
 from dag_hesse.operators.exports import dense, to_scipy
-from dag_hesse.operators.vectors import VectorForm
+from dag_hesse.operators.vectors import OverForm
 
 
-class SegmentedOperator(ABC):
+class SegmentedOperator(OverForm, ABC):
     """A symmetric operator over a vector's named segments, given by its products."""
-
-    form: VectorForm
 
     @abstractmethod
     def _products(self, segments: list[Tensor]) -> list[Tensor]:
@@ -51,16 +48,6 @@ class SegmentedOperator(ABC):
     def shape(self) -> tuple[int, int]:
         """(n, n)."""
         return self.form.size, self.form.size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of flat vectors: the widest of the segments'."""
-        return self.form.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where vectors lie."""
-        return self.form.device
 
     @property
     def T(self) -> SegmentedOperator:

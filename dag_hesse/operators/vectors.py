@@ -149,3 +149,19 @@ def _flat(arena: Arena, segments: list[Tensor], single: bool) -> Tensor:
     count, size = len(segments[0]), sum(segment.shape[1] for segment in segments)
     rows = torch.cat(segments, dim=1, out=arena.empty(segments[0], count, size)) if len(segments) > 1 else segments[0]
     return rows[0] if single else rows.T
+
+
+class OverForm:
+    """What is multiplied with vectors of a ``form``."""
+
+    form: VectorForm
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of flat vectors: the widest of the segments'."""
+        return self.form.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where vectors lie."""
+        return self.form.device
