@@ -88,6 +88,19 @@ class Ranks:
             said = [item for items in every for item in items]
         return said
 
+    def check_model(self, model: nn.Module) -> None:
+        """See that all ranks have the same parameters and buffers, by their sums.
+
+        Raises:
+            RankError: they do not: what they computed would be of no one model.
+        """
+        held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        sums = {name: float(x.detach().double().sum()) for name, x in held.items() if not x.is_complex()}
+        for theirs in self.told("a model", sums):
+            differ = [name for name in sums.keys() | theirs.keys() if repr(sums.get(name)) != repr(theirs.get(name))]
+            if differ:
+                raise RankError(f"'{min(differ)}' has other values on another rank: make the models equal first.")
+
     def of_shards(self, what: str, mine: Any) -> list[Any]:
         """What every shard has, in order; of each, one of those that share it."""
         number, _ = self.place

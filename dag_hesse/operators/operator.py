@@ -140,6 +140,8 @@ class CurvatureOperator(SymmetricOperator):
             self.reduction = find_reduction(module, graphs, batches, loss, reduction)
         else:
             self.reduction = shared_reduction(module, graphs, batches, loss, reduction, ranks)
+        if ranks is not None:
+            ranks.check_model(module)
         graphs = fuse_all(graphs)
         again = partial(capture_anew, module, loss=loss, output=output, points=like, space=space, verify=verify)
         self._problem = Problem(
@@ -234,6 +236,8 @@ class CurvatureOperator(SymmetricOperator):
         with together(self._ranks, "refresh()"):
             if not self._problem.renewed():
                 self._set_up()
+            elif self._ranks is not None:
+                self._ranks.check_model(self.model)
 
     def release(self) -> None:
         """Give back the memory of the linearization, and that in which products lie; the next product makes it anew.

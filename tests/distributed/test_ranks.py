@@ -58,6 +58,8 @@ def test_shards_make_the_operator_of_all_samples(ranks: int, tmp_path: Path) -> 
         assert texts["vector"].startswith("VectorError: ranks multiply with different vectors")
         assert "eval()" in texts["norm"] and "batch_mode='shared'" in texts["joint"]
         assert "expected a DeviceMesh" in texts["no mesh"] and "expected 'data', 'probe' or both" in texts["names"]
+        for what, name in (("model", "2.bias"), ("map", "2.bias"), ("refreshed", "0.weight")):
+            assert texts[what].startswith(f"RankError: '{name}' has other values on another rank"), texts[what]
         assert texts["stale"].startswith("StaleError" if rank else "RankError: a product failed on rank 1: StaleError")
 
 

@@ -131,10 +131,15 @@ def errors(H: dh.HessianOperator, mesh: DeviceMesh, rank: int) -> dict[str, str]
         "no mesh": said(lambda: dh.HessianOperator(model(), samples(), loss=F.cross_entropy, mesh="data")),
         "names": said(lambda: dh.HessianOperator(model(), samples(), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))),
     }  # fmt: skip
+    other = model()
     if rank:
         with torch.no_grad():
             H.model[0].weight.add_(1.0)
+            other[2].bias[1] += 1e-9
+    texts["model"] = said(lambda: dh.HessianOperator(other, samples(), loss=F.cross_entropy, mesh=mesh))
+    texts["map"] = said(lambda: dh.analyze(other, samples(), loss=F.cross_entropy, mesh=mesh))
     texts["stale"] = said(lambda: H @ torch.ones(H.shape[1], dtype=torch.float64))
+    texts["refreshed"] = said(H.refresh)
     return texts
 
 
