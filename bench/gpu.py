@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 import dag_hesse as dh
 from bench import kernels
@@ -35,6 +36,7 @@ from dag_hesse.sweep import replay
 
 FACTS = ("sweeps", "seconds", "precision", "kernels that failed", "not recorded")
 ROUNDS = 5
+ANY: list[Any] = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 RECORDED = ("ours, amortized", "ours, GN and T apart")  # their memory is in the recording: see call by call
 PEERS = ("functorch jvp∘grad", "double-backward", "double-backward, retained graph")
 SMALL = ("MLP", "ResNet-18", "GPT-2")
@@ -76,10 +78,11 @@ def _moved(work: Workload, device: str, dtype: torch.dtype) -> Workload:
 
 
 def _made(make: Callable[[], Workload], device: str, dtype: torch.dtype) -> tuple[Workload, Named]:
-    """A workload and a vector."""
+    """A workload and a vector, the same numbers in whatever type."""
     torch.manual_seed(0)
     work = _moved(make(), device, dtype)
-    return work, {key: torch.randn_like(p) for key, p in work.model.named_parameters()}
+    vector = {key: torch.randn_like(p, dtype=torch.float32) for key, p in work.model.named_parameters()}
+    return work, {key: x.to(dtype) for key, x in vector.items()}
 
 
 def correctness(name: str, device: str) -> Iterator[dict[str, Any]]:
@@ -92,11 +95,16 @@ def correctness(name: str, device: str) -> Iterator[dict[str, Any]]:
 
 
 def products(name: str, make: Callable[[], Workload], device: str) -> dict[str, Any]:
-    """A workload's products: errors against functorch's, times in gradients, and peaks of memory."""
-    work, v = _made(make, device, torch.float32)
-    runs = _peers(work, v)
+    """A workload's products: errors against double-backward in float64, times in gradients, and peaks of memory.
+
+    A gradient that may use fused attention, which has no second derivatives, has a row of its own.
+    """
     with torch.nn.attention.sdpa_kernel(MATH):
-        expected = {"H": flat(runs["functorch jvp∘grad"].call())}
+        wide, u = _made(make, device, torch.float64)
+        expected = {"H": flat(HESSIANS["double-backward"](wide, u)())}
+        del wide, u
+        work, v = _made(make, device, torch.float32)
+        runs = _peers(work, v)
         torch.cuda.empty_cache() if device == "cuda" else None
         with measured(torch.device(device)) as made:
             ours = _ours(work, v)
@@ -107,6 +115,8 @@ def products(name: str, make: Callable[[], Workload], device: str) -> dict[str, 
             return row
         calls = {"gradient": work.gradient, **{k: run.call for k, run in runs.items() if k not in unable}}
         took = {key: median(found) for key, found in interleaved(calls, ROUNDS).items()}
+        with torch.nn.attention.sdpa_kernel(ANY):
+            took["gradient, attention fused"] = median(interleaved({"": work.gradient}, ROUNDS)[""])
         row["gradient s"] = took["gradient"]
         row["gradients"] = {key: value / took["gradient"] for key, value in took.items()}
         row["peak MiB"] = {key: _peak(call, device) for key, call in calls.items() if key not in RECORDED}

@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bench.timing import RESULTS, device_seconds, interleaved, median, write_json
 from dag_hesse.ir import Kind, Node, Ref
-from dag_hesse.kernels import attention, batch_affine, elementwise, probe, program, rowwise
+from dag_hesse.kernels import attention, batch_affine, contraction, convolution, elementwise, probe, program, rowwise
 from dag_hesse.kernels.arena import SYSTEM
 from dag_hesse.kernels.dispatch import Kernel
 from dag_hesse.rules.chain import fuse_members
@@ -35,13 +35,17 @@ UNITS = {"GB/s": ".0f", "of a copy": ".2f", "GFLOP/s": ".0f"}
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel with arguments, and the bytes that it must move, or the FLOPs that it takes where these decide."""
+    """A kernel with arguments, and the bytes that it must move, or the FLOPs that it takes where these decide.
+
+    ``exact``: results are held against the reference in float64 too.
+    """
 
     name: str
     kernel: Kernel[..., Any]
     arguments: tuple[Any, ...]
     bytes: int
     flops: int = 0
+    exact: bool = False
 
 
 def cases(device: torch.device, count: int) -> Iterator[Case]:
@@ -67,7 +71,8 @@ def cases(device: torch.device, count: int) -> Iterator[Case]:
     yield Case("squares of two parts", probe.squares, (abar.view(2, PROBES, 1, count).unbind(),), 8 * count * PROBES)
     for length in (1 << 10, 1 << 16):
         yield from rows_of(length, x, tangents, abar)
-    yield from heads_of(4096 if device.type == "cuda" else 256, device)
+    yield from products(device)
+    yield from heads_of(8192 if device.type == "cuda" else 256, device)
 
 
 def images(x: Tensor, tangents: Tensor) -> Iterator[Case]:
@@ -111,6 +116,26 @@ def rows_of(length: int, x: Tensor, tangents: Tensor, abar: Tensor) -> Iterator[
         ),
     ):
         yield Case(f"{name}, rows of {length:,}", kernel, arguments, 4 * x.numel() * moved)
+
+
+def products(device: torch.device) -> Iterator[Case]:
+    """Products of a layer from 768 to 3072, in float32, and of its weight's adjoint."""
+    samples, inner, outer = (4096, 768, 3072) if device.type == "cuda" else (256, 96, 384)
+    x, w, g = (torch.randn(1, *s, device=device) for s in ((samples, inner), (outer, inner), (samples, outer)))
+    flops = 2 * samples * inner * outer
+    yield Case("product with a weight", contraction.product, (x, w.mT, None), 0, flops, True)
+    yield Case("product with its transpose", contraction.product, (g, w, None), 0, flops, True)
+    yield Case("adjoint of the weight", contraction.outer, ([(g, x)], False, None), 0, flops, True)
+    images, side, inner, outer = (64, 56, 64, 256) if device.type == "cuda" else (2, 14, 16, 64)
+    x, w, g = (
+        torch.randn(1, *shape, device=device)
+        for shape in ((images, inner, side, side), (outer, inner, 1, 1), (images, outer, side, side))
+    )
+    geo = convolution.geometry(x.shape[1:], w.shape[1:], g.shape[1:], (None, None, None, [1], [0], [1], False, [0], 1))
+    flops = 2 * images * side**2 * inner * outer
+    yield Case("1×1 convolution", convolution.forward, (geo, x, w, None), 0, flops, True)
+    yield Case("its adjoint at the image", convolution.input_transpose, (geo, g, w, None), 0, flops, True)
+    yield Case("its adjoint at the weight", convolution.weight_transpose, (geo, [(g, x)], None), 0, flops, True)
 
 
 def heads_of(size: int, device: torch.device) -> Iterator[Case]:
@@ -163,6 +188,15 @@ def roofline(device: torch.device, count: int) -> dict[str, float]:
     return found
 
 
+def _off(found: Any, expected: Any) -> float:
+    pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
+    return max(float((a.to(b.dtype) - b).norm() / b.norm()) for a, b in pairs)
+
+
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) else x
+
+
 def measure(device: torch.device, count: int, bandwidth: float, compile_until: float | None) -> list[dict[str, Any]]:
     """Per case and implementation: bytes a second, and the share of ``bandwidth``.
 
@@ -171,21 +205,27 @@ def measure(device: torch.device, count: int, bandwidth: float, compile_until: f
     rows = list[dict[str, Any]]()
     for case in cases(device, count):
         expected = tree_leaves(case.kernel.reference(SYSTEM, *case.arguments))
+        in_float64 = case.kernel.reference(SYSTEM, *tree_map(_double, case.arguments)) if case.exact else None
+        errors = {"reference": _off(expected, in_float64)} if case.exact else {}
         runs: dict[str, Callable[[], Any]] = {"reference": partial(case.kernel.reference, SYSTEM, *case.arguments)}
         for one in case.kernel.implementations:
             if one.refuse(*case.arguments) is not None:
                 continue
             run = partial(one.run, SYSTEM, *case.arguments)
-            off = max(float((a - b).norm() / b.norm()) for a, b in zip(tree_leaves(run()), expected, strict=True))
+            off = _off(run(), expected)
+            if case.exact:
+                errors[one.name] = _off(run(), in_float64)
             right = off < (3e-2 if expected[0].dtype is torch.bfloat16 else 1e-5)
             if right:
                 runs[one.name] = run
             rows += [] if right else [{"case": case.name, "implementation": one.name, "error": off}]
         if compile_until is not None and time.monotonic() < compile_until:
+            torch._dynamo.reset()  # or the ninth would run as it is
             runs["reference, torch.compile"] = torch.compile(runs["reference"], dynamic=False)
         for name, took in seconds(runs, device).items():
             speed = (case.flops or case.bytes) / took
             row = {"case": case.name, "implementation": name, "GFLOP/s" if case.flops else "GB/s": speed / 1e9}
+            row |= {"error in float64": errors[name]} if name in errors else {}
             rows.append(row if case.flops else {**row, "of a copy": speed / bandwidth})
     return rows
 

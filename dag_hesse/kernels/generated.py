@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import os
 from contextlib import nullcontext
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from math import isfinite
@@ -19,6 +20,7 @@ _OLDEST = (3, 6)
 _NUMBERS = count()
 
 
+@cache  # packages do not change while a process runs, and finding them takes a millisecond a call
 def available() -> str | None:
     """Why Triton cannot be used here; None if it can."""
     try:

@@ -16,6 +16,8 @@ class Machine:
         row_kernel: elements of a probe from which the vendor's kernel is called for each, rather than once for all.
         product: multiply-adds of a probe's matrix product from which it is taken by itself: batched ones are slow then.
         scores: of attention, computed at a time, so that the caches hold them between products.
+        gain: over the vendor's float32 product, that another way is to be foreseen to have before it is taken.
+        image: positions from which a convolution of one kernel tap is a matrix product for every image.
         cells: of an image channel, copied at a time between layouts, so that caches hold them until the next is read.
     """
 
@@ -23,12 +25,18 @@ class Machine:
     row_kernel: int
     product: int
     scores: int
+    gain: float
+    image: int
     cells: int
 
 
 _NEVER = 1 << 62
-CPU = Machine(program=1 << 12, row_kernel=1 << 14, product=1 << 20, scores=1 << 18, cells=1 << 10)
-CUDA = Machine(program=1 << 12, row_kernel=_NEVER, product=_NEVER, scores=1 << 27, cells=_NEVER)
+CPU = Machine(
+    program=1 << 12, row_kernel=1 << 14, product=1 << 20, scores=1 << 18, gain=1.15, image=_NEVER, cells=1 << 10
+)
+CUDA = Machine(
+    program=1 << 12, row_kernel=_NEVER, product=_NEVER, scores=1 << 27, gain=1.15, image=1 << 5, cells=_NEVER
+)
 
 
 def machine(device: torch.device) -> Machine:

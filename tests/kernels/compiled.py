@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.kernels import activation
-from dag_hesse.kernels import attention, batch_affine, elementwise, probe, program, rowwise
+from dag_hesse.kernels import attention, batch_affine, contraction, elementwise, probe, program, rowwise
 from dag_hesse.kernels.elementwise.triton import Form, Term
 
 ARCHITECTURES = (80, 90)
@@ -95,6 +96,17 @@ def _attention(arch: int, kind: str, width: int, wants: tuple[int, ...] = ()) ->
     )  # fmt: skip
 
 
+def _product(tile: contraction.triton.Tile, along: str) -> Configuration:
+    """A product whose first operand lies ``along`` its rows or its terms."""
+    kernel = contraction.triton.compiled()
+    constants = {"M": tile.rows, "N": tile.columns, "K": contraction.triton.DEPTH, "ADDS": 1, "num_warps": tile.warps,
+                 "num_stages": contraction.triton.STAGES, along: 1, "to_column": 1}  # fmt: skip
+    short = tuple(n for n in kernel.arg_names if not n.startswith("p_"))
+    return Configuration(
+        lambda dtype: kernel, lambda dtype: constants, types=("fp32",), short=short, architectures=(90,)
+    )
+
+
 # Numbers, one a row of x, come in narrow loads, and so does a bias, as the scores of a product lie: the budget counts
 # those.
 ROWS: dict[str, Any] = {
@@ -150,6 +162,18 @@ CONFIGURATIONS: dict[str, Configuration] = {
             (128, "adjoint of k", "keys", (1,)),
         )
     },
+    **{
+        f"product in tiles of {one.rows} by {one.columns}, {along}": _product(one, along)
+        for one in contraction.triton.TILES
+        for along in ("x_row", "x_term")
+    },
+    "operands of products": Configuration(
+        lambda dtype: contraction.triton.compiled_apart(),
+        lambda dtype: {"SIZE": 32, "x_term": 1},
+        types=("fp32",),
+        short=("rows", "terms", "padded", "inner"),
+        architectures=(90,),
+    ),
     **{f"rowwise, {name}": _rows(*one) for name, one in ROWS.items()},
 }
 NAMES = [
@@ -183,13 +207,13 @@ def _compile(one: Configuration, kind: str, arch: int) -> dict[str, int]:
             [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
         ).stdout
     use = dict(part.split(":") for part in text.split() if part.startswith(("REG:", "STACK:")))
-    moved = "LDG" if "LDG" in text else "STG"  # what loads nothing is judged by its stores
+    moved = re.findall(r"\bLDG(?:STS)?\.\S+", text) or re.findall(r"\bSTG\.\S+", text)  # what loads nothing stores
     return {
         "registers": int(use["REG"]),
         "stack": int(use["STACK"]),
         "spills": text.count("LDL") + text.count("STL"),
-        "loads": text.count(moved),
-        "wide loads": text.count(f"{moved}.E.128"),
+        "loads": len(moved),
+        "wide loads": sum(".128" in name for name in moved),
     }
 
 

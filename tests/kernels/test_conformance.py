@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dag_hesse.kernels import generated, machine
+from dag_hesse.kernels import contraction, generated, machine
 from dag_hesse.kernels.arena import Arena
 from dag_hesse.kernels.dispatch import Implementation, Kernel
 from dag_hesse.kernels.elementwise import Gate
@@ -89,6 +89,9 @@ def test_implementations_agree_with_their_reference(
         monkeypatch.setattr(machine.CPU, "cells", 4)
         monkeypatch.setattr(machine.CPU, "scores", 8)
         monkeypatch.setattr(machine.CUDA, "program", 0)
+        monkeypatch.setattr(machine.CUDA, "gain", 0)
+        monkeypatch.setattr(machine.CPU, "image", 0)
+        monkeypatch.setattr(machine.CUDA, "image", 0)
     ran, reasons = set[str](), set[str]()
     for kernel, one, arguments in cases(dtype):
         reason = one.refuse(*arguments)
@@ -133,6 +136,20 @@ def test_generated_kernels_agree_in_half_precision() -> None:
         for x, y in zip(tree_leaves(found), tree_leaves(expected), strict=True):
             assert x.dtype in (torch.float16, torch.float64)  # norms are float64
             assert error(x, y, 1e-2) < 5e-3, kernel.name
+
+
+@pytest.mark.skipif(
+    "generated.home() != device.NAME", reason="where generated kernels run: test_triton.py has them run"
+)
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001, 0x7F800000], ids=["nan", "-nan", "snan", "inf"])
+def test_products_of_parts_hide_nothing_that_is_not_finite(bits: int) -> None:
+    # A GPU's own NaN has all bits set: rounded as a number it would become zero.
+    for place in (0, 1):
+        operands = [torch.randn(1, 40, 40, device=device.NAME) for _ in range(2)]
+        operands[place].view(torch.int32)[0, 3, 5] = bits
+        found = contraction.triton.product(Arena(), *operands, None)[0]
+        wrong = (torch.arange(40, device=device.NAME) == (3, 5)[place])[:, None]
+        assert torch.equal(~found.isfinite(), (wrong if place == 0 else wrong.mT).expand(40, 40))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])

@@ -48,7 +48,16 @@ def run(*arguments: str, **environment: str) -> str:
 def test_kernels_agree_with_their_reference() -> None:
     conformance = "tests/kernels/test_conformance.py"
     run(
-        "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", conformance, "-k", "always or half", TRITON_INTERPRET="1"
+        "-m",
+        "pytest",
+        "-q",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        conformance,
+        "-k",
+        "always or half or finite",
+        TRITON_INTERPRET="1",
     )
 
 

@@ -1,9 +1,25 @@
 """Matrix products of operands with a leading axis of rows, of size 1 where all rows share the operand."""
 
-from dag_hesse.kernels.contraction import reference, torch
+from dag_hesse.kernels.contraction import reference, torch, triton
 from dag_hesse.kernels.dispatch import Implementation, Kernel
 
-product = Kernel("contraction.product", reference.product, (Implementation("torch", torch.product),), writes=1)
-outer = Kernel("contraction.outer", reference.outer, (Implementation("torch", torch.outer),), writes=1)
+product = Kernel(
+    "contraction.product",
+    reference.product,
+    (
+        Implementation("triton", triton.product, triton.refuse_product, compiled=True),
+        Implementation("torch", torch.product),
+    ),
+    writes=1,
+)
+outer = Kernel(
+    "contraction.outer",
+    reference.outer,
+    (
+        Implementation("triton", triton.outer, triton.refuse_outer, compiled=True),
+        Implementation("torch", torch.outer),
+    ),
+    writes=1,
+)
 
-__all__ = ["outer", "product"]
+__all__ = ["outer", "product", "triton"]

@@ -16,8 +16,13 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=dtype)
 
-    for n, k, m in ((3, 5, 7), (1, 1, 1), (129, 65, 140)):
-        for lead in ((), (2,)):
+    shared = normal(1, 6, 34).expand(4, 6, 34)[None]  # one matrix for all of an axis
+    for b in (normal(1, 4, 34, 70), normal(3, 4, 34, 70), normal(1, 4, 70, 34).mT):
+        for into in (None, normal(len(b), 4, 6, 70)):
+            yield product, (shared, b, into)
+            yield product, (b.mT, shared.mT, None if into is None else into.mT)
+    for n, k, m in ((3, 5, 7), (1, 1, 1), (67, 33, 70)):
+        for lead in ((), (2,)) if n < 64 else ((),):
             for p, q in ((1, 1), (3, 1), (1, 3), (3, 3)):
                 a, b = normal(p, *lead, n, k), normal(q, *lead, k, m)
                 rows = max(p, q)

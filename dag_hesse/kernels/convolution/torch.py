@@ -12,45 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dag_hesse.kernels.arena import Arena, added
-from dag_hesse.kernels.convolution.sizes import Geometry, crop
+from dag_hesse.kernels.arena import Arena
+from dag_hesse.kernels.convolution.probes import add, apart, beside, fold, with_weight
+from dag_hesse.kernels.convolution.sizes import Geometry
 from dag_hesse.kernels.layout import laid_out
 
 aten = torch.ops.aten
 Terms = Sequence[tuple[Tensor, Tensor]]
 
 
-def _fold(x: Tensor) -> Tensor:
-    """(probes, batch, …) -> (probes·batch, …)."""
-    return x.reshape(-1, *x.shape[2:])
-
-
-def _beside(x: Tensor) -> Tensor:
-    """(probes, n, c, …) -> (n, probes·c, …): probes side by side along the channels; channels last where they were."""
-    if len(x) == 1:
-        return x[0]
-    last = x.movedim(2, -1)
-    if last.is_contiguous():
-        return last.movedim(0, -2).flatten(-2).movedim(-1, 1)
-    return x.transpose(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
-
-
-def _apart(x: Tensor, probes: int) -> Tensor:
-    """(n, probes·c, …) -> (probes, n, c, …): the inverse of :func:`_beside`."""
-    return x.unflatten(1, (probes, -1)).transpose(0, 1)
-
-
 def _stacked(arena: Arena, rows: Sequence[Tensor]) -> Tensor:
     """Weights one behind the other, contiguous whatever their own layout: so vectors have them."""
     return torch.stack(list(rows), out=arena.empty(rows[0], len(rows), *rows[0].shape))
-
-
-def _uncrop(arena: Arena, geo: Geometry, w: Tensor) -> Tensor:
-    if geo.kernel == geo.weight[2:]:
-        return w
-    full = arena.empty(w, *w.shape[: -len(geo.kernel_taps)], *geo.weight[2:]).zero_()
-    full[geo.reached_taps] = w
-    return full
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -114,56 +87,34 @@ def _weight_transpose(arena: Arena, geo: Geometry, terms: Sequence[tuple[Tensor,
     return aten.convolution_backward(g, x, like, [0], *geo.arguments, [False, True, False])[1]
 
 
-Single = Callable[[Arena, Geometry, Tensor, Tensor], Tensor]
-
-
-def _with_weight(
-    arena: Arena,
-    geo: Geometry,
-    x: Tensor,
-    w: Tensor,
-    into: Tensor | None,
-    run: Single,
-    aside: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """``run(arena, geometry, activation, weight)`` for all rows; ``aside`` lays their weights along what it returns."""
-    probes, w = max(len(x), len(w)), crop(geo, w)
-    if len(w) == 1:
-        y = run(arena, geo, _fold(x), w[0])
-        return added(y.reshape(probes, -1, *y.shape[1:]), into)
-    if geo.folds and len(x) == 1:
-        return added(_apart(run(arena, geo, x[0], aside(w)), probes), into)
-    return added(torch.stack([run(arena, geo, x[min(k, len(x) - 1)], w[k]) for k in range(probes)]), into)
-
-
 def forward(arena: Arena, geo: Geometry, x: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
-    return _with_weight(arena, geo, x, w, into, _forward, _fold)
+    return with_weight(arena, geo, x, w, into, _forward, fold)
 
 
 def input_transpose(arena: Arena, geo: Geometry, g: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
-    return _with_weight(arena, geo, g, w, into, _input_transpose, _beside)
+    return with_weight(arena, geo, g, w, into, _input_transpose, beside)
 
 
 def weight_transpose(arena: Arena, geo: Geometry, terms: Terms, into: Tensor | None) -> Tensor:
     probes = max(len(t) for term in terms for t in term)
     if probes > 1 and geo.folds and all(len(g) == 1 or len(x) == 1 for g, x in terms):
         for g, x in terms:
-            into = _add(arena, geo, _folded(arena, geo, g, x), into)
+            into = add(arena, geo, _folded(arena, geo, g, x), into)
         return into  # type: ignore[return-value]  # there is a term
     if geo.is_patches(geo.batch * (len(terms) if geo.joins else 1)):
-        return _add(arena, geo, _of_patches(arena, geo, terms, probes), into)
+        return add(arena, geo, _of_patches(arena, geo, terms, probes), into)
     rows = [
         _weight_transpose(arena, geo, [tuple(t[min(k, len(t) - 1)] for t in term) for term in terms])
         for k in range(probes)
     ]
-    return _add(arena, geo, _stacked(arena, rows), into)
+    return add(arena, geo, _stacked(arena, rows), into)
 
 
 def _of_patches(arena: Arena, geo: Geometry, terms: Terms, probes: int) -> Tensor:
     """:func:`_weight_transpose` of all probes as one batch of matrix products."""
 
     def side(tensors: Sequence[Tensor], lay: Callable[[Tensor], Tensor]) -> Tensor:
-        laid = [lay(_fold(t)).unflatten(0, (len(t), -1)).expand(probes, -1, -1) for t in tensors]
+        laid = [lay(fold(t)).unflatten(0, (len(t), -1)).expand(probes, -1, -1) for t in tensors]
         return laid[0] if len(laid) == 1 else torch.cat(laid, dim=1)
 
     g, x = (list(tensors) for tensors in zip(*terms, strict=True))
@@ -175,12 +126,5 @@ def _of_patches(arena: Arena, geo: Geometry, terms: Terms, probes: int) -> Tenso
 def _folded(arena: Arena, geo: Geometry, g: Tensor, x: Tensor) -> Tensor:
     """Weight adjoints of several probes as one: those of the output's, or of the input, side by side."""
     if len(x) == 1:
-        return _weight_transpose(arena, geo, [(_beside(g), x[0])]).unflatten(0, (len(g), -1))
-    return _apart(_weight_transpose(arena, geo, [(g[0], _beside(x))]), len(x))
-
-
-def _add(arena: Arena, geo: Geometry, w: Tensor, into: Tensor | None) -> Tensor:
-    if into is None:
-        return _uncrop(arena, geo, w)
-    crop(geo, into).add_(w)
-    return into
+        return _weight_transpose(arena, geo, [(beside(g), x[0])]).unflatten(0, (len(g), -1))
+    return apart(_weight_transpose(arena, geo, [(g[0], beside(x))]), len(x))
