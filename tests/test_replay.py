@@ -19,9 +19,9 @@ class Recorder:
     """Runs what it recorded again, and writes over the results, as a CUDA graph does."""
 
     def __init__(self) -> None:
-        self.recorded = self.replayed = 0
+        self.recorded = self.replayed = self.size = 0
 
-    def __call__(self, run: Callable[[], Results], pool: Any) -> tuple[Callable[[], None], Results]:
+    def __call__(self, run: Callable[[], Results], pool: Any) -> tuple[Callable[[], None], Results, int]:
         self.recorded += 1
         results = run()
         for one in results.values():
@@ -32,7 +32,7 @@ class Recorder:
             for k, one in run().items():
                 results[k].data.copy_(one.data)
 
-        return again, results
+        return again, results, self.size
 
 
 @pytest.fixture
@@ -66,6 +66,21 @@ def test_every_sweep_gives_the_same_product_however_it_runs(
     assert not replay.refused
     if device.NAME == "cpu":
         assert (recorder.recorded, recorder.replayed) == (1, 1 + 4)
+
+
+@pytest.mark.skipif("device.NAME != 'cpu'", reason="what a recording holds is given by the recorder")
+def test_what_recordings_hold_counts_as_memory(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = problem()
+    for size, replayed in ((1 << 20, 5), (1 << 28, 0)):
+        recorder.size, recorder.replayed = size, 0
+        H = dh.HessianOperator(model, batch, memory=16 << 20)
+        v = torch.randn(H.shape[1], dtype=torch.float64)
+        expected = H @ v
+        for _ in range(5):
+            torch.testing.assert_close(H @ v, expected, rtol=1e-12, atol=1e-14)
+        assert recorder.replayed == replayed, size
+    (why,) = replay.refused
+    assert "256 MiB" in why and "memory=" in why
 
 
 def test_other_forms_and_new_parameters_are_recorded_anew(recorder: Recorder) -> None:
@@ -116,7 +131,7 @@ def test_a_recording_that_gives_something_else_is_not_used(recorder: Recorder, m
         results = run()
         for one in results.values():
             one.data = one.data * 1.01
-        return lambda: None, results
+        return lambda: None, results, 0
 
     monkeypatch.setattr(Replayed, "record", staticmethod(wrong))
     model, batch = problem()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -59,7 +60,7 @@ class Linearizations:
         self.losses: dict[int, float] = {}
         self._programs: dict[int, Programs] | None = {} if compiled else None  # by the graph's identity
         self._kept: dict[int, AnyLinearization] = {}
-        self._bytes = 0  # of those
+        self._bytes = 0  # of those, and of what recordings of their sweeps hold
         # Random draws are made anew in every linearization, and must agree. Batches draw one after the other.
         self._rng = {0: RandomState.now()}
         self._told = False
@@ -127,6 +128,7 @@ class Linearizations:
             programs = self._programs.setdefault(id(entry.graph), made)
             return Compiled(programs, self.model, batch.tensors, entry.sample, checked)
         kind = Replayed if self.batches.device.type == "cuda" else Linearization
+        more: dict[str, Any] = {"holds": self._holds} if issubclass(kind, Replayed) else {}
         return kind(
             entry.graph,
             leaf_values(entry.graph, self.model, batch.tensors),
@@ -135,7 +137,14 @@ class Linearizations:
             sample=entry.sample,
             checked=checked,
             arena=self.arena,
+            **more,
         )
+
+    def _holds(self, size: int) -> bool:
+        """Whether there is room for a recording of so many bytes beside what is kept; it is counted then."""
+        room = self.budget.keeps(self._bytes, size)
+        self._bytes += size if room else 0
+        return room
 
     def _sites(self, entry: Entry) -> set[int]:
         sites = {k for point in entry.points for k in point.sites}

@@ -26,16 +26,18 @@ SWITCH = "DAG_HESSE_REPLAY"  # "0" turns recording off
 _MOST = 32  # forms that a linearization records
 
 Results = dict[int, Adjoint]
-Record = Callable[[Callable[[], Results], Any], tuple[Callable[[], None], Results]]
+Record = Callable[[Callable[[], Results], Any], tuple[Callable[[], None], Results, int]]
 refused: dict[str, int] = {}  # reasons why sweeps were not recorded, and how often
 
 
-def cuda_graph(run: Callable[[], Results], pool: Any) -> tuple[Callable[[], None], Results]:
-    """The launches of ``run`` as a graph whose memory comes from ``pool``; where it leaves its results."""
+def cuda_graph(run: Callable[[], Results], pool: Any) -> tuple[Callable[[], None], Results, int]:
+    """The launches of ``run`` as a graph, where it leaves its results, and by how many bytes ``pool`` grew for it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        before = torch.cuda.memory_reserved()  # on entry, what is cached elsewhere was given back
         results = run()
-    return graph.replay, results
+        size = torch.cuda.memory_reserved() - before
+    return graph.replay, results, size
 
 
 @dataclass
@@ -57,13 +59,15 @@ class Recorded:
 class Replayed(Linearization):
     """A linearization whose sweeps are recorded, and replayed from the third of a form on.
 
-    ``record`` makes a recording; recordings share the memory of one pool, as one runs after the other.
+    ``record`` makes a recording; recordings share the memory of one pool, as one runs after the other. They hold it for
+    as long as the linearization lives: ``holds(bytes)`` says whether there is room for so much more.
     """
 
     record: Record = staticmethod(cuda_graph)
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, holds: Callable[[int], bool] = lambda size: True, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._holds = holds
         self._known: dict[Form, Recorded | None] = {}  # None: it ran once
         self._pool: Any = None
         self._off = os.environ.get(SWITCH) == "0"
@@ -87,7 +91,11 @@ class Replayed(Linearization):
         own = {k: x.clone() for k, x in seeds.items()}
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            made = Recorded(own, *self.record(lambda: by_engine(self, form, own), self._pool))
+            replay, results, size = self.record(lambda: by_engine(self, form, own), self._pool)
+            if not self._holds(size):
+                _refuse(f"memory= has no room for another {size >> 20} MiB that a recording would hold")
+                return None
+            made = Recorded(own, replay, results)
             wrong = disagreement(made.run(seeds), expected)
         except (RuntimeError, MemoryError) as error:
             _refuse("memory is short" if out_of_memory(error) else " ".join(str(error).split())[:200])
