@@ -308,7 +308,7 @@ def slope(
         with as_it_is(model, batch, loss, [*written, *own.values()]) as forward:
             for name, v in along.items():
                 own[name].data.add_(v, alpha=signed)
-            values.append(float(forward.loss()))
+            values.append(float(forward.loss().detach()))
     return (values[0] - values[1]) / (2 * step)
 
 

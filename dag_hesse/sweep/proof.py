@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite, sqrt
 
@@ -155,6 +155,7 @@ def prove(
         said = f"its loss is {value:.8g} and the model's {evidence.loss:.8g}; " if wrong_loss else ""
         bad = [*wrong, *unknown]
         said += f"its gradient differs from autograd's at {', '.join(repr(n) for n in bad[:4])}" if bad else ""
+        said += "" if wrong_loss else _decided(graph, model, batch, loss, evidence, found)
         raise UnfaithfulCaptureError(
             f"the captured graph of {type(model).__name__} is not the model: {said.removesuffix('; ')}. "
             f"{_first_difference(model, batch, loss, output, list(graph.written))} A tensor hook, a gradient that is "
@@ -236,6 +237,27 @@ def _prove_slope(graph: CurvatureGraph, model: nn.Module, batch: Batch, loss: Lo
             f"slope {mine:.6g}, and central differences of the model's own give {expected:.6g} (autograd cannot "
             f"differentiate it: {evidence.unable}). verify='none' goes on without this check."
         )
+
+
+def _decided(
+    graph: CurvatureGraph,
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss | None,
+    evidence: Evidence,
+    found: Mapping[int, Tensor],
+) -> str:
+    """Whom central differences of the model's loss confirm, where the graph and autograd differ in its gradient."""
+    along, step = _direction(model, graph), torch.finfo(graph.nodes[graph.loss].dtype).eps ** (1 / 3)
+    expected = slope(model, batch, loss, along, step, list(graph.written))
+    of_graph = {name: found.get(graph.parameters[name]) for name in along}
+    slopes = {
+        who: sum(float((g * along[name]).sum()) for name, g in gradient.items() if g is not None)
+        for who, gradient in (("the graph's", of_graph), ("autograd's", {n: evidence.parameters[n] for n in along}))
+    }
+    apart = abs(slopes["the graph's"] - slopes["autograd's"])
+    near = [who for who, value in slopes.items() if abs(value - expected) < apart / 4]
+    return f"; central differences of its loss confirm {near[0]}" if near else ""
 
 
 def _first_difference(

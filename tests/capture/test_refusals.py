@@ -34,6 +34,28 @@ def test_a_hook_that_changes_gradients_is_found_out() -> None:
     assert dh.HessianOperator(Around(_hooked), (X, Y), verify="none").shape == (31, 31)
 
 
+def _overwritten(m: Any, z: Tensor) -> Tensor:
+    z.add_(torch.kron(z, z.mean(0)[None])[:, :: z.shape[1]], alpha=0.5)
+    return z
+
+
+def test_central_differences_are_asked_where_graph_and_autograd_differ() -> None:
+    # PyTorch's kron remembers operands without a look at later writes, so the gradient that autograd gives is wrong.
+    model = Around(_overwritten)
+    with pytest.raises(errors.UnfaithfulCaptureError, match="central differences of its loss confirm the graph's"):
+        dh.HessianOperator(model, (X, Y))
+    operator = dh.HessianOperator(model, (X, Y), verify="none")
+    gradient, along = operator.gradient, torch.randn(31, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        start = torch.nn.utils.parameters_to_vector(model.parameters())
+        losses = []
+        for step in (1e-5, -1e-5):
+            torch.nn.utils.vector_to_parameters(start + step * along, model.parameters())
+            losses.append(float(nn.functional.cross_entropy(model(X), Y)))
+        torch.nn.utils.vector_to_parameters(start, model.parameters())
+    assert abs(float(gradient @ along) - (losses[0] - losses[1]) / 2e-5) < 1e-8
+
+
 def test_a_graph_that_is_captured_anew_is_compared_with_the_model_too() -> None:
     model = Around(lambda m, z: z.tanh() if float(z.detach().sum()) > 0 else _hooked(m, z))
     nn.init.zeros_(model.a.bias)

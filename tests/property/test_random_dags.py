@@ -7,6 +7,7 @@ autograd itself has no second derivative, there is no oracle, and the model is p
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from hypothesis.errors import UnsatisfiedAssumption
 from torch import Tensor
 
 import dag_hesse as dh
+from dag_hesse.errors import UnfaithfulCaptureError
 from tests import device
 from tests.oracle import Rounded, Truth, differentiable_twice, error
 from tests.property.dags import BATCH, COUNTED, LOSSES, STATEFUL, WIDTH, WRITING, Dag, Op, Recipe, recipes
@@ -275,6 +277,23 @@ def check_batches(recipe: Recipe, name: str, reduction: str, sizes: Sequence[int
         assert agree(operator @ columns, torch.stack(expected[k]).sum(0), scale, partial(again, k)), kind
 
 
+def unless_autograd_is_wrong(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that passes over what is refused for PyTorch's own gradient, where central differences confirm ours.
+
+    ``torch.kron`` is known for it: it goes on with what a later write made of its operands, and says nothing.
+    """
+
+    @functools.wraps(test)
+    def run(*values: Any, **named: Any) -> None:
+        try:
+            test(*values, **named)
+        except UnfaithfulCaptureError as error:
+            require("confirm the graph's" not in str(error))
+            raise
+
+    return run
+
+
 def examples(share: float, *strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
     """Run a test in several processes, each with examples of its own."""
 
@@ -289,7 +308,7 @@ def examples(share: float, *strategies: st.SearchStrategy[Any]) -> Callable[[Any
             )
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*captured anew")
-                fixed(limits(given(*strategies)(test)))()
+                fixed(limits(given(*strategies)(unless_autograd_is_wrong(test))))()
 
         sharded.__name__ = test.__name__
         return pytest.mark.parametrize("shard", range(SHARDS))(sharded)
