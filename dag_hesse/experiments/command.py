@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+from dag_hesse.errors import DagHesseError
 from dag_hesse.experiments.protocol import Experiment
 
 NAMES = ("exp1", "exp1b", "exp2", "exp3", "exp3b", "exp4", "exp5", "exp6", "ablation")
@@ -36,6 +38,19 @@ def add(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--resume", action="store_true", help="go on with what is in --out")
     command.set_defaults(run=run, interrupted="what was measured is kept: go on with --resume")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """``python -m dag_hesse.experiments``, which knows no other commands."""
+    parser = argparse.ArgumentParser(prog="python -m dag_hesse.experiments")
+    add(parser)
+    options = parser.parse_args(arguments)
+    try:
+        run(options)
+    except DagHesseError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; {options.interrupted}")
 
 
 def load(name: str) -> Experiment:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dag_hesse.cli import main
-from dag_hesse.experiments import ablation, exp1, exp1b, exp2, exp6
+from dag_hesse.experiments import ablation, command, exp1, exp1b, exp2, exp6
 from dag_hesse.experiments.command import NAMES
 from dag_hesse.experiments.results import Results
 
@@ -68,6 +68,13 @@ def test_wrong_usage(
     assert found == code
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_module_runs_them_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(["exp5", "--init", "--seeds", "42", "--out", str(tmp_path)])
+    assert "Table 7" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="ExperimentError"):
+        command.main(["exp5", "--init", "--seeds", "42", "--out", str(tmp_path)])
 
 
 def test_an_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
