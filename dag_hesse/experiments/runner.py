@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,23 +132,16 @@ def _missing(results: Results, case: Case, seed: int, init: bool) -> dict[str, i
 
 def _one(
     case: Case, seed: int, missing: dict[str, int], data: Data, results: Results, folder: Path, told: Report | None
-) -> Any:
+) -> Iterator[str]:
     """Train one model as far as the last missing checkpoint; yields checkpoints as they are measured."""
     data = case.data or data
-    with preserved():
-        torch.manual_seed(seed)
-        training = Training(case.build(), case.recipe, seed)
     state = folder / "states" / f"{re.sub(r'[^A-Za-z0-9.-]', '_', case.name)}-{seed}.pt"
     made_by = f"{results.header} {case.recipe}"
-    if state.exists():
-        found = torch.load(state, weights_only=True)
-        if found.pop("made by") == made_by and found["epoch"] <= min(missing.values()):
-            training.take_up(found)
+    training = _begun(case, seed, state, made_by, min(missing.values()))
     at = {epoch: when for when, epoch in missing.items()}
     spent, saved = 0.0, time.perf_counter()
     while True:
-        if training.epoch in at:
-            when = at[training.epoch]
+        if when := at.pop(training.epoch, None):
             start = time.perf_counter()
             values = _measured(case, training, data)
             seconds = {"train": round(spent, 3), "measure": round(time.perf_counter() - start, 3)}
@@ -156,7 +149,7 @@ def _one(
             results.write(folder / "results.json")
             spent = 0.0
             yield when
-        if training.epoch >= max(missing.values()):
+        if not at:
             break
         start = time.perf_counter()
         with preserved():
@@ -169,6 +162,18 @@ def _one(
             write_whole(state, lambda place: torch.save({"made by": made_by, **training.state()}, place))
     if training.epoch >= case.recipe.epochs:
         state.unlink(missing_ok=True)
+
+
+def _begun(case: Case, seed: int, state: Path, made_by: str, before: int) -> Training:
+    """At its initialization, or as a state left it that is of the same run and not after an epoch."""
+    with preserved():
+        torch.manual_seed(seed)
+        training = Training(case.build(), case.recipe, seed)
+    if state.exists():
+        found = torch.load(state, weights_only=True)
+        if found.pop("made by") == made_by and found["epoch"] <= before:
+            training.take_up(found)
+    return training
 
 
 def _measured(case: Case, training: Training, data: Data) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -221,6 +222,13 @@ def test_resnet_measures_lie_within_their_standard_errors() -> None:
     assert 0 < found["error"] < 0.5
     assert found["T 4"] == exact["T 4"] == 0.0
     assert found["GN 0"] == pytest.approx(exact["GN 0"], rel=1e-4)
+    report = exact_map(model, batch, exp6.POINTS)
+    assert exp6.large_ranks(report)["D all 1"] == pytest.approx(resonance(report)["D 1"])
+    small = replace(
+        report, values={**report.values, "resonance": report.resonance * np.where(report.distance == 1, 1e-20, 1)}
+    )
+    small.values["resonance"][0, 1] = 1.0
+    assert exp6.large_ranks(small)["D 1"] == pytest.approx(report.stable_rank[0, 1])
     for d in range(4):
         assert found[f"T {d}"] == pytest.approx(exact[f"T {d}"], rel=4 * found["error"])
 
