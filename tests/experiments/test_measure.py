@@ -222,15 +222,40 @@ def test_resnet_measures_lie_within_their_standard_errors() -> None:
     assert 0 < found["error"] < 0.5
     assert found["T 4"] == exact["T 4"] == 0.0
     assert found["GN 0"] == pytest.approx(exact["GN 0"], rel=1e-4)
-    report = exact_map(model, batch, exp6.POINTS)
-    assert exp6.large_ranks(report)["D all 1"] == pytest.approx(resonance(report)["D 1"])
-    small = replace(
-        report, values={**report.values, "resonance": report.resonance * np.where(report.distance == 1, 1e-20, 1)}
-    )
-    small.values["resonance"][0, 1] = 1.0
-    assert exp6.large_ranks(small)["D 1"] == pytest.approx(report.stable_rank[0, 1])
     for d in range(4):
         assert found[f"T {d}"] == pytest.approx(exact[f"T {d}"], rel=4 * found["error"])
+
+
+def test_blocks_that_a_power_iteration_takes_for_zero_do_not_count() -> None:
+    model, batch = made(CHAINS["plain"])
+    report = exact_map(model, batch, "blocks.*")
+    all_ranks = resonance(report)
+    found = exp6.counted_ranks(report)
+    assert found == pytest.approx(
+        {k: v for d in range(4) for k, v in ((f"D {d}", all_ranks[f"D {d}"]), (f"D all {d}", all_ranks[f"D {d}"]))}
+    )
+    scale = np.full((4, 4), 1e-8)
+    scale[0, 1] = 1.0
+    faint = replace(report, values={**report.values, "resonance": report.resonance * scale})
+    found = exp6.counted_ranks(faint)
+    assert found["D 1"] == pytest.approx(report.stable_rank[0, 1])
+    assert math.isnan(found["D 2"])
+    assert found["D all 2"] == pytest.approx(all_ranks["D 2"])
+
+
+def test_plain_resnets_have_the_weights_of_residual_ones() -> None:
+    pair = []
+    for skip in (True, False):
+        torch.manual_seed(3)
+        pair.append(exp6.network("relu", skip, 4).eval())
+    own, with_skips = pair[1].state_dict(), pair[0].state_dict()
+    assert all(torch.equal(value, with_skips[name]) for name, value in own.items())
+    assert {name for name in with_skips if name not in own} == {name for name in with_skips if "downsample" in name}
+    x = torch.randn(2, 3, 32, 32)
+    torch.manual_seed(0)
+    bare = resnet18(skip=False, width=4).eval()
+    bare.load_state_dict(own)
+    assert torch.equal(pair[1](x), bare(x))
 
 
 def test_estimated_ranks_of_known_blocks() -> None:
