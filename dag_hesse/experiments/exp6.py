@@ -41,8 +41,8 @@ def measure(model: nn.Module, batch: Batch) -> Values:
 def counted_ranks(report: CurvatureReport) -> Values:
     """D̄(d) over the blocks that the authors' code does not take for zero, and over all of them as ``D all d``.
 
-    Its power iteration on HᵀH ends, and D is left out, where a step from a random direction is shorter than 1e-12: about
-    where ‖H‖₂²/√d_w is. (Appendix N.8 says ‖H‖₂² < 1e-24.) Far from the loss, plain networks have such blocks only.
+    Its power iteration on HᵀH ends, and D is left out, where a step from a random direction is shorter than 1e-12, that
+    is about where ‖H‖₂²/√d_w is. (Appendix N.8 says ‖H‖₂² < 1e-24.) Plain networks have many such blocks.
     """
     found: Values = {}
     dims = np.array([point.dim for point in report.points])
@@ -152,7 +152,8 @@ EXPERIMENT = Experiment(
     claims=claims,
     figures=figures,
     remarks=(
-        "Published stable ranks of plain networks are those of the last stages: the authors' code leaves out D where a step "
-        "of its power iteration is shorter than 1e-12, so that D̄(0) of SiLU's is 23 instead of 74. D counts as they do.",
+        "Published stable ranks of plain networks are those of the last stages: the authors' code leaves out D where a "
+        "step of its power iteration is shorter than 1e-12, so that D̄(0) of SiLU's is 23 instead of 74. D counts as "
+        "they do.",
     ),
 )
