@@ -119,8 +119,8 @@ EXPERIMENT = Experiment(
     claims=claims,
     figures=figures,
     remarks=(
-        "At L = 16 the published C̄(0) is 0.8375, though C(v, v) = 1 by definition: the authors' code counts couplings as "
-        "0 where √(R(v,v) R(w,w)) < 1e-12. Counted so, ours at init are 0.8375, 0.8430 and 0.8546 at d = 0, 1 and 2, as "
-        "published; C here has no threshold.",
+        "At L = 16 the published C̄(0) is 0.8375, though C(v, v) = 1 by definition: the authors' code counts couplings "
+        "as 0 where √(R(v,v) R(w,w)) < 1e-12. Counted so, ours at init are 0.8375, 0.8430 and 0.8546 at d = 0, 1, 2, "
+        "as published; C here has no threshold.",
     ),
 )
