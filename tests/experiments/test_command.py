@@ -13,7 +13,11 @@ from dag_hesse.experiments import ablation, command, exp1, exp1b, exp2, exp6
 from dag_hesse.experiments.command import NAMES
 from dag_hesse.experiments.results import Results
 
-CASES: dict[str, tuple[str, ...]] = {"exp2": ("6/4", "6/16"), "ablation": ("gelu", "stable-rank"), "exp5": ("*",)}
+CASES: dict[str, tuple[str, ...]] = {
+    "exp2": ("6/4", "6/16"),
+    "ablation": ("gelu", "stable-rank"),
+    "exp6": ("relu/plain", "silu/residual"),
+}
 
 
 @pytest.fixture
