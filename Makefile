@@ -31,7 +31,7 @@ bench: peers
 	$(RUN) -m bench profile
 
 experiments: $(VENV)/demo
-	$(RUN) -m dag_hesse.experiments attention
+	$(RUN) -m dag_hesse experiment exp1 exp1b exp2 exp3 exp3b exp4 exp5 exp6 ablation
 
 # The documentation, as pages in site/; `make serve` shows them while they are edited.
 site: $(VENV)/docs

@@ -1,4 +1,4 @@
-"""The command line: ``dag-hesse analyze SPEC``, profile, blocks, hvp, spectrum, completion and monitor-demo."""
+"""The command line: ``dag-hesse analyze …``, profile, blocks, hvp, spectrum, experiment, monitor-demo, completion."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dag_hesse._cli.ranks import add_ranks, working
 from dag_hesse._cli.spec import BUILT_IN, add_model, built, positive
 from dag_hesse._profile import profile
 from dag_hesse.errors import DagHesseError, integer
+from dag_hesse.experiments import command
 from dag_hesse.monitor import demo
 from dag_hesse.plan import render_edges
 from dag_hesse.plan.planner import BATCH_MODES, MODES
@@ -101,6 +102,12 @@ def parser() -> argparse.ArgumentParser:
     m.add_argument("--budget", metavar="SHARE", help="of the time that measurements may take, as 20%% (default: any)")
     m.add_argument("--out", type=Path, default=Path("monitor.png"), metavar="FILE", help="(default: monitor.png)")
     m.set_defaults(run=_monitor_demo)
+    e = commands.add_parser(
+        "experiment",
+        help="run experiments of the paper and hold them against its figures",
+        description="Run experiments of the paper: tables and figures of ours beside the published ones.",
+    )
+    command.add(e)
     products.add(commands)
     completion.add(commands, top)
     return top
@@ -193,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough; files are written before anything is printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("dag-hesse: interrupted; nothing was written", file=sys.stderr)
+        told = getattr(options, "interrupted", "nothing was written")
+        print(f"dag-hesse: interrupted; {told}", file=sys.stderr)
         return INTERRUPTED
     return OK

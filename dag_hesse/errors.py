@@ -94,6 +94,14 @@ class BlockFileError(DagHesseError, ValueError):
     """A file is not a block matrix of this package, is cut short, or has a newer format."""
 
 
+class DatasetError(DagHesseError, ValueError):
+    """A file of a data set has another size or content than it must have."""
+
+
+class ExperimentError(DagHesseError, ValueError):
+    """Results that are there belong to another run than the one asked for."""
+
+
 class DependencyError(DagHesseError, ImportError):
     """An optional library that a feature runs on is not installed."""
 

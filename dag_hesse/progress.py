@@ -23,12 +23,13 @@ def check_progress(progress: object) -> None:
 
 
 @contextmanager
-def shown(progress: Report | bool | None) -> Iterator[Report | None]:
+def shown(progress: Report | bool | None, unit: str = "sweeps") -> Iterator[Report | None]:
     """What to call with (stage, done, total) while the context is open; None where nothing is to be shown.
 
     Args:
         progress: a callable is taken as it is; True: a bar on stderr, or lines where that is no terminal; None: a bar
             where stderr is a terminal, once a stage is foreseen to take more than 3 s; False: nothing.
+        unit: what is counted, in lines.
 
     Raises:
         OptionError: it is none of these.
@@ -38,23 +39,23 @@ def shown(progress: Report | bool | None) -> Iterator[Report | None]:
         yield None
     elif progress is None:
         with ExitStack() as stack:
-            yield _Foreseen(stack)
+            yield _Foreseen(stack, unit)
     elif progress is True:
-        with _bar() as update:
+        with _bar(unit) as update:
             yield update
     else:
         yield progress  # type: ignore[misc]
 
 
 @contextmanager
-def _bar() -> Iterator[Report]:
+def _bar(unit: str) -> Iterator[Report]:
     with preserved():  # what is imported for it draws random numbers
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines()
+        yield _Lines(unit)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -71,15 +72,15 @@ def _bar() -> Iterator[Report]:
 class _Foreseen:
     """A bar that appears when the sweeps done so far say that their stage will take long."""
 
-    def __init__(self, stack: ExitStack) -> None:
-        self.stack = stack
+    def __init__(self, stack: ExitStack, unit: str) -> None:
+        self.stack, self.unit = stack, unit
         self.bar: Report | None = None
         self.starts: dict[str, float] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         seconds = time.perf_counter() - self.starts.setdefault(stage, time.perf_counter())
         if self.bar is None and seconds * total > _LONG * max(done, 1):
-            self.bar = self.stack.enter_context(_bar())
+            self.bar = self.stack.enter_context(_bar(self.unit))
         if self.bar is not None:
             self.bar(stage, done, total)
 
@@ -87,11 +88,12 @@ class _Foreseen:
 class _Lines:
     """A line whenever another tenth of a stage is done."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
         self.said: dict[str, int] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         step = _STEPS * done // max(total, 1)
         if self.said.get(stage) != step:
             self.said[stage] = step
-            print(f"dag-hesse: {stage} {done}/{total} sweeps", file=sys.stderr)
+            print(f"dag-hesse: {stage} {done}/{total} {self.unit}", file=sys.stderr)

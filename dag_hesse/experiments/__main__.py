@@ -1,12 +1,12 @@
-"""``python -m dag_hesse.experiments NAME [options]``."""
+"""``python -m dag_hesse.experiments NAME [options]``: the demo, Newton steps, and the paper's experiments."""
 
 import sys
 
-from dag_hesse.experiments import attention, digits, newton
+from dag_hesse.experiments import command, digits, newton
 
-EXPERIMENTS = {"attention": lambda arguments: attention.main(), "digits": digits.main, "newton": newton.main}
+OTHERS = {"digits": digits.main, "newton": newton.main}
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in EXPERIMENTS:
-        sys.exit(f"usage: python -m dag_hesse.experiments {{{','.join(EXPERIMENTS)}}} [options]")
-    EXPERIMENTS[sys.argv[1]](sys.argv[2:])
+    if len(sys.argv) < 2 or sys.argv[1] not in (*OTHERS, *command.NAMES):
+        sys.exit(f"usage: python -m dag_hesse.experiments {{{','.join((*OTHERS, *command.NAMES))}}} [options]")
+    OTHERS.get(sys.argv[1], lambda _: command.main(sys.argv[1:]))(sys.argv[2:])

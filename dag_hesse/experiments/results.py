@@ -1,0 +1,156 @@
+"""What was measured, cell by cell, beside what the paper's authors published."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dag_hesse import __version__
+from dag_hesse.errors import ExperimentError
+from dag_hesse.files import write_text
+
+Key = tuple[str, int, str]  # case, seed, checkpoint
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Mean and standard deviation over seeds (of the population, as in the paper); ``std`` is None where unknown."""
+
+    mean: float
+    std: float | None
+    count: int = 5
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Stat | None:
+        """Of the values that are numbers; None where there are none."""
+        known = [value for value in values if not math.isnan(value)]
+        return cls(float(np.mean(known)), float(np.std(known)), len(known)) if known else None
+
+
+def deviation(ours: Stat | None, paper: Stat | None) -> float | None:
+    """(ours − paper) in standard deviations of the paper's; None where that has no meaning.
+
+    It has none where ours is exactly zero for all seeds: the published number is then float32's rounding.
+    """
+    if ours is None or paper is None or not paper.std or (ours.mean == 0 and ours.std == 0):
+        return None
+    return (ours.mean - paper.mean) / paper.std
+
+
+@dataclass(frozen=True)
+class Published:
+    """The authors' figures: by case, checkpoint and quantity."""
+
+    source: str
+    cases: Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+    @classmethod
+    def of(cls, name: str) -> Published:
+        """Of an experiment, from the package's data."""
+        text = resources.files(__package__).joinpath("published", f"{name}.json").read_text(encoding="utf-8")
+        return cls(**json.loads(text))
+
+    def stat(self, case: str, checkpoint: str, quantity: str) -> Stat | None:
+        """None where nothing was published."""
+        found = self.cases.get(case, {}).get(checkpoint, {}).get(quantity)
+        return None if found is None else Stat(*found)
+
+
+@dataclass
+class Results:
+    """Cells of a run: values by case, seed and checkpoint, and what the run was.
+
+    Attributes:
+        header: experiment, protocol, data; two runs with different ones are different runs.
+        cells: values, and seconds spent.
+        versions: of what computed the last of them.
+    """
+
+    header: dict[str, Any]
+    cells: dict[Key, dict[str, Any]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def values(self, case: str, checkpoint: str, quantity: str) -> list[float]:
+        """One number a seed."""
+        return [
+            cell["values"][quantity]
+            for (own, _, when), cell in self.cells.items()
+            if own == case and when == checkpoint and quantity in cell["values"]
+        ]
+
+    def stat(self, case: str, checkpoint: str, quantity: str) -> Stat | None:
+        """None where nothing was measured."""
+        return Stat.of(self.values(case, checkpoint, quantity))
+
+    @property
+    def seeds(self) -> list[int]:
+        """All that there are."""
+        return sorted({seed for _, seed, _ in self.cells})
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """In the order of training."""
+        found = {when for _, _, when in self.cells}
+        return [when for when in ("init", "mid", "final") if when in found]
+
+    @property
+    def seconds(self) -> float:
+        """Of training and measuring."""
+        return float(sum(sum(cell["seconds"].values()) for cell in self.cells.values()))
+
+    def write(self, path: Path) -> None:
+        """As JSON, whole or not at all; a NaN is null."""
+        rows = [
+            {"case": case, "seed": seed, "checkpoint": when, **cell, "values": _plain(cell["values"])}
+            for (case, seed, when), cell in self.cells.items()
+        ]
+        lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
+        head = json.dumps({**self.header, "versions": self.versions}, indent=1)[:-2]
+        write_text(path, f'{head},\n "cells": [\n{lines}\n]}}\n')
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Read back what :meth:`write` wrote.
+
+        Raises:
+            ExperimentError: the file is something else.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            cells = {
+                (row.pop("case"), row.pop("seed"), row.pop("checkpoint")): {**row, "values": _numbers(row["values"])}
+                for row in data.pop("cells")
+            }
+            return cls({k: v for k, v in data.items() if k != "versions"}, cells, data["versions"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ExperimentError(
+                f"{path} does not hold an experiment's results ({error}): take another --out."
+            ) from error
+
+
+def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: float("nan") if value is None else value for name, value in values.items()}
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    return {
+        "dag-hesse": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+    }
