@@ -23,6 +23,7 @@ from dag_hesse.estimate.run import Progress
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.dispatch import failures
 from dag_hesse.measure import precision
+from dag_hesse.options import checked_options
 from dag_hesse.plan import Plan, fuse_all, plan
 from dag_hesse.plan.agreed import agreed
 from dag_hesse.plan.planner import BATCH_MODES, MODES
@@ -35,6 +36,7 @@ from dag_hesse.sweep import VERIFY, Problem, capture_anew, prove_all
 from dag_hesse.sweep.replay import refused
 
 
+@checked_options()
 def analyze(
     model: nn.Module,
     batch: Any,
@@ -48,7 +50,7 @@ def analyze(
     probes: int = 32,
     rtol: float | None = None,
     reduction: Option = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     seed: int = 0,
     progress: Progress | bool | None = None,
     verify: str = "gradient",
@@ -74,7 +76,8 @@ def analyze(
         reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
             a callable that gives a batch's weight; None: found by evaluating the loss on sub-batches (for a mean,
             a loader that is not held is iterated once more).
-        memory: bytes that the call may use beside the model; None: what is free. A quarter is for a loader's batches
+        memory: bytes that the call may use beside the model, an integer or a text such as ``"4GiB"``; None: what is
+            free. A quarter is for a loader's batches
             (beyond, it is iterated again in every pass), a quarter for linearizations that are kept from pass to pass
             (beyond, they are made anew), and half for sweeps and what they return.
         seed: of the probes. The global RNG is neither read for them nor changed.
@@ -145,6 +148,7 @@ class Mapper:
         True
     """
 
+    @checked_options()
     def __init__(
         self,
         model: nn.Module,
@@ -159,7 +163,7 @@ class Mapper:
         probes: int = 32,
         rtol: float | None = None,
         reduction: Option = None,
-        memory: int | None = None,
+        memory: int | str | None = None,
         seed: int = 0,
         verify: str = "gradient",
         compile: bool = False,
@@ -179,9 +183,9 @@ class Mapper:
         self._loss, self._output, self._points, self._verify = loss, output, points, verify
         self._batch_mode, self._reduction, self._memory, self._compile = batch_mode, reduction, memory, compile
         with together(self._ranks, "making the map"):
-            self.batches = Batches(batch, memory)
-            self.batches.check_batch_mode(batch_mode)
             self.model = unwrapped(model) if self._ranks is None else whole_model(model)
+            self.batches = Batches(batch, memory, self.model)
+            self.batches.check_batch_mode(batch_mode)
             self._plan_of = partial(
                 _plan, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory, device=self.batches.device
             )

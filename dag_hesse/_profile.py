@@ -18,6 +18,7 @@ from dag_hesse._structure import analyze_structure
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.dispatch import refusals
 from dag_hesse.measure import Phase, measured
+from dag_hesse.options import checked_options
 from dag_hesse.plan import Plan, fuse_all, path_cost, plan
 from dag_hesse.plan.edge_table import Edge, as_rows, costliest, edges, render_edges
 from dag_hesse.plan.memory import linearization_bytes, sweep_bytes
@@ -140,6 +141,7 @@ def _node_profiles(graph: CurvatureGraph, lin: Linearization, found: list[Edge])
     return nodes
 
 
+@checked_options()
 def profile(
     model: nn.Module,
     batch: Any,
@@ -150,7 +152,7 @@ def profile(
     space: str = "activation",
     mode: str = "auto",
     probes: int = 32,
-    memory: int | None = None,
+    memory: int | str | None = None,
     trace: str | None = None,
     whole: bool = False,
 ) -> Profile:
@@ -172,8 +174,8 @@ def profile(
         >>> sorted(found.phases), found.nodes[0].op
         (['capture', 'linearize', 'sweep'], 'mm_bias')
     """
-    one = first_batch(batch)
-    model, batches = unwrapped(model), Batches(one, memory)
+    one, model = first_batch(batch), unwrapped(model)
+    batches = Batches(one, memory, model)
     phases: dict[str, Phase] = {}
     device = batches.device
     with measured(device) as phases["capture"]:

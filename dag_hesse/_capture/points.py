@@ -10,7 +10,7 @@ from torch import nn
 
 from dag_hesse.errors import NonDifferentiableError, OptionError, PointError, choose, suggest
 from dag_hesse.ir import CurvatureGraph, Interaction, Kind, Node, Point
-from dag_hesse.names import innermost, matches
+from dag_hesse.names import innermost, matches, wider
 
 MOST = 16
 SPACES = ("activation", "parameter")
@@ -125,9 +125,8 @@ def _missing(graph: CurvatureGraph, model: nn.Module, name: str, space: str) -> 
         return PointError(f"the output of module '{name}' is not a floating-point tensor, so it has no derivative.")
     if name in modules and space == "activation":
         return PointError(f"module '{name}' ({type(modules[name]).__name__}) was not called in the forward pass.")
-    wider = name.replace("**", "*").replace("*", "**")
-    if wider != name and any(matches(n, wider) for n in (*graph.taps, *graph.parameters)):
-        return PointError(f"'{name}' matches nothing, as * does not cross dots: '{wider}' does.")
+    if (wide := wider(name, (*graph.taps, *graph.parameters))) is not None:
+        return PointError(f"'{name}' matches nothing, as * does not cross dots: '{wide}' does.")
     known = [*graph.taps, *graph.parameters] if space == "activation" else [*graph.parameters, *modules]
     return PointError(f"point '{name}' matches no module, tap or parameter. {suggest(name, known)}")
 

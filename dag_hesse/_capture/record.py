@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from dag_hesse._capture.advice import advice
 from dag_hesse._capture.batch import Batch
 from dag_hesse._capture.functions import custom_functions
 from dag_hesse._capture.losses import Loss, LossTaps, evaluate
@@ -243,7 +244,8 @@ def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bo
                 raise
             text, op = str(error).strip().split("\n")[0], f" ({recorder.running})" if recorder.running else ""
             raise CaptureError(
-                f"{type(model).__name__} fails{_where(error)}{op}: {type(error).__name__}: {text}"
+                f"{type(model).__name__} fails{_where(error)}{op}: {type(error).__name__}: {text.removesuffix('.')}."
+                + advice(model, batch, error)
             ) from error
         rng_after = RandomState.now()
         recorder.trail.batch_bound |= (recorder.numbers and loss_taps.left_torch) or rng_before.drew_outside(rng_after)

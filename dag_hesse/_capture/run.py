@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from dag_hesse._capture.advice import fitted
 from dag_hesse._capture.batch import Batch, check_devices, check_finite, check_no_transform, check_tensors, one_batch
 from dag_hesse._capture.convert import convert
 from dag_hesse._capture.interaction import annotate
-from dag_hesse._capture.losses import Loss
+from dag_hesse._capture.losses import Loss, check_loss
 from dag_hesse._capture.points import default_points, points_like, resolve_points
 from dag_hesse._capture.record import record
 from dag_hesse._capture.stream import Batches
 from dag_hesse.errors import BatchError, CaptureError, NonDifferentiableError, OptionError
 from dag_hesse.ir import CurvatureGraph, Node, Point, verify
+from dag_hesse.options import checked_options
 from dag_hesse.randomness import preserved
 from dag_hesse.rules.table import pairs_of
 
@@ -69,7 +71,9 @@ def _check_rules(graph: CurvatureGraph) -> None:
 
 def captured(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: str | None = None) -> CurvatureGraph:
     """Record, type, verify and annotate; the graph has no points yet."""
-    batch, model = one_batch(batch), unwrapped(model)
+    model = unwrapped(model)
+    batch = fitted(one_batch(batch), model)
+    check_loss(loss)
     if output is not None and not isinstance(output, str):
         raise OptionError(f"output is a {type(output).__name__}; expected the name of a module or tap.")
     _check(model, batch)
@@ -78,6 +82,7 @@ def captured(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: 
     return annotate(graph, batch)
 
 
+@checked_options()
 def capture(
     model: nn.Module,
     batch: Any,

@@ -15,6 +15,7 @@ from dag_hesse.monitor.log import Log
 from dag_hesse.monitor.pace import Pace, share
 from dag_hesse.monitor.quantities import QUANTITIES, Moment, Numbers, chosen
 from dag_hesse.monitor.subject import Subject, bare
+from dag_hesse.options import checked_options
 from dag_hesse.report import CurvatureReport
 
 _FORMAT = "dag-hesse monitor 1"
@@ -71,6 +72,7 @@ class Monitor:
         [1, 2, 4]
     """
 
+    @checked_options()
     def __init__(
         self,
         model: nn.Module,
@@ -89,7 +91,7 @@ class Monitor:
         training: bool = False,
         threshold: float = 5.0,
         prefix: str = "curvature",
-        memory: int | None = None,
+        memory: int | str | None = None,
         seed: int = 0,
     ) -> None:
         self._pace = Pace(integer("every", every, 1), share(budget))

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dag_hesse._capture import Batch, Batches
-from dag_hesse._capture.losses import Loss, inferred, prediction
+from dag_hesse._capture.losses import Loss, check_loss, inferred, prediction
 from dag_hesse._capture.state import restored
 from dag_hesse._capture.writes import Written
 from dag_hesse.errors import LossError, OptionError, choose, integer
 from dag_hesse.operators.functional import as_module
 from dag_hesse.operators.operator import CurvatureOperator
+from dag_hesse.options import checked_options
 
 KINDS = ("empirical", "mc")
 
@@ -52,6 +53,7 @@ class FisherOperator(CurvatureOperator):
 
     _part: ClassVar[str] = "gn"
 
+    @checked_options(CurvatureOperator.__init__)
     def __init__(
         self,
         model: nn.Module | Callable[[Any, Any], Any],
@@ -61,18 +63,19 @@ class FisherOperator(CurvatureOperator):
         samples: int = 1,
         seed: int = 0,
         loss: Loss | None = None,
-        memory: int | None = None,
+        memory: int | str | None = None,
         **options: Any,
     ) -> None:
         choose("kind", kind, KINDS)
         samples, seed = integer("samples", samples, 1), integer("seed", seed, 0)
         if kind == "empirical" and samples != 1:
             raise OptionError(f"samples={samples}; expected 1 with kind='empirical': targets are the batch's own.")
+        check_loss(loss)
         if getattr(loss, "reduction", "mean") != "mean":
             raise OptionError(f"loss has reduction={loss.reduction!r}; expected a mean over samples.")  # type: ignore[union-attr]
         if kind == "mc":
             module, _ = as_module(model, options.get("params"))
-            batch = Drawn(module, Batches(batch, memory), loss, samples, seed)
+            batch = Drawn(module, Batches(batch, memory, module), loss, samples, seed)
         super().__init__(model, batch, loss=_OfGradients(loss, kind == "mc"), memory=memory, **options)
 
     @property

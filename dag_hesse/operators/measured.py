@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.sparse.linalg
 from torch import Tensor
 
 from dag_hesse.errors import integer
 from dag_hesse.operators import eigen, estimates, lanczos, solve
 from dag_hesse.operators.core import SegmentedOperator
 from dag_hesse.operators.interop import to_curvlinops
+from dag_hesse.options import checked_options
 
 if TYPE_CHECKING:
     from dag_hesse.operators.eigen import Eigenpair
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 class MeasuredOperator(SegmentedOperator):
     """Estimates choose vectors; products are the operator's."""
 
+    @checked_options(eigen.eigsh, scipy.sparse.linalg.eigsh)
     def eigsh(self, k: int = 6, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """k eigenvalues (k,) and eigenvectors (n, k), by :func:`scipy.sparse.linalg.eigsh`.
 
@@ -42,6 +45,7 @@ class MeasuredOperator(SegmentedOperator):
         """
         return eigen.eigsh(self, k, **options)
 
+    @checked_options(eigen.eigsh, scipy.sparse.linalg.eigsh)
     def top_eigenvectors(self, k: int = 1, **options: Any) -> list[Eigenpair]:
         """k eigenpairs, the largest in magnitude first, with eigenvectors as dicts by name; options as for ``eigsh``.
 
@@ -54,6 +58,7 @@ class MeasuredOperator(SegmentedOperator):
         """
         return eigen.top_eigenvectors(self, k, **options)
 
+    @checked_options()
     def trace(self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False) -> Any:
         """The trace (): exact by n products where n ≤ 64, else estimated by Hutchinson's method.
 
@@ -74,10 +79,12 @@ class MeasuredOperator(SegmentedOperator):
         """
         return estimates.trace(self, matvecs, seed, return_stderr)
 
+    @checked_options()
     def diagonal(self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False) -> Any:
         """The diagonal (n,); arguments and errors as for :meth:`trace`, standard errors (n,)."""
         return estimates.diagonal(self, matvecs, seed, return_stderr)
 
+    @checked_options(lanczos.spectral_density)
     def spectral_density(self, ncv: int | None = None, seed: int = 0, **options: Any) -> tuple[Tensor, Tensor]:
         """(grid, density), the density of eigenvalues p(λ), by stochastic Lanczos quadrature (Papyan, 2020).
 
@@ -103,6 +110,7 @@ class MeasuredOperator(SegmentedOperator):
         ncv = estimates.checked_count("ncv", min(64, n - 1) if ncv is None else ncv, n)
         return lanczos.spectral_density(self, ncv, seed, **options)
 
+    @checked_options(solve.solved)
     def solve(self, b: Any, damping: float = 0.0, **options: Any) -> Solution:
         """x with (H + λI) x = b, for λ = ``damping`` and b in any form of a vector.
 

@@ -19,6 +19,7 @@ from dag_hesse.operators.base import SymmetricOperator
 from dag_hesse.operators.factor import Factor, factored
 from dag_hesse.operators.functional import as_module, chosen_parameters, read_parameters
 from dag_hesse.operators.vectors import VectorForm
+from dag_hesse.options import checked_options
 from dag_hesse.plan import fuse_all
 from dag_hesse.plan.memory import probe_chunk, shared_chunk, sweep_bytes
 from dag_hesse.ranks import Ranks, together, whole_model
@@ -37,14 +38,16 @@ class CurvatureOperator(SymmetricOperator):
             loss does not depend on are zero.
         space: ``"parameter"`` (default: all parameters that require gradients) or ``"activation"``.
         points: names or globs, instead of all parameters (or of the points chosen).
-        param_filter: glob, globs, or ``callable(name, parameter) -> bool`` that picks among the parameters. Here ``*``
-            is any text, dots included: ``"*.bias"`` is every bias.
+        param_filter: glob, globs, or ``callable(name, parameter) -> bool`` that picks among the parameters. As in
+            ``points``, ``*`` does not cross dots and ``**`` does: ``"**.bias"`` is every bias, ``"layer*"`` all of
+            those modules.
         output: name of what the loss consumes, where it cannot be inferred.
         batch_mode: meaning of the batch axis of activations, ``"shared"`` or ``"joint"``.
         reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
             a callable that gives a batch's weight; None: found by evaluating the loss on sub-batches (for a mean,
             a loader that is not held is iterated once more).
-        memory: as for :func:`~dag_hesse.analyze`: bytes that each product may use, and what is kept between them.
+        memory: as for :func:`~dag_hesse.analyze`: bytes (or ``"4GiB"``) that each product may use, with what is kept
+            between them and what :meth:`dense` makes.
         verify: as for :func:`~dag_hesse.analyze`: what the captured graph is compared with, once.
         compile: as for :func:`~dag_hesse.analyze`: products are programs of TorchInductor. The first product with so
             many vectors compiles for a minute or more, and is held against the product without a compiler.
@@ -60,6 +63,7 @@ class CurvatureOperator(SymmetricOperator):
 
     _part: ClassVar[str]
 
+    @checked_options()
     def __init__(
         self,
         model: nn.Module | Callable[[Any, Any], Any],
@@ -73,7 +77,7 @@ class CurvatureOperator(SymmetricOperator):
         output: str | None = None,
         batch_mode: str = "shared",
         reduction: Option = None,
-        memory: int | None = None,
+        memory: int | str | None = None,
         verify: str = "gradient",
         compile: bool = False,
         mesh: Any = None,
@@ -92,7 +96,7 @@ class CurvatureOperator(SymmetricOperator):
                 raise OptionError(
                     "params= and param_filter= pick among all parameters: not with points= or space='activation'."
                 )
-            batches = Batches(batch, memory)
+            batches = Batches(batch, memory, module)
             batches.check_batch_mode(batch_mode)
             wanted: Any = points
             own = chosen_parameters(module, params, param_filter) if points is None and space == "parameter" else []
@@ -189,6 +193,10 @@ class CurvatureOperator(SymmetricOperator):
     def chunk(self) -> int:
         """How many vectors are swept together."""
         return self._problem.chunk
+
+    @property
+    def _budget(self) -> Budget:
+        return self._problem.budget
 
     @property
     def _arena(self) -> Arena:
@@ -338,7 +346,7 @@ class GGNOperator(CurvatureOperator):
         if self._ranks is not None:
             raise OptionError("an operator of several ranks has no factor: its rows lie on all of them.")
         self._problem.check("the operator was made", "call refresh() first.")
-        return factored(self._problem, self._order, self.form)
+        return factored(self._problem, self._order, self.form, self._budget)
 
 
 @final
@@ -348,6 +356,7 @@ class TensorOperator(CurvatureOperator):
     _part = "tensor"
 
 
+@checked_options(CurvatureOperator.__init__)
 def hvp(model: Any, batch: Any, v: Any, **options: Any) -> Any:
     """One Hessian-vector product; options as for :class:`HessianOperator`.
 

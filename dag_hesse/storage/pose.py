@@ -17,6 +17,7 @@ from dag_hesse._structure import Structure
 from dag_hesse.budget import Budget
 from dag_hesse.errors import choose
 from dag_hesse.operators.vectors import VectorForm
+from dag_hesse.options import checked_options
 from dag_hesse.plan import fuse_all
 from dag_hesse.plan.gram import can_gram
 from dag_hesse.plan.memory import probe_chunk, sweep_bytes
@@ -31,6 +32,7 @@ from dag_hesse.storage.source import Progress, Source, stored_dtype
 from dag_hesse.sweep import VERIFY, Problem, capture_anew, prove_all
 
 
+@checked_options(wanted)
 def from_model(
     model: nn.Module,
     batch: Any,
@@ -53,7 +55,8 @@ def from_model(
     choose("verify", verify, VERIFY)
     choose("part", part, PARTS)
     check_progress(progress)
-    chosen, batches, model = wanted(**options), Batches(batch, None), unwrapped(model)
+    chosen, model = wanted(**options), unwrapped(model)
+    batches = Batches(batch, None, model)
     batches.check_batch_mode(batch_mode)
     graphs = capture_all(model, batches, loss=loss, output=output, points=points, space=space)
     if part != "full" or parts:

@@ -46,6 +46,7 @@ class Problem:
     Attributes:
         points, groups, batch_mode, embedding, entries, separate_groups: as of
             :class:`~dag_hesse.sweep.meaning.Meaning`.
+        budget: what may be used.
         watch: notices changes of what was linearized.
         renewals: how often :meth:`renewed` took changes for granted.
     """
@@ -63,7 +64,7 @@ class Problem:
         chunk: int = 8,
         again: Callable[[Batch], CurvatureGraph] | None = None,
         loss: Any = None,
-        memory: int | None = None,
+        memory: int | str | None = None,
         compiled: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
@@ -74,6 +75,7 @@ class Problem:
         self._meaning = meaning = read_meaning(graphs, batches.sizes, batch_mode, reduction)
         self.points, self.groups, self.embedding = meaning.points, meaning.groups, meaning.embedding
         self.entries, self.separate_groups = meaning.entries, meaning.separate_groups
+        self.budget = Budget.of(memory, batches.device)
         self._kept = Linearizations(
             model,
             batches,
@@ -81,7 +83,7 @@ class Problem:
             tensor_part=tensor_part,
             with_out=with_out,
             again=again,
-            budget=Budget.of(memory, batches.device),
+            budget=self.budget,
             compiled=compiled,
         )
         self._runner = Runner(meaning, self._kept, chunk)
