@@ -11,7 +11,7 @@ import torch
 from dag_hesse.errors import MemoryBudgetError, OptionError, integer
 from dag_hesse.measure import available_memory
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def bytes_of(memory: Any) -> int:

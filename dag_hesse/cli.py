@@ -1,4 +1,4 @@
-"""The command line: ``dag-hesse analyze SPEC``, profile, blocks, hvp, spectrum, completion and monitor-demo."""
+"""The command line: ``dag-hesse analyze SPEC``, profile, blocks, hvp, spectrum, compare, completion, monitor-demo."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 
 from dag_hesse import __version__
 from dag_hesse._analyze import analyze
-from dag_hesse._cli import completion, products
+from dag_hesse._cli import compare, completion, products
 from dag_hesse._cli.output import add_json, give
 from dag_hesse._cli.ranks import add_ranks, working
 from dag_hesse._cli.spec import BUILT_IN, add_model, built, positive
 from dag_hesse._profile import profile
-from dag_hesse.errors import DagHesseError, integer
+from dag_hesse.budget import bytes_of
+from dag_hesse.errors import DagHesseError, OptionError
 from dag_hesse.monitor import demo
 from dag_hesse.plan import render_edges
 from dag_hesse.plan.planner import BATCH_MODES, MODES
@@ -27,12 +28,16 @@ from dag_hesse.storage.options import PARTS
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
-def _gibibytes(text: str) -> int:
-    """As bytes."""
+def _bytes(text: str) -> int:
+    """What may be used: a number with its unit, since a number alone could be taken for GiB."""
     try:
-        return integer("memory", int(float(text) * 2**30), 1)
-    except (ValueError, OverflowError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a positive number of GiB") from error
+        float(text)
+    except ValueError:
+        try:
+            return bytes_of(text)
+        except OptionError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}; expected a number with a unit, as 4GiB or 500MB") from error
+    raise argparse.ArgumentTypeError(f"{text!r} has no unit; expected {text}GiB or {text}MB, say")
 
 
 def _band(text: str) -> int | str:
@@ -102,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     m.add_argument("--out", type=Path, default=Path("monitor.png"), metavar="FILE", help="(default: monitor.png)")
     m.set_defaults(run=_monitor_demo)
     products.add(commands)
+    compare.add(commands)
     completion.add(commands, top)
     return top
 
@@ -113,7 +119,9 @@ def _add_spec(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--probes", type=int, default=32, metavar="N", help="Rademacher probes per source (default: 32)"
     )
-    command.add_argument("--memory", type=_gibibytes, metavar="GIB", help="what may be used (default: what is free)")
+    command.add_argument(
+        "--memory", type=_bytes, metavar="SIZE", help="what may be used: 4GiB, 500MB … (default: what is free)"
+    )
 
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:
