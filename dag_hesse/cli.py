@@ -57,9 +57,7 @@ def parser() -> argparse.ArgumentParser:
         "message, 2 wrong usage, 130 interrupted.",
     )
     _add_spec(a)
-    a.add_argument("--batch-mode", choices=BATCH_MODES, default="shared", help="meaning of the batch axis")
     a.add_argument("--rtol", type=float, metavar="X", help="probe until relative standard errors are below X")
-    a.add_argument("--compile", action="store_true", help="compile the sweeps by TorchInductor first (minutes)")
     add_ranks(a)
     add_json(a)
     a.add_argument("--html", type=Path, metavar="FILE", help="write the report as one page that needs no network")
@@ -119,6 +117,8 @@ def _add_spec(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--probes", type=int, default=32, metavar="N", help="Rademacher probes per source (default: 32)"
     )
+    command.add_argument("--batch-mode", choices=BATCH_MODES, default="shared", help="meaning of the batch axis")
+    command.add_argument("--compile", action="store_true", help="compile the sweeps by TorchInductor first (minutes)")
     command.add_argument(
         "--memory", type=_bytes, metavar="SIZE", help="what may be used: 4GiB, 500MB … (default: what is free)"
     )
@@ -126,7 +126,8 @@ def _add_spec(command: argparse.ArgumentParser) -> None:
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:
     """What analyze() and profile() are given alike."""
-    return {name: getattr(options, name) for name in ("output", "points", "space", "mode", "probes", "memory")}
+    names = ("output", "points", "space", "batch_mode", "mode", "probes", "memory", "compile")
+    return {name: getattr(options, name) for name in names}
 
 
 def _profile(options: argparse.Namespace) -> None:
@@ -144,10 +145,8 @@ def _analyze(options: argparse.Namespace) -> None:
             model,
             group.shard(batch),
             loss=loss,
-            batch_mode=options.batch_mode,
             rtol=options.rtol,
             seed=options.seed,
-            compile=options.compile,
             progress=sys.stderr.isatty() and group.writes,
             mesh=group.mesh,
             **_common(options),
