@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -136,8 +136,12 @@ def capture_all(
     output: str | None = None,
     points: Points = None,
     space: str = "activation",
+    known: Mapping[Any, CurvatureGraph] | None = None,
 ) -> list[CurvatureGraph]:
     """One graph per batch; batches of equal shapes share theirs where they can, and all have the first one's points.
+
+    ``known``: graphs of the same model and loss that were captured before, by signature. A batch of that signature
+    takes one of them, unless it is batch-bound; all others get the points of these.
 
     Raises:
         BatchError: the batches give points of different shapes.
@@ -147,9 +151,16 @@ def capture_all(
         return capture(model, batch, loss=loss, output=output, points=names, space=space)
 
     by_signature: dict[Any, CurvatureGraph] = {}
-    wanted, first = points, None
+    wanted, first = points, next(iter((known or {}).values()), None)
+    if first is not None:
+        wanted = partial(points_like, first, unwrapped(model))
     for signature, example in batches.examples.items():
-        graph = by_signature[signature] = take(example, wanted)
+        graph = (known or {}).get(signature)
+        if graph is None or graph.batch_bound:
+            graph = take(example, wanted)
+        else:
+            _check(unwrapped(model), example)
+        by_signature[signature] = graph
         if first is None:
             first, wanted = graph, partial(points_like, graph, unwrapped(model))
     assert first is not None

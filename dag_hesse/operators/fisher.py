@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, NoReturn, final
 
 import torch
@@ -16,8 +17,8 @@ from dag_hesse._capture.losses import Loss, check_loss, inferred, prediction
 from dag_hesse._capture.state import restored
 from dag_hesse._capture.writes import Written
 from dag_hesse.errors import LossError, OptionError, choose, integer
-from dag_hesse.operators.functional import as_module
 from dag_hesse.operators.operator import CurvatureOperator
+from dag_hesse.operators.wide import widened_batches, widened_loss
 from dag_hesse.options import checked_options
 
 KINDS = ("empirical", "mc")
@@ -73,10 +74,14 @@ class FisherOperator(CurvatureOperator):
         check_loss(loss)
         if getattr(loss, "reduction", "mean") != "mean":
             raise OptionError(f"loss has reduction={loss.reduction!r}; expected a mean over samples.")  # type: ignore[union-attr]
-        if kind == "mc":
-            module, _ = as_module(model, options.get("params"))
-            batch = Drawn(module, Batches(batch, memory, module), loss, samples, seed)
+        self._draw = partial(Drawn, loss=loss, samples=samples, seed=seed) if kind == "mc" else None
         super().__init__(model, batch, loss=_OfGradients(loss, kind == "mc"), memory=memory, **options)
+
+    def _batches(self, batch: Any) -> Batches:
+        if self._draw is None:
+            return super()._batches(batch)
+        drawn = self._draw(self.model, Batches(batch, self._memory, self.model))
+        return Batches(widened_batches(drawn, self.model) if self._float64 else drawn, self._memory)
 
     @property
     def loss(self) -> NoReturn:
@@ -102,6 +107,10 @@ class _OfGradients:
 
     def __init__(self, loss: Loss | None, drawn: bool) -> None:
         self.of, self.drawn = loss, drawn
+
+    def widened(self) -> _OfGradients:
+        """The same of a loss in double precision."""
+        return _OfGradients(widened_loss(self.of), self.drawn)
 
     def __call__(self, output: Any, targets: Any) -> Tensor:
         if targets is None or isinstance(targets, dict):

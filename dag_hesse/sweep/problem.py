@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from dag_hesse._capture import Batch, Batches
 from dag_hesse._capture.reduction import Reduction
 from dag_hesse.budget import Budget
-from dag_hesse.errors import StaleError
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.arena import Pool
 from dag_hesse.ranks import Ranks, together
@@ -23,7 +22,7 @@ from dag_hesse.sweep.parts import Parts, Request
 from dag_hesse.sweep.product import AnyLinearization
 from dag_hesse.sweep.runner import Progress, Runner
 from dag_hesse.sweep.shared import run_shared
-from dag_hesse.sweep.watch import Watch
+from dag_hesse.sweep.watch import Watch, check_unchanged
 
 
 class Problem:
@@ -177,7 +176,7 @@ class Problem:
             settings, or a loss function has.
         """
         settings = self.watch.settings()
-        if self.watch.changed_training_flags() or self.watch.differ(settings):
+        if not self.watch.alike(settings):
             return False
         self.release()
         self.watch.note(settings)
@@ -187,10 +186,7 @@ class Problem:
     def check(self, what: str, advice: str) -> None:
         """Raise :class:`StaleError` if something changed since the problem was posed (or last noted)."""
         with together(self.ranks, "a product"):
-            changed = self.watch.changes()
-            if changed:
-                named = ", ".join(changed[:4]) + (" …" if len(changed) > 4 else "")
-                raise StaleError(f"{named} changed since {what}: {advice}")
+            check_unchanged(self.watch, what, advice)
 
     def linearizations(self) -> Iterator[tuple[Entry, AnyLinearization]]:
         """Each entry with its linearization: kept for the next pass while there is room, else made anew.
