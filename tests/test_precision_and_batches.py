@@ -220,9 +220,13 @@ def test_a_bad_batch_leaves_the_operator_as_it_was() -> None:
         ((x.double(), y), errors.CaptureError),
         ((x.to("meta"), y), errors.BatchError),
         (x, errors.BatchError),
-        ((x, y + 3), errors.LossError),
     ):
         for call in (H.with_batch, H.refresh):
             with pytest.raises(kind):
                 call(batch)
             assert torch.equal(H.dense(), before)
+    labels = H.with_batch((x, y + 3))
+    with pytest.warns(UserWarning) as told, pytest.raises(errors.LossError, match="labels from 3 to 5"):
+        labels.dense()
+    assert not any("options.py" in str(one.message) for one in told)  # a line of the user's, or none
+    assert torch.equal(H.dense(), before)
