@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, final
 
+from torch import Tensor
+
 from dag_hesse._capture import needs_split
 from dag_hesse.errors import OptionError
-from dag_hesse.operators.factor import Factor, factored
+from dag_hesse.operators.factor import Factor, factor_height, factored
 from dag_hesse.operators.operator import CurvatureOperator
 from dag_hesse.options import checked_options
 
@@ -61,6 +63,14 @@ class GGNOperator(CurvatureOperator):
             raise OptionError("an operator of several ranks has no factor: its rows lie on all of them.")
         self._check()
         return factored(self._problem, self._order, self.form, self._budget)
+
+    def _known_diagonal(self) -> Tensor | None:
+        height, size = factor_height(self._problem), self.form.size
+        fits = height * size * self.form.dtype.itemsize <= self._budget.sweeps
+        if self._ranks is not None or self._problem.groups > 1 or height >= size or not fits:
+            return None
+        factor = self.factor()
+        return (factor.signs[:, None] * factor.rows.square()).sum(0)
 
 
 @final

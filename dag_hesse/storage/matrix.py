@@ -184,11 +184,15 @@ class BlockMatrix(SymmetricOperator):
     def dense(self) -> Tensor:
         return self.to_dense()
 
-    def diagonal(self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False) -> Any:
+    def diagonal(
+        self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False, method: str = "exact"
+    ) -> Any:
         """The diagonal (n,), from the cores: no random vectors are taken, whatever the arguments."""
         return answered(diagonal_of(self), return_stderr)
 
-    def trace(self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False) -> Any:
+    def trace(
+        self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False, method: str = "exact"
+    ) -> Any:
         """The trace (), from the diagonal."""
         return answered(self.diagonal().sum(), return_stderr)
 
