@@ -304,14 +304,20 @@ def slope(
     model: nn.Module, batch: Batch, loss: Loss | None, along: dict[str, Tensor], step: float, written: list[Tensor]
 ) -> float:
     """The derivative of the model's own loss along a direction in its parameters, by central differences."""
+    ends = ({name: signed * v for name, v in along.items()} for signed in (step, -step))
+    high, low = (loss_at(model, batch, loss, moves, written) for moves in ends)
+    return (high - low) / (2 * step)
+
+
+def loss_at(
+    model: nn.Module, batch: Batch, loss: Loss | None, moves: dict[str, Tensor], written: list[Tensor]
+) -> float:
+    """The model's own loss with its parameters moved; they come back to the bit."""
     own = dict(model.named_parameters())
-    values = []
-    for signed in (step, -step):
-        with as_it_is(model, batch, loss, [*written, *own.values()]) as forward:
-            for name, v in along.items():
-                own[name].data.add_(v, alpha=signed)
-            values.append(float(forward.loss()))
-    return (values[0] - values[1]) / (2 * step)
+    with as_it_is(model, batch, loss, [*written, *own.values()]) as forward:
+        for name, v in moves.items():
+            own[name].data.add_(v)
+        return float(forward.loss().detach())
 
 
 def product(

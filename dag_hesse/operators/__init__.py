@@ -6,6 +6,7 @@ from dag_hesse.operators.estimates import Estimate
 from dag_hesse.operators.factor import Factor
 from dag_hesse.operators.fisher import FisherOperator
 from dag_hesse.operators.kinds import GGNOperator, HessianOperator, TensorOperator, hvp
+from dag_hesse.operators.landscape import Landscape
 from dag_hesse.operators.operator import CurvatureOperator
 from dag_hesse.operators.solve import Solution
 
@@ -18,6 +19,7 @@ __all__ = [
     "FisherOperator",
     "GGNOperator",
     "HessianOperator",
+    "Landscape",
     "Solution",
     "TensorOperator",
     "hvp",

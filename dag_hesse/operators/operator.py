@@ -17,6 +17,7 @@ from dag_hesse.errors import OptionError, choose, flag
 from dag_hesse.kernels.arena import Arena
 from dag_hesse.operators.base import SymmetricOperator
 from dag_hesse.operators.functional import as_module, chosen_parameters
+from dag_hesse.operators.landscape import Landscape, landscape
 from dag_hesse.operators.posing import Known, Pose
 from dag_hesse.operators.wide import Origin, follow, widened, widened_batches, widened_loss
 from dag_hesse.options import checked_options
@@ -237,6 +238,33 @@ class CurvatureOperator(SymmetricOperator):
         """
         self._problem.release()
         self._problem.arena.retire()
+
+    @checked_options()
+    def landscape(self, directions: Any = None, span: float = 1.0, points: int = 21) -> Landscape:
+        """The model's own loss on a line or a plane through the parameters, beside what the operator predicts.
+
+        Args:
+            directions: a vector in any form, an :class:`~dag_hesse.Eigenpair`, or a list of one or two of these; None:
+                the eigenvector of the eigenvalue largest in magnitude.
+            span: steps go from -span to span, in units of the directions' lengths (eigenvectors have 1).
+            points: steps along each direction; each takes a forward pass of all batches.
+
+        Returns:
+            A :class:`Landscape` with steps, losses and predictions; ``.plot()`` draws it. The model is not changed.
+
+        Raises:
+            OptionError: an option is none of these, or the operator is over activations, or has no loss.
+            VectorError: a direction does not fit.
+            StaleError: something changed since the operator was made.
+
+        Example:
+            >>> import torch, dag_hesse as dh
+            >>> H = dh.HessianOperator(torch.nn.Linear(9, 1), (torch.ones(2, 9), torch.zeros(2, 1)))
+            >>> found = H.landscape(H.top_eigenvectors(1), span=0.1, points=5)
+            >>> found.losses.shape, bool(abs(found.losses - found.predicted).max() < 1e-5), float(found.curvature.round(2))
+            ((5,), True, 20.0)
+        """
+        return landscape(self, directions, span, points)
 
     @property
     def loss(self) -> float:
