@@ -15,12 +15,13 @@ from torch import nn
 
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like, unwrapped
 from dag_hesse._capture.losses import Loss
+from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option, find_reduction, shared_reduction
 from dag_hesse._structure import analyze_structure, curved_ops
 from dag_hesse.errors import OptionError, choose, flag, integer
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.estimate.run import Progress
-from dag_hesse.ir import CurvatureGraph
+from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.kernels.dispatch import failures
 from dag_hesse.measure import precision
 from dag_hesse.options import checked_options
@@ -43,7 +44,7 @@ def analyze(
     *,
     loss: Loss | None = None,
     output: str | None = None,
-    points: Sequence[str] | str | None = None,
+    points: Names | None = None,
     space: str = "activation",
     batch_mode: str = "shared",
     mode: str = "auto",
@@ -66,7 +67,8 @@ def analyze(
         loss: ``callable(output, targets) -> scalar tensor``; None: the model's own, or inferred from the targets.
         output: name of the module or tap that the loss consumes, where it cannot be inferred.
         points: module names, taps, parameter names, or globs over these, in which ``*`` does not cross dots and ``**``
-            does; None: at most 16 from the module tree.
+            does; None: at most 16 from the module tree, and what is tapped. A mapping, as
+            ``{"stem": ["conv1", "bn1"]}``, makes each group of parameters one point.
         space: ``"activation"`` or ``"parameter"``: what module names stand for.
         batch_mode: ``"shared"`` (one perturbation for all samples), ``"per_sample"`` or ``"joint"`` (design §2.3).
         mode: ``"auto"``, ``"exact"``, ``"gram"`` or ``"probes"``.
@@ -156,7 +158,7 @@ class Mapper:
         *,
         loss: Loss | None = None,
         output: str | None = None,
-        points: Sequence[str] | str | None = None,
+        points: Names | None = None,
         space: str = "activation",
         batch_mode: str = "shared",
         mode: str = "auto",
@@ -266,6 +268,7 @@ class Mapper:
             {
                 **_facts(self.model, self.problem, self.plan, self.space, self.mode, self.seed, self._clock),
                 "curved ops": self._curved_ops,
+                "one point": _why_one(self.points, self._points),
                 "call": call,
             },
             BlockReader(self.problem),
@@ -297,6 +300,16 @@ def _plan(graphs: Sequence[CurvatureGraph], swept: Sequence[CurvatureGraph], **o
     return plan(structures, counts=[times[k] for k in distinct], **options)
 
 
+def _why_one(points: Sequence[Point], asked: Names | None) -> str:
+    """Why a map that nobody asked points of has but one; empty for others."""
+    if asked is not None or len(points) > 1:
+        return ""
+    return (
+        f"only '{points[0].name}' was found in the module tree: name points=, tap() tensors in the forward, or take "
+        "space='parameter'"
+    )
+
+
 def _check_rtol(rtol: Any) -> None:
     if rtol is not None and not (isinstance(rtol, Real) and 0 < float(rtol) < 1):
         raise OptionError(f"rtol={rtol!r}; expected a relative error between 0 and 1, or None.")
@@ -320,6 +333,7 @@ def _facts(
         "batch_mode": problem.batch_mode,
         "reduction": str(problem.reduction),
         "space": space,
+        "training": model.training,
         "mode": mode,
         "seed": seed,
         "dtype": str(problem.dtype).removeprefix("torch."),

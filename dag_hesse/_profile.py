@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 from dag_hesse._analyze import analyze
 from dag_hesse._capture import Batches, capture_all, first_batch, unwrapped
 from dag_hesse._capture.losses import Loss
+from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option, find_reduction
 from dag_hesse._structure import analyze_structure
 from dag_hesse.errors import choose, flag
@@ -153,7 +154,7 @@ def profile(
     *,
     loss: Loss | None = None,
     output: str | None = None,
-    points: Sequence[str] | str | None = None,
+    points: Names | None = None,
     space: str = "activation",
     batch_mode: str = "shared",
     mode: str = "auto",

@@ -12,9 +12,10 @@ from torch import nn
 from dag_hesse._capture.advice import fitted
 from dag_hesse._capture.batch import Batch, check_devices, check_finite, check_no_transform, check_tensors, one_batch
 from dag_hesse._capture.convert import convert
+from dag_hesse._capture.defaults import default_points
 from dag_hesse._capture.interaction import annotate
 from dag_hesse._capture.losses import Loss, check_loss
-from dag_hesse._capture.points import default_points, points_like, resolve_points
+from dag_hesse._capture.points import Names, points_like, resolve_points
 from dag_hesse._capture.record import record
 from dag_hesse._capture.stream import Batches
 from dag_hesse.errors import BatchError, CaptureError, NonDifferentiableError, OptionError
@@ -23,7 +24,7 @@ from dag_hesse.options import checked_options
 from dag_hesse.randomness import preserved
 from dag_hesse.rules.table import pairs_of
 
-Points = Sequence[str] | str | Callable[[CurvatureGraph], Sequence[Point]] | None
+Points = Names | Callable[[CurvatureGraph], Sequence[Point]] | None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -100,7 +101,8 @@ def capture(
         loss: ``callable(output, targets) -> scalar``; None: the model's own, or inferred from the targets' dtype.
         output: name of the module or tap that the loss consumes, where it cannot be inferred.
         points: names, parameter names or globs (``*`` does not cross dots, ``**`` does); None picks at most 16 from
-            the module tree. A callable takes the captured graph and returns points.
+            the module tree, and what is tapped. A mapping of names to names or globs: groups of parameters, each one
+            point. A callable takes the captured graph and returns points.
         space: ``"activation"`` or ``"parameter"``: what a module's name stands for.
 
     Returns:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dag_hesse._capture.losses import Loss
+from dag_hesse._capture.points import Names
 from dag_hesse.errors import NonFiniteError, OptionError, flag, integer
 from dag_hesse.monitor import optimizers
 from dag_hesse.monitor.log import Log
@@ -84,7 +85,7 @@ class Monitor:
         quantities: Sequence[str] | None = None,
         loss: Loss | None = None,
         output: str | None = None,
-        points: Sequence[str] | str | None = None,
+        points: Names | None = None,
         space: str = "activation",
         mode: str = "auto",
         probes: int = 8,

@@ -11,6 +11,7 @@ from torch import nn
 
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like
 from dag_hesse._capture.losses import Loss
+from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option, Reduction, find_reduction, shared_reduction
 from dag_hesse.budget import Budget
 from dag_hesse.ir import CurvatureGraph
@@ -47,7 +48,7 @@ class Pose:
     module: nn.Module
     loss: Loss | None
     own: Sequence[str]
-    points: Sequence[str] | str | None
+    points: Names | None
     space: str
     output: str | None
     batch_mode: str

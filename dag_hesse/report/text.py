@@ -55,6 +55,8 @@ def facts(report: CurvatureReport) -> list[str]:
         lines.append(f"opaque ops (differentiated by autograd, exact): {', '.join(f['opaque'])}")
     if f.get("precision"):
         lines.append(f"precision: {f['precision']}")
+    if f.get("one point"):
+        lines.append(f"one point: {f['one point']}")
     lines += [f"left out: kernel {which}" for which in f.get("kernels that failed", ())]
     lines += [f"sweeps were launched one by one: {why}" for why in f.get("not recorded", ())]
     lines += [f"batch axis lost at {where}" for where in f.get("lost", ())]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like, unwrapped
 from dag_hesse._capture.losses import Loss
+from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option, find_reduction
 from dag_hesse._structure import Structure
 from dag_hesse.budget import Budget
@@ -39,7 +39,7 @@ def from_model(
     *,
     loss: Loss | None = None,
     output: str | None = None,
-    points: Sequence[str] | str | None = None,
+    points: Names | None = None,
     space: str = "activation",
     batch_mode: str = "shared",
     reduction: Option = None,
