@@ -8,6 +8,7 @@ from math import prod
 
 from torch import nn
 
+from dag_hesse._capture.heads import split_heads
 from dag_hesse.errors import NonDifferentiableError, OptionError, PointError, choose, is_integer, suggest
 from dag_hesse.ir import CurvatureGraph, Interaction, Kind, Node, Point
 from dag_hesse.names import innermost, matches, wider
@@ -152,8 +153,11 @@ def resolve_points(
         if not names:
             raise PointError("points is an empty mapping: name at least one group, or pass None.")
         return in_order(graph, [_group(graph, model, name, members) for name, members in names.items()])
+    names = [names] if isinstance(names, str) else list(names)
+    if space == "activation":
+        names = split_heads(graph, [_first_name(model, n) if isinstance(n, str) else n for n in names])
     reaching, points = reach_loss(graph), []
-    for name in [names] if isinstance(names, str) else list(names):
+    for name in names:
         if not isinstance(name, str):
             hint = f" ({str(name)!r} is the module of that name; reports and operators take positions.)"
             raise OptionError(
@@ -222,6 +226,7 @@ def points_like(first: CurvatureGraph, model: nn.Module, graph: CurvatureGraph) 
         PointError: this batch does not run a module that is a point.
     """
     by_site = {k: name for name, k in first.parameters.items()}
+    split_heads(graph, [point.name for point in first.points])
     found = []
     for point in first.points:
         if point.kind == "parameter":
