@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like, unwrapped
-from dag_hesse._capture.losses import Loss
+from dag_hesse._capture.losses import Loss, loss_text
 from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option, find_reduction, shared_reduction
 from dag_hesse._structure import analyze_structure, curved_ops
@@ -186,7 +186,7 @@ class Mapper:
         self._batch_mode, self._reduction, self._memory, self._compile = batch_mode, reduction, memory, compile
         with together(self._ranks, "making the map"):
             self.model = unwrapped(model) if self._ranks is None else whole_model(model)
-            self.batches = Batches(batch, memory, self.model)
+            self.batches = Batches(batch, memory, self.model, loss)
             self.batches.check_batch_mode(batch_mode)
             self._plan_of = partial(
                 _plan, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory, device=self.batches.device
@@ -268,6 +268,7 @@ class Mapper:
             {
                 **_facts(self.model, self.problem, self.plan, self.space, self.mode, self.seed, self._clock),
                 "curved ops": self._curved_ops,
+                "loss function": loss_text(self._loss, next(iter(self.batches.examples.values()))),
                 "one point": _why_one(self.points, self._points),
                 "call": call,
             },

@@ -190,7 +190,7 @@ def profile(
     choose("verify", verify, VERIFY)
     flag("compile", compile)
     one, model = first_batch(batch), unwrapped(model)
-    batches = Batches(one, memory, model)
+    batches = Batches(one, memory, model, loss)
     batches.check_batch_mode(batch_mode)
     phases: dict[str, Phase] = {}
     device = batches.device

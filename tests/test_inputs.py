@@ -332,3 +332,54 @@ def test_globs_name_the_sides_of_stored_blocks() -> None:
     assert torch.allclose(B["0.w*", "2.bias"].dense(), H["0.weight", "2.bias"].dense(), atol=1e-12)
     with pytest.raises(errors.PointError, match=r"'0.weight'"):
         B["0.wieght", "2.bias"]
+
+
+def _causal() -> tuple[nn.Module, Tensor]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=8, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config), torch.randint(0, 11, (2, 5))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel], ids=["bare", "wrapped"])
+def test_ids_and_ids_are_shifted_as_the_model_shifts_labels(wrap: Any) -> None:
+    model, ids = _causal()
+    own, expected = wrap(model), float(model(ids, labels=ids).loss.detach())
+    for batch in (
+        (ids, ids),
+        ({"input_ids": ids}, ids.clone()),
+        {"input_ids": ids, "labels": ids},
+        (ids.numpy(), ids.numpy()),
+    ):
+        H = dh.HessianOperator(own, batch)
+        assert H.loss == pytest.approx(expected, rel=1e-6)
+    assert dh.HessianOperator(own, (ids, ids), float64=True).loss == pytest.approx(expected, rel=1e-5)
+    report = dh.analyze(own, (ids, ids))
+    assert report.facts["loss function"] == "the model's own: targets that are its inputs are its labels"
+    assert "loss function: the model's own" in str(report)
+    others = (ids + 1) % 11
+    plain = float(F.cross_entropy(model(ids).logits.flatten(0, 1), others.flatten()).detach())
+    report = dh.analyze(own, (ids, others))
+    assert report.facts["loss"] == pytest.approx(plain, rel=1e-6)
+    assert report.facts["loss function"] == "cross-entropy, as targets are integers"
+
+    def given(output: Any, targets: Tensor) -> Tensor:
+        return F.cross_entropy(output.logits.flatten(0, 1), targets.flatten())
+
+    report = dh.analyze(own, (ids, ids), loss=given)
+    assert report.facts["loss"] == pytest.approx(float(given(model(ids), ids).detach()), rel=1e-6)
+    assert report.facts["loss function"] == "given"
+    for kind in ("empirical", "mc"):
+        with pytest.raises(errors.OptionError, match="pass loss="):
+            dh.FisherOperator(own, (ids, ids), kind=kind)
+
+
+def test_targets_that_are_the_inputs_of_a_model_without_labels_are_targets() -> None:
+    torch.manual_seed(0)
+    model, ids = nn.Sequential(nn.Embedding(7, 4), nn.Tanh(), nn.Linear(4, 7)).double(), torch.randint(0, 7, (3, 5))
+    H = dh.HessianOperator(model, (ids, ids))
+    expected = dense(model, lambda m: F.cross_entropy(m(ids).flatten(0, 1), ids.flatten()))
+    assert torch.allclose(H.dense(), expected, atol=1e-12)

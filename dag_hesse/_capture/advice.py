@@ -6,7 +6,7 @@ import inspect
 import re
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dag_hesse._capture.batch import Batch
 
@@ -24,11 +24,37 @@ def taken(model: nn.Module) -> list[str] | None:
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
-def fitted(batch: Batch, model: nn.Module | None) -> Batch:
-    """A dict batch of a dataset: what the forward does not take and is called as targets are, is the targets.
+def takes_labels(model: nn.Module) -> bool:
+    """Whether the forward has an argument ``labels``; of wrappers, that of the model inside."""
+    inner = getattr(model, "module", None)
+    base = getattr(model, "get_base_model", None)
+    model = inner if isinstance(inner, nn.Module) else base() if callable(base) else model
+    try:
+        return "labels" in inspect.signature(model.forward).parameters
+    except (AttributeError, TypeError, ValueError):
+        return False
 
-    Inputs under one key that is no argument of the forward are its one input. Anything else stays as it is.
+
+def own_labels(batch: Batch, model: nn.Module) -> bool:
+    """Whether the targets are the token ids that are the input: ``(ids, ids)`` means what the model makes of labels."""
+    targets, ids = batch.targets, batch.args[0] if len(batch.args) == 1 else batch.kwargs.get("input_ids")
+    if not isinstance(targets, Tensor) or not isinstance(ids, Tensor) or targets.shape != ids.shape or ids.ndim < 2:
+        return False
+    if ids.dtype not in (torch.int32, torch.int64) or ids.is_meta or targets.device != ids.device:
+        return False
+    return ids.layout is torch.strided and torch.equal(targets, ids) and takes_labels(model)
+
+
+def fitted(batch: Batch, model: nn.Module | None, loss: object = None) -> Batch:
+    """A batch as the model takes it.
+
+    Of a dict, what the forward does not take and is called as targets are, is the targets; inputs under one key that is
+    no argument of the forward are its one input. Without a ``loss``, targets that are the input's token ids are the
+    labels of a model that makes its own loss of them. Anything else stays as it is.
     """
+    if model is not None and loss is None and own_labels(batch, model):
+        kwargs = {**batch.kwargs, "labels": batch.targets}
+        return Batch(batch.args, kwargs, None, batch.size, labelled=True)
     names = None if model is None else taken(model)
     if names is None or batch.args or batch.targets is not None:
         return batch

@@ -25,7 +25,8 @@ class Batch:
     """One batch: positional and keyword inputs of the model, targets (None if the model makes its own loss).
 
     ``tensors`` are all tensors of the three, flattened; ``size`` is the number of samples. ``flat``: given as
-    ``(input, input, …, targets)``.
+    ``(input, input, …, targets)``; ``labelled``: as ``(ids, ids)``, of which the latter are labels for
+    the model's own loss.
     """
 
     args: tuple[Any, ...]
@@ -33,6 +34,7 @@ class Batch:
     targets: Any
     size: int
     flat: bool = False
+    labelled: bool = False
 
     @property
     def tree(self) -> tuple[Any, ...]:

@@ -47,6 +47,19 @@ def check_loss(loss: Any) -> None:
         )
 
 
+def loss_text(loss: Any, batch: Batch) -> str:
+    """Which loss is meant, in words: for reports."""
+    if loss is not None:
+        return str(getattr(loss, "__name__", None) or type(loss).__name__)
+    if batch.labelled:
+        return "the model's own: targets that are its inputs are its labels"
+    if batch.targets is None:
+        return "the model's own"
+    floating = isinstance(batch.targets, Tensor) and batch.targets.is_floating_point()
+    kind = "mean squared error" if floating else "cross-entropy"
+    return f"{kind}, as targets are {'floating-point numbers' if floating else 'integers'}"
+
+
 def field(output: Any, name: str) -> Any:
     """``output.name`` or ``output[name]``, None where there is neither."""
     if isinstance(output, Mapping):

@@ -73,7 +73,7 @@ def _check_rules(graph: CurvatureGraph) -> None:
 def captured(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: str | None = None) -> CurvatureGraph:
     """Record, type, verify and annotate; the graph has no points yet."""
     model = unwrapped(model)
-    batch = fitted(one_batch(batch), model)
+    batch = fitted(one_batch(batch), model, loss)
     check_loss(loss)
     if output is not None and not isinstance(output, str):
         raise OptionError(f"output is a {type(output).__name__}; expected the name of a module or tap.")

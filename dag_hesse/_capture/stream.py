@@ -32,7 +32,8 @@ class Batches:
 
     Args:
         batches: a batch, or an iterable of batches (:func:`~dag_hesse._capture.batch.one_batch` says of what form).
-        model: whose forward says which keys of a dict are inputs (:func:`~dag_hesse._capture.advice.fitted`).
+        model, loss: whose forward, or the want of it, say what is an input and what a target
+            (:func:`~dag_hesse._capture.advice.fitted`).
 
     Attributes:
         sizes, signatures: samples, and shapes and dtypes, per batch.
@@ -53,14 +54,16 @@ class Batches:
         ([4, 4, 2], None, 3)
     """
 
-    def __init__(self, batches: Any, memory: int | str | None = None, model: nn.Module | None = None) -> None:
+    def __init__(
+        self, batches: Any, memory: int | str | None = None, model: nn.Module | None = None, loss: Any = None
+    ) -> None:
         budget = Budget.of(memory)
         check_no_transform()
         self.sizes: list[int] = []
         self.signatures: list[Any] = []
         self.examples: dict[Any, Batch] = {}
         self.held: list[Batch] | None = []
-        self._batches, self._start, self._model = batches, RandomState.now(), model
+        self._batches, self._start, self._fit = batches, RandomState.now(), (model, loss)
         self._checksums: list[int] = []
         if is_one(batches) or not isinstance(batches, Iterable):
             self._take(self._one(batches))
@@ -112,7 +115,7 @@ class Batches:
             )
 
     def _one(self, item: Any) -> Batch:
-        return fitted(one_batch(item), self._model)
+        return fitted(one_batch(item), *self._fit)
 
     def _take(self, batch: Batch) -> None:
         where = f"batch {len(self.sizes)}: tensor" if self.sizes else "batch tensor"

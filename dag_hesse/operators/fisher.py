@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dag_hesse._capture import Batch, Batches
+from dag_hesse._capture.advice import own_labels
 from dag_hesse._capture.losses import Loss, check_loss, inferred, prediction
 from dag_hesse._capture.state import restored
 from dag_hesse._capture.writes import Written
@@ -74,14 +75,25 @@ class FisherOperator(CurvatureOperator):
         check_loss(loss)
         if getattr(loss, "reduction", "mean") != "mean":
             raise OptionError(f"loss has reduction={loss.reduction!r}; expected a mean over samples.")  # type: ignore[union-attr]
+        self._inferred = loss is None
         self._draw = partial(Drawn, loss=loss, samples=samples, seed=seed) if kind == "mc" else None
         super().__init__(model, batch, loss=_OfGradients(loss, kind == "mc"), memory=memory, **options)
 
     def _batches(self, batch: Any) -> Batches:
         if self._draw is None:
-            return super()._batches(batch)
-        drawn = self._draw(self.model, Batches(batch, self._memory, self.model))
-        return Batches(widened_batches(drawn, self.model) if self._float64 else drawn, self._memory)
+            return self._labelled(super()._batches(batch))
+        given = self._labelled(Batches(batch, self._memory, self.model, self._loss))
+        drawn = self._draw(self.model, given)
+        return Batches(widened_batches(drawn, self.model, self._loss) if self._float64 else drawn, self._memory)
+
+    def _labelled(self, batches: Batches) -> Batches:
+        """The batches, unless their targets are labels for a loss that the model makes."""
+        if self._inferred and any(own_labels(each, self.model) for each in batches.examples.values()):
+            raise OptionError(
+                "targets are the input's token ids, and a Fisher operator has no labels to shift: pass loss=, a mean "
+                "over samples, that says which positions are compared."
+            )
+        return batches
 
     @property
     def loss(self) -> NoReturn:

@@ -119,8 +119,8 @@ class CurvatureOperator(SymmetricOperator):
 
     def _batches(self, batch: Any) -> Batches:
         """The batches as they are swept."""
-        given = widened_batches(batch, self.model) if self._float64 else batch
-        return Batches(given, self._memory, self.model)
+        given = widened_batches(batch, self.model, self._loss) if self._float64 else batch
+        return Batches(given, self._memory, self.model, self._loss)
 
     def _take(self, batch: Any, batches: Batches, known: Known | None = None) -> None:
         """Capture what is not ``known``, prove and pose the problem."""

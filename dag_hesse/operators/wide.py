@@ -54,26 +54,26 @@ def widened_loss(loss: Any) -> Any:
 class _Wide:
     """Batches of a loader, in double precision."""
 
-    def __init__(self, batches: Iterable[Any], model: nn.Module) -> None:
-        self.batches, self.model = batches, model
+    def __init__(self, batches: Iterable[Any], model: nn.Module, loss: Any) -> None:
+        self.batches, self.fit = batches, (model, loss)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (_wide(item, self.model) for item in self.batches)
+        return (_wide(item, *self.fit) for item in self.batches)
 
 
-def _wide(batch: Any, model: nn.Module) -> Batch:
-    own = fitted(one_batch(batch), model)
+def _wide(batch: Any, model: nn.Module, loss: Any) -> Batch:
+    own = fitted(one_batch(batch), model, loss)
     args, kwargs, targets = pytree.tree_map(_double, own.tree)
     return replace(own, args=args, kwargs=kwargs, targets=targets)
 
 
-def widened_batches(batches: Any, model: nn.Module) -> Any:
+def widened_batches(batches: Any, model: nn.Module, loss: Any = None) -> Any:
     """A batch, a list of batches or a loader, in double precision and in the same form."""
     if is_one(batches) or not isinstance(batches, Iterable):
-        return _wide(batches, model)
+        return _wide(batches, model, loss)
     if isinstance(batches, list):
-        return [_wide(item, model) for item in batches]
-    return iter(_Wide(batches, model)) if isinstance(batches, Iterator) else _Wide(batches, model)
+        return [_wide(item, model, loss) for item in batches]
+    return iter(_Wide(batches, model, loss)) if isinstance(batches, Iterator) else _Wide(batches, model, loss)
 
 
 class Origin(Watch):

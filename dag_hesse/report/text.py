@@ -55,6 +55,8 @@ def facts(report: CurvatureReport) -> list[str]:
         lines.append(f"opaque ops (differentiated by autograd, exact): {', '.join(f['opaque'])}")
     if f.get("precision"):
         lines.append(f"precision: {f['precision']}")
+    if f.get("loss function"):
+        lines.append(f"loss function: {f['loss function']}")
     if f.get("one point"):
         lines.append(f"one point: {f['one point']}")
     lines += [f"left out: kernel {which}" for which in f.get("kernels that failed", ())]

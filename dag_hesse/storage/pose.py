@@ -56,7 +56,7 @@ def from_model(
     choose("part", part, PARTS)
     check_progress(progress)
     chosen, model = wanted(**options), unwrapped(model)
-    batches = Batches(batch, None, model)
+    batches = Batches(batch, None, model, loss)
     batches.check_batch_mode(batch_mode)
     graphs = capture_all(model, batches, loss=loss, output=output, points=points, space=space)
     if part != "full" or parts:

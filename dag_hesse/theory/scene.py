@@ -78,7 +78,7 @@ def pose(
     """
     choose("verify", verify, VERIFY)
     model = unwrapped(model)
-    batches = Batches(batch, None, model)
+    batches = Batches(batch, None, model, loss)
     chosen = partial(_with_out, model=model, points=points)
     graphs = capture_all(model, batches, loss=loss, output=output, points=chosen)
     needs_split(graphs)

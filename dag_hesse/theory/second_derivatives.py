@@ -72,7 +72,7 @@ def activation_curvature(
         (('1', '3'), array([0.0625, 0.    ]))
     """
     model = unwrapped(model)
-    batches = Batches(batch, None, model)
+    batches = Batches(batch, None, model, loss)
     if len(batches) != 1:
         raise BatchError(f"activation_curvature() takes one batch, not {len(batches)}: concatenate them, or take each.")
     graph = capture(model, batch, loss=loss, output=output)
