@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, final
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from dag_hesse._capture import needs_split
 from dag_hesse.errors import OptionError
 from dag_hesse.operators.factor import Factor, factor_height, factored
+from dag_hesse.operators.jacobian import check_output, jacobian_product, output_rows, transposed_product
 from dag_hesse.operators.operator import CurvatureOperator
 from dag_hesse.options import checked_options
 
@@ -63,6 +65,45 @@ class GGNOperator(CurvatureOperator):
             raise OptionError("an operator of several ranks has no factor: its rows lie on all of them.")
         self._check()
         return factored(self._problem, self._order, self.form, self._budget)
+
+    def jvp(self, v: Any) -> Tensor:
+        """J v: how the model's output changes along v, sample by sample; J is its Jacobian, and G = Jᵀ(∇²L)J.
+
+        Args:
+            v: in any form of a vector; of columns (n, k), k at once.
+
+        Returns:
+            A tensor like the output, (*out), or (*out, k); a loader's batches one behind the other.
+
+        Raises:
+            VectorError: ``v`` does not fit.
+            OptionError: the loss consumes several tensors, or the operator is joint, compiled, or of several ranks.
+            StaleError: something changed since the operator was made.
+
+        Example:
+            >>> import torch, dag_hesse as dh
+            >>> G = dh.GGNOperator(torch.nn.Linear(3, 2), (torch.ones(4, 3), torch.tensor([0, 1, 1, 0])))
+            >>> G.jvp(torch.ones(8)).shape, G.vjp(torch.ones(4, 2)).shape
+            (torch.Size([4, 2]), torch.Size([8]))
+        """
+        self._check()
+        check_output(self._problem)
+        segments, _ = self.form.pack(v)
+        found = jacobian_product(self._problem, self._order, segments)
+        first = next(iter(v.values())) if isinstance(v, Mapping) else v if hasattr(v, "ndim") else v[0]
+        several = first.ndim > (1 if hasattr(v, "ndim") else len(self.form.shapes[0]))
+        return found.movedim(0, -1) if several else found[0]
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """Jᵀ u, (n,) for u like the output, or (n, k) for (*out, k); errors as for :meth:`jvp`.
+
+        With u zero but for one sample it is that sample's Jacobian product.
+        """
+        self._check()
+        check_output(self._problem)
+        rows, several = output_rows(self._problem, u)
+        found = transposed_product(self._problem, self._order, self.form, rows)
+        return found.T if several else found[0]
 
     def _known_diagonal(self) -> Tensor | None:
         height, size = factor_height(self._problem), self.form.size
