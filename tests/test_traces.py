@@ -153,3 +153,22 @@ def test_the_gauss_newton_diagonal_takes_its_factor() -> None:
     for method in ("exact", "hutch++", "xtrace"):
         assert float(block.trace(method=method)) == pytest.approx(float(block.dense().trace()), abs=0.1)
     assert float(block.trace(method="exact")) == pytest.approx(float(block.dense().trace()), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_half_precision_have_estimates_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 3)).to(dtype)
+    x, y = torch.randn(6, 12).to(dtype), torch.arange(6) % 3
+    G = dh.GGNOperator(model, (x, y))
+    wide = dh.GGNOperator(model, (x, y), float64=True)
+    exact, size = wide.trace(method="exact"), float(wide.trace(method="exact"))
+    for options in ({"method": "exact"}, {"method": "hutch++"}, {"method": "xtrace"}):
+        found = G.trace(**options)  # type: ignore[arg-type]
+        assert found.dtype == torch.float32 and abs(float(found - exact)) < 0.05 * size
+    for options in ({"method": "exact"}, {"method": "xdiag"}):
+        diagonal = G.diagonal(**options)  # type: ignore[arg-type]
+        assert diagonal.dtype == torch.float32
+        assert float((diagonal - wide.diagonal(method="exact")).abs().sum()) < 0.1 * size
+    report = dh.analyze(model, (x, y), points=["0", "1"])
+    assert report.facts["dtype"] in str(report) and report.resonance.dtype == "float64"

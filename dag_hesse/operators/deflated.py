@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dag_hesse.operators.estimates import Estimate, Square, signs
+from dag_hesse.operators.estimates import Estimate, Square, computed_in, signs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,13 +32,14 @@ def _images(operator: Square, columns: Tensor) -> Tensor:
     """H times columns (n, k), a chunk at a time."""
     found = []
     for piece in columns.T.split(operator.chunk):
-        segments = list(piece.contiguous().split(operator.form.sizes, dim=1))
-        found.append(torch.cat(operator._products(segments), dim=1))
+        segments = list(piece.to(operator.dtype).contiguous().split(operator.form.sizes, dim=1))
+        found.append(torch.cat(operator._products(segments), dim=1).to(columns.dtype))
     return torch.cat(found).T
 
 
 def _signs(operator: Square, count: int, seed: int) -> Tensor:
-    return torch.cat([torch.cat(rows, dim=1) for rows in signs(operator, count, seed)]).T
+    rows = [torch.cat(each, dim=1) for each in signs(operator, count, seed)]
+    return torch.cat(rows).T.to(computed_in(operator.dtype))
 
 
 def _answer(values: Tensor) -> Estimate:

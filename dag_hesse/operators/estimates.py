@@ -38,6 +38,15 @@ class Square(Protocol):
     def _products(self, segments: list[Tensor]) -> list[Tensor]: ...
 
 
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """What estimates are added up in: float32, where products have half the digits.
+
+    >>> computed_in(torch.bfloat16), computed_in(torch.float64)
+    (torch.float32, torch.float64)
+    """
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 def checked_count(name: str, count: object, size: int, least: int = 2) -> int:
     """``count`` as an int from ``least`` to ``size`` - 1.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dag_hesse._capture import needs_split
 from dag_hesse.errors import OptionError
+from dag_hesse.operators.estimates import computed_in
 from dag_hesse.operators.factor import Factor, factor_height, factored
 from dag_hesse.operators.jacobian import check_output, jacobian_product, output_rows, transposed_product
 from dag_hesse.operators.operator import CurvatureOperator
@@ -111,7 +112,8 @@ class GGNOperator(CurvatureOperator):
         if self._ranks is not None or self._problem.groups > 1 or height >= size or not fits:
             return None
         factor = self.factor()
-        return (factor.signs[:, None] * factor.rows.square()).sum(0)
+        rows, signs = (x.to(computed_in(self.dtype)) for x in factor)
+        return (signs[:, None] * rows.square()).sum(0)
 
 
 @final

@@ -74,6 +74,9 @@ class MeasuredOperator(SegmentedOperator):
                 three times what it is off by. ``"exact"``: n products, or a factor
                 (:meth:`dag_hesse.GGNOperator.factor`) where that is smaller; no matrix.
 
+        Returns:
+            A tensor of the operator's type, but float32 where that is float16 or bfloat16.
+
         Raises:
             OptionError: ``matvecs`` is no integer from 2 (12 with a sketch) to n - 1, or the method is none of these.
             MemoryBudgetError: a sketch would not fit.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dag_hesse.errors import OptionError, choose, integer
 from dag_hesse.operators.deflated import LEAST, OF_DIAGONAL, OF_TRACE, sketch_bytes
-from dag_hesse.operators.estimates import USUAL, Estimate, Square, answered, checked_count, signs, units
+from dag_hesse.operators.estimates import USUAL, Estimate, Square, answered, checked_count, computed_in, signs, units
 
 Method = Callable[[Square, int, int], Estimate]
 
@@ -36,7 +36,7 @@ def diagonal(
     if (other := _otherwise(operator, matvecs, seed, method, OF_DIAGONAL)) is not None:
         return answered(other.value, return_stderr, other.stderr)
     count, exact = _count(operator, matvecs, method)
-    total = squares = torch.zeros(operator.shape[0], dtype=operator.dtype, device=operator.device)
+    total = squares = torch.zeros(operator.shape[0], dtype=computed_in(operator.dtype), device=operator.device)
     for own in _terms(operator, count, exact, seed):
         rows = torch.cat(own, dim=1)
         total, squares = total + rows.sum(0), squares + rows.square().sum(0)
@@ -68,7 +68,8 @@ def _otherwise(
 def _terms(operator: Square, count: int, exact: bool, seed: int) -> Iterator[list[Tensor]]:
     """Per segment, z ∘ H z for a chunk of vectors (k, size)."""
     for z in units(operator) if exact else signs(operator, count, seed):
-        yield [a * b for a, b in zip(z, operator._products(z), strict=True)]
+        wide = computed_in(operator.dtype)
+        yield [a.to(wide) * b.to(wide) for a, b in zip(z, operator._products(z), strict=True)]
 
 
 def _count(operator: Square, matvecs: int | None, method: str) -> tuple[int, bool]:

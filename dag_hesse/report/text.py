@@ -53,6 +53,8 @@ def facts(report: CurvatureReport) -> list[str]:
         lines.append(f"loss: {f['reduction']}")
     if f["opaque"]:
         lines.append(f"opaque ops (differentiated by autograd, exact): {', '.join(f['opaque'])}")
+    if f.get("dtype") in ("bfloat16", "float16"):
+        lines.append(f"computed in {f['dtype']}; norms are added up in more")
     if f.get("precision"):
         lines.append(f"precision: {f['precision']}")
     if f.get("loss function"):
