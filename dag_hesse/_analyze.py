@@ -14,15 +14,17 @@ from typing import Any
 from torch import nn
 
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like, unwrapped
-from dag_hesse._capture.losses import Loss
+from dag_hesse._capture.losses import Loss, loss_text
+from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option, find_reduction, shared_reduction
 from dag_hesse._structure import analyze_structure, curved_ops
 from dag_hesse.errors import OptionError, choose, flag, integer
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.estimate.run import Progress
-from dag_hesse.ir import CurvatureGraph
+from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.kernels.dispatch import failures
 from dag_hesse.measure import precision
+from dag_hesse.options import checked_options
 from dag_hesse.plan import Plan, fuse_all, plan
 from dag_hesse.plan.agreed import agreed
 from dag_hesse.plan.planner import BATCH_MODES, MODES
@@ -35,20 +37,21 @@ from dag_hesse.sweep import VERIFY, Problem, capture_anew, prove_all
 from dag_hesse.sweep.replay import refused
 
 
+@checked_options()
 def analyze(
     model: nn.Module,
     batch: Any,
     *,
     loss: Loss | None = None,
     output: str | None = None,
-    points: Sequence[str] | str | None = None,
+    points: Names | None = None,
     space: str = "activation",
     batch_mode: str = "shared",
     mode: str = "auto",
     probes: int = 32,
     rtol: float | None = None,
     reduction: Option = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     seed: int = 0,
     progress: Progress | bool | None = None,
     verify: str = "gradient",
@@ -64,7 +67,8 @@ def analyze(
         loss: ``callable(output, targets) -> scalar tensor``; None: the model's own, or inferred from the targets.
         output: name of the module or tap that the loss consumes, where it cannot be inferred.
         points: module names, taps, parameter names, or globs over these, in which ``*`` does not cross dots and ``**``
-            does; None: at most 16 from the module tree.
+            does; None: at most 16 from the module tree, and what is tapped. A mapping, as
+            ``{"stem": ["conv1", "bn1"]}``, makes each group of parameters one point.
         space: ``"activation"`` or ``"parameter"``: what module names stand for.
         batch_mode: ``"shared"`` (one perturbation for all samples), ``"per_sample"`` or ``"joint"`` (design §2.3).
         mode: ``"auto"``, ``"exact"``, ``"gram"`` or ``"probes"``.
@@ -74,7 +78,8 @@ def analyze(
         reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
             a callable that gives a batch's weight; None: found by evaluating the loss on sub-batches (for a mean,
             a loader that is not held is iterated once more).
-        memory: bytes that the call may use beside the model; None: what is free. A quarter is for a loader's batches
+        memory: bytes that the call may use beside the model, an integer or a text such as ``"4GiB"``; None: what is
+            free. A quarter is for a loader's batches
             (beyond, it is iterated again in every pass), a quarter for linearizations that are kept from pass to pass
             (beyond, they are made anew), and half for sweeps and what they return.
         seed: of the probes. The global RNG is neither read for them nor changed.
@@ -145,6 +150,7 @@ class Mapper:
         True
     """
 
+    @checked_options()
     def __init__(
         self,
         model: nn.Module,
@@ -152,14 +158,14 @@ class Mapper:
         *,
         loss: Loss | None = None,
         output: str | None = None,
-        points: Sequence[str] | str | None = None,
+        points: Names | None = None,
         space: str = "activation",
         batch_mode: str = "shared",
         mode: str = "auto",
         probes: int = 32,
         rtol: float | None = None,
         reduction: Option = None,
-        memory: int | None = None,
+        memory: int | str | None = None,
         seed: int = 0,
         verify: str = "gradient",
         compile: bool = False,
@@ -179,9 +185,9 @@ class Mapper:
         self._loss, self._output, self._points, self._verify = loss, output, points, verify
         self._batch_mode, self._reduction, self._memory, self._compile = batch_mode, reduction, memory, compile
         with together(self._ranks, "making the map"):
-            self.batches = Batches(batch, memory)
-            self.batches.check_batch_mode(batch_mode)
             self.model = unwrapped(model) if self._ranks is None else whole_model(model)
+            self.batches = Batches(batch, memory, self.model, loss)
+            self.batches.check_batch_mode(batch_mode)
             self._plan_of = partial(
                 _plan, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory, device=self.batches.device
             )
@@ -262,6 +268,8 @@ class Mapper:
             {
                 **_facts(self.model, self.problem, self.plan, self.space, self.mode, self.seed, self._clock),
                 "curved ops": self._curved_ops,
+                "loss function": loss_text(self._loss, next(iter(self.batches.examples.values()))),
+                "one point": _why_one(self.points, self._points),
                 "call": call,
             },
             BlockReader(self.problem),
@@ -293,6 +301,16 @@ def _plan(graphs: Sequence[CurvatureGraph], swept: Sequence[CurvatureGraph], **o
     return plan(structures, counts=[times[k] for k in distinct], **options)
 
 
+def _why_one(points: Sequence[Point], asked: Names | None) -> str:
+    """Why a map that nobody asked points of has but one; empty for others."""
+    if asked is not None or len(points) > 1:
+        return ""
+    return (
+        f"only '{points[0].name}' was found in the module tree: name points=, tap() tensors in the forward, or take "
+        "space='parameter'"
+    )
+
+
 def _check_rtol(rtol: Any) -> None:
     if rtol is not None and not (isinstance(rtol, Real) and 0 < float(rtol) < 1):
         raise OptionError(f"rtol={rtol!r}; expected a relative error between 0 and 1, or None.")
@@ -316,6 +334,7 @@ def _facts(
         "batch_mode": problem.batch_mode,
         "reduction": str(problem.reduction),
         "space": space,
+        "training": model.training,
         "mode": mode,
         "seed": seed,
         "dtype": str(problem.dtype).removeprefix("torch."),

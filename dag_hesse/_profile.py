@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -14,16 +14,21 @@ from torch import nn
 from dag_hesse._analyze import analyze
 from dag_hesse._capture import Batches, capture_all, first_batch, unwrapped
 from dag_hesse._capture.losses import Loss
+from dag_hesse._capture.points import Names
+from dag_hesse._capture.reduction import Option, find_reduction
 from dag_hesse._structure import analyze_structure
+from dag_hesse.errors import choose, flag
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.dispatch import refusals
 from dag_hesse.measure import Phase, measured
+from dag_hesse.options import checked_options
 from dag_hesse.plan import Plan, fuse_all, path_cost, plan
 from dag_hesse.plan.edge_table import Edge, as_rows, costliest, edges, render_edges
 from dag_hesse.plan.memory import linearization_bytes, sweep_bytes
+from dag_hesse.plan.planner import BATCH_MODES
 from dag_hesse.plan.sources import sweep_cost
 from dag_hesse.rules import Linearized
-from dag_hesse.sweep import Linearization, Problem, Request
+from dag_hesse.sweep import VERIFY, Linearization, Problem, Request, prove_all
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Profile:
     """What :func:`profile` found.
 
     Attributes:
-        phases: measured: ``capture``, ``linearize``, ``sweep`` (one probe), ``map`` where it was asked for.
+        phases: measured: ``capture``, ``proof``, ``linearize``, ``sweep`` (one probe), and ``compile`` and ``map``
+            where they were asked for.
         predicted: what the plan says of ``linearize``, ``sweep`` and ``map``; seconds at the measured rate of a sweep.
         nodes, edges, plan: in detail.
         refusals: (kernel, implementation, reason, how often): what did not run as fast as it may, and why.
@@ -60,7 +66,8 @@ class Profile:
     @property
     def rate(self) -> float:
         """FLOPs a second of the measured sweep."""
-        return sum(node.flops for node in self.nodes) / max(self.phases["sweep"].seconds, 1e-9)
+        flops = sum(each.flops for each in self.nodes or self.edges)
+        return flops / max(self.phases["sweep"].seconds, 1e-9)
 
     def modules(self) -> list[tuple[str, float, float, float]]:
         """(module, FLOPs, bytes, seconds) summed over its nodes, costliest first."""
@@ -140,25 +147,32 @@ def _node_profiles(graph: CurvatureGraph, lin: Linearization, found: list[Edge])
     return nodes
 
 
+@checked_options()
 def profile(
     model: nn.Module,
     batch: Any,
     *,
     loss: Loss | None = None,
     output: str | None = None,
-    points: Sequence[str] | str | None = None,
+    points: Names | None = None,
     space: str = "activation",
+    batch_mode: str = "shared",
     mode: str = "auto",
     probes: int = 32,
-    memory: int | None = None,
+    reduction: Option = None,
+    memory: int | str | None = None,
+    verify: str = "gradient",
+    compile: bool = False,
     trace: str | None = None,
     whole: bool = False,
 ) -> Profile:
     """Linearize once, sweep one probe from the first point to all, and say where time and memory went.
 
     Args:
-        model, batch, loss, output, points, space, mode, probes, memory: as for :func:`~dag_hesse.analyze`; a stream's
-            first batch is taken.
+        model, batch, loss, output, points, space, batch_mode, mode, probes, reduction, memory, verify: as for
+            :func:`~dag_hesse.analyze`; a stream's first batch is taken.
+        compile: time the sweep as a program of TorchInductor, and compiling it as a phase of its own; there are no
+            nodes to time in it.
         trace: file for a Chrome trace of the sweep with node names (``chrome://tracing``, Perfetto).
         whole: make the whole map as well, to compare it with what is predicted.
 
@@ -170,50 +184,84 @@ def profile(
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
         >>> found = dh.profile(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])))
         >>> sorted(found.phases), found.nodes[0].op
-        (['capture', 'linearize', 'sweep'], 'mm_bias')
+        (['capture', 'linearize', 'proof', 'sweep'], 'mm_bias')
     """
-    one = first_batch(batch)
-    model, batches = unwrapped(model), Batches(one, memory)
+    choose("batch_mode", batch_mode, BATCH_MODES)
+    choose("verify", verify, VERIFY)
+    flag("compile", compile)
+    one, model = first_batch(batch), unwrapped(model)
+    batches = Batches(one, memory, model, loss)
+    batches.check_batch_mode(batch_mode)
     phases: dict[str, Phase] = {}
     device = batches.device
     with measured(device) as phases["capture"]:
         captured = capture_all(model, batches, loss=loss, output=output, points=points, space=space)
         graphs = fuse_all(captured)
         structure = replace(analyze_structure(captured[0]), graph=graphs[0])
-        chosen = plan([structure], mode=mode, probes=probes, memory=memory, device=device)
+        chosen = plan([structure], mode=mode, batch_mode=batch_mode, probes=probes, memory=memory, device=device)
+    if verify != "none":
+        with measured(device) as phases["proof"]:
+            prove_all(captured, batches, model, loss, output, verify)
     every = tuple(range(len(graphs[0].points)))
-    problem = Problem(model, graphs, batches, "shared", with_out=False, chunk=chosen.chunk, memory=memory)
+    problem = Problem(
+        model,
+        graphs,
+        batches,
+        batch_mode,
+        reduction=find_reduction(model, captured, batches, loss, reduction, per_sample=batch_mode == "per_sample"),
+        with_out=False,
+        chunk=chosen.chunk,
+        memory=memory,
+        compiled=compile,
+    )
     with measured(device) as phases["linearize"]:
         _, lin = next(iter(problem.linearizations()))
-    assert isinstance(lin, Linearization)  # nothing was to be compiled
 
     def request(count: int) -> list[Request]:
-        z = torch.randn(count, 1, problem.dim(0), generator=torch.Generator().manual_seed(0), device="cpu")
+        z = torch.randn(count, problem.groups, problem.dim(0), generator=torch.Generator().manual_seed(0), device="cpu")
         return [Request({0: z.to(device, problem.dtype)}, every)]
 
     single, chunk = request(1), request(chosen.chunk)
-    problem.run(chunk)  # warm
+    with measured(device) as warm:
+        problem.run(chunk)
+        problem.run(single)
+    if compile:
+        phases["compile"] = warm
     with measured(device) as together:
         problem.run(chunk)
-    lin.calls = {k: _Timed(call, f"%{k} {graphs[0].nodes[k].where}") for k, call in lin.calls.items()}
+    if isinstance(lin, Linearization):
+        lin.calls = {k: _Timed(call, f"%{k} {graphs[0].nodes[k].where}") for k, call in lin.calls.items()}
     problem.arena.retire()  # what it has lent has pages already
     with measured(device) as phases["sweep"]:
         problem.run(single)
     found = edges(graphs[0])
-    nodes = _node_profiles(graphs[0], lin, found)
+    nodes = _node_profiles(graphs[0], lin, found) if isinstance(lin, Linearization) else []
     if trace is not None:
         with torch.profiler.profile() as recorded:
             problem.run(single)
         recorded.export_chrome_trace(trace)
     if whole:
         with measured(device) as phases["map"]:
-            options: dict[str, Any] = {"mode": mode, "probes": probes, "memory": memory}
-            analyze(model, one, loss=loss, output=output, points=points, space=space, **options)
+            analyze(
+                model,
+                one,
+                loss=loss,
+                output=output,
+                points=points,
+                space=space,
+                batch_mode=batch_mode,
+                mode=mode,
+                probes=probes,
+                reduction=reduction,
+                memory=memory,
+                verify=verify,
+                compile=compile,
+            )
     rate = chosen.chunk * sweep_cost(chosen.structure, 0, every).flops / together.seconds
-    return Profile(phases, _predicted(chosen, rate, phases), nodes, found, chosen, list(refusals()))
+    return Profile(phases, _predicted(chosen, rate, phases, batch_mode), nodes, found, chosen, list(refusals()))
 
 
-def _predicted(chosen: Plan, rate: float, phases: dict[str, Phase]) -> dict[str, Phase]:
+def _predicted(chosen: Plan, rate: float, phases: dict[str, Phase], batch_mode: str) -> dict[str, Phase]:
     """What the plan says of each phase at ``rate`` FLOPs a second."""
     structure = chosen.structure
     sites = [site for point in structure.graph.points for site in point.sites]
@@ -221,11 +269,13 @@ def _predicted(chosen: Plan, rate: float, phases: dict[str, Phase]) -> dict[str,
     forward = path_cost(structure.graph, range(len(structure.graph.nodes)))
     back, sweep = path_cost(structure.graph, sites), sweep_cost(structure, 0, every)
     kept = linearization_bytes(structure.graph, sites)
-    seconds = chosen.flops / rate + sum(phases[name].seconds for name in ("capture", "linearize"))
+    before = [phases[name].seconds for name in ("capture", "proof", "compile", "linearize") if name in phases]
+    seconds = chosen.flops / rate + sum(before)
     return {
         "linearize": Phase((forward.flops + back.flops) / rate, kept),
         "sweep": Phase(
-            sweep.flops / rate, sweep_bytes(structure.graph, structure.graph.points[0].sites, sites, channels)
+            sweep.flops / rate,
+            sweep_bytes(structure.graph, structure.graph.points[0].sites, sites, channels, batch_mode),
         ),
         "map": Phase(seconds, kept + chosen.peak_bytes),
     }

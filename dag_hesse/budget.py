@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from dag_hesse.errors import integer
+from dag_hesse.errors import MemoryBudgetError, OptionError, integer
 from dag_hesse.measure import available_memory
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def bytes_of(memory: Any) -> int:
+    """``memory`` in bytes: an integer, or a text of a number with a unit.
+
+    Raises:
+        OptionError: it is neither, or not positive.
+
+    >>> bytes_of("4GiB"), bytes_of("1.5 MB"), bytes_of(1000)
+    (4294967296, 1500000, 1000)
+    """
+    if isinstance(memory, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", memory)
+        if found is None or found[2].upper() not in _UNITS:
+            raise OptionError(f"memory={memory!r}; expected bytes, or a text such as '4GiB' or '500 MB'.")
+        memory = int(float(found[1]) * _UNITS[found[2].upper()])
+    return integer("memory", memory, 1, "a positive number of bytes, or a text such as '4GiB'")
 
 
 @dataclass(frozen=True)
@@ -31,10 +52,9 @@ class Budget:
         """What the user said.
 
         Raises:
-            OptionError: it is neither None nor a positive integer.
+            OptionError: it is neither None nor a positive number of bytes (:func:`bytes_of`).
         """
-        why = "a positive number of bytes, or None"
-        return Budget(None if memory is None else integer("memory", memory, 1, why), device)
+        return Budget(None if memory is None else bytes_of(memory), device)
 
     @property
     def _whole(self) -> int:
@@ -49,6 +69,14 @@ class Budget:
     def sweeps(self) -> int:
         """Bytes that sweeps and what they return may take."""
         return self._whole // 2
+
+    def check(self, need: int, what: str, instead: str) -> None:
+        """Raise :class:`MemoryBudgetError` where a result of ``need`` bytes is more than sweeps may return."""
+        if need > self.sweeps:
+            raise MemoryBudgetError(
+                f"{what} takes {need / 2**30:.3g} GiB, and {self.sweeps / 2**30:.3g} GiB may be used (half of memory=, "
+                f"or of what is free): {instead}, or raise memory=."
+            )
 
     def keeps(self, kept: int, size: int) -> bool:
         """Whether a linearization of ``size`` bytes is kept beside others that take ``kept``."""

@@ -1,4 +1,4 @@
-"""The command line: ``dag-hesse analyze …``, profile, blocks, hvp, spectrum, experiment, monitor-demo, completion."""
+"""The command line: ``dag-hesse analyze``, profile, blocks, hvp, spectrum, compare, experiment, completion, and more."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 
 from dag_hesse import __version__
 from dag_hesse._analyze import analyze
-from dag_hesse._cli import completion, products
+from dag_hesse._cli import compare, completion, products
 from dag_hesse._cli.output import add_json, give
 from dag_hesse._cli.ranks import add_ranks, working
 from dag_hesse._cli.spec import BUILT_IN, add_model, built, positive
 from dag_hesse._profile import profile
-from dag_hesse.errors import DagHesseError, integer
+from dag_hesse.budget import bytes_of
+from dag_hesse.errors import DagHesseError, OptionError
 from dag_hesse.experiments import command
 from dag_hesse.monitor import demo
 from dag_hesse.plan import render_edges
@@ -28,12 +29,16 @@ from dag_hesse.storage.options import PARTS
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
-def _gibibytes(text: str) -> int:
-    """As bytes."""
+def _bytes(text: str) -> int:
+    """What may be used: a number with its unit, since a number alone could be taken for GiB."""
     try:
-        return integer("memory", int(float(text) * 2**30), 1)
-    except (ValueError, OverflowError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a positive number of GiB") from error
+        float(text)
+    except ValueError:
+        try:
+            return bytes_of(text)
+        except OptionError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}; expected a number with a unit, as 4GiB or 500MB") from error
+    raise argparse.ArgumentTypeError(f"{text!r} has no unit; expected {text}GiB or {text}MB, say")
 
 
 def _band(text: str) -> int | str:
@@ -53,9 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "message, 2 wrong usage, 130 interrupted.",
     )
     _add_spec(a)
-    a.add_argument("--batch-mode", choices=BATCH_MODES, default="shared", help="meaning of the batch axis")
     a.add_argument("--rtol", type=float, metavar="X", help="probe until relative standard errors are below X")
-    a.add_argument("--compile", action="store_true", help="compile the sweeps by TorchInductor first (minutes)")
     add_ranks(a)
     add_json(a)
     a.add_argument("--html", type=Path, metavar="FILE", help="write the report as one page that needs no network")
@@ -109,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add(e)
     products.add(commands)
+    compare.add(commands)
     completion.add(commands, top)
     return top
 
@@ -120,12 +124,17 @@ def _add_spec(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--probes", type=int, default=32, metavar="N", help="Rademacher probes per source (default: 32)"
     )
-    command.add_argument("--memory", type=_gibibytes, metavar="GIB", help="what may be used (default: what is free)")
+    command.add_argument("--batch-mode", choices=BATCH_MODES, default="shared", help="meaning of the batch axis")
+    command.add_argument("--compile", action="store_true", help="compile the sweeps by TorchInductor first (minutes)")
+    command.add_argument(
+        "--memory", type=_bytes, metavar="SIZE", help="what may be used: 4GiB, 500MB … (default: what is free)"
+    )
 
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:
     """What analyze() and profile() are given alike."""
-    return {name: getattr(options, name) for name in ("output", "points", "space", "mode", "probes", "memory")}
+    names = ("output", "points", "space", "batch_mode", "mode", "probes", "memory", "compile")
+    return {name: getattr(options, name) for name in names}
 
 
 def _profile(options: argparse.Namespace) -> None:
@@ -143,10 +152,8 @@ def _analyze(options: argparse.Namespace) -> None:
             model,
             group.shard(batch),
             loss=loss,
-            batch_mode=options.batch_mode,
             rtol=options.rtol,
             seed=options.seed,
-            compile=options.compile,
             progress=sys.stderr.isatty() and group.writes,
             mesh=group.mesh,
             **_common(options),

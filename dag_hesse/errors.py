@@ -62,6 +62,10 @@ class OptionError(DagHesseError, ValueError):
     """An argument has another type than it may have, or a value that is not among its choices."""
 
 
+class UnknownOptionError(OptionError, TypeError):
+    """A function was given an option that it does not have; the message names the nearest that it has."""
+
+
 class VectorError(DagHesseError, ValueError):
     """A vector's size, type, device or keys do not fit the operator."""
 

@@ -65,6 +65,17 @@ def innermost(pattern: str, names: Sequence[str]) -> list[str]:
     return own + groups[::-1]
 
 
+def wider(pattern: str, names: Iterable[str]) -> str | None:
+    """The pattern with ``**`` for ``*`` where that matches some name, and the pattern itself none; else None.
+
+    >>> wider("*.bias", ["a.b.bias"]), wider("*.bias", ["a.bias"]), wider("*.scale", ["a.b.bias"])
+    ('**.bias', None, None)
+    """
+    names, wide = list(names), pattern.replace("**", "*").replace("*", "**")
+    helps = wide != pattern and any(matches(name, wide) for name in names)
+    return wide if helps and not any(matches(name, pattern) for name in names) else None
+
+
 def selected(names: Sequence[str], patterns: Any, where: str) -> list[int]:
     """Places of the names that patterns stand for, in order: names, globs, modules around names, or places.
 
@@ -77,13 +88,14 @@ def selected(names: Sequence[str], patterns: Any, where: str) -> list[int]:
     several = isinstance(patterns, Sequence) and not isinstance(patterns, str)
     found = set[int]()
     for pattern in patterns if several else [patterns]:
-        found |= set(_places(names, pattern)) or {position(pattern, names, where)}
+        found |= set(places_of(names, pattern)) or {position(pattern, names, where)}
     if not found:
         raise PointError(f"{patterns!r} names no point of {where}; expected names, globs or positions.")
     return sorted(found)
 
 
-def _places(names: Sequence[str], pattern: Any) -> list[int]:
+def places_of(names: Sequence[str], pattern: Any) -> list[int]:
+    """Places of the names that one pattern stands for: a name, a glob, or a module around names; none for others."""
     if not isinstance(pattern, str):
         return []
     if pattern in names:

@@ -358,7 +358,7 @@ def test_factors_of_several_batches_and_of_losses_that_are_not_convex() -> None:
     S = dh.GGNOperator(wider, (x, y)).factor().rows
     assert S.shape == (14, 70) and not S[:, 64:].any()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dag_hesse.operators.factor.available_memory", lambda device: 1000)
+        patch.setattr("dag_hesse.budget.available_memory", lambda device: 1000)
         with pytest.raises(errors.MemoryBudgetError, match="21 × 64"):
             dh.GGNOperator(model, (x, y)).factor()
     joint = dh.GGNOperator(model, (x, y), space="activation", points=["1"], batch_mode="joint")

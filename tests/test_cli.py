@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,71 @@ def test_tab_completes_commands_options_and_choices(tmp_path: Path, capsys: pyte
             assert all(option in completed(f"dag-hesse {name} x --", script) for option in action.option_strings[-1:])
     assert main(["completion", "zsh"]) == 0
     assert capsys.readouterr().out.endswith(script)
+
+
+def test_fish_completes_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "fish"]) == 0
+    script = capsys.readouterr().out
+    commands = next(a for a in parser()._actions if a.dest == "command").choices
+    for name, command in commands.items():
+        assert f"complete -c dag-hesse -n '__fish_use_subcommand' -a {name} -d " in script
+        for action in command._actions:
+            for option in action.option_strings:
+                inside = f"complete -c dag-hesse -n '__fish_seen_subcommand_from {name}' -l {option[2:]}"
+                assert not option.startswith("--") or inside in script
+    assert "from analyze' -l mode -x -a 'auto exact gram probes' -d 'how norms are obtained'" in script
+    assert "%(" not in script and "%%" not in script
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+def test_fish_takes_its_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "fish"]) == 0
+    script, fish = capsys.readouterr().out, str(shutil.which("fish"))
+    place = tmp_path / "dag-hesse.fish"
+    place.write_text(script)
+    for line, expected in (
+        ("dag-hesse pro", "profile"),
+        ("dag-hesse analyze mlp --mode gr", "gram"),
+        ("dag-hesse analyze res", "resnet50"),
+    ):
+        ask = [fish, "--no-config", "-c", f"source {place}; complete -C '{line}'"]
+        done = subprocess.run(
+            ask, capture_output=True, text=True, check=True, env={**os.environ, "HOME": str(tmp_path)}
+        )
+        assert expected in [row.split("\t")[0] for row in done.stdout.splitlines()]
+
+
+def test_two_saved_reports_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    batch = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+    places = [str(tmp_path / f"{k}.safetensors") for k in range(2)]
+    reports = []
+    for place in places:
+        reports.append(dh.analyze(net, batch, points=["0", "1"], mode="probes", probes=8))
+        reports[-1].save(place)
+        net[0].weight.data.mul_(2)
+    page = tmp_path / "changes.html"
+    assert main(["compare", *places, "--html", str(page), "--json", "-"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    expected = reports[0].compare(reports[1])
+    for row in data["metrics"]["resonance"]:
+        i, j = (expected.names.index(row[side]) for side in "vw")
+        assert row["difference"] == pytest.approx(reports[1].resonance[i, j] - reports[0].resonance[i, j], rel=1e-12)
+        assert row["score"] == pytest.approx(expected.score["resonance"][i, j], rel=1e-12) and row["changed"]
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert main(["compare", places[0], places[0], "--metric", "coupling"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[-1] == "+0.0"
+    assert main(["compare", places[0], "nope"]) == 1
+    assert "MissingFileError" in capsys.readouterr().err
+
+
+def test_memory_has_a_unit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parser().parse_args(["analyze", "mlp", "--memory", "2GiB"]).memory == 2 << 30
+    for wrong, told in (("4", "4GiB"), ("much", "4GiB"), ("0MB", "500MB")):
+        with pytest.raises(SystemExit) as ended:
+            main(["analyze", "mlp", "--memory", wrong])
+        assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
 def test_help_has_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,7 @@ CASES: dict[str, Case] = {
     "not a module": (lambda: dh.analyze(F.relu, _batch()), errors.OptionError, "Module"),
     "other device": (lambda: dh.analyze(_net().to("meta"), _batch()), errors.BatchError, "meta"),
     "wrong input shape": (lambda: dh.analyze(_net(), (torch.zeros(5, 7), _batch()[1])), errors.CaptureError, "Sequential"),
-    "label out of range": (lambda: dh.analyze(_net().eval(), (_batch()[0], torch.full((5,), 9))), errors.CaptureError, "nll_loss|gather|index"),
+    "label out of range": (lambda: dh.analyze(_net().eval(), (_batch()[0], torch.full((5,), 9))), errors.LossError, "labels from 9 to 9.*3 classes"),
     "mode": (lambda: dh.analyze(_net(), _batch(), mode="exakt"), errors.OptionError, "'exact'"),
     "batch mode": (lambda: dh.analyze(_net(), _batch(), batch_mode="persample"), errors.OptionError, "per_sample"),
     "space": (lambda: dh.analyze(_net(), _batch(), space="weights"), errors.OptionError, "parameter"),
@@ -205,6 +205,8 @@ def test_what_is_no_integer_is_refused_by_name(option: str, wrong: Any) -> None:
         "plan": lambda: dh.profile(_net(), _batch(), probes=wrong),
     }
     name = option if option != "plan" else "probes"
+    if option == "memory" and wrong == "2":  # a text of bytes is one
+        wrong = b"2"
     with pytest.raises(errors.OptionError, match=f"{name}=.* is a {type(wrong).__name__}; expected an integer"):
         calls.get(option, lambda: dh.analyze(_net(), _batch(), **{option: wrong}))()
 

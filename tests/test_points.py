@@ -135,3 +135,102 @@ def test_stored_matrices_and_operators_take_the_same_globs() -> None:
         (["0", -1], ("0", "2.1")),
     ):
         assert B[key].names == H[key].names == names
+
+
+class Tapped(nn.Module):
+    """A product that no module has, tapped; called twice."""
+
+    def __init__(self, times: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.act, self.last, self.times = nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), times
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.first(x))
+        for _ in range(self.times):
+            h = dh.tap(h * h.sigmoid(), "gate")
+        return self.last(h)
+
+
+def test_taps_join_the_default_points() -> None:
+    batch = torch.randn(6, 4), torch.arange(6) % 3
+    assert dh.analyze(Tapped(), batch).names == ("act", "gate")
+    assert dh.analyze(Tapped(2), batch).names == ("act", "gate[0]", "gate[1]")
+    assert dh.analyze(Tapped(30), batch).names[0] == "act" and len(dh.analyze(Tapped(30), batch).names) <= 18
+    assert dh.analyze(Tapped(), batch, space="parameter").names == ("first", "last")
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return dh.tap(x @ self.weight, "z").tanh()
+
+    assert dh.analyze(Bare(), batch).names == ("z",)
+
+
+def test_what_is_tapped_of_the_output_is_no_point_of_its_own() -> None:
+    class AtTheEnd(Tapped):
+        def forward(self, x: Tensor) -> Tensor:
+            return dh.tap(super().forward(x), "logits")
+
+    assert dh.analyze(AtTheEnd(), (torch.randn(6, 4), torch.arange(6) % 3)).names == ("act", "gate")
+
+
+def test_a_map_of_one_point_says_why() -> None:
+    batch = torch.randn(6, 4), torch.arange(6) % 3
+    report = dh.analyze(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), batch)
+    assert "one point: only '1' was found in the module tree: name points=" in str(report)
+    assert "one point" in report._repr_html_()
+    assert "one point" not in str(
+        dh.analyze(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), batch, points="1")
+    )
+    assert report.facts["training"] is True
+
+
+def test_groups_of_modules_are_one_block() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.SiLU(), nn.Linear(5, 3)).double()
+    batch = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    H = dh.HessianOperator(model, batch)
+    groups = {"weights": "*.weight", "ends": ["0.bias", "4.bias"], "middle": "2"}
+    found = dh.HessianOperator(model, batch, points=groups)
+    members = {
+        "weights": ["0.weight", "2.weight", "4.weight"],
+        "ends": ["0.bias", "4.bias"],
+        "middle": ["2.weight", "2.bias"],
+    }
+    report = dh.analyze(model, batch, points=groups, mode="exact")
+    assert set(found.names) == set(report.names) == set(groups)
+    for v in groups:
+        for w in groups:
+            expected = H[members[v], members[w]].dense()
+            assert torch.allclose(found[v, w].dense(), expected, atol=1e-12)
+            assert float(report[v, w].resonance) == pytest.approx(float(expected.norm()), rel=1e-10)
+    other = found.with_batch((batch[0] * 2, batch[1]))
+    assert torch.allclose(
+        other["ends", "middle"].dense(),
+        H.with_batch((batch[0] * 2, batch[1]))[members["ends"], members["middle"]].dense(),
+        atol=1e-12,
+    )
+    for wrong, kind in (
+        ({"a": "nowhere"}, errors.PointError),
+        ({"": "0"}, errors.OptionError),
+        ({1: "0"}, errors.OptionError),
+        ({"a": []}, errors.PointError),
+        ({}, errors.PointError),
+    ):
+        with pytest.raises(kind):
+            dh.HessianOperator(model, batch, points=wrong)  # type: ignore[arg-type]
+
+
+def test_numbers_are_positions_and_never_names() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    batch = torch.randn(6, 4), torch.arange(6) % 3
+    with pytest.raises(errors.OptionError, match="'0' is the module of that name"):
+        dh.analyze(model, batch, points=[0])  # type: ignore[list-item]
+    report = dh.analyze(model, batch, points=["1", "0"])
+    assert report.names == ("0", "1") and report["1", "1"].v == "1" and report[1, 1].v == "1" and report[0, 0].v == "0"
+    H = dh.HessianOperator(model, batch)
+    assert H[0].names == ("0.weight",) and H["0"].names == ("0.weight", "0.bias")

@@ -62,6 +62,28 @@ def test_profile_takes_the_options_of_analyze() -> None:
     assert [source.probes for source in found.plan.sources] == [4]
     with pytest.raises(OptionError, match="mode="):
         dh.profile(model, batch, output="head", mode="exakt")
+    for wrong in ({"batch_mode": "all"}, {"verify": "hardly"}, {"compile": 1}, {"reduction": "product"}):
+        with pytest.raises(OptionError, match=next(iter(wrong))):
+            dh.profile(model, batch, output="head", **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("space", ["activation", "parameter"])
+@pytest.mark.parametrize("batch_mode", ["shared", "per_sample", "joint"])
+def test_profile_in_every_batch_mode(batch_mode: str, space: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    batch = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+    found = dh.profile(net, batch, points=["0", "2"], space=space, batch_mode=batch_mode, verify="none", whole=True)
+    assert (
+        "proof" not in found.phases and found.rate > 0 and all(node.seconds > 0 for node in found.nodes if node.module)
+    )
+    assert found.predicted["map"].seconds > 0 and "map" in str(found)
+
+
+def test_profile_of_a_compiled_sweep() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    found = dh.profile(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["0"], probes=2, compile=True)
+    assert found.phases["compile"].seconds > found.phases["sweep"].seconds > 0
+    assert not found.nodes and found.rate > 0 and "compile" in str(found)
 
 
 def test_the_whole_map_of_a_profile_is_of_the_batch_that_is_profiled() -> None:
@@ -72,7 +94,7 @@ def test_the_whole_map_of_a_profile_is_of_the_batch_that_is_profiled() -> None:
 
 def test_profile_command_writes_json_and_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [tmp_path / "profile.json", tmp_path / "trace.json"]
-    options = ["--mode", "probes", "--probes", "2", "--memory", "0.5"]
+    options = ["--mode", "probes", "--probes", "2", "--memory", "512MiB"]
     assert main(["profile", "mlp", *options, "--edges", "--json", str(files[0]), "--trace", str(files[1])]) == 0
     shown = capsys.readouterr().out
     assert "every edge" in shown and "whole map" in shown

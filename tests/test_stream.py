@@ -58,7 +58,8 @@ def _whole(samples: int = 10) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("space", ["parameter", "activation"])
 def test_an_operator_over_a_loader_is_the_one_over_all_its_samples(memory: int | None, space: str) -> None:
     model, loader = _net(), DataLoader(_data(), batch_size=4)
-    found = dh.HessianOperator(model, loader, space=space, memory=memory).dense()
+    H = dh.HessianOperator(model, loader, space=space, memory=memory)
+    found = H @ torch.eye(H.shape[0]).double()  # dense() would not fit
     assert torch.allclose(found, dh.HessianOperator(model, _whole(), space=space).dense(), rtol=1e-12, atol=1e-14)
 
 
@@ -198,7 +199,7 @@ def test_a_loader_with_a_generator_of_its_own_is_named_when_it_shuffles() -> Non
         dh.HessianOperator(_net(), loader, memory=SMALL)  # weights of batches are found in a second pass
     H = dh.HessianOperator(_net(), loader, memory=SMALL, reduction="mean")
     with pytest.raises(errors.UnstableLoaderError, match="changes from pass to pass"):
-        H.dense()
+        H @ torch.ones(H.shape[0]).double()
 
 
 def test_an_iterator_that_cannot_be_held_is_refused() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
@@ -24,7 +25,8 @@ class Batch:
     """One batch: positional and keyword inputs of the model, targets (None if the model makes its own loss).
 
     ``tensors`` are all tensors of the three, flattened; ``size`` is the number of samples. ``flat``: given as
-    ``(input, input, …, targets)``.
+    ``(input, input, …, targets)``; ``labelled``: as ``(ids, ids)``, of which the latter are labels for
+    the model's own loss.
     """
 
     args: tuple[Any, ...]
@@ -32,6 +34,7 @@ class Batch:
     targets: Any
     size: int
     flat: bool = False
+    labelled: bool = False
 
     @property
     def tree(self) -> tuple[Any, ...]:
@@ -63,8 +66,19 @@ class Batch:
 
 
 def _plain(value: Any) -> Any:
-    """Turn any mapping (a tokenizer's output, say) into a dict."""
-    return dict(value) if isinstance(value, Mapping) else value
+    """Any mapping (a tokenizer's output, say) as a dict, and NumPy's arrays as tensors over the same memory."""
+    value = dict(value) if isinstance(value, Mapping) else value
+    return pytree.tree_map(lambda x: _tensor(x) if isinstance(x, np.ndarray) else x, value)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    if array.dtype.kind not in "biufc":
+        raise BatchError(f"the batch holds an array of {array.dtype}; expected numbers.")
+    native = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
+    try:
+        return torch.from_numpy(native if native.flags.writeable else native.copy())
+    except TypeError as error:
+        raise BatchError(f"the batch holds an array of {array.dtype}, which PyTorch does not have: {error}.") from error
 
 
 def _size(inputs: list[Tensor], targets: list[Tensor]) -> int:
@@ -80,14 +94,14 @@ def _size(inputs: list[Tensor], targets: list[Tensor]) -> int:
 
 def one_batch(batch: Any) -> Batch:
     """Parse one batch: ``(inputs, targets)``, or a longer tuple, whose last entry is the targets and whose others are
-    positional inputs (lengths, masks), or a dict of keyword inputs.
+    positional inputs (lengths, masks), or a dict of keyword inputs. NumPy's arrays are taken as tensors.
 
     Raises:
         BatchError: unknown form, no tensors, or no samples.
     """
     if isinstance(batch, Batch):
         return batch
-    flat = False
+    flat, kind, batch = False, type(batch).__name__, _plain(batch)
     if isinstance(batch, Mapping):
         args, kwargs, targets = (), dict(batch), None
     elif isinstance(batch, (tuple, list)) and len(batch) > 2 and any(isinstance(x, Tensor) for x in batch[:-1]):
@@ -98,7 +112,9 @@ def one_batch(batch: Any) -> Batch:
         args = () if isinstance(inputs, dict) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     else:
         hint = " For inputs without targets pass (inputs, None)." if isinstance(batch, Tensor) else ""
-        raise BatchError(f"a batch of type {type(batch).__name__} cannot be used; expected {_FORMS}.{hint}")
+        if hasattr(batch, "__getitem__") and not isinstance(batch, (tuple, list, str, Tensor)):
+            hint = " Of a dataset make a loader: torch.utils.data.DataLoader(dataset, batch_size=…)."
+        raise BatchError(f"a batch of type {kind} cannot be used; expected {_FORMS}.{hint}")
     inputs_found = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     targets_found = [t for t in pytree.tree_leaves(targets) if isinstance(t, Tensor)]
     if not inputs_found:
@@ -111,11 +127,11 @@ def one_batch(batch: Any) -> Batch:
 
 def is_one(batch: Any) -> bool:
     """Whether this is one batch, and not an iterable of batches."""
-    if isinstance(batch, (Mapping, Tensor, Batch)):
+    if isinstance(batch, (Mapping, Tensor, np.ndarray, Batch)) or type(batch).__module__.startswith("datasets."):
         return True
     if isinstance(batch, tuple):
         return True
-    return isinstance(batch, list) and len(batch) > 1 and isinstance(batch[0], Tensor)
+    return isinstance(batch, list) and len(batch) > 1 and isinstance(batch[0], (Tensor, np.ndarray))
 
 
 def first_batch(batches: Any) -> Batch:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dag_hesse._capture.batch import Batch
-from dag_hesse.errors import LossError
+from dag_hesse.errors import LossError, OptionError
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -33,6 +34,30 @@ RECOGNIZED = frozenset(
         F.multilabel_soft_margin_loss,
     }
 )
+
+
+def check_loss(loss: Any) -> None:
+    """Raise :class:`OptionError` for what is no loss: a name, or a class of which none was made."""
+    if isinstance(loss, type):
+        raise OptionError(f"loss is the class {loss.__name__}; expected a callable made of it: {loss.__name__}().")
+    if loss is not None and not callable(loss):
+        raise OptionError(
+            f"loss={loss!r} is a {type(loss).__name__}; expected callable(output, targets) -> scalar tensor, as "
+            "torch.nn.functional.cross_entropy."
+        )
+
+
+def loss_text(loss: Any, batch: Batch) -> str:
+    """Which loss is meant, in words: for reports."""
+    if loss is not None:
+        return str(getattr(loss, "__name__", None) or type(loss).__name__)
+    if batch.labelled:
+        return "the model's own: targets that are its inputs are its labels"
+    if batch.targets is None:
+        return "the model's own"
+    floating = isinstance(batch.targets, Tensor) and batch.targets.is_floating_point()
+    kind = "mean squared error" if floating else "cross-entropy"
+    return f"{kind}, as targets are {'floating-point numbers' if floating else 'integers'}"
 
 
 def field(output: Any, name: str) -> Any:
@@ -78,6 +103,9 @@ def inferred(output: Any, targets: Any) -> Tensor:
                 f"{tuple(targets.shape)}: reshape one, or pass loss=."
             )
         return F.mse_loss(predicted, targets)
+    if targets.dtype is torch.bool:
+        raise LossError("targets are bool: give integers (classes) or floating-point numbers, or pass loss=.")
+    targets = targets.long()
     if predicted.ndim > 2 and targets.shape == predicted.shape[:-1]:  # (batch, positions, classes)
         return F.cross_entropy(predicted.flatten(0, -2), targets.flatten())
     if predicted.ndim < 2 or targets.shape != (predicted.shape[0], *predicted.shape[2:]):
@@ -114,6 +142,29 @@ def evaluate(output: Any, batch: Batch, targets: Any, kwargs: dict[str, Any], lo
     return value.reshape(())
 
 
+_OF_CLASSES = frozenset({F.cross_entropy, F.nll_loss})
+
+
+def _check_classes(
+    input: Any, target: Any, weight: Any = None, size_average: Any = None, ignore_index: int = -100, *_: Any, **__: Any
+) -> None:
+    """Raise :class:`LossError` for labels that are no classes: some devices crash on them."""
+    plain = all(
+        isinstance(x, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(x) for x in (input, target)
+    )
+    if not plain or target.is_floating_point() or target.is_meta or not target.numel() or not input.ndim:
+        return
+    classes = input.shape[min(1, input.ndim - 1)]
+    with _disable_current_modes():
+        labels = target.detach()[target.detach() != ignore_index]
+        low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
+    if low < 0 or high >= classes:
+        raise LossError(
+            f"targets hold labels from {low} to {high}, and the output has {classes} classes (along its axis "
+            f"{min(1, input.ndim - 1)}): expected 0 to {classes - 1}, or ignore_index={ignore_index}."
+        )
+
+
 _WAYS_OUT = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})  # of values, unseen
 _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 
@@ -129,6 +180,8 @@ class LossTaps(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in RECOGNIZED:
+            if func in _OF_CLASSES:
+                _check_classes(*args, **kwargs)
             if args:
                 args = (self.tap(args[0]), *args[1:])
             elif isinstance(kwargs.get("input"), Tensor):

@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from dag_hesse._capture.advice import advice
 from dag_hesse._capture.batch import Batch
 from dag_hesse._capture.functions import custom_functions
 from dag_hesse._capture.losses import Loss, LossTaps, evaluate
@@ -243,7 +244,8 @@ def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bo
                 raise
             text, op = str(error).strip().split("\n")[0], f" ({recorder.running})" if recorder.running else ""
             raise CaptureError(
-                f"{type(model).__name__} fails{_where(error)}{op}: {type(error).__name__}: {text}"
+                f"{type(model).__name__} fails{_where(error)}{op}: {type(error).__name__}: {text.removesuffix('.')}."
+                + advice(model, batch, error)
             ) from error
         rng_after = RandomState.now()
         recorder.trail.batch_bound |= (recorder.numbers and loss_taps.left_torch) or rng_before.drew_outside(rng_after)
@@ -302,14 +304,20 @@ def slope(
     model: nn.Module, batch: Batch, loss: Loss | None, along: dict[str, Tensor], step: float, written: list[Tensor]
 ) -> float:
     """The derivative of the model's own loss along a direction in its parameters, by central differences."""
+    ends = ({name: signed * v for name, v in along.items()} for signed in (step, -step))
+    high, low = (loss_at(model, batch, loss, moves, written) for moves in ends)
+    return (high - low) / (2 * step)
+
+
+def loss_at(
+    model: nn.Module, batch: Batch, loss: Loss | None, moves: dict[str, Tensor], written: list[Tensor]
+) -> float:
+    """The model's own loss with its parameters moved; they come back to the bit."""
     own = dict(model.named_parameters())
-    values = []
-    for signed in (step, -step):
-        with as_it_is(model, batch, loss, [*written, *own.values()]) as forward:
-            for name, v in along.items():
-                own[name].data.add_(v, alpha=signed)
-            values.append(float(forward.loss().detach()))
-    return (values[0] - values[1]) / (2 * step)
+    with as_it_is(model, batch, loss, [*written, *own.values()]) as forward:
+        for name, v in moves.items():
+            own[name].data.add_(v)
+        return float(forward.loss().detach())
 
 
 def product(

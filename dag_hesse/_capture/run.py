@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from dag_hesse._capture.advice import fitted
 from dag_hesse._capture.batch import Batch, check_devices, check_finite, check_no_transform, check_tensors, one_batch
 from dag_hesse._capture.convert import convert
+from dag_hesse._capture.defaults import default_points
 from dag_hesse._capture.interaction import annotate
-from dag_hesse._capture.losses import Loss
-from dag_hesse._capture.points import default_points, points_like, resolve_points
+from dag_hesse._capture.losses import Loss, check_loss
+from dag_hesse._capture.points import Names, points_like, resolve_points
 from dag_hesse._capture.record import record
 from dag_hesse._capture.stream import Batches
 from dag_hesse.errors import BatchError, CaptureError, NonDifferentiableError, OptionError
 from dag_hesse.ir import CurvatureGraph, Node, Point, verify
+from dag_hesse.options import checked_options
 from dag_hesse.randomness import preserved
 from dag_hesse.rules.table import pairs_of
 
-Points = Sequence[str] | str | Callable[[CurvatureGraph], Sequence[Point]] | None
+Points = Names | Callable[[CurvatureGraph], Sequence[Point]] | None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -69,7 +72,9 @@ def _check_rules(graph: CurvatureGraph) -> None:
 
 def captured(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: str | None = None) -> CurvatureGraph:
     """Record, type, verify and annotate; the graph has no points yet."""
-    batch, model = one_batch(batch), unwrapped(model)
+    model = unwrapped(model)
+    batch = fitted(one_batch(batch), model, loss)
+    check_loss(loss)
     if output is not None and not isinstance(output, str):
         raise OptionError(f"output is a {type(output).__name__}; expected the name of a module or tap.")
     _check(model, batch)
@@ -78,6 +83,7 @@ def captured(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: 
     return annotate(graph, batch)
 
 
+@checked_options()
 def capture(
     model: nn.Module,
     batch: Any,
@@ -95,7 +101,8 @@ def capture(
         loss: ``callable(output, targets) -> scalar``; None: the model's own, or inferred from the targets' dtype.
         output: name of the module or tap that the loss consumes, where it cannot be inferred.
         points: names, parameter names or globs (``*`` does not cross dots, ``**`` does); None picks at most 16 from
-            the module tree. A callable takes the captured graph and returns points.
+            the module tree, and what is tapped. A mapping of names to names or globs: groups of parameters, each one
+            point. A callable takes the captured graph and returns points.
         space: ``"activation"`` or ``"parameter"``: what a module's name stands for.
 
     Returns:
@@ -131,8 +138,12 @@ def capture_all(
     output: str | None = None,
     points: Points = None,
     space: str = "activation",
+    known: Mapping[Any, CurvatureGraph] | None = None,
 ) -> list[CurvatureGraph]:
     """One graph per batch; batches of equal shapes share theirs where they can, and all have the first one's points.
+
+    ``known``: graphs of the same model and loss that were captured before, by signature. A batch of that signature
+    takes one of them, unless it is batch-bound; all others get the points of these.
 
     Raises:
         BatchError: the batches give points of different shapes.
@@ -142,9 +153,16 @@ def capture_all(
         return capture(model, batch, loss=loss, output=output, points=names, space=space)
 
     by_signature: dict[Any, CurvatureGraph] = {}
-    wanted, first = points, None
+    wanted, first = points, next(iter((known or {}).values()), None)
+    if first is not None:
+        wanted = partial(points_like, first, unwrapped(model))
     for signature, example in batches.examples.items():
-        graph = by_signature[signature] = take(example, wanted)
+        graph = (known or {}).get(signature)
+        if graph is None or graph.batch_bound:
+            graph = take(example, wanted)
+        else:
+            _check(unwrapped(model), example)
+        by_signature[signature] = graph
         if first is None:
             first, wanted = graph, partial(points_like, graph, unwrapped(model))
     assert first is not None

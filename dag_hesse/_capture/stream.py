@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dag_hesse._capture.advice import fitted
 from dag_hesse._capture.batch import NO_BATCHES, Batch, check_finite, check_no_transform, is_one, one_batch
 from dag_hesse.budget import Budget
 from dag_hesse.errors import BatchError, MemoryBudgetError, UnstableLoaderError
@@ -31,6 +32,8 @@ class Batches:
 
     Args:
         batches: a batch, or an iterable of batches (:func:`~dag_hesse._capture.batch.one_batch` says of what form).
+        model, loss: whose forward, or the want of it, say what is an input and what a target
+            (:func:`~dag_hesse._capture.advice.fitted`).
 
     Attributes:
         sizes, signatures: samples, and shapes and dtypes, per batch.
@@ -51,20 +54,22 @@ class Batches:
         ([4, 4, 2], None, 3)
     """
 
-    def __init__(self, batches: Any, memory: int | None = None) -> None:
+    def __init__(
+        self, batches: Any, memory: int | str | None = None, model: nn.Module | None = None, loss: Any = None
+    ) -> None:
         budget = Budget.of(memory)
         check_no_transform()
         self.sizes: list[int] = []
         self.signatures: list[Any] = []
         self.examples: dict[Any, Batch] = {}
         self.held: list[Batch] | None = []
-        self._batches, self._start = batches, RandomState.now()
+        self._batches, self._start, self._fit = batches, RandomState.now(), (model, loss)
         self._checksums: list[int] = []
         if is_one(batches) or not isinstance(batches, Iterable):
-            self._take(one_batch(batches))
+            self._take(self._one(batches))
         elif isinstance(batches, list):
             for item in batches:
-                self._take(one_batch(item))
+                self._take(self._one(item))
         else:
             self._first_pass(budget.batches)
         if not self.sizes:
@@ -109,6 +114,9 @@ class Batches:
                 "concatenate them, or use 'shared' (or analyze()'s 'per_sample')."
             )
 
+    def _one(self, item: Any) -> Batch:
+        return fitted(one_batch(item), *self._fit)
+
     def _take(self, batch: Batch) -> None:
         where = f"batch {len(self.sizes)}: tensor" if self.sizes else "batch tensor"
         if all(x.layout is torch.strided and not x.is_meta for x in batch.tensors):
@@ -145,7 +153,7 @@ class Batches:
                 state = RandomState.now()
             if item is _END:
                 return
-            yield one_batch(item)
+            yield self._one(item)
 
     def _check(self, number: int, batch: Batch) -> None:
         """Raise :class:`UnstableLoaderError` unless the batch is the first pass's ``number``-th (from 1)."""

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from dag_hesse._cli import fish
 from dag_hesse._cli.spec import BUILT_IN
 
 _SCRIPT = """_dag_hesse() {{
@@ -31,13 +32,18 @@ def add(commands: Any, top: argparse.ArgumentParser) -> None:
         help="print what makes Tab complete commands and options",
         description="Print a script that makes Tab complete commands, options and built-in SPECs.",
         epilog="bash: dag-hesse completion bash > ~/.local/share/bash-completion/completions/dag-hesse; "
-        'zsh: dag-hesse completion zsh > ~/.dag-hesse.zsh, and "source ~/.dag-hesse.zsh" after compinit in ~/.zshrc.',
+        'zsh: dag-hesse completion zsh > ~/.dag-hesse.zsh, and "source ~/.dag-hesse.zsh" after compinit in ~/.zshrc; '
+        "fish: dag-hesse completion fish > ~/.config/fish/completions/dag-hesse.fish.",
     )
-    command.add_argument("shell", choices=("bash", "zsh"), help="which shell")
+    command.add_argument("shell", choices=("bash", "zsh", "fish"), help="which shell")
     command.set_defaults(run=functools.partial(_completion, commands, top))
 
 
 def _completion(commands: Any, top: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.shell == "fish":
+        helps = {choice.dest: choice.help or "" for choice in commands._choices_actions}
+        print(fish.script(commands.choices, helps, top), end="")
+        return
     print((_ZSH if options.shell == "zsh" else "") + script(commands.choices, top), end="")
 
 

@@ -9,8 +9,10 @@ from torch import nn
 from dag_hesse._capture import capture
 from dag_hesse._structure.analysis import Structure, analyze_structure, curved_ops
 from dag_hesse.ir import CurvatureGraph
+from dag_hesse.options import checked_options
 
 
+@checked_options(capture)
 def structure(model: nn.Module | CurvatureGraph, batch: Any = None, **options: Any) -> Structure:
     """Say what is provably zero, how low GN ranks must be, and whether samples interact, before any FLOP.
 

@@ -9,12 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from dag_hesse._capture.losses import Loss
+from dag_hesse._capture.points import Names
 from dag_hesse.errors import NonFiniteError, OptionError, flag, integer
 from dag_hesse.monitor import optimizers
 from dag_hesse.monitor.log import Log
 from dag_hesse.monitor.pace import Pace, share
 from dag_hesse.monitor.quantities import QUANTITIES, Moment, Numbers, chosen
 from dag_hesse.monitor.subject import Subject, bare
+from dag_hesse.options import checked_options
 from dag_hesse.report import CurvatureReport
 
 _FORMAT = "dag-hesse monitor 1"
@@ -71,6 +73,7 @@ class Monitor:
         [1, 2, 4]
     """
 
+    @checked_options()
     def __init__(
         self,
         model: nn.Module,
@@ -82,14 +85,14 @@ class Monitor:
         quantities: Sequence[str] | None = None,
         loss: Loss | None = None,
         output: str | None = None,
-        points: Sequence[str] | str | None = None,
+        points: Names | None = None,
         space: str = "activation",
         mode: str = "auto",
         probes: int = 8,
         training: bool = False,
         threshold: float = 5.0,
         prefix: str = "curvature",
-        memory: int | None = None,
+        memory: int | str | None = None,
         seed: int = 0,
     ) -> None:
         self._pace = Pace(integer("every", every, 1), share(budget))

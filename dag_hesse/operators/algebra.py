@@ -10,6 +10,7 @@ import numpy as np
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from dag_hesse.budget import Budget
 from dag_hesse.errors import OptionError, VectorError
 from dag_hesse.kernels.arena import Arena
 from dag_hesse.operators.base import SymmetricOperator
@@ -51,6 +52,10 @@ class OfOne(SymmetricOperator):
         return self.of.chunk
 
     @property
+    def _budget(self) -> Budget:
+        return self.of._budget
+
+    @property
     def _arena(self) -> Arena:
         return self.of._arena
 
@@ -85,6 +90,10 @@ class Sum(SymmetricOperator):
     def chunk(self) -> int:
         """As many as both profit from."""
         return min(self.one.chunk, self.other.chunk)
+
+    @property
+    def _budget(self) -> Budget:
+        return min(self.one._budget, self.other._budget, key=lambda budget: budget.sweeps)
 
     def _between(self, segments: list[Tensor], rows: Sequence[int], columns: Sequence[int]) -> list[Tensor]:
         found = (operator._between(segments, rows, columns) for operator in (self.one, self.other))
@@ -157,6 +166,10 @@ class Composition(OverForm):
     def shape(self) -> tuple[int, int]:
         """(n, n)."""
         return self.form.size, self.form.size
+
+    @property
+    def _budget(self) -> Budget:
+        return min((factor._budget for factor in self.factors), key=lambda budget: budget.sweeps)
 
     @property
     def T(self) -> Composition:

@@ -6,16 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
+import scipy.sparse.linalg
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from dag_hesse.budget import Budget
 from dag_hesse.errors import OptionError
 from dag_hesse.kernels.arena import Arena
-from dag_hesse.operators import eigen, estimates
+from dag_hesse.operators import eigen, traces
 from dag_hesse.operators.base import SymmetricOperator
 from dag_hesse.operators.exports import dense, to_scipy
 from dag_hesse.operators.vectors import OverForm, to_numpy
+from dag_hesse.options import checked_options
 
 
 @final
@@ -29,6 +32,10 @@ class Submatrix(SymmetricOperator):
     def chunk(self) -> int:
         """As that of the operator."""
         return self.parent.chunk
+
+    @property
+    def _budget(self) -> Budget:
+        return self.parent._budget
 
     @property
     def _arena(self) -> Arena:
@@ -60,6 +67,10 @@ class Block(OverForm):
     def chunk(self) -> int:
         """How many vectors profit from being multiplied together."""
         return self.parent.chunk
+
+    @property
+    def _budget(self) -> Budget:
+        return self.parent._budget
 
     @property
     def T(self) -> Block:
@@ -113,7 +124,10 @@ class Block(OverForm):
         """A ``scipy.sparse.linalg.LinearOperator`` over NumPy arrays."""
         return to_scipy(self)
 
-    def trace(self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False) -> Any:
+    @checked_options()
+    def trace(
+        self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False, method: str = "hutchinson"
+    ) -> Any:
         """The trace of a square block; arguments and errors as for :meth:`dag_hesse.HessianOperator.trace`.
 
         Raises:
@@ -121,8 +135,9 @@ class Block(OverForm):
         """
         if self.form.sizes != self._out.sizes:
             raise OptionError(f"{self!r} has no trace: it is {self.shape[0]} × {self.shape[1]}, not square.")
-        return estimates.trace(self, matvecs, seed, return_stderr)
+        return traces.trace(self, matvecs, seed, return_stderr, method)
 
+    @checked_options(eigen.eigsh, scipy.sparse.linalg.eigsh)
     def eigsh(self, k: int = 6, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """As :meth:`dag_hesse.HessianOperator.eigsh`, of a block [v, v].
 

@@ -10,9 +10,10 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from dag_hesse.errors import MemoryBudgetError
-from dag_hesse.measure import available_memory
+from dag_hesse.budget import Budget
 from dag_hesse.operators.vectors import to_numpy
+
+_INSTEAD = "multiply with vectors instead, or take a block()"
 
 
 class Product(Protocol):
@@ -28,6 +29,9 @@ class Product(Protocol):
     def device(self) -> torch.device: ...
 
     @property
+    def _budget(self) -> Budget: ...
+
+    @property
     def T(self) -> Product: ...
 
     def __matmul__(self, v: Any) -> Any: ...
@@ -36,12 +40,7 @@ class Product(Protocol):
 def dense(operator: Product) -> Tensor:
     """The matrix of an operator or block, by identity probes."""
     n, m = operator.shape
-    need, budget = 3 * n * m * operator.dtype.itemsize, available_memory(operator.device) // 2
-    if need > budget:
-        raise MemoryBudgetError(
-            f"dense() of a {n} × {m} operator needs {need / 2**30:.1f} GiB and {budget / 2**30:.1f} GiB may be used: "
-            "multiply with vectors instead, or take a block()."
-        )
+    operator._budget.check(3 * n * m * operator.dtype.itemsize, f"dense() of a {n} × {m} operator", _INSTEAD)
     found: Tensor = operator @ torch.eye(m, dtype=operator.dtype, device=operator.device)
     return found
 

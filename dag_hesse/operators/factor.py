@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dag_hesse.errors import MemoryBudgetError, OptionError
+from dag_hesse.budget import Budget
+from dag_hesse.errors import OptionError
 from dag_hesse.estimate.gram import factor_rows
-from dag_hesse.measure import available_memory
 from dag_hesse.operators.vectors import VectorForm
 from dag_hesse.sweep import Problem
 
@@ -27,17 +27,18 @@ class Factor(NamedTuple):
     signs: Tensor
 
 
-def factored(problem: Problem, order: Sequence[int | None], form: VectorForm) -> Factor:
+def factor_height(problem: Problem) -> int:
+    """Most rows that a factor may have: one for each element of what the loss consumes."""
+    return sum(entry.graph.nodes[k].numel for entry in problem.entries for k in entry.graph.out)
+
+
+def factored(problem: Problem, order: Sequence[int | None], form: VectorForm, budget: Budget) -> Factor:
     """As :meth:`dag_hesse.GGNOperator.factor`; ``order`` says which point of the problem each segment is."""
     if problem.groups > 1:
         raise OptionError("batch_mode='joint' has a block per sample and no one factor: take batch_mode='shared'.")
-    height = sum(entry.graph.nodes[k].numel for entry in problem.entries for k in entry.graph.out)
-    need, budget = height * form.size * form.dtype.itemsize, available_memory(problem.device) // 2
-    if need > budget:
-        raise MemoryBudgetError(
-            f"a factor of up to {height} × {form.size} needs {need / 2**30:.1f} GiB and {budget / 2**30:.1f} GiB may "
-            "be used: take fewer samples or parameters, or multiply with vectors instead."
-        )
+    height = factor_height(problem)
+    what, instead = f"a factor of up to {height} × {form.size}", "take fewer samples or parameters, or products"
+    budget.check(height * form.size * form.dtype.itemsize, what, instead)
     pieces, signs = [], []
     for entry, lin in problem.linearizations():
         found, sign = factor_rows(problem, entry, lin, None)

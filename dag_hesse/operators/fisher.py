@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, NoReturn, final
 
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dag_hesse._capture import Batch, Batches
-from dag_hesse._capture.losses import Loss, inferred, prediction
+from dag_hesse._capture.advice import own_labels
+from dag_hesse._capture.losses import Loss, check_loss, inferred, prediction
 from dag_hesse._capture.state import restored
 from dag_hesse._capture.writes import Written
 from dag_hesse.errors import LossError, OptionError, choose, integer
-from dag_hesse.operators.functional import as_module
 from dag_hesse.operators.operator import CurvatureOperator
+from dag_hesse.operators.wide import widened_batches, widened_loss
+from dag_hesse.options import checked_options
 
 KINDS = ("empirical", "mc")
 
@@ -52,6 +55,7 @@ class FisherOperator(CurvatureOperator):
 
     _part: ClassVar[str] = "gn"
 
+    @checked_options(CurvatureOperator.__init__)
     def __init__(
         self,
         model: nn.Module | Callable[[Any, Any], Any],
@@ -61,19 +65,35 @@ class FisherOperator(CurvatureOperator):
         samples: int = 1,
         seed: int = 0,
         loss: Loss | None = None,
-        memory: int | None = None,
+        memory: int | str | None = None,
         **options: Any,
     ) -> None:
         choose("kind", kind, KINDS)
         samples, seed = integer("samples", samples, 1), integer("seed", seed, 0)
         if kind == "empirical" and samples != 1:
             raise OptionError(f"samples={samples}; expected 1 with kind='empirical': targets are the batch's own.")
+        check_loss(loss)
         if getattr(loss, "reduction", "mean") != "mean":
             raise OptionError(f"loss has reduction={loss.reduction!r}; expected a mean over samples.")  # type: ignore[union-attr]
-        if kind == "mc":
-            module, _ = as_module(model, options.get("params"))
-            batch = Drawn(module, Batches(batch, memory), loss, samples, seed)
+        self._inferred = loss is None
+        self._draw = partial(Drawn, loss=loss, samples=samples, seed=seed) if kind == "mc" else None
         super().__init__(model, batch, loss=_OfGradients(loss, kind == "mc"), memory=memory, **options)
+
+    def _batches(self, batch: Any) -> Batches:
+        if self._draw is None:
+            return self._labelled(super()._batches(batch))
+        given = self._labelled(Batches(batch, self._memory, self.model, self._loss))
+        drawn = self._draw(self.model, given)
+        return Batches(widened_batches(drawn, self.model, self._loss) if self._float64 else drawn, self._memory)
+
+    def _labelled(self, batches: Batches) -> Batches:
+        """The batches, unless their targets are labels for a loss that the model makes."""
+        if self._inferred and any(own_labels(each, self.model) for each in batches.examples.values()):
+            raise OptionError(
+                "targets are the input's token ids, and a Fisher operator has no labels to shift: pass loss=, a mean "
+                "over samples, that says which positions are compared."
+            )
+        return batches
 
     @property
     def loss(self) -> NoReturn:
@@ -99,6 +119,10 @@ class _OfGradients:
 
     def __init__(self, loss: Loss | None, drawn: bool) -> None:
         self.of, self.drawn = loss, drawn
+
+    def widened(self) -> _OfGradients:
+        """The same of a loss in double precision."""
+        return _OfGradients(widened_loss(self.of), self.drawn)
 
     def __call__(self, output: Any, targets: Any) -> Tensor:
         if targets is None or isinstance(targets, dict):

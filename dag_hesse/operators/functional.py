@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from dag_hesse._capture import parameter_points, unwrapped
 from dag_hesse.errors import OptionError, PointError, suggest
 from dag_hesse.ir import CurvatureGraph, Point
+from dag_hesse.names import places_of, wider
 
 
 class FunctionModule(nn.Module):
@@ -80,7 +80,7 @@ def chosen_parameters(model: nn.Module, params: Any, param_filter: Any) -> list[
     else:
         chosen = [name for name in named if named[name].requires_grad and named[name].is_floating_point()]
     if param_filter is not None:
-        chosen = [name for name in chosen if _passes(param_filter, name, named[name])]
+        chosen = _passing(param_filter, chosen, named)
     if not chosen:
         raise PointError(f"no parameter is left to differentiate by. {suggest(str(param_filter or ''), named)}")
     return chosen
@@ -116,11 +116,23 @@ def _own(named: Mapping[str, nn.Parameter], params: Any) -> list[str]:
     return found
 
 
-def _passes(wanted: Any, name: str, parameter: nn.Parameter) -> bool:
-    if not callable(wanted) and not (
-        isinstance(wanted, str) or (isinstance(wanted, Iterable) and all(isinstance(glob, str) for glob in wanted))
-    ):
-        raise OptionError(f"param_filter={wanted!r}; expected a glob, globs, or a callable of (name, parameter).")
+def _passing(wanted: Any, names: Sequence[str], named: Mapping[str, nn.Parameter]) -> list[str]:
+    """The names that a filter leaves, in their order.
+
+    Raises:
+        PointError: a glob matches nothing.
+    """
     if callable(wanted):
-        return bool(wanted(name, parameter))
-    return any(fnmatchcase(name, glob) for glob in ([wanted] if isinstance(wanted, str) else wanted))
+        return [name for name in names if wanted(name, named[name])]
+    globs = [wanted] if isinstance(wanted, str) else list(wanted) if isinstance(wanted, Iterable) else [wanted]
+    if not all(isinstance(glob, str) for glob in globs):
+        raise OptionError(f"param_filter={wanted!r}; expected a glob, globs, or a callable of (name, parameter).")
+    found = set[int]()
+    for glob in globs:
+        places = places_of(names, glob)
+        if not places:
+            wide = wider(glob, names)
+            hint = suggest(glob, names) if wide is None else f"* does not cross dots: '{wide}' does."
+            raise PointError(f"no parameter is left by param_filter={glob!r}, which matches none. {hint}")
+        found.update(places)
+    return [names[k] for k in sorted(found)]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.sparse.linalg
 from torch import Tensor
 
 from dag_hesse.errors import integer
-from dag_hesse.operators import eigen, estimates, lanczos, solve
+from dag_hesse.operators import eigen, estimates, lanczos, solve, traces
 from dag_hesse.operators.core import SegmentedOperator
 from dag_hesse.operators.interop import to_curvlinops
+from dag_hesse.options import checked_options
 
 if TYPE_CHECKING:
     from dag_hesse.operators.eigen import Eigenpair
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 class MeasuredOperator(SegmentedOperator):
     """Estimates choose vectors; products are the operator's."""
 
+    @checked_options(eigen.eigsh, scipy.sparse.linalg.eigsh)
     def eigsh(self, k: int = 6, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """k eigenvalues (k,) and eigenvectors (n, k), by :func:`scipy.sparse.linalg.eigsh`.
 
@@ -42,6 +45,7 @@ class MeasuredOperator(SegmentedOperator):
         """
         return eigen.eigsh(self, k, **options)
 
+    @checked_options(eigen.eigsh, scipy.sparse.linalg.eigsh)
     def top_eigenvectors(self, k: int = 1, **options: Any) -> list[Eigenpair]:
         """k eigenpairs, the largest in magnitude first, with eigenvectors as dicts by name; options as for ``eigsh``.
 
@@ -54,30 +58,57 @@ class MeasuredOperator(SegmentedOperator):
         """
         return eigen.top_eigenvectors(self, k, **options)
 
-    def trace(self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False) -> Any:
-        """The trace (): exact by n products where n ≤ 64, else estimated by Hutchinson's method.
+    @checked_options()
+    def trace(
+        self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False, method: str = "hutchinson"
+    ) -> Any:
+        """The trace (): exact by n products where n ≤ 64, else estimated.
 
         Args:
-            matvecs: random vectors of the estimate; None: 64.
-            seed: of the vectors. The global RNG is neither read nor changed.
+            matvecs: products of the estimate; None: 64.
+            seed: of the random signs. The global RNG is neither read nor changed.
             return_stderr: whether to return ``(value, stderr)``, the standard error being 0 where it is exact.
+            method: ``"hutchinson"``: random signs alone. ``"hutch++"`` and ``"xtrace"`` find part of the range by a
+                sketch first, where they are exact: much better where few eigenvalues are large, as the Gauss–Newton
+                matrix's are, for memory of some ``matvecs`` vectors. XTrace's standard error is an upper one, up to
+                three times what it is off by. ``"exact"``: n products, or a factor
+                (:meth:`dag_hesse.GGNOperator.factor`) where that is smaller; no matrix.
+
+        Returns:
+            A tensor of the operator's type, but float32 where that is float16 or bfloat16.
 
         Raises:
-            OptionError: ``matvecs`` is no integer from 2 to n - 1.
+            OptionError: ``matvecs`` is no integer from 2 (12 with a sketch) to n - 1, or the method is none of these.
+            MemoryBudgetError: a sketch would not fit.
 
         Example:
             >>> import torch, dag_hesse as dh
             >>> H = dh.HessianOperator(torch.nn.Linear(99, 1), (torch.ones(2, 99), torch.zeros(2, 1)))
             >>> value, stderr = H.trace(return_stderr=True)
-            >>> bool(abs(value - 200) < 4 * stderr)
-            True
+            >>> bool(abs(value - 200) < 4 * stderr), round(float(H.trace(12, method="xtrace")), 2)
+            (True, 200.0)
         """
-        return estimates.trace(self, matvecs, seed, return_stderr)
+        if method == "exact" and matvecs is None and (known := self._known_diagonal()) is not None:
+            return estimates.answered(known.sum(), return_stderr)
+        return traces.trace(self, matvecs, seed, return_stderr, method)
 
-    def diagonal(self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False) -> Any:
-        """The diagonal (n,); arguments and errors as for :meth:`trace`, standard errors (n,)."""
-        return estimates.diagonal(self, matvecs, seed, return_stderr)
+    @checked_options()
+    def diagonal(
+        self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False, method: str = "hutchinson"
+    ) -> Any:
+        """The diagonal (n,); arguments and errors as for :meth:`trace`, standard errors (n,).
 
+        ``method`` is ``"hutchinson"``, ``"xdiag"`` (with a sketch, as ``"xtrace"``) or ``"exact"``.
+        """
+        if method == "exact" and matvecs is None and (known := self._known_diagonal()) is not None:
+            return estimates.answered(known, return_stderr)
+        return traces.diagonal(self, matvecs, seed, return_stderr, method)
+
+    def _known_diagonal(self) -> Tensor | None:
+        """The exact diagonal, where there is a cheaper way to it than n products."""
+        return None
+
+    @checked_options(lanczos.spectral_density)
     def spectral_density(self, ncv: int | None = None, seed: int = 0, **options: Any) -> tuple[Tensor, Tensor]:
         """(grid, density), the density of eigenvalues p(λ), by stochastic Lanczos quadrature (Papyan, 2020).
 
@@ -103,6 +134,7 @@ class MeasuredOperator(SegmentedOperator):
         ncv = estimates.checked_count("ncv", min(64, n - 1) if ncv is None else ncv, n)
         return lanczos.spectral_density(self, ncv, seed, **options)
 
+    @checked_options(solve.solved)
     def solve(self, b: Any, damping: float = 0.0, **options: Any) -> Solution:
         """x with (H + λI) x = b, for λ = ``damping`` and b in any form of a vector.
 

@@ -1,28 +1,33 @@
-"""Hessian, Gauss–Newton and tensor part as symmetric linear operators: captured once, linearized once."""
+"""Curvature as a symmetric linear operator: captured once, linearized once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, ClassVar, final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dag_hesse._capture import Batches, capture_all, needs_split, points_like
-from dag_hesse._capture.losses import Loss
-from dag_hesse._capture.reduction import Option, find_reduction, shared_reduction
+from dag_hesse._capture import Batches
+from dag_hesse._capture.losses import Loss, check_loss
+from dag_hesse._capture.points import Names
+from dag_hesse._capture.reduction import Option
 from dag_hesse.budget import Budget
 from dag_hesse.errors import OptionError, choose, flag
 from dag_hesse.kernels.arena import Arena
 from dag_hesse.operators.base import SymmetricOperator
-from dag_hesse.operators.factor import Factor, factored
-from dag_hesse.operators.functional import as_module, chosen_parameters, read_parameters
-from dag_hesse.operators.vectors import VectorForm
-from dag_hesse.plan import fuse_all
-from dag_hesse.plan.memory import probe_chunk, shared_chunk, sweep_bytes
+from dag_hesse.operators.functional import as_module, chosen_parameters
+from dag_hesse.operators.landscape import Landscape, landscape
+from dag_hesse.operators.posing import Known, Pose
+from dag_hesse.operators.wide import Origin, follow, widened, widened_batches, widened_loss
+from dag_hesse.options import checked_options
 from dag_hesse.ranks import Ranks, together, whole_model
-from dag_hesse.sweep import VERIFY, Parts, Problem, Request, capture_anew, prove_all
+from dag_hesse.sweep import VERIFY, Parts, Request
+from dag_hesse.sweep.watch import check_unchanged
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class CurvatureOperator(SymmetricOperator):
@@ -36,18 +41,23 @@ class CurvatureOperator(SymmetricOperator):
             Vectors go through them in this order (by default as ``model.parameters()`` does); blocks of those that the
             loss does not depend on are zero.
         space: ``"parameter"`` (default: all parameters that require gradients) or ``"activation"``.
-        points: names or globs, instead of all parameters (or of the points chosen).
-        param_filter: glob, globs, or ``callable(name, parameter) -> bool`` that picks among the parameters. Here ``*``
-            is any text, dots included: ``"*.bias"`` is every bias.
+        points: names or globs, instead of all parameters (or of the points chosen); a mapping of names to names or
+            globs makes each group of parameters one segment.
+        param_filter: glob, globs, or ``callable(name, parameter) -> bool`` that picks among the parameters. As in
+            ``points``, ``*`` does not cross dots and ``**`` does: ``"**.bias"`` is every bias, ``"layer*"`` all of
+            those modules.
         output: name of what the loss consumes, where it cannot be inferred.
         batch_mode: meaning of the batch axis of activations, ``"shared"`` or ``"joint"``.
         reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
             a callable that gives a batch's weight; None: found by evaluating the loss on sub-batches (for a mean,
             a loader that is not held is iterated once more).
-        memory: as for :func:`~dag_hesse.analyze`: bytes that each product may use, and what is kept between them.
+        memory: as for :func:`~dag_hesse.analyze`: bytes (or ``"4GiB"``) that each product may use, with what is kept
+            between them and what :meth:`dense` makes.
         verify: as for :func:`~dag_hesse.analyze`: what the captured graph is compared with, once.
         compile: as for :func:`~dag_hesse.analyze`: products are programs of TorchInductor. The first product with so
             many vectors compiles for a minute or more, and is held against the product without a compiler.
+        float64: products in double precision of a model that is not: a copy of it, of its batches and of the tensors
+            of its loss is used (random draws are the copy's), which follows the model's values in :meth:`refresh`.
         mesh: a ``DeviceMesh`` of ``torch.distributed``. Along its axis ``"data"`` every rank brings other samples, and
             the operator is that of all samples, as if one process had them; along ``"probe"`` every rank has the same
             samples and sweeps some of the vectors. Every rank makes the same calls with the same vectors.
@@ -60,6 +70,7 @@ class CurvatureOperator(SymmetricOperator):
 
     _part: ClassVar[str]
 
+    @checked_options()
     def __init__(
         self,
         model: nn.Module | Callable[[Any, Any], Any],
@@ -68,18 +79,20 @@ class CurvatureOperator(SymmetricOperator):
         loss: Loss | None = None,
         params: Any = None,
         space: str = "parameter",
-        points: Sequence[str] | str | None = None,
+        points: Names | None = None,
         param_filter: Any = None,
         output: str | None = None,
         batch_mode: str = "shared",
         reduction: Option = None,
-        memory: int | None = None,
+        memory: int | str | None = None,
         verify: str = "gradient",
         compile: bool = False,
+        float64: bool = False,
         mesh: Any = None,
     ) -> None:
         choose("verify", verify, VERIFY)
         flag("compile", compile)
+        self._float64 = flag("float64", float64)
         self._ranks = None if mesh is None else Ranks(mesh)
         with together(self._ranks, "making the operator"):
             model = model if self._ranks is None else whole_model(model)
@@ -87,108 +100,61 @@ class CurvatureOperator(SymmetricOperator):
             choose("batch_mode", batch_mode, ("shared", "joint"))
             if self._ranks is not None and batch_mode != "shared":
                 raise OptionError("mesh= takes batch_mode='shared': vectors of samples would lie on other ranks.")
+            if self._ranks is not None and float64:
+                raise OptionError("mesh= takes no float64=True: give model.double() and batches of float64 instead.")
             module, params = as_module(model, params)
             if (points is not None or space == "activation") and not (params is None and param_filter is None):
                 raise OptionError(
                     "params= and param_filter= pick among all parameters: not with points= or space='activation'."
                 )
-            batches = Batches(batch, memory)
+            check_loss(loss)
+            self.model, self._loss, self._memory = module, loss, memory
+            batches = self._batches(batch)
             batches.check_batch_mode(batch_mode)
-            wanted: Any = points
             own = chosen_parameters(module, params, param_filter) if points is None and space == "parameter" else []
-            if own:
-                wanted = partial(read_parameters, own, module)
-            self.model = module
-            self._set_up = partial(
-                self._captured,
-                batches,
-                own,
-                wanted,
-                loss,
-                space,
-                output,
-                batch_mode,
-                reduction,
-                verify,
-                Budget.of(memory, batches.device),
-                compile,
-            )
-            self._set_up()
+            budget = Budget.of(memory, batches.device)
+            options = points, space, output, batch_mode, reduction, verify, budget, compile
+            self._pose = Pose(module, loss, own, *options, self._part, self._ranks)
+            self._take(batch, batches)
 
-    def _captured(
-        self,
-        batches: Batches,
-        own: Sequence[str],
-        points: Any,
-        loss: Loss | None,
-        space: str,
-        output: str | None,
-        batch_mode: str,
-        reduction: Option,
-        verify: str,
-        budget: Budget,
-        compiled: bool,
-    ) -> None:
-        """Capture, prove and pose the problem."""
-        module, ranks = self.model, self._ranks
-        graphs = capture_all(module, batches, loss=loss, output=output, points=points, space=space)
-        if self._part != "full":
-            needs_split(graphs)
-        like = partial(points_like, graphs[0], module)
-        prove_all(graphs, batches, module, loss, output, verify)
-        if ranks is None or ranks.data is None:
-            self.reduction = find_reduction(module, graphs, batches, loss, reduction)
-        else:
-            self.reduction = shared_reduction(module, graphs, batches, loss, reduction, ranks)
-        if ranks is not None:
-            ranks.check_model(module)
-        graphs = fuse_all(graphs)
-        again = partial(capture_anew, module, loss=loss, output=output, points=like, space=space, verify=verify)
-        self._problem = Problem(
-            module,
-            graphs,
-            batches,
-            batch_mode,
-            reduction=self.reduction,
-            with_out=False,
-            again=again,
-            loss=loss,
-            memory=budget.total,
-            compiled=compiled,
-            ranks=ranks,
-        )
-        sites = [k for point in graphs[0].points for k in point.sites]
-        cap = budget.sweeps // 2  # vectors that come and go take as much
-        per_probe = max(1, sweep_bytes(graphs[0], sites, sites, batch_mode=batch_mode))
-        self._problem.chunk = probe_chunk(per_probe, cap)
-        if space == "parameter":  # vectors are large themselves, and chunks of them are copied together again
-            self._problem.chunk = max(1, min(cap // per_probe, shared_chunk(graphs[0], sites)))
-        found = {point.name: k for k, point in enumerate(self._problem.points)}
-        # Points come in topological order; vectors keep the order of the model's (or the user's) parameters.
-        every = [name for name, _ in module.named_parameters()]
-        rest = sorted(found, key=lambda name: every.index(name) if name in every else found[name])
-        self._order = [found.get(name) for name in own or rest]
-        self.form = self._make_form(own or rest)
+    def _batches(self, batch: Any) -> Batches:
+        """The batches as they are swept."""
+        given = widened_batches(batch, self.model, self._loss) if self._float64 else batch
+        return Batches(given, self._memory, self.model, self._loss)
 
-    def _make_form(self, names: Sequence[str]) -> VectorForm:
-        problem, parameters = self._problem, dict(self.model.named_parameters())
-        shapes, dtypes = [], []
-        for name, k in zip(names, self._order, strict=True):
-            if k is None:  # the loss does not depend on it
-                shapes.append(tuple(parameters[name].shape))
-                dtypes.append(parameters[name].dtype)
-                continue
-            point = problem.points[k]
-            whole = problem.batch_mode == "joint" and problem.groups == 1 and point.kind == "activation"
-            shape = (problem.dim(k),) if whole else point.shape
-            shapes.append(shape if problem.groups == 1 else (problem.groups, *shape))
-            dtypes.append(problem.dtype_of(k))
-        return VectorForm(tuple(names), tuple(shapes), problem.dtype, problem.device, tuple(dtypes))
+    def _take(self, batch: Any, batches: Batches, known: Known | None = None) -> None:
+        """Capture what is not ``known``, prove and pose the problem."""
+        self._given, self._swept = batch, batches
+        if self._float64 and known is None:
+            self._pose = replace(self._pose, module=widened(self.model), loss=widened_loss(self._loss))
+        posed = self._pose.posed(batches, known)
+        self._problem, self._order, self._known = posed.problem, posed.order, posed.known
+        self.form, self.reduction = posed.form, posed.reduction
+        self._origin = Origin(self.model, batch, self._problem.graphs, self._loss) if self._float64 else None
+
+    def _check(self) -> None:
+        """Raise :class:`StaleError` where something changed."""
+        self._problem.check("the operator was made", "call refresh() first.")
+        if self._origin is not None:
+            check_unchanged(self._origin, "the operator was made", "call refresh() first.")
+
+    def _follows(self) -> bool:
+        """Whether captured graphs are the model's still; a copy in double precision takes its values."""
+        if not (self._origin or self._problem.watch).alike():
+            return False
+        if self._origin is not None:
+            follow(self._pose.module, self.model)
+            self._origin.note()
+        return True
 
     @property
     def chunk(self) -> int:
         """How many vectors are swept together."""
         return self._problem.chunk
+
+    @property
+    def _budget(self) -> Budget:
+        return self._problem.budget
 
     @property
     def _arena(self) -> Arena:
@@ -204,7 +170,7 @@ class CurvatureOperator(SymmetricOperator):
     def _run(
         self, segments: Sequence[Tensor], parts: str, sources: Sequence[int], reads: Sequence[int]
     ) -> dict[int, Parts]:
-        self._problem.check("the operator was made", "call refresh() first.")
+        self._check()
         groups = self._problem.groups
         pairs = [(self._order[k], x) for k, x in zip(sources, segments, strict=True)]
         z = {k: x.detach().reshape(len(x), groups, -1) for k, x in pairs if k is not None}
@@ -227,17 +193,39 @@ class CurvatureOperator(SymmetricOperator):
         found = self._run(segments, parts or self._part, every, every)
         return [self._collect(found, part, len(segments[0]), every) for part in read]
 
-    def refresh(self) -> None:
-        """Linearize anew at the parameters' present values.
+    def refresh(self, batch: Any = None) -> None:
+        """Linearize anew at the parameters' present values, and on another batch if one is given.
 
         Nothing is captured again, unless a module has another training flag (``train()``, ``eval()``) or other
-        settings: numbers, flags and functions among its attributes, submodules, hooks, what a loss function was given.
+        settings: numbers, flags and functions among its attributes, submodules, hooks, what a loss function was given;
+        or a batch has other shapes or types than those before, or leads the forward another way.
         """
         with together(self._ranks, "refresh()"):
-            if not self._problem.renewed():
-                self._set_up()
+            follows = self._follows()
+            if batch is not None:
+                self._take(batch, self._batches(batch), self._known if follows else None)
+            elif not follows or not self._problem.renewed():
+                self._take(self._given, self._swept)
             elif self._ranks is not None:
                 self._ranks.check_model(self.model)
+
+    def with_batch(self, batch: Any) -> Self:
+        """The same operator on another batch, at the parameters' present values; this one stays as it is.
+
+        Args:
+            batch: as for the operator. Of shapes and types that it has seen, nothing is captured or proved again.
+
+        Example:
+            >>> import torch, dag_hesse as dh
+            >>> H = dh.HessianOperator(torch.nn.Linear(3, 1), (torch.ones(2, 3), torch.zeros(2, 1)))
+            >>> H.with_batch((2 * torch.ones(2, 3), torch.zeros(2, 1))) @ torch.ones(4), H @ torch.ones(4)
+            (tensor([28., 28., 28., 14.]), tensor([8., 8., 8., 8.]))
+        """
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        with together(self._ranks, "with_batch()"):
+            other._take(batch, other._batches(batch), self._known if self._follows() else None)
+        return other
 
     def release(self) -> None:
         """Give back the memory of the linearization, and that in which products lie; the next product makes it anew.
@@ -253,6 +241,34 @@ class CurvatureOperator(SymmetricOperator):
         self._problem.release()
         self._problem.arena.retire()
 
+    @checked_options()
+    def landscape(self, directions: Any = None, span: float = 1.0, points: int = 21) -> Landscape:
+        """The model's own loss on a line or a plane through the parameters, beside what the operator predicts.
+
+        Args:
+            directions: a vector in any form, an :class:`~dag_hesse.Eigenpair`, or a list of one or two of these; None:
+                the eigenvector of the eigenvalue largest in magnitude.
+            span: steps go from -span to span, in units of the directions' lengths (eigenvectors have 1).
+            points: steps along each direction; each takes a forward pass of all batches.
+
+        Returns:
+            A :class:`Landscape` with steps, losses and predictions; ``.plot()`` draws it. The model is not changed.
+
+        Raises:
+            OptionError: an option is none of these, or the operator is over activations, or has no loss.
+            VectorError: a direction does not fit.
+            StaleError: something changed since the operator was made.
+
+        Example:
+            >>> import torch, dag_hesse as dh
+            >>> H = dh.HessianOperator(torch.nn.Linear(9, 1), (torch.ones(2, 9), torch.zeros(2, 1)))
+            >>> found = H.landscape(H.top_eigenvectors(1), span=0.1, points=5)
+            >>> low, centre, high = found.losses[[0, 2, 4]]
+            >>> found.losses.shape, float(found.curvature[0].round(2)), bool(low + high > 2 * centre)
+            ((5,), 20.0, True)
+        """
+        return landscape(self, directions, span, points)
+
     @property
     def loss(self) -> float:
         """The loss over all batches, at the parameters' present values.
@@ -260,7 +276,7 @@ class CurvatureOperator(SymmetricOperator):
         Raises:
             StaleError: something changed since the operator was made.
         """
-        self._problem.check("the operator was made", "call refresh() first.")
+        self._check()
         return self._problem.evaluated()
 
     @property
@@ -280,81 +296,10 @@ class CurvatureOperator(SymmetricOperator):
             >>> H.by_name(H.gradient)["bias"].shape, abs(H.loss - (H.gradient[3] / 2).item() ** 2) < 1e-6
             (torch.Size([1]), True)
         """
-        self._problem.check("the operator was made", "call refresh() first.")
+        self._check()
         found = self._problem.gradient()
         sizes = zip(self._order, self.form.sizes, strict=True)
         blank = (
             torch.zeros(size, dtype=self.dtype, device=self.device) if k is None else found[k] for k, size in sizes
         )
         return torch.cat([x.reshape(-1).to(self.dtype) for x in blank])
-
-
-@final
-class HessianOperator(CurvatureOperator):
-    """H = GGN + tensor part (design §2.2).
-
-    Example:
-        >>> import torch, dag_hesse as dh
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
-        >>> H = dh.HessianOperator(model, (torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])))
-        >>> H.shape, (H @ torch.ones(26)).shape
-        ((26, 26), torch.Size([26]))
-    """
-
-    _part = "full"
-
-    def parts(self, v: Any) -> tuple[Any, Any]:
-        """(GGN · v, tensor part · v) from one sweep, in the form of ``v``."""
-        needs_split(self._problem.graphs)
-        segments, unpack = self.form.pack(v, self._arena)
-        gn, tensor = self._apply(segments, ("gn", "tensor"), "both")
-        return unpack(gn), unpack(tensor)
-
-
-@final
-class GGNOperator(CurvatureOperator):
-    """The generalized Gauss–Newton part Jᵀ(∇²L)J."""
-
-    _part = "gn"
-
-    def factor(self) -> Factor:
-        """A square root: ``(rows, signs)``, (r, n) and (r,), with G = rowsᵀ diag(signs) rows; r ≤ outputs of the batch.
-
-        It takes an adjoint pass per sample and direction in which its loss is curved, and no probes. With ``K = rows @
-        rows.T`` small, (G + λI)⁻¹ is exact by Woodbury's formula, and for a convex loss K has G's eigenvalues.
-
-        Raises:
-            MemoryBudgetError: it would not fit.
-            OptionError: the operator's batch mode is ``"joint"`` and samples do not interact, or it has several ranks.
-            StaleError: something changed since the operator was made.
-
-        Example:
-            >>> import torch, dag_hesse as dh
-            >>> G = dh.GGNOperator(torch.nn.Linear(30, 3), (torch.randn(4, 30), torch.tensor([0, 1, 2, 0])))
-            >>> S = G.factor().rows
-            >>> S.shape, torch.allclose(S.T @ S, G.dense(), atol=1e-5)
-            (torch.Size([8, 93]), True)
-        """
-        if self._ranks is not None:
-            raise OptionError("an operator of several ranks has no factor: its rows lie on all of them.")
-        self._problem.check("the operator was made", "call refresh() first.")
-        return factored(self._problem, self._order, self.form)
-
-
-@final
-class TensorOperator(CurvatureOperator):
-    """What Gauss–Newton leaves out of the Hessian."""
-
-    _part = "tensor"
-
-
-def hvp(model: Any, batch: Any, v: Any, **options: Any) -> Any:
-    """One Hessian-vector product; options as for :class:`HessianOperator`.
-
-    Example:
-        >>> import torch, dag_hesse as dh
-        >>> model = torch.nn.Linear(3, 1)
-        >>> dh.hvp(model, (torch.ones(2, 3), torch.zeros(2, 1)), torch.tensor([1.0, 0.0, 0.0, 0.0]))
-        tensor([2., 2., 2., 2.])
-    """
-    return HessianOperator(model, batch, **options) @ v

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dag_hesse.budget import Budget
 from dag_hesse.errors import VectorError
 from dag_hesse.kernels.arena import SYSTEM, Arena
 
@@ -165,3 +166,8 @@ class OverForm:
     def device(self) -> torch.device:
         """Where vectors lie."""
         return self.form.device
+
+    @property
+    def _budget(self) -> Budget:
+        """What matrices may take that are made of it."""
+        return Budget(None, self.device)

@@ -29,7 +29,7 @@ def plan(
     mode: str = "auto",
     batch_mode: str = "shared",
     probes: int = 32,
-    memory: int | None = None,
+    memory: int | str | None = None,
     device: torch.device | None = None,
 ) -> Plan:
     """Choose methods, sources and probe chunks.

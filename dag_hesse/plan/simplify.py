@@ -13,6 +13,7 @@ from math import prod
 import torch
 
 from dag_hesse.ir import CurvatureGraph, Kind, Node, Ref
+from dag_hesse.ir.rebuilt import rebuilt
 from dag_hesse.rules.base import NOTHING, Moves
 from dag_hesse.rules.table import RULES
 
@@ -42,31 +43,6 @@ def seeded_or_read(graph: CurvatureGraph) -> set[int]:
     return {graph.loss, *graph.out, *looked_at, *(k for point in graph.points for k in point.sites)}
 
 
-def _rebuilt(
-    graph: CurvatureGraph, nodes: Sequence[Node], places: Mapping[int, int], origins: Sequence[int]
-) -> CurvatureGraph:
-    """``graph`` with other nodes: where its own are among them, and per new node an old one with its batch axis."""
-
-    def at(old: Sequence[int]) -> tuple[int, ...]:
-        return tuple(places[k] for k in old)
-
-    return replace(
-        graph,
-        nodes=list(nodes),
-        loss=places[graph.loss],
-        out=at(graph.out),
-        parameters={name: places[k] for name, k in graph.parameters.items()},
-        inputs={places[k]: position for k, position in graph.inputs.items()},
-        constants={places[k]: tensor for k, tensor in graph.constants.items()},
-        taps={name: at(sites) for name, sites in graph.taps.items() if all(k in places for k in sites)},
-        points=tuple(replace(point, sites=at(point.sites)) for point in graph.points),
-        guards=tuple(replace(guard, node=places[guard.node]) for guard in graph.guards),
-        children=[],
-        batch_axes=[graph.batch_axes[k] for k in origins],
-        interactions=[graph.interactions[k] for k in origins],
-    )
-
-
 class _Simplifier:
     """Emits the nodes anew, in order; ``places`` says where the old ones are."""
 
@@ -81,7 +57,7 @@ class _Simplifier:
             self.nodes[place].taps += [name for name in old.taps if name not in self.nodes[place].taps]
             if old.index in self.kept:
                 self.pinned.add(place)
-        return _rebuilt(self.graph, self.nodes, self.places, self.origins)
+        return rebuilt(self.graph, self.nodes, self.places, self.origins)
 
     def _emit(self, node: Node, inputs: Sequence[int], origin: int) -> int:
         node = replace(node, index=len(self.nodes), inputs=tuple(inputs), taps=[])
@@ -178,4 +154,4 @@ def without(graph: CurvatureGraph, gone: Set[int], changed: Mapping[int, Node] |
         replace(node, index=k, inputs=tuple(places[i] for i in node.inputs), taps=list(node.taps))
         for k, node in enumerate(chosen)
     ]
-    return _rebuilt(graph, nodes, places, origins)
+    return rebuilt(graph, nodes, places, origins)

@@ -44,6 +44,12 @@ class BlockReader:
     def __call__(self, v: int, w: int, part: str) -> Tensor:
         problem = self.problem
         self._check("to read blocks")
+        size = problem.dim(v) * problem.dim(w) * problem.groups
+        need = 3 * size * problem.dtype.itemsize * (1 if part == "full" else 2)
+        names = [problem.points[k].name for k in (v, w)]
+        problem.budget.check(
+            need, f"the block of {names[0]!r} and {names[1]!r}", "store it low-rank by report.blocks()"
+        )
         from_w = problem.dim(w) <= problem.dim(v)
         source, target = (w, v) if from_w else (v, w)
         parts = exact_blocks(problem, source, (target,))[target]

@@ -53,8 +53,14 @@ def facts(report: CurvatureReport) -> list[str]:
         lines.append(f"loss: {f['reduction']}")
     if f["opaque"]:
         lines.append(f"opaque ops (differentiated by autograd, exact): {', '.join(f['opaque'])}")
+    if f.get("dtype") in ("bfloat16", "float16"):
+        lines.append(f"computed in {f['dtype']}; norms are added up in more")
     if f.get("precision"):
         lines.append(f"precision: {f['precision']}")
+    if f.get("loss function"):
+        lines.append(f"loss function: {f['loss function']}")
+    if f.get("one point"):
+        lines.append(f"one point: {f['one point']}")
     lines += [f"left out: kernel {which}" for which in f.get("kernels that failed", ())]
     lines += [f"sweeps were launched one by one: {why}" for why in f.get("not recorded", ())]
     lines += [f"batch axis lost at {where}" for where in f.get("lost", ())]

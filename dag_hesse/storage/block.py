@@ -9,6 +9,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from dag_hesse.budget import Budget
 from dag_hesse.errors import OptionError, VectorError
 from dag_hesse.operators.exports import dense, to_scipy
 from dag_hesse.operators.vectors import VectorForm, to_numpy
@@ -85,6 +86,10 @@ class StoredBlock:
     def device(self) -> torch.device:
         """Where it lies."""
         return self.parent.device
+
+    @property
+    def _budget(self) -> Budget:
+        return self.parent._budget
 
     @property
     def T(self) -> StoredBlock:

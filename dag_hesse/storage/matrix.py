@@ -9,9 +9,10 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor, nn
 
-from dag_hesse.errors import OptionError, PointError, choose, position
+from dag_hesse.errors import OptionError, PointError, choose
 from dag_hesse.names import selected
 from dag_hesse.operators.base import SymmetricOperator
+from dag_hesse.operators.block import Block
 from dag_hesse.operators.estimates import answered
 from dag_hesse.operators.solve import Solution
 from dag_hesse.operators.vectors import VectorForm
@@ -129,7 +130,10 @@ class BlockMatrix(SymmetricOperator):
         return found.reshape(len(rows), -1)
 
     def __getitem__(self, key: Any) -> Any:
-        """``B[v, w]``: a block, by names or positions. ``B[["a", "layer*"]]``: that of some points.
+        """``B[v, w]``: a block, by names, positions, globs or lists of these, as ``H[v, w]`` of an operator takes them.
+
+        Of one point on each side it is a :class:`~dag_hesse.storage.block.StoredBlock`, of several a rectangular block
+        to multiply with. ``B[["a", "layer*"]]``: the matrix of some points.
 
         Raises:
             PointError: there is no such point.
@@ -137,8 +141,10 @@ class BlockMatrix(SymmetricOperator):
         if isinstance(key, tuple):
             if len(key) != 2:
                 raise PointError(f"a block is named by two points; received {len(key)}.")
-            v, w = (position(name, self.names, "this matrix") for name in key)
-            return StoredBlock(self, v, w)
+            rows, columns = (selected(self.names, side, "this matrix") for side in key)
+            if len(rows) == len(columns) == 1:
+                return StoredBlock(self, rows[0], columns[0])
+            return Block(self, rows, columns)
         return submatrix(self, selected(self.names, key, "this matrix"))
 
     def part(self, part: str) -> BlockMatrix:
@@ -178,11 +184,15 @@ class BlockMatrix(SymmetricOperator):
     def dense(self) -> Tensor:
         return self.to_dense()
 
-    def diagonal(self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False) -> Any:
+    def diagonal(
+        self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False, method: str = "exact"
+    ) -> Any:
         """The diagonal (n,), from the cores: no random vectors are taken, whatever the arguments."""
         return answered(diagonal_of(self), return_stderr)
 
-    def trace(self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False) -> Any:
+    def trace(
+        self, matvecs: int | None = None, seed: int = 0, return_stderr: bool = False, method: str = "exact"
+    ) -> Any:
         """The trace (), from the diagonal."""
         return answered(self.diagonal().sum(), return_stderr)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from dag_hesse.budget import bytes_of
 from dag_hesse.errors import MemoryBudgetError, OptionError, choose, integer
+from dag_hesse.options import checked_options
 
 PARTS = ("full", "gn", "tensor")
 RESTS = ("drop", "live")
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Wanted:
     seed: int
 
 
+@checked_options()
 def wanted(
     *,
     error: Any = None,
@@ -61,23 +62,6 @@ def wanted(
         rest,
         integer("seed", seed),
     )
-
-
-def bytes_of(memory: Any) -> int:
-    """``memory`` in bytes: an integer, or a number with a unit.
-
-    Raises:
-        OptionError: it is neither.
-
-    >>> bytes_of("4GiB"), bytes_of("1.5 MB"), bytes_of(1000)
-    (4294967296, 1500000, 1000)
-    """
-    if isinstance(memory, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", memory)
-        if found is None or found[2].upper() not in _UNITS:
-            raise OptionError(f"memory={memory!r}; expected bytes, or a text such as '4GiB' or '500 MB'.")
-        memory = int(float(found[1]) * _UNITS[found[2].upper()])
-    return integer("memory", memory, 1, "a positive number of bytes")
 
 
 def check_room(dims: Sequence[int], pairs: int, number: int, memory: int | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,11 +11,13 @@ from torch import nn
 
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like, unwrapped
 from dag_hesse._capture.losses import Loss
+from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option, find_reduction
 from dag_hesse._structure import Structure
 from dag_hesse.budget import Budget
 from dag_hesse.errors import choose
 from dag_hesse.operators.vectors import VectorForm
+from dag_hesse.options import checked_options
 from dag_hesse.plan import fuse_all
 from dag_hesse.plan.gram import can_gram
 from dag_hesse.plan.memory import probe_chunk, sweep_bytes
@@ -31,13 +32,14 @@ from dag_hesse.storage.source import Progress, Source, stored_dtype
 from dag_hesse.sweep import VERIFY, Problem, capture_anew, prove_all
 
 
+@checked_options(wanted)
 def from_model(
     model: nn.Module,
     batch: Any,
     *,
     loss: Loss | None = None,
     output: str | None = None,
-    points: Sequence[str] | str | None = None,
+    points: Names | None = None,
     space: str = "activation",
     batch_mode: str = "shared",
     reduction: Option = None,
@@ -53,7 +55,8 @@ def from_model(
     choose("verify", verify, VERIFY)
     choose("part", part, PARTS)
     check_progress(progress)
-    chosen, batches, model = wanted(**options), Batches(batch, None), unwrapped(model)
+    chosen, model = wanted(**options), unwrapped(model)
+    batches = Batches(batch, None, model, loss)
     batches.check_batch_mode(batch_mode)
     graphs = capture_all(model, batches, loss=loss, output=output, points=points, space=space)
     if part != "full" or parts:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from dag_hesse._capture import Batch, Batches
 from dag_hesse._capture.reduction import Reduction
 from dag_hesse.budget import Budget
-from dag_hesse.errors import StaleError
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.arena import Pool
 from dag_hesse.ranks import Ranks, together
@@ -23,7 +22,7 @@ from dag_hesse.sweep.parts import Parts, Request
 from dag_hesse.sweep.product import AnyLinearization
 from dag_hesse.sweep.runner import Progress, Runner
 from dag_hesse.sweep.shared import run_shared
-from dag_hesse.sweep.watch import Watch
+from dag_hesse.sweep.watch import Watch, check_unchanged
 
 
 class Problem:
@@ -46,6 +45,7 @@ class Problem:
     Attributes:
         points, groups, batch_mode, embedding, entries, separate_groups: as of
             :class:`~dag_hesse.sweep.meaning.Meaning`.
+        budget: what may be used.
         watch: notices changes of what was linearized.
         renewals: how often :meth:`renewed` took changes for granted.
     """
@@ -63,7 +63,7 @@ class Problem:
         chunk: int = 8,
         again: Callable[[Batch], CurvatureGraph] | None = None,
         loss: Any = None,
-        memory: int | None = None,
+        memory: int | str | None = None,
         compiled: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
@@ -74,6 +74,7 @@ class Problem:
         self._meaning = meaning = read_meaning(graphs, batches.sizes, batch_mode, reduction)
         self.points, self.groups, self.embedding = meaning.points, meaning.groups, meaning.embedding
         self.entries, self.separate_groups = meaning.entries, meaning.separate_groups
+        self.budget = Budget.of(memory, batches.device)
         self._kept = Linearizations(
             model,
             batches,
@@ -81,7 +82,7 @@ class Problem:
             tensor_part=tensor_part,
             with_out=with_out,
             again=again,
-            budget=Budget.of(memory, batches.device),
+            budget=self.budget,
             compiled=compiled,
         )
         self._runner = Runner(meaning, self._kept, chunk)
@@ -175,7 +176,7 @@ class Problem:
             settings, or a loss function has.
         """
         settings = self.watch.settings()
-        if self.watch.changed_training_flags() or self.watch.differ(settings):
+        if not self.watch.alike(settings):
             return False
         self.release()
         self.watch.note(settings)
@@ -185,10 +186,7 @@ class Problem:
     def check(self, what: str, advice: str) -> None:
         """Raise :class:`StaleError` if something changed since the problem was posed (or last noted)."""
         with together(self.ranks, "a product"):
-            changed = self.watch.changes()
-            if changed:
-                named = ", ".join(changed[:4]) + (" …" if len(changed) > 4 else "")
-                raise StaleError(f"{named} changed since {what}: {advice}")
+            check_unchanged(self.watch, what, advice)
 
     def linearizations(self) -> Iterator[tuple[Entry, AnyLinearization]]:
         """Each entry with its linearization: kept for the next pass while there is room, else made anew.

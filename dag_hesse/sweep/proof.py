@@ -287,15 +287,16 @@ def prove_all(
     loss: Loss | None,
     output: str | None,
     verify: str,
+    proved: Sequence[CurvatureGraph] = (),
 ) -> None:
-    """:func:`prove` for every graph, on the first batch that it is of."""
+    """:func:`prove` for every graph, on the first batch that it is of; not again for those that are ``proved``."""
     if verify == "none":
         return
     if any(graph.batch_bound for graph in graphs):
         own: Iterable[Batch] = batches
     else:
         own = [batches.examples[signature] for signature in batches.signatures]
-    seen: set[int] = set()
+    seen: set[int] = {id(graph) for graph in proved}
     for graph, batch in zip(graphs, own, strict=True):
         if id(graph) not in seen:
             seen.add(id(graph))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dag_hesse._capture import Batches
+from dag_hesse.errors import StaleError
 from dag_hesse.ir import CurvatureGraph
 
 _SAMPLES = 64  # elements of a tensor that are looked at
@@ -82,6 +83,10 @@ class Watch:
         """Whether any of them is another one; a forward that counts its own calls changes them too."""
         return settings != self._settings
 
+    def alike(self, settings: list[Any] | None = None) -> bool:
+        """Whether training flags and settings are what they were; :meth:`settings` of now, where they are known."""
+        return not self.changed_training_flags() and not self.differ(settings or self.settings())
+
     def changes(self) -> list[str]:
         """Names of what is not what it was."""
         found = [name for name, x in self._present().items() if self._identities.get(name) != _identity(x)]
@@ -102,6 +107,14 @@ class Watch:
         own = {f"parameter '{n}'": p for n, p in self.model.named_parameters() if n in self._parameters}
         held = {f"the batch's tensor {k}": x for k, x in enumerate(self.batches.tensors)}
         return own | {f"constant {name}": x for name, x in self._constants.items()} | held
+
+
+def check_unchanged(watch: Watch, what: str, advice: str) -> None:
+    """Raise :class:`StaleError` if something changed since ``what``; ``advice`` says what to do."""
+    changed = watch.changes()
+    if changed:
+        named = ", ".join(changed[:4]) + (" …" if len(changed) > 4 else "")
+        raise StaleError(f"{named} changed since {what}: {advice}")
 
 
 _STRUCTURE = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -77,7 +77,8 @@ def pose(
         DagHesseError: as :func:`dag_hesse.analyze`.
     """
     choose("verify", verify, VERIFY)
-    batches, model = Batches(batch, None), unwrapped(model)
+    model = unwrapped(model)
+    batches = Batches(batch, None, model, loss)
     chosen = partial(_with_out, model=model, points=points)
     graphs = capture_all(model, batches, loss=loss, output=output, points=chosen)
     needs_split(graphs)

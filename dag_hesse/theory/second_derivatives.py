@@ -71,7 +71,8 @@ def activation_curvature(
         >>> found.names, found.mean_square  # σ″(0) of Softplus is 1/4
         (('1', '3'), array([0.0625, 0.    ]))
     """
-    batches, model = Batches(batch, None), unwrapped(model)
+    model = unwrapped(model)
+    batches = Batches(batch, None, model, loss)
     if len(batches) != 1:
         raise BatchError(f"activation_curvature() takes one batch, not {len(batches)}: concatenate them, or take each.")
     graph = capture(model, batch, loss=loss, output=output)
