@@ -1,4 +1,4 @@
-"""The command line: ``dag-hesse analyze``, profile, blocks, hvp, spectrum, compare, experiment, completion, and more."""
+"""The command line: ``dag-hesse analyze``, profile, blocks, hvp, spectrum, compare, experiment, completion and more."""
 
 from __future__ import annotations
 
