@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-from dag_hesse.experiments.protocol import Claim, Row, Table
+from dag_hesse.experiments.protocol import SEEDS, Claim, Row, Table
 from dag_hesse.experiments.results import Stat
 from dag_hesse.theory.text import table as plain
 
@@ -24,16 +24,19 @@ def number(value: float) -> str:
 
 
 def shown(stat: Stat | None) -> str:
-    """Mean ± std.
+    """Mean ± std, and of how many seeds where these are not the paper's five.
 
-    >>> shown(Stat(0.5, 0.25)), shown(Stat(0.0, 0.0)), shown(None)
-    ('0.5 ± 0.25', 'exactly 0', '–')
+    >>> shown(Stat(0.5, 0.25)), shown(Stat(0.5, 0.25, 2)), shown(Stat(0.0, 0.0)), shown(None)
+    ('0.5 ± 0.25', '0.5 ± 0.25 (2 seeds)', 'exactly 0', '–')
     """
     if stat is None:
         return "–"
     if stat.mean == 0 and stat.std == 0:
         return "exactly 0"
-    return number(stat.mean) if stat.std is None else f"{number(stat.mean)} ± {stat.std:.2g}"
+    if stat.std is None:
+        return number(stat.mean)
+    seeds = "" if stat.count == len(SEEDS) else f" ({stat.count} seed{'s' if stat.count > 1 else ''})"
+    return f"{number(stat.mean)} ± {stat.std:.2g}{seeds}"
 
 
 def cells(row: Row) -> list[str]:
