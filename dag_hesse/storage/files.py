@@ -119,7 +119,8 @@ def _made(header: dict[str, Any], tensors: dict[str, Tensor]) -> BlockMatrix:
         torch.device("cpu"),
         tuple(getattr(torch, x) for x in header["dtypes"]),
     )
-    built = {part: _built(described, tensors) for part, described in header["parts"].items()}
+    known: dict[str, Cores] = {}  # parts that were one and the same are so again
+    built = {part: _built(described, tensors, known) for part, described in header["parts"].items()}
     others = {part: BlockMatrix(form, each) for part, each in built.items() if part != header["part"]}
     return BlockMatrix(form, built[header["part"]], parts=others)
 
@@ -134,11 +135,11 @@ def _check_shapes(cores: Cores) -> None:
             raise ValueError(f"core {v}, {w} has shape {tuple(core.shape)}")
 
 
-def _built(described: dict[str, Any], tensors: dict[str, Tensor]) -> Built:
+def _built(described: dict[str, Any], tensors: dict[str, Tensor], known: dict[str, Cores]) -> Built:
     part, based = described["same"], set(described["bases"])
     bases = [tensors[f"{part}.basis.{v}"] if v in based else None for v in range(len(described["dims"]))]
     cores = {(v, w): tensors[f"{part}.core.{v}.{w}"] for v, w in described["cores"]}
-    numbers = Cores(described["dims"], described["groups"], bases, cores)
+    numbers = known.setdefault(part, Cores(described["dims"], described["groups"], bases, cores))
     _check_shapes(numbers)
     pairs = {(v, w): PairFacts(**{**facts, "kind": Storage(facts["kind"])}) for v, w, facts in described["pairs"]}
     facts = {**described["facts"], "history": [tuple(x) for x in described["facts"].get("history", ())]}

@@ -20,6 +20,19 @@ from dag_hesse.errors import BlockFileError, DagHesseError, MissingFileError, Op
 from tests.storage.models import made, stored
 
 
+def numbers(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """What a file holds."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """But for rounding: where in memory a product's operands lie, as in a mapped file, decides how it is added up."""
+    return found.dtype == expected.dtype and torch.allclose(
+        found, expected, rtol=1e-5 if found.itemsize == 4 else 1e-12
+    )
+
+
 @pytest.mark.parametrize(
     "options",
     [{"rank": 4}, {"error": 0, "parts": True}, {"band": 1, "error": 0.3}, {"mode": "joint", "rank": 3}],
@@ -28,23 +41,26 @@ from tests.storage.models import made, stored
 def test_round_trip(tmp_path: Path, name: str, options: dict[str, object]) -> None:
     matrix, path = stored(name, **options), tmp_path / "deep" / "h.safetensors"
     matrix.save(path)
+    written = numbers(path)
     found = dh.BlockMatrix.load(path)
-    assert torch.equal(found.to_dense(), matrix.to_dense()) and found.names == matrix.names
+    assert same(found.to_dense(), matrix.to_dense()) and found.names == matrix.names
     assert found.form == matrix.form and found.pairs == matrix.pairs and str(found) == str(matrix)
     z = torch.randn(matrix.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(found @ z, matrix @ z)
-    assert torch.equal(found.solve(z, damping=1.0).x, matrix.solve(z, damping=1.0).x)
+    assert same(found @ z, matrix @ z)
+    assert same(found.solve(z, damping=1.0).x, matrix.solve(z, damping=1.0).x)
     for part in matrix._parts:
-        assert torch.equal(found.part(part).to_dense(), matrix.part(part).to_dense())
+        assert same(found.part(part).to_dense(), matrix.part(part).to_dense())
     found.save(path)  # over the file that it is mapped from
-    assert torch.equal(dh.BlockMatrix.load(path).to_dense(), matrix.to_dense())
+    again = numbers(path)
+    assert again[0] == written[0] and again[1].keys() == written[1].keys()
+    assert all(torch.equal(x, written[1][name]) for name, x in again[1].items())
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_submatrix_is_saved(tmp_path: Path) -> None:
     some = stored("tanh", rank=4)[["0", "3"]]
     some.save(tmp_path / "h")
-    assert torch.equal(dh.BlockMatrix.load(tmp_path / "h").to_dense(), some.to_dense())
+    assert same(dh.BlockMatrix.load(tmp_path / "h").to_dense(), some.to_dense())
 
 
 def test_float32_and_one_point(tmp_path: Path) -> None:
@@ -52,7 +68,7 @@ def test_float32_and_one_point(tmp_path: Path) -> None:
     matrix = dh.BlockMatrix.from_model(__import__("copy").deepcopy(model).float(), (x.float(), y), points=["0"], rank=5)
     matrix.save(tmp_path / "h")
     found = dh.BlockMatrix.load(tmp_path / "h")
-    assert found.dtype == torch.float32 and torch.equal(found.to_dense(), matrix.to_dense())
+    assert found.dtype == torch.float32 and same(found.to_dense(), matrix.to_dense())
 
 
 def test_files_that_are_refused(tmp_path: Path) -> None:
