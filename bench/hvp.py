@@ -7,6 +7,7 @@ compared with one oracle first.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -235,13 +236,16 @@ def measure(name: str) -> dict[str, Any]:
     return {**row, "gradient s": median(units), "products agree to": max(errors.values())}
 
 
-def _written() -> dict[str, dict[str, Any]]:
-    """Rows of the last run on this machine."""
-    try:
-        data = json.loads((RESULTS / "hvp.json").read_text())
-    except FileNotFoundError:
-        return {}
-    return {row["workload"]: row for row in data["workloads"]} if data["machine"] == machine() else {}
+def _written(names: list[str] | None) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The results' file, and its rows. Some workloads alone do not replace those of another machine."""
+    own = "hvp-" + "-".join(re.findall(r"\w+", machine()["cpu"]))
+    for stem in ("hvp", own) if names else ():
+        file = RESULTS / f"{stem}.json"
+        empty: dict[str, Any] = {"machine": machine(), "workloads": []}
+        data = json.loads(file.read_text()) if file.exists() else empty
+        if data["machine"] == machine():
+            return stem, {row["workload"]: row for row in data["workloads"]}
+    return (own if names else "hvp"), {}
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
@@ -259,7 +263,7 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", *notes]) + "\n"
 
 
-def _draw(rows: list[dict[str, Any]]) -> None:
+def _draw(rows: list[dict[str, Any]], stem: str) -> None:
     """Bars a workload: ours against everybody."""
     import matplotlib
 
@@ -277,14 +281,17 @@ def _draw(rows: list[dict[str, Any]]) -> None:
         one.tick_params(labelsize=6)
         one.set_title(row["workload"], fontsize=7)
         one.set_xlabel("gradients", fontsize=7)
-    figure.savefig(RESULTS / "hvp.png", dpi=130)
+    figure.savefig(RESULTS / f"{stem}.png", dpi=130)
     plt.close(figure)
 
 
 def main(names: list[str] | None = None) -> int:
-    """Measure all workloads, or those whose name contains a given word; print and write. Other rows stay."""
+    """Measure all workloads, or those whose name contains a given word; print and write. Other rows stay.
+
+    Results of some workloads on another machine than that of ``hvp.json`` go to a file of that machine.
+    """
     console = Console(width=120)
-    rows = _written() if names else {}
+    stem, rows = _written(names)
     for name in WORKLOADS:
         if names and not any(word in name for word in names):
             continue
@@ -303,7 +310,7 @@ def main(names: list[str] | None = None) -> int:
         for key, reason in row["unable"].items():
             console.print(f"{key} fails: {reason}", soft_wrap=True)
         ordered = [rows[key] for key in WORKLOADS if key in rows]
-        write_json("hvp", {"workloads": ordered})
-        write_text(RESULTS / "hvp.md", _markdown(ordered))
-        _draw(ordered)
+        write_json(stem, {"workloads": ordered})
+        write_text(RESULTS / f"{stem}.md", _markdown(ordered))
+        _draw(ordered, stem)
     return 0
