@@ -12,21 +12,14 @@ from dag_hesse.kernels.arena import Arena
 
 def product(arena: Arena, a: Tensor, b: Tensor, into: Tensor | None) -> Tensor:
     """a @ b of (rows, …, n, k) and (rows, …, k, m), added to ``into`` where that is given."""
-    found = _matmul(a, b)
+    found = torch.matmul(a, b)
     return found if into is None else into.add_(found)
 
 
 def outer(arena: Arena, terms: Sequence[tuple[Tensor, Tensor]], turned: bool, into: Tensor | None) -> Tensor:
     """Σ aᵀ @ g over ``terms`` (g, a), added to ``into``; ``turned``: laid out as the transpose of what it is."""
     for g, a in terms:
-        found = _matmul(a.mT, g)
+        found = torch.matmul(a.mT, g)
         into = found if into is None else into.add_(found)
     assert into is not None
     return into
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; one pair of matrices is no batch, which is slower in PyTorch and in what TorchInductor makes of it."""
-    if a.ndim == 3 and len(a) == len(b) == 1:
-        return torch.mm(a[0], b[0]).unsqueeze(0)
-    return torch.matmul(a, b)
