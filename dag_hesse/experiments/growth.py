@@ -24,7 +24,6 @@ from dag_hesse.experiments.training import Recipe
 ORMANIEC = {"GN": {"QQ": "6", "KK": "6", "VV": "2"}, "T": {"QQ": "5", "KK": "5", "VV": "0"}}
 CASES = {"plain": "without LayerNorm", "layernorm": "with LayerNorm, ε = 1e-5"}
 GPT_WIDTH, HEADS, LAYERS = 64, 4, 4
-PLACES = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
 
 
 def cases(full: bool) -> list[Case]:
@@ -33,6 +32,11 @@ def cases(full: bool) -> list[Case]:
     layers = [Case(name, partial(Layer, name == "layernorm"), exponents, 16, still, data) for name in CASES]
     recipe = Recipe(2 if full else 1, 3e-3, decay=0.0, batch=64, adam=True)
     return [*layers, Case("gpt", partial(GPT, GPT_WIDTH, HEADS, LAYERS), head_gaps, 8 if full else 2, recipe)]
+
+
+def _places() -> list[str]:
+    """Of all heads, as layer.head."""
+    return [f"{layer}.{head}" for layer in range(LAYERS) for head in range(HEADS)]
 
 
 def _counted(case: str, where: str, part: str, name: str) -> float | None:
@@ -56,10 +60,9 @@ def tables(found: Findings) -> list[Table]:
             rows = tuple(_row(found, case, where, p, name) for p in PARTS for name in BLOCKS if case in found.cases())
             title = f"Growth exponents {text}, scales {low:g} to {high:g}"
             made.append(Table(title, ("block", "part", "Ormaniec et al."), rows, note, "by counting"))
-    places = [f"{layer}.{head}" for layer in range(LAYERS) for head in range(HEADS)]
     rows = tuple(
         Row((place, when, name), own, None)
-        for place in places
+        for place in _places()
         for when in found.ours.checkpoints
         for name in ("gap", "T", "GN")
         if (own := found.ours.stat("gpt", when, f"{name} {place}"))
@@ -100,8 +103,9 @@ def _zero(found: Findings) -> Claim:
 
 
 def _heads(found: Findings) -> list[Claim]:
-    places = [f"{layer}.{head}" for layer in range(LAYERS) for head in range(HEADS)]
-    by = {when: [v for p in places for v in found.ours.values("gpt", when, f"gap {p}")] for when in ("init", "final")}
+    by = {
+        when: [v for p in _places() for v in found.ours.values("gpt", when, f"gap {p}")] for when in ("init", "final")
+    }
     first, last = by["init"], by["final"]
     fallen = [b < a for a, b in zip(first, last, strict=False)]
     spans = ", ".join(f"{when}: {min(v):.3g} to {max(v):.3g}" for when, v in by.items() if v)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from dag_hesse.experiments.data import Data, Split
 from dag_hesse.experiments.gpt import Attention
 from dag_hesse.experiments.measure import Batch, Values, exact_map, pair_gap
+from dag_hesse.experiments.training import criterion
 
 NAMES, PARTS = "QKV", ("GN", "T")
 BLOCKS = ["".join(pair) for pair in itertools.product(NAMES, NAMES)]
@@ -99,7 +100,7 @@ def head_gaps(model: nn.Module, batch: Batch) -> Values:
     """‖H_T‖/‖H_GN‖ of (Q, K), both norms, of each head of each layer: ``gap 2.3`` is layer 2, head 3."""
     count = len(model.h)  # type: ignore[arg-type]
     points = [f"h.{layer}.attn.{letter}_proj[head *]" for layer in range(count) for letter in "qk"]
-    report = exact_map(model, batch, points)
+    report = exact_map(model, batch, points, loss=criterion)
     found: Values = {}
     for layer in range(count):
         for head in range(model.h[layer].attn.heads):  # type: ignore[index, union-attr]
