@@ -133,7 +133,7 @@ def figures(found: Findings) -> dict[str, Any]:
         for part, name, style in shown:
             norms = [found.ours.stat(case, "init", f"{part} {name} @{s:.3g}") for s in SCALES]
             curves.append(Curve(f"{part} {name[0]}–{name[1]}", SCALES, norms, [None] * len(SCALES), style))
-        panels.append(Panel(text, curves, "scale of the input", "‖block‖_F", logx=True))
+        panels.append(Panel(text, curves, "scale of the input", "‖block‖_F", logx=True, base=10))
     places = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
     x = [layer + 0.15 * (head - (HEADS - 1) / 2) for layer, head in places]
     curves = [
