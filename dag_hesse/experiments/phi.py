@@ -56,8 +56,9 @@ def measure(model: nn.Module, batch: Batch, mode: str = "exact") -> Values:
 
     Returns:
         ``phi``, ``phi GN``: Φ of H and of H_GN; ``kept``, ``kept GN``: 1 − Φ, the diagonal's share, to all digits;
-        ``T on``, ``T off``: ‖H_T‖² on the diagonal and beside it, in ‖H‖²; ``blocks``: how many on the diagonal;
-        ``error``: if estimated, the largest relative standard error of a block's norm.
+        ``T on``, ``T off``: ‖H_T‖² on the diagonal and beside it, in ‖H‖² (above 1 where H_GN cancels some of it);
+        ``blocks``: how many there are on the diagonal; ``error``: if estimated, the largest relative standard error
+        of a block's norm.
     """
     options: dict[str, Any] = {"space": "parameter", "mode": mode, "probes": PROBES, "loss": criterion}
     report = exact_map(model, batch, weights(model), **options)

@@ -93,7 +93,8 @@ def slope(scales: Sequence[float], values: NDArray[np.float64], limits: tuple[fl
     inside = [(s, v) for s, v in zip(scales, values, strict=True) if limits[0] * 0.99 < s < limits[1] * 1.01]
     if any(v == 0 for _, v in inside):
         return float("nan")
-    return float(np.polyfit(*np.log(np.array(inside)).T, 1)[0])
+    x, y = np.log(np.array(inside)).T
+    return float(np.polyfit(x, y, 1)[0])
 
 
 def head_gaps(model: nn.Module, batch: Batch) -> Values:

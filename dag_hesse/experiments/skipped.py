@@ -19,7 +19,7 @@ NOISE = 0.5
 def _convolution(inputs: int, outputs: int, size: int = 3) -> nn.Sequential:
     layer = nn.Conv2d(inputs, outputs, size, padding=size // 2)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    nn.init.zeros_(layer.bias)
+    layer.state_dict()["bias"].zero_()
     return nn.Sequential(layer, nn.ReLU())
 
 
