@@ -292,10 +292,9 @@ def test_claims_about_exponents(exponent: float, holds: bool) -> None:
     found = growth.claims(made_up("growth", {("plain", "init"): values}))
     assert [found[0].holds, found[1].holds] == [holds, None]
     assert found[3].holds is holds
-    with_heads = growth.claims(
-        made_up("growth", {("gpt", "init"): {"gap 0.0": 3.0}, ("gpt", "final"): {"gap 0.0": 2.0 if holds else 4.0}})
-    )
-    assert [claim.holds for claim in with_heads[-2:]] == [True, holds]
+    after = {"gap 0.0": 0.5 if holds else 4.0}
+    with_heads = growth.claims(made_up("growth", {("gpt", "init"): {"gap 0.0": 3.0}, ("gpt", "final"): after}))
+    assert [claim.holds for claim in with_heads[-3:]] == [True, not holds, holds]
 
 
 def test_claims_about_phi_and_skips_may_fail() -> None:
