@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     m.set_defaults(run=_monitor_demo)
     e = commands.add_parser(
         "experiment",
-        help="run experiments of the paper and hold them against its figures",
+        help="run experiments of the paper, held against its figures, and some beyond it",
         description="Run experiments of the paper: tables and figures of ours beside the published ones.",
     )
     command.add(e)

@@ -1,4 +1,4 @@
-"""``dag-hesse experiment NAME …``: run experiments of the paper, print tables, write tables, figures and pages."""
+"""``dag-hesse experiment NAME …``: run experiments of the paper and beyond, print and write tables, figures, pages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import cast
 from dag_hesse.errors import DagHesseError
 from dag_hesse.experiments.protocol import Experiment
 
-NAMES = ("exp1", "exp1b", "exp2", "exp3", "exp3b", "exp4", "exp5", "exp6", "ablation")
+PAPER = ("exp1", "exp1b", "exp2", "exp3", "exp3b", "exp4", "exp5", "exp6", "ablation")
+BEYOND = ("growth", "phi", "skips")
+NAMES = (*PAPER, *BEYOND)
 _EPILOG = """examples:
   dag-hesse experiment exp3
   dag-hesse experiment exp3 exp3b --full --data cifar --out results

@@ -32,6 +32,7 @@ class Panel:
     ylabel: str
     log: bool = True
     logx: bool = False
+    base: int = 2
 
 
 def over_distance(findings: Findings, case: str, checkpoint: str, letter: str, label: str, style: str = "-") -> Curve:
@@ -66,7 +67,7 @@ def draw(panels: Sequence[Panel], width: float = 4.2) -> Any:
         if panel.log:
             axes.set_yscale("log")
         if panel.logx:
-            axes.set_xscale("log", base=2)
+            axes.set_xscale("log", base=panel.base)
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)

@@ -26,9 +26,9 @@ Values = dict[str, float]
 
 
 def in_double(model: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
-    """A copy of the model for evaluation, and the batch, in float64; integer targets stay."""
-    x, y = batch
-    return copy.deepcopy(model).double().eval(), (x.double(), y.double() if y.is_floating_point() else y)
+    """A copy of the model for evaluation, and the batch, in float64; integers stay."""
+    x, y = (each.double() if each.is_floating_point() else each for each in batch)
+    return copy.deepcopy(model).double().eval(), (x, y)
 
 
 def exact_map(model: nn.Module, batch: Batch, points: Sequence[str] | str, **options: Any) -> CurvatureReport:

@@ -39,7 +39,8 @@ def what_ran(experiment: Experiment, results: Results) -> list[str]:
         f"{results.seconds / 60:.1f} minutes.",
     ]
     if header["protocol"] == "quick":
-        lines.append(f"Quick run, not the paper's protocol: {experiment.quick}")
+        whose = "the paper's" if experiment.paper else "the full"
+        lines.append(f"Quick run, not {whose} protocol: {experiment.quick}")
     return [*lines, "; ".join(f"{name} {value}" for name, value in results.versions.items()) + "."]
 
 
@@ -75,5 +76,6 @@ def write(experiment: Experiment, results: Results, folder: Path) -> None:
         parts.append(f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{picture}"></p>')
     parts += [as_html(table) for table in tables]
     parts += [f"<p>{html.escape(remark)}</p>" for remark in experiment.remarks]
-    parts.append(f"<p>{html.escape(found.paper.source)}</p>")
+    if found.paper.source:
+        parts.append(f"<p>{html.escape(found.paper.source)}</p>")
     write_text(folder / "index.html", _PAGE.format(title=html.escape(experiment.title), body="\n".join(parts)))

@@ -57,17 +57,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a title; ``heads`` names their labels."""
+    """Rows under a title; ``heads`` names their labels, ``against`` what ours is held against (None: nothing)."""
 
     title: str
     heads: tuple[str, ...]
     rows: tuple[Row, ...]
     note: str = ""
+    against: str | None = "paper"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of the paper, what was found, and whether that bears it out; None: not measured."""
+    """A statement, of the paper or foretold, what was found, and whether that bears it out; None: not measured."""
 
     text: str
     found: str
@@ -109,6 +110,7 @@ class Findings:
         quantities: Sequence[str],
         checkpoints: Sequence[str] | None = None,
         note: str = "",
+        against: str | None = "paper",
     ) -> Table:
         """A row per case, checkpoint and quantity that was measured."""
         rows = [
@@ -117,7 +119,9 @@ class Findings:
             for when in (checkpoints or self.ours.checkpoints)
             for quantity in quantities
         ]
-        return Table(title, ("case", "when", "quantity"), tuple(row for row in rows if row.ours is not None), note)
+        return Table(
+            title, ("case", "when", "quantity"), tuple(row for row in rows if row.ours is not None), note, against
+        )
 
     def both(self, cases: Sequence[str], checkpoint: str, quantity: str) -> tuple[list[Stat | None], list[Stat | None]]:
         """One quantity of several cases: ours, and the paper's."""
@@ -135,15 +139,16 @@ class Findings:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One of the paper's.
+    """One of the paper's, or one beyond it.
 
     Attributes:
-        name, title, section: where it stands in the paper.
+        name, title, section: where it stands in the paper, or what of it is taken up.
         data: from the folder with CIFAR, or from none.
-        cases: of the paper's protocol (True) or of the quick one.
+        cases: of the full protocol (True) or of the quick one.
         quick: what the quick one leaves out.
         tables, claims, figures: of what was found; figures by name of the file.
         remarks: what is known about differences.
+        paper: whether the full protocol is the paper's.
     """
 
     name: str
@@ -156,3 +161,4 @@ class Experiment:
     claims: Callable[[Findings], list[Claim]]
     figures: Callable[[Findings], dict[str, Any]]
     remarks: tuple[str, ...] = ()
+    paper: bool = True

@@ -55,9 +55,9 @@ class Published:
 
     @classmethod
     def of(cls, name: str) -> Published:
-        """Of an experiment, from the package's data."""
-        text = resources.files(__package__).joinpath("published", f"{name}.json").read_text(encoding="utf-8")
-        return cls(**json.loads(text))
+        """Of an experiment, from the package's data; none where it is not one of the paper's."""
+        file = resources.files(__package__).joinpath("published", f"{name}.json")
+        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else cls("", {})
 
     def stat(self, case: str, checkpoint: str, quantity: str) -> Stat | None:
         """None where nothing was published."""

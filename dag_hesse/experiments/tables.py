@@ -9,7 +9,14 @@ from dag_hesse.experiments.protocol import SEEDS, Claim, Row, Table
 from dag_hesse.experiments.results import Stat
 from dag_hesse.theory.text import table as plain
 
-_HEADS = ("ours", "paper", "deviation (paper's std)")
+
+def heads(table: Table) -> list[str]:
+    """Of the columns: the labels, ours, and what that is held against."""
+    if table.against is None:
+        return [*table.heads, "found"]
+    if table.against != "paper":
+        return [*table.heads, "found", table.against]
+    return [*table.heads, "ours", "paper", "deviation (paper's std)"]
 
 
 def number(value: float) -> str:
@@ -39,10 +46,11 @@ def shown(stat: Stat | None) -> str:
     return f"{number(stat.mean)} ± {stat.std:.2g}{seeds}"
 
 
-def cells(row: Row) -> list[str]:
+def cells(table: Table, row: Row) -> list[str]:
     """A row as text."""
     away = row.deviation
-    return [*row.labels, shown(row.ours), shown(row.paper), "–" if away is None else f"{away:+.1f}"]
+    found = [shown(row.ours), shown(row.paper), "–" if away is None else f"{away:+.1f}"]
+    return [*row.labels, *found][: len(heads(table))]
 
 
 def verdict(claim: Claim) -> str:
@@ -52,7 +60,7 @@ def verdict(claim: Claim) -> str:
 
 def as_text(table: Table) -> str:
     """For a terminal."""
-    body = plain([*table.heads, *_HEADS], [cells(row) for row in table.rows])
+    body = plain(heads(table), [cells(table, row) for row in table.rows])
     return "\n".join([table.title, body, *([table.note] if table.note else [])])
 
 
@@ -63,7 +71,7 @@ def claims_text(claims: Sequence[Claim]) -> str:
 
 def as_markdown(table: Table) -> str:
     """For documentation."""
-    body = _markdown([*table.heads, *_HEADS], (cells(row) for row in table.rows))
+    body = _markdown(heads(table), (cells(table, row) for row in table.rows))
     return "\n\n".join([f"### {table.title}", body, *([table.note] if table.note else [])])
 
 
@@ -80,11 +88,11 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def as_html(table: Table) -> str:
     """For the page; deviations above 2 are marked."""
     rows = (
-        (cells(row), ' class="far"' if row.deviation is not None and abs(row.deviation) > 2 else "")
+        (cells(table, row), ' class="far"' if row.deviation is not None and abs(row.deviation) > 2 else "")
         for row in table.rows
     )
     note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
-    return f"<h3>{html.escape(table.title)}</h3>\n{_html([*table.heads, *_HEADS], rows)}\n{note}"
+    return f"<h3>{html.escape(table.title)}</h3>\n{_html(heads(table), rows)}\n{note}"
 
 
 def claims_html(claims: Sequence[Claim]) -> str:

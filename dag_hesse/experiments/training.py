@@ -100,13 +100,13 @@ class Training:
 
 @torch.no_grad()
 def evaluated(model: nn.Module, data: Split) -> dict[str, float]:
-    """Mean loss, and accuracy where targets are classes."""
+    """Mean loss, and accuracy where targets are classes: one a sample, or one a place of it."""
     model.eval()
     loss = right = 0.0
     for index in torch.arange(len(data)).split(_EVALUATED):
         x, y = data.batch(index)
         output = model(x)
         loss += float(criterion(output, y)) * len(y)
-        right += 0.0 if y.is_floating_point() else float((output.argmax(1) == y).sum())
+        right += 0.0 if y.is_floating_point() else float((output.argmax(1) == y).sum()) / y[0].numel()
     found = {"loss": loss / len(data)}
     return found if data.y.is_floating_point() else found | {"accuracy": right / len(data)}

@@ -10,7 +10,7 @@ import pytest
 
 from dag_hesse.cli import main
 from dag_hesse.experiments import ablation, command, exp1, exp1b, exp2, exp6
-from dag_hesse.experiments.command import NAMES
+from dag_hesse.experiments.command import PAPER
 from dag_hesse.experiments.results import Results
 
 CASES: dict[str, tuple[str, ...]] = {
@@ -29,7 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, value)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAPER)
 def test_an_experiment_from_end_to_end(
     name: str, small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

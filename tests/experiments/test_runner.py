@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dag_hesse.errors import DagHesseError, ExperimentError, OptionError
 from dag_hesse.experiments import exp3, exp3b, page, runner
-from dag_hesse.experiments.command import NAMES, load
+from dag_hesse.experiments.command import PAPER, load
 from dag_hesse.experiments.data import Data, Split
 from dag_hesse.experiments.mlps import plain_mlp
 from dag_hesse.experiments.protocol import Case, Experiment
@@ -189,7 +189,7 @@ def test_deviations() -> None:
     assert Stat.of([]) is None
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAPER)
 def test_published_figures_are_of_the_cases(name: str) -> None:
     published = Published.of(name)
     known = {case.name for case in load(name).cases(True)}
