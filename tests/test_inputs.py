@@ -224,7 +224,7 @@ def test_partial_and_module_losses(loss: Any) -> None:
 
 
 def test_peft_models_have_the_points_of_what_they_adapt() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(

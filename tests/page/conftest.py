@@ -19,7 +19,7 @@ def chromium() -> Iterator[Any]:
 
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if browser is None or driver is None:
-        pytest.skip("there is no Chromium with its driver: tests/page/chromium.sh installs Debian's, as root")
+        pytest.skip("there is no Chromium with its driver: tests/programs.sh installs Debian's, as root")
     options = webdriver.ChromeOptions()
     options.binary_location = browser
     for argument in (
