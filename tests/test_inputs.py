@@ -225,6 +225,7 @@ def test_partial_and_module_losses(loss: Any) -> None:
 
 def test_peft_models_have_the_points_of_what_they_adapt() -> None:
     import peft
+
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(

@@ -113,6 +113,19 @@ def test_shapes_that_fit_no_inferred_loss() -> None:
         dh.analyze(_net(), (torch.randn(B, 3).double(), None))
 
 
+@pytest.mark.parametrize("shape, rest", [((2, 5, 5), (5,)), ((2, 4, 4, 4), (4, 4))])
+def test_an_axis_of_classes_that_could_be_two_is_asked_for(shape: tuple[int, ...], rest: tuple[int, ...]) -> None:
+    model, batch = (
+        nn.Sequential(nn.Linear(shape[-1], shape[-1])).double(),
+        (torch.randn(shape).double(), torch.zeros(2, *rest).long()),
+    )
+    with pytest.raises(LossError, match="fit both: pass loss="):
+        dh.HessianOperator(model, batch)
+    first = dh.HessianOperator(model, batch, loss=nn.functional.cross_entropy)
+    last = dh.HessianOperator(model, batch, loss=lambda z, y: nn.functional.cross_entropy(z.movedim(-1, 1), y))
+    assert abs(first.loss - last.loss) > 1e-6
+
+
 def test_a_loss_that_is_linear_everywhere_on_the_batch() -> None:
     """∇²L = 0 in numbers, though not by structure: the Gram route has no rows, and H_GN is zero."""
     model, x = _net(), torch.randn(B, 3).double()

@@ -106,9 +106,15 @@ def inferred(output: Any, targets: Any) -> Tensor:
     if targets.dtype is torch.bool:
         raise LossError("targets are bool: give integers (classes) or floating-point numbers, or pass loss=.")
     targets = targets.long()
-    if predicted.ndim > 2 and targets.shape == predicted.shape[:-1]:  # (batch, positions, classes)
+    places, channels = predicted.shape[:-1], (*predicted.shape[:1], *predicted.shape[2:])
+    if predicted.ndim > 2 and targets.shape == places == channels:
+        raise LossError(
+            f"output {tuple(predicted.shape)} may have its classes along axis 1, as F.cross_entropy has them, or along "
+            f"the last, as language models do; targets {tuple(targets.shape)} fit both: pass loss=."
+        )
+    if predicted.ndim > 2 and targets.shape == places:  # (batch, positions, classes)
         return F.cross_entropy(predicted.flatten(0, -2), targets.flatten())
-    if predicted.ndim < 2 or targets.shape != (predicted.shape[0], *predicted.shape[2:]):
+    if predicted.ndim < 2 or targets.shape != channels:
         raise LossError(
             f"cross-entropy (integer targets) needs output (batch, classes, …) and targets (batch, …), got "
             f"{tuple(predicted.shape)} and {tuple(targets.shape)}: pass loss=, or floating-point targets."
