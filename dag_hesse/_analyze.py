@@ -101,7 +101,7 @@ def analyze(
     Raises:
         DagHesseError: a subclass says what was received, what was expected and what to do, before heavy work.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse
         >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
         <torch...>
@@ -139,7 +139,7 @@ class Mapper:
 
     Args and errors are those of :func:`analyze`, which makes one map.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model, batch = torch.nn.Linear(3, 2), (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
         >>> mapper = Mapper(model, batch, points="weight")

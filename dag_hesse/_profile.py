@@ -179,7 +179,7 @@ def profile(
     Returns:
         A :class:`Profile`; ``print`` it. Bytes above the start of each phase, seconds of the wall clock.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
         >>> found = dh.profile(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])))

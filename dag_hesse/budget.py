@@ -38,7 +38,7 @@ class Budget:
     A quarter is for a loader's batches, a quarter for linearizations that are kept from one pass over them to the next,
     and half is for sweeps and what they return.
 
-    Example:
+    Examples:
         >>> budget = Budget.of(1000)
         >>> budget.batches, budget.sweeps, budget.keeps(200, 50), budget.keeps(200, 51)
         (250, 500, True, False)

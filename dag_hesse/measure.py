@@ -36,7 +36,7 @@ def available_memory(device: torch.device | None = None) -> int:
 def precision(device: torch.device, dtype: torch.dtype) -> str:
     """What products of float32 are rounded to before they are added up, where PyTorch's flags allow it; "" if nothing.
 
-    Example:
+    Examples:
         >>> precision(torch.device("cpu"), torch.float64)
         ''
     """
@@ -85,7 +85,7 @@ def _settle() -> int:
 def measured(device: torch.device | None = None) -> Iterator[Phase]:
     """Fill a :class:`Phase` while a block runs: its memory is the device's, or the process's where that is the CPU.
 
-    Example:
+    Examples:
         >>> from dag_hesse.measure import measured
         >>> with measured() as phase:
         ...     zeros = bytearray(1 << 26)

@@ -31,7 +31,7 @@ def known_options(*functions: Callable[..., Any]) -> list[str]:
 def checked_options(*onward: Callable[..., Any]) -> Callable[[F], F]:
     """A function that refuses keywords which neither it nor the functions that it hands its ``**options`` to take.
 
-    Example:
+    Examples:
         >>> @checked_options()
         ... def solve(x, *, damping=0.0): ...
         >>> solve(1, dampign=1.0)

@@ -47,7 +47,7 @@ class RandomState:
 def preserved() -> Iterator[None]:
     """Give the generators back as they were.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dag_hesse.randomness import preserved
         >>> with preserved():

@@ -112,7 +112,7 @@ def capture(
         CaptureError, NonDeterministicError, LossError, BatchError, PointError, OptionError, NonFiniteError: see
             :mod:`dag_hesse.errors`.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
         >>> graph = dag_hesse.capture(model, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])))

@@ -45,7 +45,7 @@ class Batches:
         BatchError: a batch of an unknown form, or none at all.
         MemoryBudgetError: an iterator, which can be iterated once only, gives more than may be held.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dag_hesse._capture import Batches
         >>> data = torch.utils.data.TensorDataset(torch.randn(10, 3), torch.arange(10))

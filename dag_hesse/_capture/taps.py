@@ -37,7 +37,7 @@ def tap(x: Tensor, name: str) -> Tensor:
     Raises:
         PointError: a module or a parameter has that name.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse
         >>> x = torch.ones(2)
         >>> dag_hesse.tap(x, "gate") is x

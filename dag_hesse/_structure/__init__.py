@@ -23,7 +23,7 @@ def structure(model: nn.Module | CurvatureGraph, batch: Any = None, **options: A
     Returns:
         A :class:`Structure`; ``print`` it.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
         >>> found = dag_hesse.structure(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["0", "1"])

@@ -73,7 +73,7 @@ class Pool(Arena):
 
     What is asked for lies as low as it can, so that pages above the most that was ever in use are never touched.
 
-    Example:
+    Examples:
         >>> pool, like = Pool(), torch.zeros(1)
         >>> place = pool.empty(like, 1024, 1024).data_ptr()
         >>> pool.empty(like, 2048, 1024).data_ptr() == place

@@ -47,7 +47,7 @@ class Kernel(Generic[Arguments, Result]):
     Called with an arena and its arguments, it runs the first implementation that does not refuse them, or the
     reference. ``DAG_HESSE_KERNELS=name=implementation,…`` forces one.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dag_hesse.kernels.arena import SYSTEM
         >>> def double(arena, x): return x + x

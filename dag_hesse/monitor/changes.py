@@ -52,7 +52,7 @@ def score(value: float, before: Sequence[float]) -> float:
     Of 60 · 139 steps of a random walk, 0.01 % had a score of 5 (of lognormal noise 0.04 %, of noise with Student's t of
     3 degrees 1 %); of jumps by a factor of ten, where a deviation is 20 %, 100 % had one (97 %, 77 %).
 
-    Example:
+    Examples:
         >>> round(score(3.0, [1.0, 1.1] * 10), 1), score(1.0, [1.0, 1.1] * 10) < 2, score(9.0, [1.0])
         (6.4, True, 0.0)
     """

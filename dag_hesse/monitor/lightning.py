@@ -38,7 +38,7 @@ class MonitorCallback(Callback):
     Raises:
         DagHesseError: as for :class:`~dag_hesse.Monitor`, when training begins.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dag_hesse.monitor.lightning import MonitorCallback
         >>> MonitorCallback((torch.randn(8, 3), torch.arange(8) % 2), submodule="net", every=50).monitor is None

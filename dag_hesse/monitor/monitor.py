@@ -55,7 +55,7 @@ class Monitor:
     Raises:
         DagHesseError: as for :func:`~dag_hesse.analyze`; here, not during training.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))

@@ -18,7 +18,7 @@ def share(budget: Any) -> float | None:
     Raises:
         OptionError: it is neither ``"2%"`` nor a number between 0 and 1.
 
-    Example:
+    Examples:
         >>> share("2%"), share(0.5), share(None)
         (0.02, 0.5, None)
     """

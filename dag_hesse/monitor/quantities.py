@@ -185,7 +185,7 @@ def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 def logged(names: Sequence[str]) -> list[str]:
     """Names of points as every logger takes them: letters, digits and ``_ - . /``; as they are where two would agree.
 
-    Example:
+    Examples:
         >>> logged(["layer[0]", "head.weight"])
         ['layer_0', 'head.weight']
     """

@@ -21,7 +21,7 @@ class MonitorWriter:
         DependencyError: tensorboard is not installed.
         OptionError: ``writer`` is neither.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, dag_hesse as dh
         >>> from dag_hesse.monitor.tensorboard import MonitorWriter
         >>> model, batch = torch.nn.Linear(3, 2), (torch.randn(8, 3), torch.arange(8) % 2)

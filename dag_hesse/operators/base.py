@@ -39,7 +39,7 @@ class SymmetricOperator(MeasuredOperator):
             VectorError: it does not fit.
             OptionError: the operator is over other vectors.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> G = dh.GGNOperator(torch.nn.Linear(3, 1), (torch.ones(2, 3), torch.zeros(2, 1)))
             >>> G @ torch.ones(4)
@@ -120,7 +120,7 @@ class SymmetricOperator(MeasuredOperator):
         Raises:
             OptionError: it is no real number.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> H = dh.HessianOperator(torch.nn.Linear(3, 1), (torch.ones(2, 3), torch.zeros(2, 1)))
             >>> H.shifted(-1) @ torch.ones(4)
@@ -139,7 +139,7 @@ class SymmetricOperator(MeasuredOperator):
         Raises:
             VectorError: ``d`` does not fit, or is a matrix.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> H = dh.HessianOperator(torch.nn.Linear(3, 1), (torch.ones(2, 3), torch.zeros(2, 1)))
             >>> H.congruent(torch.tensor([1.0, 0.0, 0.0, 2.0])) @ torch.ones(4)
@@ -158,7 +158,7 @@ class SymmetricOperator(MeasuredOperator):
         Raises:
             PointError: there is no such segment.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
             >>> H = dh.HessianOperator(model, (torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])))

@@ -45,7 +45,7 @@ class FisherOperator(CurvatureOperator):
         OptionError: ``kind``, ``samples`` or ``seed`` is none of these, or the loss is none that can be used.
         DagHesseError: as for :class:`HessianOperator`.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> model, batch = torch.nn.Linear(3, 2), (torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]))
         >>> F = dh.FisherOperator(model, batch)

@@ -20,7 +20,7 @@ from dag_hesse.options import checked_options
 class HessianOperator(CurvatureOperator):
     """H = GGN + tensor part (design §2.2).
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
         >>> H = dh.HessianOperator(model, (torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])))
@@ -55,7 +55,7 @@ class GGNOperator(CurvatureOperator):
             OptionError: the operator's batch mode is ``"joint"`` and samples do not interact, or it has several ranks.
             StaleError: something changed since the operator was made.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> G = dh.GGNOperator(torch.nn.Linear(30, 3), (torch.randn(4, 30), torch.tensor([0, 1, 2, 0])))
             >>> S = G.factor().rows
@@ -81,7 +81,7 @@ class GGNOperator(CurvatureOperator):
             OptionError: the loss consumes several tensors, or the operator is joint, compiled, or of several ranks.
             StaleError: something changed since the operator was made.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> G = dh.GGNOperator(torch.nn.Linear(3, 2), (torch.ones(4, 3), torch.tensor([0, 1, 1, 0])))
             >>> G.jvp(torch.ones(8)).shape, G.vjp(torch.ones(4, 2)).shape
@@ -127,7 +127,7 @@ class TensorOperator(CurvatureOperator):
 def hvp(model: Any, batch: Any, v: Any, **options: Any) -> Any:
     """One Hessian-vector product; options as for :class:`HessianOperator`.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> model = torch.nn.Linear(3, 1)
         >>> dh.hvp(model, (torch.ones(2, 3), torch.zeros(2, 1)), torch.tensor([1.0, 0.0, 0.0, 0.0]))

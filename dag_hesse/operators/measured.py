@@ -37,7 +37,7 @@ class MeasuredOperator(SegmentedOperator):
             OptionError: ``k``, ``tol``, ``ncv``, ``which`` or ``seed`` is none of these.
             ConvergenceError: they did not converge within SciPy's ``maxiter``.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> H = dh.HessianOperator(torch.nn.Linear(9, 1), (torch.ones(2, 9), torch.zeros(2, 1)))
             >>> H.eigsh(1)[0].round(3).tolist()
@@ -49,7 +49,7 @@ class MeasuredOperator(SegmentedOperator):
     def top_eigenvectors(self, k: int = 1, **options: Any) -> list[Eigenpair]:
         """k eigenpairs, the largest in magnitude first, with eigenvectors as dicts by name; options as for ``eigsh``.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> H = dh.HessianOperator(torch.nn.Linear(9, 1), (torch.ones(2, 9), torch.zeros(2, 1)))
             >>> (top,) = H.top_eigenvectors()
@@ -81,7 +81,7 @@ class MeasuredOperator(SegmentedOperator):
             OptionError: ``matvecs`` is no integer from 2 (12 with a sketch) to n - 1, or the method is none of these.
             MemoryBudgetError: a sketch would not fit.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> H = dh.HessianOperator(torch.nn.Linear(99, 1), (torch.ones(2, 99), torch.zeros(2, 1)))
             >>> value, stderr = H.trace(return_stderr=True)
@@ -123,7 +123,7 @@ class MeasuredOperator(SegmentedOperator):
         Raises:
             OptionError: ``ncv`` or an option is none of these.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> H = dh.HessianOperator(torch.nn.Linear(99, 1), (torch.randn(50, 99), torch.zeros(50, 1)))
             >>> grid, density = H.spectral_density(20)
@@ -154,7 +154,7 @@ class MeasuredOperator(SegmentedOperator):
             OptionError: an option is none of these.
             VectorError: ``b`` does not fit.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> G = dh.GGNOperator(torch.nn.Linear(3, 1), (torch.ones(2, 3), torch.ones(2, 1)))
             >>> step = G.solve(G.gradient, damping=0.1, method="cg")

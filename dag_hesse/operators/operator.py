@@ -215,7 +215,7 @@ class CurvatureOperator(SymmetricOperator):
         Args:
             batch: as for the operator. Of shapes and types that it has seen, nothing is captured or proved again.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> H = dh.HessianOperator(torch.nn.Linear(3, 1), (torch.ones(2, 3), torch.zeros(2, 1)))
             >>> H.with_batch((2 * torch.ones(2, 3), torch.zeros(2, 1))) @ torch.ones(4), H @ torch.ones(4)
@@ -230,7 +230,7 @@ class CurvatureOperator(SymmetricOperator):
     def release(self) -> None:
         """Give back the memory of the linearization, and that in which products lie; the next product makes it anew.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> H = dh.HessianOperator(torch.nn.Linear(3, 1), (torch.ones(2, 3), torch.zeros(2, 1)))
             >>> before = H @ torch.ones(4)
@@ -259,7 +259,7 @@ class CurvatureOperator(SymmetricOperator):
             VectorError: a direction does not fit.
             StaleError: something changed since the operator was made.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> H = dh.HessianOperator(torch.nn.Linear(9, 1), (torch.ones(2, 9), torch.zeros(2, 1)))
             >>> found = H.landscape(H.top_eigenvectors(1), span=0.1, points=5)
@@ -289,7 +289,7 @@ class CurvatureOperator(SymmetricOperator):
         Raises:
             StaleError: something changed since the operator was made.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> model = torch.nn.Linear(3, 1)
             >>> H = dh.HessianOperator(model, (torch.ones(2, 3), torch.ones(2, 1)))

@@ -38,7 +38,7 @@ def _active(graph: CurvatureGraph) -> list[bool]:
 def edges(graph: CurvatureGraph) -> list[Edge]:
     """All edges that a sweep between the graph's points passes, in order of execution of the tangent pass.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> from dag_hesse.plan import edges, fuse
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))

@@ -172,7 +172,7 @@ def sweep_bytes(
 
     With ``batch_mode="shared"`` an activation's adjoint is summed over the samples as soon as it is read.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> from dag_hesse.plan.memory import sweep_bytes
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))

@@ -19,7 +19,7 @@ WHY = {
 def proved(report: CurvatureReport) -> list[dict[str, str]]:
     """A row per claim: what is zero, of how many of the unordered pairs, and why.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
         >>> report = dag_hesse.analyze(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["0", "1"])

@@ -75,7 +75,7 @@ class CurvatureReport:
             OptionError: there is no such metric.
             PointError: there is no such point.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse
             >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
             >>> report = dag_hesse.analyze(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["0", "1"])
@@ -174,7 +174,7 @@ class CurvatureReport:
         Raises:
             DependencyError: pandas is not installed.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse
             >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
             >>> report = dag_hesse.analyze(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["0", "1"])
@@ -194,7 +194,7 @@ class CurvatureReport:
             OptionError: it is no report, or in another space or batch mode.
             PointError: the two have no point in common.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse
             >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
             >>> batch = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
@@ -253,7 +253,7 @@ class CurvatureReport:
             OptionError: ``path`` is no name of a file, ``spectra`` are none, or the reports measure different things.
             PointError: the two reports have no point in common.
 
-        Example:
+        Examples:
             >>> import tempfile, torch, dag_hesse
             >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
             >>> report = dag_hesse.analyze(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["0", "1"])
@@ -307,7 +307,7 @@ class CurvatureReport:
             OptionError: there is no such metric, or ``program`` is none.
             PointError: there is no such point, or the program has none of the report's.
 
-        Example:
+        Examples:
             >>> import json, tempfile, torch, dag_hesse
             >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
             >>> report = dag_hesse.analyze(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["0", "1"])

@@ -118,7 +118,7 @@ def concat(reports: Iterable[CurvatureReport], steps: Iterable[float] | None = N
         OptionError: there are none, one is no report, steps are no numbers, or too many, too few or twice the same.
         PointError: they have other points than the first.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
         >>> batch = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])

@@ -207,7 +207,7 @@ def second_order_fault(call: Call) -> str | None:
     the op runs in it: about seven times the op's own backward. Where the pullback jumps (a kink lies at the very
     input), there is no second derivative, and autograd's is as good as any.
 
-    Example:
+    Examples:
         >>> from dag_hesse.ir import Ref
         >>> x = torch.randn(3)
         >>> node = Node(1, "sin", torch.sin, (Ref(0),), {}, (0,), (3,), x.dtype, Kind.OPAQUE)

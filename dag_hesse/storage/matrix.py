@@ -82,7 +82,7 @@ class BlockMatrix(SymmetricOperator):
         Raises:
             DagHesseError: a subclass says what was received, what was expected and what to do, before heavy work.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
             >>> B = dh.BlockMatrix.from_model(model, (torch.randn(10, 8), torch.arange(10) % 3), points=["0", "1"])
@@ -208,7 +208,7 @@ class BlockMatrix(SymmetricOperator):
         Raises:
             OptionError: ``damping`` is no number from 0 on.
 
-        Example:
+        Examples:
             >>> import torch, dag_hesse as dh
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
             >>> B = dh.BlockMatrix.from_model(model, (torch.randn(9, 4), torch.arange(9) % 3), points=["0"], part="gn")

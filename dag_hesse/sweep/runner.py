@@ -21,7 +21,7 @@ Pair = tuple[Tensor | None, Tensor | None]  # (GN, T)
 def pieces(count: int, most: int, start: int = 0) -> list[slice]:
     """The rows from ``start`` to ``count`` in pieces of at most so many, as equal as can be.
 
-    Example:
+    Examples:
         >>> pieces(7, 3)
         [slice(0, 3, None), slice(3, 5, None), slice(5, 7, None)]
     """

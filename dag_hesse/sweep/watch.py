@@ -23,7 +23,7 @@ class Watch:
     Version counters miss what goes through ``.data``, so the memory that tensors lie in is noted too, and some of
     their elements.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse
         >>> from torch import nn
         >>> model = nn.Linear(2, 1)

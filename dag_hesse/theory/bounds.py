@@ -124,7 +124,7 @@ def resonance_bounds(
         PointError: a point has no Jacobian per sample.
         DagHesseError: as :func:`dag_hesse.analyze`.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
         >>> batch = torch.randn(5, 3).double(), torch.tensor([0, 1, 0, 1, 1])

@@ -80,7 +80,7 @@ def cut_edges(
         MemoryBudgetError: the Jacobians of the edges do not fit.
         DagHesseError: as :func:`dag_hesse.theory.jacobian_norms`.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> class Net(torch.nn.Module):
         ...     def forward(self, x):

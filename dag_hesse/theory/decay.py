@@ -79,7 +79,7 @@ def decay_fit(
     Raises:
         OptionError: unknown metric, or fewer than two distances with a positive mean.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> layers = [layer for _ in range(4) for layer in (torch.nn.Linear(5, 5), torch.nn.Tanh())]
         >>> report = dh.analyze(torch.nn.Sequential(*layers), (torch.randn(6, 5), torch.randint(0, 3, (6,))))
@@ -146,7 +146,7 @@ def interaction_radius(report: CurvatureReport, epsilon: float, rate: float | No
     Raises:
         OptionError: ``epsilon`` is not between 0 and 1, or ``rate`` is not positive.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
         >>> report = dh.analyze(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["0", "1"])

@@ -131,7 +131,7 @@ def jacobian_norms(
         PointError: a point has no Jacobian per sample.
         DagHesseError: as :func:`dag_hesse.analyze`.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).double()
         >>> _ = net[1].weight.data.copy_(torch.diag(torch.tensor([3.0, 1.0])))

@@ -66,7 +66,7 @@ def band_errors(report: CurvatureReport) -> BandError:
     Raises:
         OptionError: all blocks are zero.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
         >>> report = dh.analyze(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), space="parameter")

@@ -66,7 +66,7 @@ def kfac_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> KFACError:
         BatchError: the batch is no pair of tensors.
         MemoryBudgetError: there are more parameters.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
         >>> found = dh.theory.kfac_error(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])))

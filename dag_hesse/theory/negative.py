@@ -101,7 +101,7 @@ def negative_curvature(
         CaptureError: H does not part into H_GN and H_T.
         DagHesseError: as :class:`dag_hesse.HessianOperator`.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> net = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)).double()
         >>> for p in net.parameters():

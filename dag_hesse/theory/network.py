@@ -29,7 +29,7 @@ def resonance_graph(report: CurvatureReport, metric: str = "coupling", threshold
         DependencyError: networkx is not installed.
         OptionError: unknown metric, or a threshold that is no number.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
         >>> report = dh.analyze(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), points=["0", "1"])

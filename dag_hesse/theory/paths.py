@@ -124,7 +124,7 @@ def strongest_paths(
         MemoryBudgetError: the Jacobians of the edges do not fit.
         DagHesseError: as :func:`dag_hesse.theory.jacobian_norms`.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> class Net(torch.nn.Module):
         ...     def forward(self, x):
@@ -184,7 +184,7 @@ def block_paths(
         MemoryBudgetError: the Jacobians of the edges do not fit.
         DagHesseError: as :func:`dag_hesse.theory.jacobian_norms`.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> class Net(torch.nn.Module):
         ...     def forward(self, x):

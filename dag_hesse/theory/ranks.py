@@ -96,7 +96,7 @@ def interaction_ranks(
         BatchCouplingError: samples interact.
         DagHesseError: as :func:`dag_hesse.analyze`.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
         >>> batch = torch.randn(5, 3).double(), torch.tensor([0, 1, 0, 1, 1])

@@ -61,7 +61,7 @@ def activation_curvature(
         BatchError: there are several batches.
         DagHesseError: as :func:`dag_hesse.capture`.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> layers = torch.nn.Linear(3, 4), torch.nn.Softplus(), torch.nn.Linear(4, 4), torch.nn.ReLU()
         >>> net = torch.nn.Sequential(*layers, torch.nn.Linear(4, 2))

@@ -65,7 +65,7 @@ def skip_placement(rho: Sequence[float], budget: int) -> SkipPlacement:
     Raises:
         OptionError: norms are not positive, ``budget`` is not between 1 and L, or there are over 50 000 placements.
 
-    Example:
+    Examples:
         >>> import dag_hesse as dh
         >>> found = dh.theory.skip_placement([0.5] * 6, 2)
         >>> found.skips, found.worst, found.uniform, found.uniform_worst

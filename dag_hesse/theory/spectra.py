@@ -105,7 +105,7 @@ def block_spectra(
         OptionError: an option has another value than it may have.
         DagHesseError: as :class:`dag_hesse.HessianOperator`.
 
-    Example:
+    Examples:
         >>> import torch, dag_hesse as dh
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
         >>> found = dh.theory.block_spectra(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])), part="gn")

@@ -161,7 +161,7 @@ def _card(device: torch.device) -> tuple[int, int]:
 def tile(count: int, rows: int, columns: int, processors: int) -> tuple[Tile, float]:
     """The tile that ``count`` products of so many rows and columns are made in, and its gain with what is idle counted.
 
-    Example:
+    Examples:
         >>> one, gain = tile(1, 4096, 3072, 132)
         >>> one.rows, one.columns, round(gain, 1)
         (128, 128, 1.8)

@@ -113,7 +113,7 @@ class Sums:
 def divisor(by: int) -> tuple[int, int]:
     """(factor, shift): n // by is n · factor >> shift for all n below 2³¹ (Granlund and Montgomery, 1994).
 
-    Example:
+    Examples:
         >>> factor, shift = divisor(49)
         >>> all(n * factor >> shift == n // 49 for n in (0, 48, 49, 2**31 - 1))
         True

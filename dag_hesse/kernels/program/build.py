@@ -47,7 +47,7 @@ class Program:
 class Builder:
     """Puts instructions together: equal ones are one, numbers are folded.
 
-    Example:
+    Examples:
         >>> b = Builder(operands=1)
         >>> x = b.operand(0)
         >>> twice = b.multiply(b.add(x, 0.0), 2.0)

@@ -225,7 +225,7 @@ def record(code: Callable[..., Mapping[Hashable, Any]], operands: Sequence[Tenso
     Raises:
         Refused: the code is not elementwise, or a result does not have that shape.
 
-    Example:
+    Examples:
         >>> x = torch.linspace(-1, 1, 5)
         >>> found = record(lambda x: {"slope": 1 - torch.tanh(x) ** 2, "same": x}, [x], x)
         >>> [row[0] for row in found.program.rows], found.results["same"].operand

@@ -98,7 +98,7 @@ def source(program: Program, dense: Sequence[bool], ndim: int, dtype: str) -> st
         ndim: axes that the other operands are broadcast along.
         dtype: what is computed in.
 
-    Example:
+    Examples:
         >>> from dag_hesse.kernels.program import Builder
         >>> b = Builder(operands=1)
         >>> program = b.program([b.multiply(b.operand(0), 2.0)])
