@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,6 +34,19 @@ def available_memory(device: torch.device | None = None) -> int:
         return 4 << 30
 
 
+def rounds_to_tf32(convolutions: bool = False) -> bool:
+    """Whether the vendor may round operands of float32 products, or of convolutions, to TF32 on a GPU.
+
+    That may have been said by ``allow_tf32``, or by ``fp32_precision``: then PyTorch gives the former no more.
+    """
+    backend: Any = torch.backends.cuda.matmul
+    if convolutions:
+        backend = getattr(torch.backends.cudnn, "conv", None)
+    if hasattr(backend, "fp32_precision"):
+        return bool(backend.fp32_precision == "tf32")
+    return bool((torch.backends.cudnn if convolutions else backend).allow_tf32)
+
+
 def precision(device: torch.device, dtype: torch.dtype) -> str:
     """What products of float32 are rounded to before they are added up, where PyTorch's flags allow it; "" if nothing.
 
@@ -45,10 +59,7 @@ def precision(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cuda":
         lowered = torch.get_float32_matmul_precision()
         return "" if lowered == "highest" else f"float32 matrix products at {lowered!r} precision"
-    allowed = {
-        "matrix products": torch.backends.cuda.matmul.allow_tf32,
-        "convolutions": torch.backends.cudnn.allow_tf32,
-    }
+    allowed = {"matrix products": rounds_to_tf32(), "convolutions": rounds_to_tf32(convolutions=True)}
     reduced = [what for what, on in allowed.items() if on]
     return f"TF32 in {' and '.join(reduced)}" if reduced else ""
 

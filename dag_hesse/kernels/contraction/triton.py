@@ -20,11 +20,12 @@ from torch import Tensor
 from dag_hesse.kernels.arena import Arena
 from dag_hesse.kernels.generated import HEAD, available, home, interpreted, launch_grid, load, loop
 from dag_hesse.kernels.machine import machine
+from dag_hesse.measure import rounds_to_tf32
 
 DEPTH = 32  # terms of a sum that tensor cores add up
 STAGES = 3
 _PIECE = 32  # rows and columns that are taken apart by an instance
-_MOST = 1 << 31  # elements of an operand, whose places take 32 bits
+_MOST = 1 << 31  # elements that a matrix spans, whose places take 32 bits
 _BATCH = 1 << 16  # matrices
 
 
@@ -150,6 +151,11 @@ def _steps(x: Tensor) -> list[int]:
     return [0 if x.shape[axis] == 1 else x.stride(axis) for axis in (0, 1)]
 
 
+def _span(x: Tensor) -> int:
+    """Elements of memory from the first of a matrix to its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape[2:], x.stride()[2:], strict=True))
+
+
 @cache
 def _card(device: torch.device) -> tuple[int, int]:
     """Generation, and number of multiprocessors."""
@@ -187,11 +193,12 @@ def refuse_product(a: Tensor, b: Tensor, into: Tensor | None) -> str | None:
         return "operands have other axes than one of rows and one of matrices"
     if any(1 not in x.stride()[-2:] for x in given):
         return "no axis of a matrix lies side by side"
-    if not 0 < min(x.numel() for x in given) <= max(x.numel() for x in given) < _MOST:
-        return "there are no elements, or too many"
-    x, y, _ = _views(a, b, into)
+    if not all(x.numel() for x in given):
+        return "there are no elements"
+    x, y, to = _views(a, b, into)
     count, sides, terms = prod(_shape(x, y)[:2]), (x.shape[2], y.shape[3]), x.shape[3]
-    if count >= _BATCH or max(sides) >= _BATCH * _PIECE:
+    spans = [_span(x), _span(y), prod(sides) if to is None else _span(to)]
+    if count >= _BATCH or terms >= _BATCH * _PIECE or max(*spans, max(sides) * (terms + DEPTH)) >= _MOST:
         return "there are too many matrices, or too large ones"
     rows, columns = sides[::-1] if _turns(x, y) else sides
     return _slower(count, rows, columns, terms, a.device) or available()
@@ -204,7 +211,7 @@ def _slower(count: int, rows: int, columns: int, terms: int, device: torch.devic
     generation, processors = _card(device)
     if generation != 9:
         return "it was measured on Hopper alone"
-    if torch.backends.cuda.matmul.allow_tf32:
+    if rounds_to_tf32():
         return "TF32 is allowed, and the vendor's products use it"
     if terms < DEPTH:
         return f"there are fewer than {DEPTH} terms"

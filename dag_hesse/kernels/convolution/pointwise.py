@@ -18,6 +18,7 @@ from dag_hesse.kernels.contraction import product
 from dag_hesse.kernels.convolution.probes import add, beside, fold, with_weight
 from dag_hesse.kernels.convolution.sizes import Geometry
 from dag_hesse.kernels.machine import machine
+from dag_hesse.measure import rounds_to_tf32
 
 
 def _refuse(geo: Geometry, *operands: Tensor) -> str | None:
@@ -29,7 +30,7 @@ def _refuse(geo: Geometry, *operands: Tensor) -> str | None:
         return "it was measured in float32 alone"
     if any(not x.is_contiguous() for x in operands):
         return "the positions of a channel do not lie side by side"
-    if operands[0].is_cuda and torch.backends.cudnn.allow_tf32:
+    if operands[0].is_cuda and rounds_to_tf32(convolutions=True):
         return "TF32 is allowed, and the vendor's convolutions use it"
     least = machine(operands[0].device).image
     return None if prod(geo.out) >= least else f"images have fewer than {least} positions"
