@@ -116,8 +116,7 @@ def test_the_command_line_under_torchrun(tmp_path: Path, capfd: pytest.CaptureFi
             "--standalone",
             "--nproc-per-node",
             "2",
-            "-m",
-            "dag_hesse",
+            str(Path(__file__).with_name("command.py")),
         ]
         done = subprocess.run(
             [*run, "analyze", *command, "--ranks", axis, "--json", str(file)], capture_output=True, text=True
