@@ -59,6 +59,14 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_spec(a)
     a.add_argument("--rtol", type=float, metavar="X", help="probe until relative standard errors are below X")
+    a.add_argument(
+        "--pair",
+        nargs=2,
+        action="append",
+        dest="pairs",
+        metavar=("V", "W"),
+        help="this pair of points alone; repeatable",
+    )
     add_ranks(a)
     add_json(a)
     a.add_argument("--html", type=Path, metavar="FILE", help="write the report as one page that needs no network")
@@ -152,6 +160,7 @@ def _analyze(options: argparse.Namespace) -> None:
             model,
             group.shard(batch),
             loss=loss,
+            pairs=options.pairs,
             rtol=options.rtol,
             seed=options.seed,
             progress=sys.stderr.isatty() and group.writes,

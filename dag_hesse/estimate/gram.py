@@ -217,7 +217,8 @@ def _entered(
         if pair in full:
             spectral[pair][g] = _top(core)
     for pair, value in squares.items():
-        table.set_exact("gn", pair, value)
+        if pair not in table.frobenius["gn"]:  # zero by structure, or not asked for
+            table.set_exact("gn", pair, value)
         if pair in full:
             table.set_exact("full", pair, value)
             table.spectral[pair] = (spectral[pair], np.zeros(groups))

@@ -74,12 +74,12 @@ def assemble(table: NormTable, plan: Plan) -> Metrics:
             put("resonance", v, w, full.value, full.stderr)
             put("gn_norm", v, w, gn.value, gn.stderr)
             put("tensor_norm", v, w, tensor.value, tensor.stderr)
-            gap = tensor.value / (gn.value + _EPSILON)
+            gap = tensor.value / (gn.value + _EPSILON) if tensor.value else 0.0
             put("gn_gap", v, w, gap, gap * _relative_error([(tensor, 1.0), (gn, -1.0)]))
             put("stable_rank", v, w, *_stable_rank(table, (v, w), full))
             ends = [table.frobenius["full"][v, v], table.frobenius["full"][w, w]]
             scale = float(np.sqrt(ends[0].value * ends[1].value))
-            coupling = 1.0 if v == w and full.value else full.value / scale if scale else float("nan")
+            coupling = 1.0 if v == w and full.value > 0 else full.value / scale if scale else float("nan")
             off = 0.0 if v == w else _relative_error([(full, 1.0), (ends[0], -0.5), (ends[1], -0.5)])
             put("coupling", v, w, coupling, coupling * off if scale else 0.0)
     return Metrics(values, stderr, _methods(plan))

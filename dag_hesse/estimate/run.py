@@ -33,8 +33,11 @@ class _Counter:
             self.report(self.stage, self.done, max(self.total, self.done))
 
 
-def _zeros(plan: Plan, problem: Problem, table: NormTable) -> None:
+def _without_work(plan: Plan, problem: Problem, table: NormTable) -> None:
+    """Enter zeros that structure proves, and NaN for what was not asked."""
     structure, none = plan.structure, np.zeros(problem.groups)
+    methods = {"full": plan.method, "gn": plan.gn_method, "tensor": plan.tensor_method}
+    unknown = np.full(problem.groups, np.nan)
     alive = {"full": structure.alive, "gn": structure.gn_alive, "tensor": structure.tensor_alive}
     count = len(structure.names)
     for v in range(count):
@@ -42,8 +45,12 @@ def _zeros(plan: Plan, problem: Problem, table: NormTable) -> None:
             for part in PARTS:
                 if not alive[part][v, w]:
                     table.set_exact(part, (v, w), none)
+                elif methods[part][v, w] is Method.SKIPPED:
+                    table.set_exact(part, (v, w), unknown)
             if not structure.alive[v, w]:
                 table.spectral[v, w] = (none, none)
+            elif plan.method[v, w] is Method.SKIPPED:
+                table.spectral[v, w] = (unknown, none)
 
 
 def _unsettled(table: NormTable, sketches: list[Sketch], rtol: float) -> list[Sketch]:
@@ -70,7 +77,7 @@ def estimate(
         progress: called with (stage, sweeps done, sweeps predicted).
     """
     table = NormTable(problem.batch_mode)
-    _zeros(plan, problem, table)
+    _without_work(plan, problem, table)
     count = len(plan.structure.names)
     pairs = [(v, w) for v in range(count) for w in range(v, count)]
     gn_known: dict[tuple[int, int], Array] = {}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dag_hesse._analyze import Mapper
 from dag_hesse._capture.batch import check_finite
+from dag_hesse._mapper import Mapper
 from dag_hesse.errors import OptionError, PointError
 from dag_hesse.operators import HessianOperator
 from dag_hesse.randomness import preserved

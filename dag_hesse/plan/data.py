@@ -24,6 +24,7 @@ class Method(str, Enum):
     GRAM = "gram"
     EXACT = "exact"
     PROBES = "probes"
+    SKIPPED = "skipped"  # not asked for
 
     def __str__(self) -> str:
         return self.value

@@ -31,6 +31,7 @@ def plan(
     probes: int = 32,
     memory: int | str | None = None,
     device: torch.device | None = None,
+    asked: frozenset[Pair] | None = None,
 ) -> Plan:
     """Choose methods, sources and probe chunks.
 
@@ -44,6 +45,7 @@ def plan(
         probes: Rademacher probes per source.
         memory: bytes that the call may use, half of them for sweeps and results; None: what is free.
         device: where that is asked; None: in main memory.
+        asked: the pairs of points to look at; None: all.
 
     Raises:
         OptionError: unknown mode or batch mode, or no count of probes or bytes.
@@ -55,7 +57,7 @@ def plan(
     counts = [1] * len(structures) if counts is None else counts
     probes = integer("probes", probes, 1)
     budget = Budget.of(memory, device).sweeps
-    task = Task(structures, counts, mode, batch_mode, probes, budget)
+    task = Task(structures, counts, mode, batch_mode, probes, budget, asked)
     _check_separable(task)
     route = _chosen_route(task)
     pairs = task.alive_pairs if route is None else task.curved_pairs
@@ -63,12 +65,12 @@ def plan(
         _check_exact(task, pairs)
     sources = sources_of(task, pairs)
     whole, method = task.structure, _methods(task, sources)
-    gn_method = method if route is None else _everywhere(Method.GRAM, method.shape)
+    gn_method = method if route is None else _unless(task.skipped, _everywhere(Method.GRAM, method.shape))
     per_probe = _bytes_per_probe(task)
     chunk = min(probe_chunk(per_probe, budget), probes)
     return Plan(
         structure=whole,
-        method=method,
+        method=_where(whole.alive, method),
         gn_method=_where(whole.gn_alive, gn_method),
         tensor_method=_where(whole.tensor_alive, method),
         sources=tuple(sources),
@@ -107,7 +109,14 @@ def _methods(task: Task, sources: Iterable[Source]) -> Methods:
     for source in sources:
         for v in source.reads:
             method[v, source.point] = method[source.point, v] = source.method
-    return method
+    return _unless(task.skipped, method)
+
+
+def _unless(skipped: NDArray[np.bool_], method: Methods) -> Methods:
+    """``method`` but where a pair was not asked for."""
+    found = method.copy()
+    found[skipped] = Method.SKIPPED
+    return found
 
 
 def _where(alive: NDArray[np.bool_], method: Methods) -> Methods:

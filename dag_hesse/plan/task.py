@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dag_hesse._structure import Structure
+from dag_hesse.errors import OptionError
 from dag_hesse.ir import CurvatureGraph
+from dag_hesse.names import selected
 
 Pair = tuple[int, int]  # of point indices, the smaller first
+Pairs = Iterable[Sequence[str | int]]  # what users say: names, globs or positions of two points each
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class Task:
     batch_mode: str
     probes: int
     budget: int
+    asked: frozenset[Pair] | None = None  # None: all
 
     @cached_property
     def structure(self) -> Structure:
@@ -61,12 +68,54 @@ class Task:
     def alive_pairs(self) -> list[Pair]:
         """Pairs of points whose block is not zero by structure."""
         alive, count = self.structure.alive, len(self.dims)
-        return [(v, w) for v in range(count) for w in range(v, count) if alive[v, w]]
+        return [(v, w) for v in range(count) for w in range(v, count) if alive[v, w] and not self.skipped[v, w]]
+
+    @cached_property
+    def skipped(self) -> NDArray[np.bool_]:
+        """n×n: pairs that were not asked for."""
+        count = len(self.dims)
+        found = np.full((count, count), self.asked is not None)
+        for v, w in self.asked or ():
+            found[v, w] = found[w, v] = False
+        return found
 
     @cached_property
     def curved_pairs(self) -> list[Pair]:
         """Those with a tensor part: the Gram route does not settle them."""
         return [pair for pair in self.alive_pairs if self.structure.tensor_alive[pair]]
+
+
+def checked_pairs(pairs: Any) -> list[tuple[Any, Any]] | None:
+    """``pairs=`` as a list of two points' names, globs or positions each.
+
+    Raises:
+        OptionError: it is no such thing.
+    """
+    if pairs is None:
+        return None
+    listed = list(pairs) if isinstance(pairs, Iterable) and not isinstance(pairs, str) else []
+    if not listed or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in listed):
+        raise OptionError(f"pairs={pairs!r}; expected pairs of points, as [('layer1', 'layer3'), ('layer1', 'fc')].")
+    return [(v, w) for v, w in listed]
+
+
+def named_by(pairs: list[tuple[Any, Any]] | None) -> list[str] | None:
+    """The points that pairs name; None where there are none, or one is a position."""
+    ends = list(dict.fromkeys(end for pair in pairs or () for end in pair))
+    return ends if ends and all(isinstance(end, str) for end in ends) else None
+
+
+def asked_pairs(pairs: list[tuple[Any, Any]] | None, names: Sequence[str]) -> frozenset[Pair] | None:
+    """Pairs of point indices that were asked for, and their ends' own blocks, which coupling needs.
+
+    Raises:
+        PointError: a name, glob or position stands for no point.
+    """
+    if pairs is None:
+        return None
+    ends = [tuple(selected(names, end, "pairs=") for end in pair) for pair in pairs]
+    asked = {(min(v, w), max(v, w)) for vs, ws in ends for v, w in itertools.product(vs, ws)}
+    return frozenset(asked | {(k, k) for pair in asked for k in pair})
 
 
 def together(structures: Sequence[Structure]) -> Structure:

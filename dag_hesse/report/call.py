@@ -35,6 +35,6 @@ def _literal(value: Any) -> str:
         return repr(getattr(value, "item", lambda: value)())  # NumPy's as Python's
     if isinstance(value, str):
         return repr(value)
-    if isinstance(value, Sequence) and all(isinstance(x, (str, int, float)) for x in value):
-        return repr(list(value))
+    if isinstance(value, Sequence) and all(inner := [_literal(x) for x in value]):
+        return f"[{', '.join(inner)}]"
     return ""

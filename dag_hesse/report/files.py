@@ -41,7 +41,7 @@ def to_dict(report: CurvatureReport) -> dict[str, Any]:
         },
         "distance": report.distance.tolist(),
         "rank_bound": report.rank_bound.tolist(),
-        "phi": report.phi,
+        "phi": None if np.isnan(report.phi) else report.phi,
         "facts": dict(report.facts),
     }
 

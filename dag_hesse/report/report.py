@@ -122,7 +122,10 @@ class CurvatureReport:
 
     @property
     def phi(self) -> float:
-        """Φ = Σ_{v≠w} R²/Σ R²: what a preconditioner that is block-diagonal in these points discards (design §2.5)."""
+        """Φ = Σ_{v≠w} R²/Σ R²: what a preconditioner that is block-diagonal in these points discards (design §2.5).
+
+        NaN where pairs were not asked for.
+        """
         squares = self.resonance**2
         total = squares.sum()
         return float((total - np.trace(squares)) / total) if total else 0.0

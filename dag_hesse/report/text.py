@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from math import isnan
+
 from rich.cells import cell_len
 
 from dag_hesse.names import shortened
+from dag_hesse.plan import Method
 from dag_hesse.report.pairs import TITLES, number
 from dag_hesse.report.report import CurvatureReport
 
@@ -40,14 +43,14 @@ def _table(report: CurvatureReport, metric: str) -> list[str]:
 def facts(report: CurvatureReport) -> list[str]:
     """The lines above the maps."""
     f = report.facts
-    counts = {m: int((report.method["resonance"] == m).sum()) for m in ("exact", "gram", "probes", "zero")}
+    counts = {m: int((report.method["resonance"] == m).sum()) for m in Method}
     used = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     lines = [
         f"{f['model']}: {len(report.points)} {f['space']} points, loss {f['loss']:.4g}, "
         f"batch {f['batch_size']} ({f['batch_mode']})",
         f"blocks: {used}; {f['sweeps']} sweeps; {f['seconds']['total']:.2f} s",
     ]
-    if f["space"] == "parameter" and len(report.points) > 1:
+    if f["space"] == "parameter" and len(report.points) > 1 and not isnan(report.phi):
         lines.append(f"Φ = {report.phi:.4f} of ‖H‖² lies outside the diagonal blocks")
     if f.get("reduction", "one batch") != "one batch":
         lines.append(f"loss: {f['reduction']}")

@@ -1,6 +1,6 @@
 // The data block of the page, and what of it is shown.
 
-const METHODS = { e: "exact", g: "gram", p: "probes", z: "zero" };
+const METHODS = { e: "exact", g: "gram", p: "probes", z: "zero", s: "skipped" };
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const POINTS = DATA.points, N = POINTS.length;
 
