@@ -10,8 +10,8 @@ import dag_hesse
 
 ROOT = Path(dag_hesse.__file__).parent
 ORDER = (
-    "errors", "options", "files", "names", "randomness", "measure", "progress", "figures", "budget", "ranks", "_core", "kernels", "ir", "rules",
-    "_capture", "_structure", "plan", "sweep", "estimate", "operators", "storage", "report", "theory", "_analyze", "_profile",
+    "errors", "options", "files", "names", "randomness", "measure", "progress", "figures", "budget", "ranks", "_core", "native", "kernels", "ir", "rules",
+    "_capture", "_structure", "plan", "sweep", "estimate", "operators", "storage", "report", "theory", "_mapper", "_analyze", "_profile",
     "experiments", "monitor", "_cli", "cli", "__main__",
 )  # fmt: skip
 # Methods of what an earlier stage returns that lead on to a later one; they are imported as they are called.

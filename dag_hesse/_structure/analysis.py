@@ -1,4 +1,4 @@
-"""Static analysis of a captured graph for its points; the graph algorithms are in ``csrc/reachability.cpp``."""
+"""Static analysis of a captured graph for its points, by graph algorithms in C++ or, without a compiler, in Python."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dag_hesse import _core
+from dag_hesse import native
+from dag_hesse._structure import reachability
 from dag_hesse._structure.distance import distances
 from dag_hesse.ir import CurvatureGraph, Interaction, Kind
 from dag_hesse.rules.table import pairs_of, rule_for
+
+_GRAPHS = native.core or reachability
 
 
 @dataclass(frozen=True)
@@ -120,12 +123,12 @@ def analyze_structure(graph: CurvatureGraph) -> Structure:
     sites = np.array([site for point in graph.points for site in point.sites], dtype=np.int64)
     points = np.array([k for k, point in enumerate(graph.points) for _ in point.sites], dtype=np.int64)
     count = len(graph.points)
-    reached = _core.reach(len(graph.nodes), inputs, children, sites, points, count)
-    alive = [_core.meetings(reached, *_meeting_pairs(graph, loss_side=side)).astype(bool) for side in (True, False)]
+    reached = _GRAPHS.reach(len(graph.nodes), inputs, children, sites, points, count)
+    alive = [_GRAPHS.meetings(reached, *_meeting_pairs(graph, loss_side=side)).astype(bool) for side in (True, False)]
     capacity = np.array([graph.per_sample_numel(k) for k in range(len(graph.nodes))], dtype=np.int64)
     sinks = np.array(graph.out, dtype=np.int64)
     cuts = np.array(
-        [_core.min_cut(inputs, children, capacity, np.array(p.sites, dtype=np.int64), sinks) for p in graph.points],
+        [_GRAPHS.min_cut(inputs, children, capacity, np.array(p.sites, dtype=np.int64), sinks) for p in graph.points],
         dtype=np.int64,
     )
     dims = np.array([point.dim for point in graph.points], dtype=np.int64)

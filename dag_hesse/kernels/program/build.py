@@ -6,9 +6,9 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from dag_hesse import _core
+from dag_hesse import native
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class Program:
     registers: int
 
     @cached_property
-    def compiled(self) -> _core.Program:
+    def compiled(self) -> Any:
         """The program as the extension runs it."""
-        return _core.Program([(name, list(slots), number) for name, slots, number in self.rows], *self.sizes)
+        return native.core.Program([(name, list(slots), number) for name, slots, number in self.rows], *self.sizes)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
