@@ -20,6 +20,7 @@ from dag_hesse._structure import analyze_structure
 from dag_hesse.errors import choose, flag
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.dispatch import refusals
+from dag_hesse.kernels.generated import ELSEWHERE
 from dag_hesse.measure import Phase, measured
 from dag_hesse.options import checked_options
 from dag_hesse.plan import Plan, fuse_all, path_cost, plan
@@ -106,10 +107,10 @@ class Profile:
                 f"{name[:34]:<36}{flops / 1e6:>10.1f}{moved / 2**20:>9.1f}{seconds * 1e3:>9.2f}"
                 f"{flops / self.rate * 1e3:>14.2f}"
             )
-        lines += (
-            [f"\nkernels that refused\n{'kernel':<28}{'implementation':<16}{'times':>8}  why"] if self.refusals else []
-        )
-        lines += [f"{kernel:<28}{name:<16}{count:>8}  {reason}" for kernel, name, reason, count in self.refusals]
+        shown = [row for row in self.refusals if not row[2].startswith(ELSEWHERE)]
+        if shown:
+            lines.append(f"\nkernels that refused\n{'kernel':<30}{'implementation':<16}{'times':>8}  why")
+        lines += [f"{kernel:<30}{name:<16}{count:>8}  {reason}" for kernel, name, reason, count in shown]
         lines.append("\nthe ten costliest edges\n" + render_edges(costliest(self.edges)))
         return "\n".join(lines)
 

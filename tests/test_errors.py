@@ -353,3 +353,16 @@ def test_draws_of_the_global_generators_are_frozen_and_given_back(draw: Callable
     before = random.getstate(), np.random.get_state()[1].tolist()
     dh.HessianOperator(Noisy(draw), _batch()) @ torch.ones(12)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+
+
+def test_a_loss_that_fails_is_blamed() -> None:
+    def mine(output: torch.Tensor) -> torch.Tensor:
+        return output.sum()
+
+    batch = torch.randn(3, 4), torch.tensor([0, 1, 1])
+    with pytest.raises(dh.errors.CaptureError, match=r"^loss=mine fails: TypeError: .*1 positional"):
+        dh.analyze(torch.nn.Linear(4, 2), batch, loss=mine)
+    with pytest.raises(dh.errors.CaptureError, match="^loss=MSELoss fails"):
+        dh.analyze(torch.nn.Linear(4, 2), (batch[0], torch.randn(7, 5)), loss=torch.nn.MSELoss())
+    with pytest.raises(dh.errors.CaptureError, match="^Linear fails"):
+        dh.analyze(torch.nn.Linear(5, 2), batch)

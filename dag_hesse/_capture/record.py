@@ -158,6 +158,7 @@ class Forward:
         self.tensors = [x for x in filled if isinstance(x, Tensor)]
         self.args, self.kwargs, self.targets = pytree.tree_unflatten(filled, spec)
         self.model, self.batch, self.of, self.tapper = model, batch, loss, tapper
+        self.running = type(model).__name__
 
     def output(self) -> Any:
         """What the model returns."""
@@ -166,7 +167,9 @@ class Forward:
 
     def loss(self) -> Tensor:
         """The loss of that."""
-        return evaluate(self.output(), self.batch, self.targets, self.kwargs, self.of)
+        output = self.output()
+        self.running = f"loss={getattr(self.of, '__name__', type(self.of).__name__)}" if self.of else "the loss"
+        return evaluate(output, self.batch, self.targets, self.kwargs, self.of)
 
 
 def _with_gradients(model: nn.Module) -> None:
@@ -244,7 +247,7 @@ def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bo
                 raise
             text, op = str(error).strip().split("\n")[0], f" ({recorder.running})" if recorder.running else ""
             raise CaptureError(
-                f"{type(model).__name__} fails{_where(error)}{op}: {type(error).__name__}: {text.removesuffix('.')}."
+                f"{forward.running} fails{_where(error)}{op}: {type(error).__name__}: {text.removesuffix('.')}."
                 + advice(model, batch, error)
             ) from error
         rng_after = RandomState.now()

@@ -15,6 +15,7 @@ import torch
 
 BLOCK = 1024  # elements of an instance
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+ELSEWHERE = "Triton's kernels run on "  # how a refusal begins that says no more than where tensors lie
 HEAD = "import triton\nimport triton.language as tl\n\n"
 _OLDEST = (3, 6)
 _NUMBERS = count()
@@ -40,6 +41,11 @@ def interpreted() -> bool:
 def home() -> str:
     """The type of device whose tensors kernels take."""
     return "cpu" if interpreted() else "cuda"
+
+
+def elsewhere(x: torch.Tensor) -> str | None:
+    """Why kernels do not take a tensor that lies on this device; None if they do."""
+    return None if x.device.type == home() else f"{ELSEWHERE}{home()} tensors, not {x.device.type}"
 
 
 def computed(dtype: torch.dtype) -> str:
@@ -83,9 +89,11 @@ def load(code: str, name: str) -> Any:
 __all__ = [
     "BLOCK",
     "DTYPES",
+    "ELSEWHERE",
     "HEAD",
     "available",
     "computed",
+    "elsewhere",
     "home",
     "interpreted",
     "launch",

@@ -16,7 +16,7 @@ from dag_hesse.kernels.arena import Arena
 from dag_hesse.kernels.attention.forms import DOTS, MATRICES, RESULTS, TILES, WIDEST, Form, Tile, operands
 from dag_hesse.kernels.attention.operands import Bound, Operands, Residual
 from dag_hesse.kernels.attention.tiles import compiled
-from dag_hesse.kernels.generated import DTYPES, available, computed, home, interpreted, launch_grid
+from dag_hesse.kernels.generated import DTYPES, available, computed, elsewhere, interpreted, launch_grid
 
 ALL = slice(None)
 HALF = (torch.float16, torch.bfloat16)
@@ -26,8 +26,8 @@ _LEAST = 16  # what a product of tiles takes, at least
 
 def _refuse(a: Operands, given: Sequence[Tensor]) -> str | None:
     """Why attention of these operands, with tangents and adjoints, is not computed here."""
-    if a.q.device.type != home():
-        return f"Triton's kernels run on {home()} tensors, not {a.q.device.type}"
+    if reason := elsewhere(a.q):
+        return reason
     if a.q.dtype not in (DTYPES if interpreted() else HALF):
         return f"products of {a.q.dtype} in tiles do not fit into registers"
     if any(x.dtype != a.q.dtype for x in (a.k, a.v, *given)):

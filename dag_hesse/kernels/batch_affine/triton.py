@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena, is_dense
 from dag_hesse.kernels.elementwise.triton import Spread, Sums
-from dag_hesse.kernels.generated import DTYPES, HEAD, available, computed, home, launch_grid, load, loop
+from dag_hesse.kernels.generated import DTYPES, HEAD, available, computed, elsewhere, launch_grid, load, loop
 
 TILE = 1024  # elements of an instance at a time
 _LEAST = 1024  # instances that keep a GPU busy
@@ -58,8 +58,8 @@ def _reason(whole: Sequence[Tensor | None], numbers: Sequence[Tensor | None]) ->
     """Why these operands, (*x), and numbers, (…, channels), are not computed with here."""
     given = [x for x in whole if x is not None]
     like, channels = given[0], [x for x in numbers if x is not None]
-    if like.device.type != home():
-        return f"Triton's kernels run on {home()} tensors, not {like.device.type}"
+    if reason := elsewhere(like):
+        return reason
     if like.dtype not in DTYPES or any(x.dtype != like.dtype for x in (*given, *channels)):
         return "operands differ in dtype, or are no floating-point tensors"
     if not 0 < like.numel() < _MOST:

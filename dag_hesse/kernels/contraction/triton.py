@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena
-from dag_hesse.kernels.generated import HEAD, available, home, interpreted, launch_grid, load, loop
+from dag_hesse.kernels.generated import HEAD, available, elsewhere, interpreted, launch_grid, load, loop
 from dag_hesse.kernels.machine import machine
 from dag_hesse.measure import rounds_to_tf32
 
@@ -185,8 +185,8 @@ def tile(count: int, rows: int, columns: int, processors: int) -> tuple[Tile, fl
 
 def refuse_product(a: Tensor, b: Tensor, into: Tensor | None) -> str | None:
     given = [a, b] if into is None else [a, b, into]
-    if a.device.type != home():
-        return f"Triton's kernels run on {home()} tensors, not {a.device.type}"
+    if reason := elsewhere(a):
+        return reason
     if any(x.dtype is not torch.float32 for x in given):
         return "operands are not float32"
     if a.ndim not in (3, 4) or any(x.ndim != a.ndim for x in given):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena, is_dense
 from dag_hesse.kernels.elementwise.coefficients import Coefficient, Gate
-from dag_hesse.kernels.generated import DTYPES, HEAD, available, computed, home, launch, load, number
+from dag_hesse.kernels.generated import DTYPES, HEAD, available, computed, elsewhere, launch, load, number
 
 Seconds = Mapping[tuple[int, int], Coefficient]
 _DIVIDED = 31  # bits of what is divided by a multiplication
@@ -179,8 +179,8 @@ def _product(form: Form, term: Term) -> str:
 def _reason(given: Sequence[Tensor], coefficients: Sequence[Coefficient | None], shape: Sequence[int]) -> str | None:
     """Why sums of these operands with rows and these coefficients are not computed here."""
     like = given[0]
-    if like.device.type != home():
-        return f"Triton's kernels run on {home()} tensors, not {like.device.type}"
+    if reason := elsewhere(like):
+        return reason
     if like.dtype not in DTYPES:
         return f"there is no arithmetic for {like.dtype}"
     if not like[0].numel() or not is_dense(like[0]):

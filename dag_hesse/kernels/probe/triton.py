@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena
-from dag_hesse.kernels.generated import DTYPES, HEAD, available, home, launch_grid, load
+from dag_hesse.kernels.generated import DTYPES, HEAD, available, elsewhere, launch_grid, load
 from dag_hesse.kernels.probe.reference import BITS, GAMMA, MIX, signed
 
 WORDS = 32  # of an instance
@@ -77,8 +77,8 @@ def compiled(parts: int) -> Any:
 
 def refuse_signs(key: int, first: int, shape: Sequence[int], like: Tensor) -> str | None:
     """Why signs are not drawn here."""
-    if like.device.type != home():
-        return f"Triton's kernels run on {home()} tensors, not {like.device.type}"
+    if reason := elsewhere(like):
+        return reason
     if like.dtype not in DTYPES or not prod(shape):
         return "there are none, or they are no floating-point numbers"
     return available()
@@ -94,8 +94,8 @@ def signs(arena: Arena, key: int, first: int, shape: Sequence[int], like: Tensor
 def refuse_squares(parts: Sequence[Tensor]) -> str | None:
     """Why norms are not taken here."""
     like = parts[0]
-    if like.device.type != home():
-        return f"Triton's kernels run on {home()} tensors, not {like.device.type}"
+    if reason := elsewhere(like):
+        return reason
     if any(x.dtype not in DTYPES or x.shape != like.shape or not x.numel() for x in parts):
         return "parts are empty, differ in shape, or have no floating-point numbers"
     if any(x.stride(2) != 1 and x.shape[2] > 1 for x in parts):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena, is_dense
-from dag_hesse.kernels.generated import DTYPES, HEAD, available, computed, home, launch, load, number
+from dag_hesse.kernels.generated import DTYPES, HEAD, available, computed, elsewhere, launch, load, number
 from dag_hesse.kernels.machine import machine
 from dag_hesse.kernels.program.build import Program
 
@@ -60,8 +60,8 @@ def _tanh(x):
 
 def refuse(program: Program | None, operands: Sequence[Tensor], like: Tensor) -> str | None:
     """Why a program cannot be run on these tensors, or is not worth it; None if it can."""
-    if like.device.type != home():
-        return f"Triton's kernels run on {home()} tensors, not {like.device.type}"
+    if reason := elsewhere(like):
+        return reason
     if like.dtype not in DTYPES or any(x.dtype != like.dtype or x.device != like.device for x in operands):
         return "operands differ in dtype or device, or are no floating-point tensors"
     if not is_dense(like):

@@ -11,7 +11,7 @@ from math import prod
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena, is_dense
-from dag_hesse.kernels.generated import DTYPES, available, computed, home, launch_grid
+from dag_hesse.kernels.generated import DTYPES, available, computed, elsewhere, launch_grid
 from dag_hesse.kernels.rowwise.forms import TERMS, Form, compiled, names, shape
 from dag_hesse.kernels.rowwise.reference import Pair, Tensors
 
@@ -27,8 +27,8 @@ def _reason(whole: Sequence[Tensor | None], numbers: Sequence[Tensor], dims: lis
     """Why rows of these operands, (*x), the first of which all others follow, are not computed here."""
     given = [x for x in whole if x is not None]
     like = given[0]
-    if like.device.type != home():
-        return f"Triton's kernels run on {home()} tensors, not {like.device.type}"
+    if reason := elsewhere(like):
+        return reason
     if like.dtype not in DTYPES or any(x.dtype != like.dtype for x in (*given, *numbers)):
         return "operands differ in dtype, or are no floating-point tensors"
     if not like.numel() or not dims or not is_dense(like):
