@@ -14,9 +14,10 @@ from typing import Any
 from torch import nn
 
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like, unwrapped
+from dag_hesse._capture.additivity import find_reduction, shared_reduction
 from dag_hesse._capture.losses import Loss, loss_text
 from dag_hesse._capture.points import Names
-from dag_hesse._capture.reduction import Option, find_reduction, shared_reduction
+from dag_hesse._capture.reduction import Option
 from dag_hesse._structure import analyze_structure, curved_ops
 from dag_hesse.errors import OptionError, choose, flag, integer
 from dag_hesse.estimate import assemble, estimate

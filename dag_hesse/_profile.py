@@ -13,9 +13,10 @@ from torch import nn
 
 from dag_hesse._analyze import analyze
 from dag_hesse._capture import Batches, capture_all, first_batch, unwrapped
+from dag_hesse._capture.additivity import find_reduction
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.points import Names
-from dag_hesse._capture.reduction import Option, find_reduction
+from dag_hesse._capture.reduction import Option
 from dag_hesse._structure import analyze_structure
 from dag_hesse.errors import choose, flag
 from dag_hesse.ir import CurvatureGraph

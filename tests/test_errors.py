@@ -362,7 +362,7 @@ def test_a_loss_that_fails_is_blamed() -> None:
     batch = torch.randn(3, 4), torch.tensor([0, 1, 1])
     with pytest.raises(dh.errors.CaptureError, match=r"^loss=mine fails: TypeError: .*1 positional"):
         dh.analyze(torch.nn.Linear(4, 2), batch, loss=mine)
-    with pytest.raises(dh.errors.CaptureError, match="^loss=MSELoss fails"):
+    with pytest.raises(dh.errors.CaptureError, match=r"^loss=MSELoss fails"):
         dh.analyze(torch.nn.Linear(4, 2), (batch[0], torch.randn(7, 5)), loss=torch.nn.MSELoss())
-    with pytest.raises(dh.errors.CaptureError, match="^Linear fails"):
+    with pytest.raises(dh.errors.CaptureError, match=r"^Linear fails"):
         dh.analyze(torch.nn.Linear(5, 2), batch)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from dag_hesse._capture.record import LOSS_INPUT, OUTPUT, Recording
+from dag_hesse._capture.forward import OUTPUT
+from dag_hesse._capture.record import LOSS_INPUT, Recording
 from dag_hesse.errors import CaptureError, PointError, suggest
 from dag_hesse.ir import CurvatureGraph, Kind, Node
 from dag_hesse.ir.ops import TAP

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dag_hesse._capture.aliases import Like
+from dag_hesse._capture.views import Like
 from dag_hesse._capture.writes import functional
 from dag_hesse.rules import RULES, lowering
 

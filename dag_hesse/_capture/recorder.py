@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dag_hesse._capture.aliases import Aliases, At, Like, Step, by_place, geometry
+from dag_hesse._capture.aliases import Aliases
 from dag_hesse._capture.lower import Given, Made, Recipe, recipe
 from dag_hesse._capture.state import Snapshot
 from dag_hesse._capture.trail import Trail, name_of
+from dag_hesse._capture.views import At, Like, Step, by_place, geometry
 from dag_hesse._capture.writes import Pure, Written, drawn, functional, statistics, view_step
 from dag_hesse.errors import CaptureError
 from dag_hesse.ir import Guard, Kind, ops

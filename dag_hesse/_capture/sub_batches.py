@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dag_hesse._capture.batch import Batch
+from dag_hesse._capture.evidence import as_it_is
 from dag_hesse._capture.losses import Loss, evaluate
-from dag_hesse._capture.record import as_it_is
 from dag_hesse._capture.taps import map_tensors
 from dag_hesse.ir import BatchAxis, CurvatureGraph
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dag_hesse._capture.aliases import At, Like
 from dag_hesse._capture.state import Snapshot
+from dag_hesse._capture.views import At, Like
 from dag_hesse._capture.writes import drawn
 from dag_hesse.errors import CaptureError
 from dag_hesse.ir import Guard, Kind, Node, Ref

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dag_hesse._capture.aliases import Like, Step, by_place
+from dag_hesse._capture.views import Like, Step, by_place
 from dag_hesse.rules.lowering import LOWERINGS
 
 aten = torch.ops.aten

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dag_hesse._capture.evidence import loss_at
 from dag_hesse._capture.losses import Loss
-from dag_hesse._capture.record import loss_at
 from dag_hesse.errors import OptionError, integer
 from dag_hesse.figures import new_figure, save_figure
 from dag_hesse.operators.algebra import number

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like
+from dag_hesse._capture.additivity import find_reduction, shared_reduction
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.points import Names
-from dag_hesse._capture.reduction import Option, Reduction, find_reduction, shared_reduction
+from dag_hesse._capture.reduction import Option, Reduction
 from dag_hesse.budget import Budget
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.operators.functional import read_parameters

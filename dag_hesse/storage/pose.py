@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like, unwrapped
+from dag_hesse._capture.additivity import find_reduction
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.points import Names
-from dag_hesse._capture.reduction import Option, find_reduction
+from dag_hesse._capture.reduction import Option
 from dag_hesse._structure import Structure
 from dag_hesse.budget import Budget
 from dag_hesse.errors import choose

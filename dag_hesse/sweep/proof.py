@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dag_hesse._capture.batch import Batch
+from dag_hesse._capture.evidence import Evidence, gradients, product, slope
 from dag_hesse._capture.losses import Loss
-from dag_hesse._capture.record import Evidence, gradients, product, slope
 from dag_hesse._capture.run import capture, captured
 from dag_hesse._capture.stream import Batches
 from dag_hesse.errors import NonDeterministicError, NonDifferentiableError, NonFiniteError, UnfaithfulCaptureError

@@ -18,8 +18,8 @@ from dag_hesse._capture import (
     resolve_points,
     unwrapped,
 )
+from dag_hesse._capture.additivity import find_reduction
 from dag_hesse._capture.losses import Loss
-from dag_hesse._capture.reduction import find_reduction
 from dag_hesse._structure import analyze_structure
 from dag_hesse.errors import BatchCouplingError, OptionError, PointError, choose, position
 from dag_hesse.ir import CurvatureGraph, Point
