@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -49,10 +50,14 @@ def _check(model: nn.Module, batch: Batch) -> None:
             )
     check_tensors(model, batch)
     check_devices(model, batch)
-    named = list(model.named_parameters())
-    check_finite((n for n, _ in named), (p.detach() for _, p in named), "parameter")
     check_finite((n for n, _ in model.named_buffers()), model.buffers(), "buffer")
     check_finite(batch.names, batch.tensors, "batch tensor")
+
+
+def _check_parameters(model: nn.Module) -> None:
+    """Where a forward fails or its loss is not finite: whether a parameter is at fault. It takes reading them all."""
+    named = dict(model.named_parameters())
+    check_finite(named, (p.detach() for p in named.values()), "parameter")
 
 
 def _check_rules(graph: CurvatureGraph) -> None:
@@ -78,7 +83,14 @@ def captured(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: 
     if output is not None and not isinstance(output, str):
         raise OptionError(f"output is a {type(output).__name__}; expected the name of a module or tap.")
     _check(model, batch)
-    graph = verify(convert(record(model, batch, loss), batch.size, output))
+    try:
+        recording = record(model, batch, loss)
+    except CaptureError:
+        _check_parameters(model)
+        raise
+    if not isfinite(recording.value):
+        _check_parameters(model)
+    graph = verify(convert(recording, batch.size, output))
     _check_rules(graph)
     return annotate(graph, batch)
 

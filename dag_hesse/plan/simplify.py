@@ -147,6 +147,8 @@ def _without_unused_views(graph: CurvatureGraph) -> CurvatureGraph:
 
 def without(graph: CurvatureGraph, gone: Set[int], changed: Mapping[int, Node] | None = None) -> CurvatureGraph:
     """The graph with nodes left out and nodes ``changed``, numbered anew."""
+    if not gone and not changed:
+        return graph
     origins = [node.index for node in graph.nodes if node.index not in gone]
     places = {old: new for new, old in enumerate(origins)}
     chosen = [(changed or {}).get(k, graph.nodes[k]) for k in origins]
