@@ -90,28 +90,33 @@ def rows_of(length: int, x: Tensor, tangents: Tensor, abar: Tensor) -> Iterator[
     """Softmax, log-softmax and LayerNorm of rows of so many elements."""
     x, (tangents, abar) = x.view(-1, length), (t.view(len(t), -1, length) for t in (tangents, abar))
     y, p, channel, how = torch.nn.functional.layer_norm(x, [length]), torch.softmax(x, -1), slice(PROBES, None), [-1]
-    number, numbers, norm = y[:, :1].contiguous(), tangents[..., :1].contiguous(), (how, True, [length])
+    number, numbers, norm = y[:, :1].contiguous(), tangents[..., :1].contiguous(), rowwise.Means(how, True, [length])
     second = (x, number, tangents, numbers, numbers)
     for name, kernel, arguments, moved in (
         ("softmax tangent", rowwise.softmax_tangent, (p, tangents, how), 1 + 3 * PROBES),
-        ("softmax adjoints", rowwise.softmax_adjoints, (p, abar, (x, tangents), channel, how, None), 2 + 5 * PROBES),
+        (
+            "softmax adjoints",
+            rowwise.softmax_adjoints,
+            (p, rowwise.Adjoint(abar, (x, tangents), channel), how),
+            2 + 5 * PROBES,
+        ),
         ("log-softmax tangent", rowwise.log_softmax_tangent, (p, tangents, how), 1 + 2 * PROBES),
         (
             "log-softmax adjoints",
             rowwise.log_softmax_adjoints,
-            (p, abar, (number, tangents), channel, how, None),
+            (p, rowwise.Adjoint(abar, (number, tangents), channel), how),
             1 + 5 * PROBES,
         ),
         (
             "LayerNorm tangent",
             rowwise.standardize_tangent,
-            (y, number, x, tangents, *norm),
+            (y, number, x, tangents, norm),
             2 + 2 * PROBES,
         ),
         (
             "LayerNorm adjoints",
             rowwise.standardize_adjoints,
-            (y, number, abar, second, channel, *norm, None),
+            (y, number, rowwise.Adjoint(abar, second, channel), norm),
             2 + 5 * PROBES,
         ),
     ):
@@ -152,7 +157,7 @@ def heads_of(size: int, device: torch.device) -> Iterator[Case]:
     moved, mu = attention.tangent(SYSTEM, a, out, tangents)
     bound = attention.Bound(lam, (lam * out).sum(-1, keepdim=True))
     residual = attention.Residual(tangents, mu, (lam * moved).sum(-1, keepdim=True))
-    both: tuple[Any, ...] = (a, out, bound, abar, residual, slice(1, None), (0, 1, 2), {})
+    both = a, out, bound, attention.Adjoint(abar, residual, slice(1, None), (0, 1, 2), {})
     yield Case("attention tangent", attention.tangent, (a, out, tangents), 0, 5 * product)
     yield Case("attention adjoints", attention.adjoints, both, 0, (7 + 18) * product)
 

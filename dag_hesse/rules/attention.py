@@ -12,7 +12,7 @@ from dag_hesse.ir.node import Kind, Node
 from dag_hesse.ir.node import fill as fill_in
 from dag_hesse.kernels import attention
 from dag_hesse.kernels.arena import Arena, has_values
-from dag_hesse.kernels.attention import Bound, Operands, adjoints, tangent, value
+from dag_hesse.kernels.attention import Adjoint, Bound, Operands, adjoints, tangent, value
 from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Residual, Rule, Samples, Shapes, Tangents
 
 _Q, _K, _V = range(3)
@@ -71,7 +71,8 @@ class _Attention(Linearized):
     def pull(
         self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
-        return adjoints(self.arena, self.of, self.out, self.bound, abar, residual, rows, slots, into) if slots else {}
+        back = Adjoint(abar, residual, rows, slots, into)
+        return adjoints(self.arena, self.of, self.out, self.bound, back) if slots else {}
 
 
 def _pairs(node: Node) -> Pairs:

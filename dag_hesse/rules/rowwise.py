@@ -12,6 +12,8 @@ from dag_hesse.ir.node import Kind, Node, Ref, execute
 from dag_hesse.ir.ops import normalized_shape
 from dag_hesse.kernels.arena import Arena, added, has_values
 from dag_hesse.kernels.rowwise import (
+    Adjoint,
+    Means,
     log_softmax_adjoints,
     log_softmax_tangent,
     softmax_adjoints,
@@ -19,7 +21,7 @@ from dag_hesse.kernels.rowwise import (
     standardize_adjoints,
     standardize_tangent,
 )
-from dag_hesse.rules.base import ALL, Call, Linearized, Residual, Rule, Run, Samples, as_it_is, own_pair
+from dag_hesse.rules.base import Call, Linearized, Residual, Rule, Run, Samples, as_it_is, own_pair
 from dag_hesse.rules.single import Constant, Single
 from dag_hesse.rules.structural import axes
 
@@ -47,13 +49,13 @@ class _Softmax(Single):
         return softmax_tangent(self.arena, self.y, x, self.dim)
 
     def transpose(self, g: Tensor) -> Tensor:
-        return softmax_adjoints(self.arena, self.y, g, None, ALL, self.dim, None)
+        return softmax_adjoints(self.arena, self.y, Adjoint(g), self.dim)
 
     def keep(self, lam: Tensor, mu: Tensor | None) -> None:
         self.mu = self.transpose(lam[None])[0] if mu is None else mu
 
     def adjoint(self, abar: Tensor | None, residual: Residual, rows: slice, into: Tensor | None) -> Tensor:
-        return softmax_adjoints(self.arena, self.y, abar, (self.mu, residual), rows, self.dim, into)
+        return softmax_adjoints(self.arena, self.y, Adjoint(abar, (self.mu, residual), rows, into), self.dim)
 
 
 @final
@@ -69,13 +71,13 @@ class _LogSoftmax(Single):
         return moved, moved
 
     def transpose(self, g: Tensor) -> Tensor:
-        return log_softmax_adjoints(self.arena, self.p, g, None, ALL, self.dim, None)
+        return log_softmax_adjoints(self.arena, self.p, Adjoint(g), self.dim)
 
     def keep(self, lam: Tensor, mu: Tensor | None) -> None:
         self.total = lam.sum(self.dim, keepdim=True)
 
     def adjoint(self, abar: Tensor | None, residual: Residual, rows: slice, into: Tensor | None) -> Tensor:
-        return log_softmax_adjoints(self.arena, self.p, abar, (self.total, residual), rows, self.dim, into)
+        return log_softmax_adjoints(self.arena, self.p, Adjoint(abar, (self.total, residual), rows, into), self.dim)
 
 
 @final
@@ -114,31 +116,30 @@ class _Standardize(Single):
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
-        x, dims, eps, self.center = call.values[0], call.argument(1), call.argument(2), call.argument(3)
-        self.dims, self.y = _trailing(call, dims), call.value
-        self.inner = normalized_shape(x.shape, dims, self.center)
-        if self.inner is not None:
-            self.r = aten.native_layer_norm(x, self.inner, None, None, eps)[2].to(x.dtype)
+        x, dims, eps, center = call.values[0], call.argument(1), call.argument(2), call.argument(3)
+        self.y, inner = call.value, normalized_shape(x.shape, dims, center)
+        self.how = Means(_trailing(call, dims), center, inner)
+        if inner is not None:
+            self.r = aten.native_layer_norm(x, inner, None, None, eps)[2].to(x.dtype)
         else:
-            off = x - x.mean(dims, keepdim=True) if self.center else x
+            off = x - x.mean(dims, keepdim=True) if center else x
             self.r = (off * off).mean(dims, keepdim=True).add(eps).rsqrt()
 
     def transpose(self, g: Tensor) -> Tensor:
-        how = (self.dims, self.center, self.inner)
-        return standardize_adjoints(self.arena, self.y, self.r, g, None, ALL, *how, None)
+        return standardize_adjoints(self.arena, self.y, self.r, Adjoint(g), self.how)
 
     def move(self, x: Tensor) -> tuple[Tensor, Residual]:
         mu = self.mu if self.bound else None
-        found = standardize_tangent(self.arena, self.y, self.r, mu, x, self.dims, self.center, self.inner)
+        found = standardize_tangent(self.arena, self.y, self.r, mu, x, self.how)
         return found[0], found
 
     def keep(self, lam: Tensor, mu: Tensor | None) -> None:
         self.mu = self.transpose(lam[None])[0] if mu is None else mu
-        self.overlap = -self.r * (self.y * lam).mean(self.dims, keepdim=True)
+        self.overlap = -self.r * (self.y * lam).mean(self.how.dims, keepdim=True)
 
     def adjoint(self, abar: Tensor | None, residual: Residual, rows: slice, into: Tensor | None) -> Tensor:
-        second, how = (self.mu, self.overlap, *residual), (self.dims, self.center, self.inner)
-        return standardize_adjoints(self.arena, self.y, self.r, abar, second, rows, *how, into)
+        second = (self.mu, self.overlap, *residual)
+        return standardize_adjoints(self.arena, self.y, self.r, Adjoint(abar, second, rows, into), self.how)
 
 
 def _where_it_lies(node: Node, inputs: Sequence[Tensor], arena: Arena) -> Tensor:

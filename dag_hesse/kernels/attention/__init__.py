@@ -1,7 +1,7 @@
 """Attention as one node: its value, its tangents, and its transposes with second-order terms (design §3, rules)."""
 
 from dag_hesse.kernels.attention import reference, torch, triton
-from dag_hesse.kernels.attention.operands import Bound, Operands, Residual
+from dag_hesse.kernels.attention.operands import Adjoint, Bound, Operands, Residual
 from dag_hesse.kernels.dispatch import Implementation, Kernel
 
 value = Kernel("attention.value", reference.value, (Implementation("torch", torch.value),))
@@ -23,4 +23,4 @@ adjoints = Kernel(
     writes=3,
 )
 
-__all__ = ["Bound", "Operands", "Residual", "adjoints", "tangent", "value"]
+__all__ = ["Adjoint", "Bound", "Operands", "Residual", "adjoints", "tangent", "value"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dag_hesse.kernels.attention import Bound, Operands, Residual, adjoints, tangent, value
+from dag_hesse.kernels.attention import Adjoint, Bound, Operands, Residual, adjoints, tangent, value
 from dag_hesse.kernels.attention.reference import value as out_of
 from dag_hesse.kernels.generated import interpreted
 
@@ -26,10 +26,10 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
             for slots in ((0, 1, 2), (0,), (1,), (2,), (0, 2)):
                 bound, residual, abar, wide = _met(a, out, {slot: normal[slot] for slot in slots})
                 yield tangent, (a, out, residual.tangents)
-                yield adjoints, (a, out, bound, abar, residual, slice(None), slots, {})
-                yield adjoints, (a, out, bound, wide, residual, slice(p, None), (0, 1, 2), {})
-                yield adjoints, (a, out, bound, None, residual, slice(None), slots, {})
-                yield adjoints, (a, out, None, abar, None, slice(None), slots, {slots[0]: normal[slots[0]]})
+                yield adjoints, (a, out, bound, Adjoint(abar, residual, slice(None), slots, {}))
+                yield adjoints, (a, out, bound, Adjoint(wide, residual, slice(p, None), (0, 1, 2), {}))
+                yield adjoints, (a, out, bound, Adjoint(None, residual, slice(None), slots, {}))
+                yield adjoints, (a, out, None, Adjoint(abar, None, slice(None), slots, {slots[0]: normal[slots[0]]}))
 
 
 def _met(a: Operands, out: Tensor, tangents: dict[int, Tensor]) -> tuple[Bound, Residual, Tensor, Tensor]:
@@ -52,13 +52,11 @@ def _tiled(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
             given = {slot: torch.randn(1, *(a.q, a.k, a.v)[slot].shape, dtype=dtype) for slot in slots}
             bound, residual, abar, wide = _met(a, out, given)
             yield tangent, (a, out, given)
-            yield (
-                adjoints,
-                (a, out, bound, wide, residual, slice(1, None), (0, 1, 2), {0: torch.randn(2, *a.q.shape).to(dtype)}),
-            )
+            into = {0: torch.randn(2, *a.q.shape).to(dtype)}
+            yield adjoints, (a, out, bound, Adjoint(wide, residual, slice(1, None), (0, 1, 2), into))
             if whole:
-                yield adjoints, (a, out, bound, None, residual, slice(None), slots, {})
-                yield adjoints, (a, out, None, abar, None, slice(None), slots, given)
+                yield adjoints, (a, out, bound, Adjoint(None, residual, slice(None), slots, {}))
+                yield adjoints, (a, out, None, Adjoint(abar, None, slice(None), slots, given))
 
 
 def _of(dtype: torch.dtype, samples: int, heads: int, s: int, t: int, d: int = 3, **options: Any) -> Operands:

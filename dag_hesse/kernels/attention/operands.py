@@ -54,6 +54,26 @@ class Residual(NamedTuple):
     delta: Tensor
 
 
+class Adjoint(NamedTuple):
+    """What goes back: the transpose of ``abar``, (R, N, S, E), and in its ``rows`` ``residual``'s second-order term.
+
+    One of the two may be None. Results are wanted for ``slots``; one is added to its buffer in ``into``.
+    """
+
+    abar: Tensor | None
+    residual: Residual | None
+    rows: slice
+    slots: Sequence[int]
+    into: Mapping[int, Tensor]
+
+    @property
+    def height(self) -> int:
+        """Rows in all, R."""
+        if self.abar is not None:
+            return len(self.abar)
+        return 0 if self.residual is None else len(self.residual.mu)
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Some samples, heads, queries, and the keys that these queries meet."""
@@ -117,4 +137,4 @@ def _keys(spans: Sequence[tuple[int, int]] | None, start: int, stop: int, keys: 
     return slice(min(first, max(last, 0)), max(last, 0) + 1)
 
 
-__all__ = ["ALL", "Bound", "Chunk", "Operands", "Residual", "chunks"]
+__all__ = ["ALL", "Adjoint", "Bound", "Chunk", "Operands", "Residual", "chunks"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena
-from dag_hesse.kernels.attention.operands import Bound, Operands, Residual
+from dag_hesse.kernels.attention.operands import Adjoint, Bound, Operands, Residual
 
 ALL = slice(None)
 
@@ -61,30 +61,17 @@ def tangent(arena: Arena, a: Operands, out: Tensor, tangents: Mapping[int, Tenso
     return (found + _dropped(a, p) @ tangents[2] if 2 in tangents else found), mu
 
 
-def adjoints(
-    arena: Arena,
-    a: Operands,
-    out: Tensor,
-    bound: Bound | None,
-    abar: Tensor | None,
-    residual: Residual | None,
-    rows: slice,
-    slots: Sequence[int],
-    into: Mapping[int, Tensor],
-) -> dict[int, Tensor]:
-    """Per slot, the transpose of ``abar``, (R, N, S, E), and in its ``rows`` the second-order term of ``residual``.
-
-    One of the two may be None. A slot's result is added to its buffer in ``into``.
-    """
-    first = {} if abar is None else _transposed(a, out, abar, slots)
-    second = {} if residual is None or bound is None else _second(a, bound, residual, slots)
+def adjoints(arena: Arena, a: Operands, out: Tensor, bound: Bound | None, of: Adjoint) -> dict[int, Tensor]:
+    """Per slot, the sum of what goes back; ``bound`` is of the loss, where there is a residual."""
+    first = {} if of.abar is None else _transposed(a, out, of.abar, of.slots)
+    second = {} if of.residual is None or bound is None else _second(a, bound, of.residual, of.slots)
     found = {}
-    for slot in slots:
+    for slot in of.slots:
         x = first.get(slot)
         if x is not None and slot in second:
-            x[rows] += second[slot]
+            x[of.rows] += second[slot]
         x = second[slot] if x is None else x
-        found[slot] = into[slot].add_(x) if slot in into else x
+        found[slot] = of.into[slot].add_(x) if slot in of.into else x
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena
-from dag_hesse.kernels.attention.operands import ALL, Bound, Chunk, Operands, Residual, chunks
+from dag_hesse.kernels.attention.operands import ALL, Adjoint, Bound, Chunk, Operands, Residual, chunks
 from dag_hesse.kernels.machine import machine
 
 # Up to so many scores, a value is made of whole matrices: it is the model's own to the bit then, as the gates of a ReLU
@@ -103,27 +103,16 @@ def tangent(arena: Arena, a: Operands, out: Tensor, tangents: Mapping[int, Tenso
     return found, mus
 
 
-def adjoints(
-    arena: Arena,
-    a: Operands,
-    out: Tensor,
-    bound: Bound | None,
-    abar: Tensor | None,
-    residual: Residual | None,
-    rows: slice,
-    slots: Sequence[int],
-    into: Mapping[int, Tensor],
-) -> dict[int, Tensor]:
-    count = len(abar) if abar is not None else 0 if residual is None else len(residual.mu)
-    operands = (a.q, a.k, a.v)
-    found = {s: into[s] if s in into else arena.empty(a.q, count, *operands[s].shape).zero_() for s in slots}
-    of_row = {row: n for n, row in enumerate(range(count)[rows])} if residual is not None else {}
+def adjoints(arena: Arena, a: Operands, out: Tensor, bound: Bound | None, of: Adjoint) -> dict[int, Tensor]:
+    count, abar, into, operands = of.height, of.abar, of.into, (a.q, a.k, a.v)
+    found = {s: into[s] if s in into else arena.empty(a.q, count, *operands[s].shape).zero_() for s in of.slots}
+    of_row = {row: n for n, row in enumerate(range(count)[of.rows])} if of.residual is not None else {}
     overlaps = None if abar is None else (abar * out).sum(-1, keepdim=True)
     for chunk in chunks(a, _largest(a)):
         at = _Adjoints(_Scores(a, chunk), bound if of_row else None)
         for row in range(count):
             one = None if abar is None or overlaps is None else (at.of.queries(abar[row]), at.of.queries(overlaps[row]))
-            terms = at.terms(one, residual if row in of_row else None, of_row.get(row, 0), slots)
+            terms = at.terms(one, of.residual if row in of_row else None, of_row.get(row, 0), of.slots)
             for slot, x in terms.items():
                 _add(found[slot][row], a, chunk, slot, x)
     return found

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena
 from dag_hesse.kernels.attention.forms import DOTS, MATRICES, RESULTS, TILES, WIDEST, Form, Tile, operands
-from dag_hesse.kernels.attention.operands import Bound, Operands, Residual
+from dag_hesse.kernels.attention.operands import Adjoint, Bound, Operands
 from dag_hesse.kernels.attention.tiles import compiled
 from dag_hesse.kernels.generated import DTYPES, available, computed, elsewhere, interpreted, launch_grid
 
@@ -132,33 +132,14 @@ def _moving(tangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
     return {DOTS[slot]: x.mT if slot == 1 else x for slot, x in tangents.items()}
 
 
-def refuse_adjoints(
-    a: Operands,
-    out: Tensor,
-    bound: Bound | None,
-    abar: Tensor | None,
-    residual: Residual | None,
-    rows: slice,
-    slots: Sequence[int],
-    into: Mapping[int, Tensor],
-) -> str | None:
-    given = [x for x in (bound and bound.lam, abar) if x is not None]
-    return _refuse(a, [out, *given, *(residual.tangents.values() if residual else ()), *into.values()])
+def refuse_adjoints(a: Operands, out: Tensor, bound: Bound | None, of: Adjoint) -> str | None:
+    given = [x for x in (bound and bound.lam, of.abar) if x is not None]
+    return _refuse(a, [out, *given, *(of.residual.tangents.values() if of.residual else ()), *of.into.values()])
 
 
-def adjoints(
-    arena: Arena,
-    a: Operands,
-    out: Tensor,
-    bound: Bound | None,
-    abar: Tensor | None,
-    residual: Residual | None,
-    rows: slice,
-    slots: Sequence[int],
-    into: Mapping[int, Tensor],
-) -> dict[int, Tensor]:
-    call, whole = _Call(a), (a.q, a.k, a.v)
-    count = len(abar) if abar is not None else 0 if residual is None else len(residual.mu)
+def adjoints(arena: Arena, a: Operands, out: Tensor, bound: Bound | None, of: Adjoint) -> dict[int, Tensor]:
+    call, whole, count = _Call(a), (a.q, a.k, a.v), of.height
+    abar, residual, rows, slots, into = of
     found = {slot: into[slot] if slot in into else arena.empty(a.q, count, *whole[slot].shape) for slot in slots}
     call.given["out"] = out
     tangents: Mapping[int, Tensor] = {}

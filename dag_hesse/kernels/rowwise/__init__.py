@@ -6,6 +6,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from dag_hesse.kernels.arena import Arena
 from dag_hesse.kernels.dispatch import Implementation, Kernel
 from dag_hesse.kernels.rowwise import reference, torch, triton
+from dag_hesse.kernels.rowwise.reference import Adjoint, Means
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -27,6 +28,8 @@ standardize_tangent = _kernel(reference.standardize_tangent)
 standardize_adjoints = _kernel(reference.standardize_adjoints, writes=1)
 
 __all__ = [
+    "Adjoint",
+    "Means",
     "log_softmax_adjoints",
     "log_softmax_tangent",
     "softmax_adjoints",

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from dag_hesse.kernels.rowwise import (
+    Adjoint,
+    Means,
     log_softmax_adjoints,
     log_softmax_tangent,
     softmax_adjoints,
@@ -19,7 +21,6 @@ from dag_hesse.kernels.rowwise import (
 
 _SHAPES = (((5,), 1), ((3, 7), 1), ((3, 7), 3), ((2, 3, 65), 2), ((4, 1), 2), ((9, 131), 3))  # with rows
 _LONG = (((1, 63), 1), ((3, 1000), 2), ((1, 8200), 2))  # the last is more than a chip holds
-_ALL = slice(None)
 
 
 def cases(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
@@ -64,25 +65,25 @@ def _standardize(x: Tensor, rows: int, dims: list[int], center: bool) -> Iterato
     off = x - x.mean(dims, keepdim=True) if center else x
     r = (off * off).mean(dims, keepdim=True).add(1e-3).rsqrt()
     how, y, g, mu = (
-        (dims, center, list(x.shape[dims[0] :]) if center else None),
+        Means(dims, center, list(x.shape[dims[0] :]) if center else None),
         off * r,
         _normal(rows, x),
         _normal(1, x)[0],
     )
-    yield standardize_tangent, (y, r, None, g, *how)
-    yield standardize_tangent, (y, r, mu, g, *how)
+    yield standardize_tangent, (y, r, None, g, how)
+    yield standardize_tangent, (y, r, mu, g, how)
 
     def second(w: Tensor) -> tuple[Tensor, ...]:
         return (mu, _normal(1, r)[0], w, *(_normal(len(w), r) for _ in range(2)))
 
-    yield from _adjoints(standardize_adjoints, (y, r), g, second, *how)
+    yield from _adjoints(standardize_adjoints, (y, r), g, second, how)
 
 
-def _adjoints(kernel: Any, own: tuple[Any, ...], g: Tensor, second: Any, *how: Any) -> Iterator[tuple[Any, Any]]:
+def _adjoints(kernel: Any, own: tuple[Any, ...], g: Tensor, second: Any, how: Any) -> Iterator[tuple[Any, Any]]:
     """Of an adjoint alone, of a residual alone, of both, and into a buffer."""
-    yield kernel, (*own, g, None, _ALL, *how, None)
-    yield kernel, (*own, None, second(g), _ALL, *how, torch.randn_like(g))
-    yield kernel, (*own, g, second(torch.randn_like(g)), _ALL, *how, None)
+    yield kernel, (*own, Adjoint(g), how)
+    yield kernel, (*own, Adjoint(None, second(g), into=torch.randn_like(g)), how)
+    yield kernel, (*own, Adjoint(g, second(torch.randn_like(g))), how)
     rows = len(g)
     wide = torch.cat([g, torch.randn_like(g)])
-    yield kernel, (*own, wide, second(g), slice(rows, None), *how, torch.randn_like(wide))
+    yield kernel, (*own, Adjoint(wide, second(g), slice(rows, None), torch.randn_like(wide)), how)

@@ -13,7 +13,7 @@ from torch import Tensor
 from dag_hesse.kernels.arena import Arena, is_dense
 from dag_hesse.kernels.generated import DTYPES, available, computed, elsewhere, launch_grid
 from dag_hesse.kernels.rowwise.forms import TERMS, Form, compiled, names, shape
-from dag_hesse.kernels.rowwise.reference import Pair, Tensors
+from dag_hesse.kernels.rowwise.reference import Adjoint, Means, Pair, Tensors
 
 ALL = slice(None)
 
@@ -114,19 +114,13 @@ def softmax_tangent(arena: Arena, y: Tensor, x: Tensor, dims: list[int]) -> Pair
     return moved, centered
 
 
-def refuse_softmax_adjoints(
-    y: Tensor, g: Tensor | None, second: Pair | None, rows: slice, dims: list[int], into: Tensor | None
-) -> str | None:
-    mu, w = (None, None) if second is None else second
-    return _reason([y, mu, *_first(g, w, into)], [], dims)
+def refuse_softmax_adjoints(y: Tensor, a: Adjoint, dims: list[int]) -> str | None:
+    mu, w = a.second or (None, None)
+    return _reason([y, mu, *_first(a.g, w, a.into)], [], dims)
 
 
-def softmax_adjoints(
-    arena: Arena, y: Tensor, g: Tensor | None, second: Pair | None, rows: slice, dims: list[int], into: Tensor | None
-) -> Tensor:
-    operands = {"y": y} | _named(("g",), (g,)) | _named(("mu", "w"), second)
-    names = None if g is None else "softmax", None if second is None else "softmax second"
-    return _run(arena, *names, operands, rows, dims, into)[0]
+def softmax_adjoints(arena: Arena, y: Tensor, a: Adjoint, dims: list[int]) -> Tensor:
+    return _adjoints(arena, "softmax", a, {"y": y}, ("mu", "w"), dims)
 
 
 def refuse_log_softmax_tangent(p: Tensor, x: Tensor, dims: list[int]) -> str | None:
@@ -137,19 +131,13 @@ def log_softmax_tangent(arena: Arena, p: Tensor, x: Tensor, dims: list[int]) -> 
     return _run(arena, "log_softmax tangent", None, {"p": p, "x": x}, ALL, dims)[0]
 
 
-def refuse_log_softmax_adjoints(
-    p: Tensor, g: Tensor | None, second: Pair | None, rows: slice, dims: list[int], into: Tensor | None
-) -> str | None:
-    total, w = (None, None) if second is None else second
-    return _reason([p, *_first(g, w, into)], [] if total is None else [total], dims)
+def refuse_log_softmax_adjoints(p: Tensor, a: Adjoint, dims: list[int]) -> str | None:
+    total, w = a.second or (None, None)
+    return _reason([p, *_first(a.g, w, a.into)], [] if total is None else [total], dims)
 
 
-def log_softmax_adjoints(
-    arena: Arena, p: Tensor, g: Tensor | None, second: Pair | None, rows: slice, dims: list[int], into: Tensor | None
-) -> Tensor:
-    operands = {"p": p} | _named(("g",), (g,)) | _named(("total", "w"), second)
-    names = None if g is None else "log_softmax", None if second is None else "log_softmax second"
-    return _run(arena, *names, operands, rows, dims, into)[0]
+def log_softmax_adjoints(arena: Arena, p: Tensor, a: Adjoint, dims: list[int]) -> Tensor:
+    return _adjoints(arena, "log_softmax", a, {"p": p}, ("total", "w"), dims)
 
 
 def _standardize(center: bool) -> str:
@@ -160,60 +148,38 @@ def _named(names: Sequence[str], tensors: Sequence[Tensor | None] | None) -> dic
     return {name: x for name, x in zip(names, tensors or (), strict=False) if x is not None}
 
 
-def refuse_standardize_tangent(
-    y: Tensor,
-    r: Tensor,
-    mu: Tensor | None,
-    x: Tensor,
-    dims: list[int],
-    center: bool,
-    inner: Sequence[int] | None,
-) -> str | None:
-    return _reason([y, mu, x[0]], [r], dims)
-
-
-def standardize_tangent(
+def _adjoints(
     arena: Arena,
-    y: Tensor,
-    r: Tensor,
-    mu: Tensor | None,
-    x: Tensor,
+    name: str,
+    a: Adjoint,
+    operands: dict[str, Tensor],
+    of_second: Sequence[str],
     dims: list[int],
-    center: bool,
-    inner: Sequence[int] | None,
-) -> Tensors:
-    operands = {"y": y, "r": r, "g": x} | _named(("mu",), (mu,))
-    name = _standardize(center) + ("" if mu is None else " tangent")
-    return tuple(_run(arena, name, None, operands, ALL, dims))
-
-
-def refuse_standardize_adjoints(
-    y: Tensor,
-    r: Tensor,
-    g: Tensor | None,
-    second: Tensors | None,
-    rows: slice,
-    dims: list[int],
-    center: bool,
-    inner: Sequence[int] | None,
-    into: Tensor | None,
-) -> str | None:
-    mu, c, w, a, b = (None,) * 5 if second is None else second
-    return _reason([y, mu, *_first(g, w, into)], [r, *(x for x in (c, *_first(a, b)) if x is not None)], dims)
-
-
-def standardize_adjoints(
-    arena: Arena,
-    y: Tensor,
-    r: Tensor,
-    g: Tensor | None,
-    second: Tensors | None,
-    rows: slice,
-    dims: list[int],
-    center: bool,
-    inner: Sequence[int] | None,
-    into: Tensor | None,
+    second: str = "",
 ) -> Tensor:
-    operands = {"y": y, "r": r} | _named(("g",), (g,)) | _named(("mu", "c", "w", "a", "b"), second)
-    names = None if g is None else _standardize(center), None if second is None else "standardize second"
-    return _run(arena, *names, operands, rows, dims, into)[0]
+    """By the terms ``name``, of ``g``, and ``second``, of what is called ``of_second``."""
+    operands = operands | _named(("g",), (a.g,)) | _named(of_second, a.second)
+    terms = None if a.g is None else name, None if a.second is None else second or f"{name} second"
+    return _run(arena, *terms, operands, a.rows, dims, a.into)[0]
+
+
+def refuse_standardize_tangent(y: Tensor, r: Tensor, mu: Tensor | None, x: Tensor, how: Means) -> str | None:
+    return _reason([y, mu, x[0]], [r], how.dims)
+
+
+def standardize_tangent(arena: Arena, y: Tensor, r: Tensor, mu: Tensor | None, x: Tensor, how: Means) -> Tensors:
+    operands = {"y": y, "r": r, "g": x} | _named(("mu",), (mu,))
+    name = _standardize(how.center) + ("" if mu is None else " tangent")
+    return tuple(_run(arena, name, None, operands, ALL, how.dims))
+
+
+def refuse_standardize_adjoints(y: Tensor, r: Tensor, a: Adjoint, how: Means) -> str | None:
+    mu, c, w, of_mu, of_y = a.second or (None,) * 5
+    return _reason(
+        [y, mu, *_first(a.g, w, a.into)], [r, *(x for x in (c, *_first(of_mu, of_y)) if x is not None)], how.dims
+    )
+
+
+def standardize_adjoints(arena: Arena, y: Tensor, r: Tensor, a: Adjoint, how: Means) -> Tensor:
+    names = ("mu", "c", "w", "a", "b")
+    return _adjoints(arena, _standardize(how.center), a, {"y": y, "r": r}, names, how.dims, "standardize second")
