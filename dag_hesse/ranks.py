@@ -7,7 +7,7 @@ calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dag_hesse.errors import OptionError, RankError
 
 AXES = ("data", "probe")
+_HEARD = "_other_ranks_know"  # mark of an error that the other ranks were told of
 
 
 class Ranks:
@@ -54,10 +55,10 @@ class Ranks:
         """
         try:
             yield
-        except RankError:  # all have heard of it
-            raise
         except Exception as error:
-            self._exchanged(what, None, f"{type(error).__name__}: {error}")
+            if not _heard(error):
+                setattr(error, _HEARD, True)
+                self._exchanged(what, None, f"{type(error).__name__}: {error}")
             raise
         self.told(what, None)
 
@@ -93,13 +94,35 @@ class Ranks:
 
         Raises:
             RankError: they do not: what they computed would be of no one model.
+            OptionError: BatchNorm normalizes by the statistics of a shard.
         """
-        held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        sums = {name: float(x.detach().double().sum()) for name, x in held.items() if not x.is_complex()}
-        for theirs in self.told("a model", sums):
-            differ = [name for name in sums.keys() | theirs.keys() if repr(sums.get(name)) != repr(theirs.get(name))]
-            if differ:
-                raise RankError(f"'{min(differ)}' has other values on another rank: make the models equal first.")
+        check_norms(model)
+        differ = self._that_differ("a model", {**dict(model.named_parameters()), **dict(model.named_buffers())})
+        if differ:
+            raise RankError(f"'{min(differ)}' has other values on another rank: make the models equal first.")
+
+    def _that_differ(self, what: str, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Names of those that ranks have other values of, by their sums; the same list on all."""
+        sums = {name: float(x.detach().double().sum()) for name, x in tensors.items() if not x.is_complex()}
+        every = self.told(what, sums)
+        names = sorted(set().union(*every))
+        return [name for name in names if len({repr(theirs.get(name)) for theirs in every}) > 1]
+
+    def adopt_buffers(self, model: nn.Module) -> dict[str, Tensor]:
+        """Give a model's buffers the first rank's values, as DistributedDataParallel does before a forward.
+
+        Returns:
+            What this rank had, of those that differed: BatchNorm's statistics, whose shards each rank went on with.
+        """
+        buffers = dict(model.named_buffers())
+        found = {name: buffers[name].detach().clone() for name in self._that_differ("buffers", buffers)}
+        with torch.no_grad():
+            for name in found:
+                for group in self._groups:
+                    x = buffers[name].contiguous()
+                    dist.broadcast(x, group=group, group_src=0)
+                    buffers[name].copy_(x)
+        return found
 
     def of_shards(self, what: str, mine: Any) -> list[Any]:
         """What every shard has, in order; of each, one of those that share it."""
@@ -133,6 +156,15 @@ class Ranks:
         return x
 
 
+def _heard(error: BaseException | None) -> bool:
+    """Whether all ranks have heard of an error, or of what caused it: then they wait for no other word of it."""
+    while error is not None:
+        if isinstance(error, RankError) or hasattr(error, _HEARD):
+            return True
+        error = error.__cause__
+    return False
+
+
 def together(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
     """:meth:`Ranks.together`, where there are several."""
     return nullcontext() if ranks is None else ranks.together(what)
@@ -146,13 +178,23 @@ def whole_model(model: Any) -> Any:
     """
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     model = getattr(model, "_orig_mod", model)  # torch.compile's
-    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+    if isinstance(model, nn.Module):
+        check_norms(model)
+    return model
+
+
+def check_norms(model: nn.Module) -> None:
+    """See that no BatchNorm is in training mode.
+
+    Raises:
+        OptionError: one is.
+    """
+    for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise OptionError(
                 f"'{name}' normalizes by the statistics of this rank's samples: the shards' losses do not add up to "
                 "the whole's. Call model.eval(), or use one process."
             )
-    return model
 
 
-__all__ = ["AXES", "Ranks", "together", "whole_model"]
+__all__ = ["AXES", "Ranks", "check_norms", "together", "whole_model"]

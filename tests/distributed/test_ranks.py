@@ -95,6 +95,43 @@ def test_a_map_of_several_ranks_is_that_of_one(axis: str, tmp_path: Path) -> Non
                     )
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_monitors_of_several_ranks_measure_as_one(ranks: int, tmp_path: Path) -> None:
+    every = run("monitored", ranks, tmp_path)
+    first, alone = every[0], every[0]["alone"]
+    assert [x is not None for x in alone] == [True, False] * 3
+    assert {"curvature/stability", "curvature/update_tensor", "curvature/gn_gap/stem"} <= alone[4].keys()
+    assert not all(map(torch.equal, first["states"][-1], every[1]["states"][-1]))  # BatchNorm's statistics differ
+    for found in every:
+        assert found["several"] == first["several"]  # to the bit
+        for mine, expected in zip(found["several"], alone, strict=True):
+            assert mine is expected is None or mine == pytest.approx(expected, rel=1e-12, abs=1e-14)
+        np.testing.assert_allclose(found["report"][0], first["report"][1], 1e-12)
+        for step in (6, 7):
+            going_on, resumed = found[f"resumed {step}"]
+            assert going_on == resumed and (going_on is None) == (step == 7)
+        assert found["differ"].startswith("RankError: of the ranks' monitors, the next is [99, 8")
+        assert found["refused"].startswith("OptionError: mesh= takes training=False")
+        assert found["paced"] == work.paced(work.net(), work.samples(), None, 0)
+
+    check_failures([found["failures"] for found in every])
+
+
+def check_failures(every: list[list[Any]]) -> None:
+    """All lose the same numbers, one says why, and the others who did."""
+    for rank, steps in enumerate(every):
+        assert [metrics for metrics, _ in steps] == [metrics for metrics, _ in every[0]]
+        counts = [metrics["curvature/failed"] for metrics, _ in steps]
+        assert counts[0] == counts[5] == 0 and counts[2:5] == [1, 1, 1] and counts[1] == 4, counts
+        error = "MemoryError: nothing is left" if rank == 1 else "RankError: "
+        for step in (1, 2):
+            assert all(text.startswith(error) and "nothing is left" in text for _, text in steps[step][1]), steps[step]
+        (name, text), *_ = steps[3][1]
+        assert name == "all" and "'stem.0.weight' holds 1 NaN" in text
+        (name, text), *_ = steps[4][1]
+        assert name == "stability" and "another number on another rank" in text
+
+
 def test_a_rank_that_ended_is_not_waited_for(tmp_path: Path) -> None:
     (text,) = run("left_alone", 2, tmp_path)
     assert text.startswith("RankError: a rank does not answer")
