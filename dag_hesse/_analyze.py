@@ -219,7 +219,7 @@ class Mapper:
             self.plan = self._plan_of(settled, settled)
             self.problem = self._posed(settled)
         if self._ranks is not None:
-            self._ranks.check_model(model)
+            self.problem.meet()
             self.plan = agreed(self.plan, self._ranks)
             self.problem = self._posed(settled)
 
@@ -284,8 +284,8 @@ class Mapper:
         with together(self._ranks, "refresh()"):
             if not self.problem.renewed():
                 self._set_up()
-            elif self._ranks is not None:
-                self._ranks.check_model(self.model)
+            else:
+                self.problem.meet()
 
     def release(self) -> None:
         """Give back the memory of linearizations and sweeps."""

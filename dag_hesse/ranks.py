@@ -7,6 +7,7 @@ calls.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -124,6 +125,26 @@ class Ranks:
                     buffers[name].copy_(x)
         return found
 
+    def least(self, what: str, mine: int) -> int:
+        """The smallest of a number that every rank has its own of: room in memory, say."""
+        return min(self.told(what, mine))
+
+    def check_loss(self, mine: float) -> None:
+        """See that ranks that share the vectors have the same loss, before it is added up over the shards.
+
+        Raises:
+            RankError: they do not.
+        """
+        if self.probe is None:
+            return
+        number = 0 if self.data is None else dist.get_rank(self.data)
+        every = [loss for shard, loss in self.told("a loss", (number, mine)) if shard == number]
+        if not all(math.isclose(loss, mine, rel_tol=1e-6) for loss in every):
+            raise RankError(
+                f"ranks along 'probe' have the losses {every}: expected the same samples on all, and the same random "
+                "draws where the model makes some (torch.manual_seed, or model.eval())."
+            )
+
     def of_shards(self, what: str, mine: Any) -> list[Any]:
         """What every shard has, in order; of each, one of those that share it."""
         number, _ = self.place
@@ -149,11 +170,10 @@ class Ranks:
         """(number, count) of this rank among those that share the vectors."""
         return (0, 1) if self.probe is None else (dist.get_rank(self.probe), dist.get_world_size(self.probe))
 
-    def sent(self, x: Tensor, owner: int) -> Tensor:
-        """``x`` as the ``owner``-th of those that share the vectors has it."""
+    def sent(self, x: Tensor, owner: int) -> None:
+        """Put into ``x`` what the ``owner``-th of those that share the vectors has there."""
         if self.probe is not None:
             dist.broadcast(x, group=self.probe, group_src=owner)
-        return x
 
 
 def _heard(error: BaseException | None) -> bool:

@@ -206,8 +206,8 @@ class CurvatureOperator(SymmetricOperator):
                 self._take(batch, self._batches(batch), self._known if follows else None)
             elif not follows or not self._problem.renewed():
                 self._take(self._given, self._swept)
-            elif self._ranks is not None:
-                self._ranks.check_model(self.model)
+            else:
+                self._problem.meet()
 
     def with_batch(self, batch: Any) -> Self:
         """The same operator on another batch, at the parameters' present values; this one stays as it is.

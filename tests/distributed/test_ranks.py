@@ -96,6 +96,34 @@ def test_a_map_of_several_ranks_is_that_of_one(axis: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
+def test_stored_blocks_of_shards_are_those_of_all_samples(ranks: int, tmp_path: Path) -> None:
+    expected, every = work.stored(work.samples(), work.ignoring), run("stored_by_data", ranks, tmp_path)
+    routes = {name: route for name, (route, *_) in expected.items()}
+    assert {"gram", "exact", "one pass", "two passes"} <= set(routes.values()), routes
+    for rank, found in enumerate(every):
+        for name, (route, kinds, cores, dense) in expected.items():
+            mine, first = found[name], every[0][name]
+            assert mine[:2] == (route, kinds)
+            assert torch.equal(mine[3], first[3])
+            torch.testing.assert_close(mine[3], dense, rtol=0, atol=1e-12 * float(dense.norm()), msg=name)
+            if route in ("gram", "exact") and cores is not None:
+                for pair, core in cores.cores.items():
+                    torch.testing.assert_close(mine[2].cores[pair], core, rtol=0, atol=1e-12 * float(dense.norm()))
+        for part in ("gn", "tensor"):
+            text = found[f"failing {part}"]
+            assert text.startswith("MemoryError" if rank == 1 else "RankError") and "nothing is left" in text
+        assert "batch_mode='shared'" in found["joint"]
+
+
+def test_shares_of_the_vectors_store_the_bits_of_one_process(tmp_path: Path) -> None:
+    expected = work.stored(work.samples(), work.ignoring)
+    for found in run("stored_by_probe", 2, tmp_path):
+        for name, (route, kinds, _, dense) in expected.items():
+            assert found[name][:2] == (route, kinds) and torch.equal(found[name][3], dense), name
+        assert found["apart"].startswith("RankError: ranks along 'probe' have the losses")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_monitors_of_several_ranks_measure_as_one(ranks: int, tmp_path: Path) -> None:
     every = run("monitored", ranks, tmp_path)
     first, alone = every[0], every[0]["alone"]
@@ -107,6 +135,7 @@ def test_monitors_of_several_ranks_measure_as_one(ranks: int, tmp_path: Path) ->
         for mine, expected in zip(found["several"], alone, strict=True):
             assert mine is expected is None or mine == pytest.approx(expected, rel=1e-12, abs=1e-14)
         np.testing.assert_allclose(found["report"][0], first["report"][1], 1e-12)
+        assert found["shared"][0] == first["shared"][1]
         for step in (6, 7):
             going_on, resumed = found[f"resumed {step}"]
             assert going_on == resumed and (going_on is None) == (step == 7)

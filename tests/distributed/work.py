@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 import dag_hesse as dh
 from dag_hesse.errors import DagHesseError
+from dag_hesse.estimate import gram
 from dag_hesse.monitor.quantities import QUANTITIES
 from dag_hesse.sweep.runner import Runner
 from tests.monitor.common import net, state_of, train_step
@@ -79,9 +81,14 @@ def figures(H: dh.HessianOperator) -> dict[str, Any]:
 
 
 def said(run: Callable[[], Any]) -> str:
+    return saying((), run)
+
+
+def saying(others: Any, run: Callable[[], Any]) -> str:
+    """An error of ours, or one of others."""
     try:
         run()
-    except DagHesseError as error:
+    except (DagHesseError, *others) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -162,6 +169,61 @@ def by_both(rank: int, ranks: int) -> dict[str, Any]:
     return {"ignoring": figures(H)}
 
 
+def wide() -> nn.Module:
+    """Parameters of more directions than a sketch has."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 9), nn.SiLU(), nn.Linear(9, 3)).double()
+
+
+STORED: dict[str, dict[str, Any]] = {
+    "gram": {"part": "gn"},
+    "exact": {"points": ["0", "2"], "parts": True},
+    "one pass": {"space": "parameter", "points": ["2.weight"], "error": 0.05},
+    "two passes": {"space": "parameter", "points": ["0.weight", "2.weight"], "rank": 10},
+    "live": {"band": 0, "rest": "live", "part": "tensor"},
+}
+
+
+def stored(batch: Any, loss: Any, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+    """What blocks are stored as, and what they are."""
+    found: dict[str, Any] = {}
+    for name, options in STORED.items():
+        B = dh.BlockMatrix.from_model(wide(), batch, loss=loss, mesh=mesh, progress=False, **options)
+        for part in ("full", "gn", "tensor") if options.get("parts") else (B.facts["part"],):
+            own = B.part(part)
+            kinds = [facts.kind.value for facts in own.pairs.values()]
+            found[f"{name} {part}"] = own.facts["route"], kinds, own.cores, own @ torch.eye(own.shape[1]).double()
+    report = dh.analyze(wide(), batch, loss=loss, mesh=mesh, points=["0"])
+    found["report"] = "", [], None, report.blocks(part="gn", progress=False).to_dense()
+    return found
+
+
+def stored_by_data(rank: int, ranks: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))
+    found = stored(shard(rank, ranks), ignoring, mesh)
+
+    def full(*given: Any) -> Any:
+        raise MemoryError("nothing is left")
+
+    for where in ((Runner, "run"), (gram, "factor_rows")):
+        with mock.patch.object(*where, full) if rank == 1 else nullcontext():
+            make = partial(
+                dh.BlockMatrix.from_model, wide(), shard(rank, ranks), loss=ignoring, mesh=mesh, progress=False
+            )
+            part = "tensor" if where[0] is Runner else "gn"
+            found[f"failing {part}"] = saying([MemoryError], lambda make=make, part=part: make(part=part, points=["0"]))
+    found["joint"] = said(lambda: make(batch_mode="joint"))
+    return found
+
+
+def stored_by_probe(rank: int, ranks: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("probe",))
+    found = stored(samples(), ignoring, mesh)
+    x, y = samples()
+    found["apart"] = said(lambda: dh.HessianOperator(wide(), (x + rank, y), loss=ignoring, mesh=mesh))
+    return found
+
+
 class Clock:
     """A clock that is set by hand."""
 
@@ -202,6 +264,7 @@ def monitored(rank: int, ranks: int) -> dict[str, Any]:
         found["several"].append(several.step(step))
         assert all(map(torch.equal, found["states"][-1], state_of(watched.inside, watched.optimizer)))
     found["report"] = several.report["gn_gap"], alone.report["gn_gap"]
+    found["shared"] = shared(watched, rank, ranks)
     again = dh.Monitor(watched.model, shard(rank, ranks), mesh=mesh, **options)
     again.load_state_dict(several.state_dict())
     for step in (6, 7):
@@ -212,6 +275,12 @@ def monitored(rank: int, ranks: int) -> dict[str, Any]:
     found["failures"] = failing(watched, shard(rank, ranks), mesh, rank)
     found["paced"] = paced(watched.model, shard(rank, ranks), mesh, rank)
     return found
+
+
+def shared(training: Training, rank: int, ranks: int) -> list[Any]:
+    """One measurement by all ranks with the same samples, and by each itself."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("probe",))
+    return [dh.Monitor(training.model, samples(), mesh=m, points=["stem"]).step(0) for m in (mesh, None)]
 
 
 def differing(monitor: dh.Monitor, other: dh.Monitor, rank: int) -> None:
