@@ -194,6 +194,14 @@ def test_the_command_line_under_torchrun(tmp_path: Path, capfd: pytest.CaptureFi
         np.testing.assert_allclose(
             found["metrics"]["resonance"]["value"], expected["metrics"]["resonance"]["value"], rtol=1e-5
         )
+    files = [tmp_path / "several", tmp_path / "one"]
+    done = subprocess.run(
+        [*run, "blocks", *command, "--ranks", "data", "--out", str(files[0])], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.count("written to") == 1, done.stderr
+    assert main(["blocks", *command, "--out", str(files[1])]) == 0
+    several, one = (dh.BlockMatrix.load(file).to_dense() for file in files)
+    torch.testing.assert_close(several, one, rtol=0, atol=1e-5 * float(one.abs().max()))
     assert main(["analyze", "mlp", "--ranks", "data"]) == 1
     assert "torchrun" in capfd.readouterr().err
 
