@@ -77,6 +77,7 @@ def figures(H: dh.HessianOperator) -> dict[str, Any]:
     return {
         "loss": torch.tensor(H.loss), "gradient": H.gradient, "one": H @ v[:, 0], "many": H @ v, "gn": gn, "tensor": tensor,
         "top": torch.from_numpy(H.eigsh(1, tol=1e-8, which="LA")[0].copy()), "block": H["0.weight", "4"] @ v[-18:, :2],
+        "landscape": torch.from_numpy(H.landscape(v[:, 0], points=3).losses.copy()),
     }  # fmt: skip
 
 
