@@ -18,9 +18,11 @@ from dag_hesse._capture.losses import Loss, loss_text
 from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option, find_reduction, shared_reduction
 from dag_hesse._structure import analyze_structure, curved_ops
+from dag_hesse.budget import Budget
 from dag_hesse.errors import OptionError, choose, flag, integer
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.estimate.run import Progress
+from dag_hesse.gathered import gathered, is_sharded
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.kernels.dispatch import failures
 from dag_hesse.measure import precision
@@ -185,13 +187,20 @@ class Mapper:
         self._loss, self._output, self._points, self._verify = loss, output, points, verify
         self._batch_mode, self._reduction, self._memory, self._compile = batch_mode, reduction, memory, compile
         with together(self._ranks, "making the map"):
-            self.model = unwrapped(model) if self._ranks is None else whole_model(model)
+            self._given = unwrapped(model) if self._ranks is None else whole_model(model)
+            self.model = self._whole()
             self.batches = Batches(batch, memory, self.model, loss)
             self.batches.check_batch_mode(batch_mode)
             self._plan_of = partial(
                 _plan, mode=mode, batch_mode=batch_mode, probes=probes, memory=memory, device=self.batches.device
             )
             self._set_up()
+
+    def _whole(self) -> nn.Module:
+        """The model, or a copy that has whole parameters where ranks have parts of them."""
+        if self._ranks is None or not is_sharded(self._given):
+            return self._given
+        return gathered(self._given, self._ranks, Budget.of(self._memory))
 
     def _set_up(self) -> None:
         """Capture, plan, prove and pose the problem."""
@@ -282,7 +291,10 @@ class Mapper:
         """
         self._clock = {"start": time.perf_counter()}
         with together(self._ranks, "refresh()"):
-            if not self.problem.renewed():
+            if self.model is not self._given:
+                self.model = self._whole()
+                self._set_up()
+            elif not self.problem.renewed():
                 self._set_up()
             else:
                 self.problem.meet()

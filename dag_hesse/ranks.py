@@ -43,6 +43,7 @@ class Ranks:
             raise OptionError(f"mesh is a {type(mesh).__name__}; {advice}")
         if not names or not set(names) <= set(AXES):
             raise OptionError(f"the mesh's axes are called {names}; expected 'data', 'probe' or both.")
+        self.members: set[int] = set(mesh.mesh.flatten().tolist())
         groups = {name: mesh.get_group(name) for name in names}
         self._groups = list(groups.values())
         self.data, self.probe = groups.get("data"), groups.get("probe")
@@ -194,11 +195,17 @@ def whole_model(model: Any) -> Any:
     """What DistributedDataParallel holds.
 
     Raises:
-        OptionError: BatchNorm normalizes by the statistics of a shard.
+        OptionError: BatchNorm normalizes by the statistics of a shard, or parameters lie in flat parts.
     """
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     model = getattr(model, "_orig_mod", model)  # torch.compile's
     if isinstance(model, nn.Module):
+        flat = [name for name, _ in model.named_parameters() if "_flat_param" in name]
+        if flat:
+            raise OptionError(
+                f"'{flat[0]}' is a part of what FullyShardedDataParallel has flattened: shard by fully_shard, or give "
+                "a model with whole parameters."
+            )
         check_norms(model)
     return model
 

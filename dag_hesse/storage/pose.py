@@ -17,6 +17,7 @@ from dag_hesse._capture.reduction import Option, Reduction, find_reduction, shar
 from dag_hesse._structure import Structure
 from dag_hesse.budget import Budget
 from dag_hesse.errors import OptionError, choose
+from dag_hesse.gathered import gathered, is_sharded
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.operators.vectors import VectorForm
 from dag_hesse.options import checked_options
@@ -65,6 +66,8 @@ def from_model(
         if ranks is not None and batch_mode != "shared":
             raise OptionError("mesh= takes batch_mode='shared': samples lie on other ranks.")
         chosen, model = wanted(**options), unwrapped(model) if ranks is None else whole_model(model)
+        if ranks is not None and is_sharded(model):
+            model = gathered(model, ranks, Budget())
         batches = Batches(batch, None, model, loss)
         batches.check_batch_mode(batch_mode)
         graphs = capture_all(model, batches, loss=loss, output=output, points=points, space=space)

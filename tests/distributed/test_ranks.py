@@ -166,9 +166,28 @@ def test_a_rank_that_ended_is_not_waited_for(tmp_path: Path) -> None:
     assert text.startswith("RankError: a rank does not answer")
 
 
-def test_sharded_parameters_are_refused(tmp_path: Path) -> None:
-    for text in run("sharded", 2, tmp_path):
-        assert "'0.weight' is a DTensor" in text and "full_tensor()" in text
+def test_parameters_in_parts_are_gathered_into_a_copy(tmp_path: Path) -> None:
+    expected, given = alone("mean"), {"loss": F.cross_entropy}
+    resonance = dh.analyze(work.model(), work.samples(), points=["0", "2"], **given).resonance
+    blocks = dh.BlockMatrix.from_model(work.model(), work.samples(), points=["0"], progress=False, **given).to_dense()
+    for rank, found in enumerate(run("sharded", 2, tmp_path)):
+        same(found["figures"], expected)
+        np.testing.assert_allclose(found["map"], resonance, 1e-12)
+        torch.testing.assert_close(found["blocks"], blocks, rtol=0, atol=1e-12 * float(blocks.norm()))
+        assert torch.equal(found["again"], found["figures"]["one"])
+        assert found["kinds"][:2] == ["FSDPSequential", "FSDPLinear"]
+        assert all(map(torch.equal, *found["trained"]))  # as a model that nobody has looked at
+        assert "StaleError: parameter '0.weight'" in found["stale"]
+        later = work.model()
+        later.load_state_dict(found["state"])
+        H = dh.HessianOperator(later, work.samples(), **given)
+        for name in ("refreshed", "anew"):
+            same({"one": found[name]}, {"one": H @ work.vectors(H)[:, 0]})
+        texts = found["errors"]
+        assert "'0.weight' is a DTensor" in texts["alone"] and "full_tensor()" in texts["alone"]
+        assert "MemoryBudgetError: gathering 6 tensors" in texts["memory"] and "'2.weight'" in texts["memory"], rank
+        assert "OptionError: '0' computes in parallel" in texts["tensors"]
+        assert "flat_param' is a part of what FullyShardedDataParallel" in texts["flat"]
 
 
 def test_the_command_line_under_torchrun(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

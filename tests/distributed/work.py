@@ -14,7 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import dag_hesse as dh
 from dag_hesse.errors import DagHesseError
@@ -334,12 +335,53 @@ def paced(net: nn.Module, batch: Any, mesh: DeviceMesh | None, rank: int) -> lis
     return found
 
 
-def sharded(rank: int, ranks: int) -> str:
+def divided(mesh: DeviceMesh) -> nn.Module:
+    """A model of which every rank has a part."""
+    whole = model()
+    for module in (whole[0], whole[2], whole):
+        fully_shard(module, mesh=mesh)
+    return whole
+
+
+def trained(net: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """A step of training, and what each rank has then."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    train_step(net, optimizer, batch)
+    return [p.to_local().detach().clone() for p in net.parameters()]
+
+
+def sharded(rank: int, ranks: int) -> dict[str, Any]:
     """Parameters of which every rank has a part."""
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))
-    net = model()
-    fully_shard(net, mesh=mesh)
-    return said(lambda: dh.HessianOperator(net, shard(rank, ranks), loss=F.cross_entropy, mesh=mesh))
+    net, plain, own = divided(mesh), divided(mesh), shard(rank, ranks)
+    given: dict[str, Any] = {"loss": F.cross_entropy, "mesh": mesh}
+    H = dh.HessianOperator(net, own, **given)
+    found: dict[str, Any] = {"figures": figures(H)}
+    found["map"] = dh.analyze(net, own, points=["0", "2"], **given).resonance
+    found["blocks"] = dh.BlockMatrix.from_model(net, own, points=["0"], progress=False, **given).to_dense()
+    with torch.no_grad():
+        net(own[0][0])  # leaves the root's parameters gathered
+    found["again"] = H @ vectors(H)[:, 0]
+    found["kinds"] = [type(module).__name__ for module in net.modules()]
+    found["trained"] = [trained(each, own[0]) for each in (net, plain)]
+    found["stale"] = said(lambda: H @ vectors(H))
+    H.refresh()
+    found["refreshed"] = H @ vectors(H)[:, 0]
+    found["state"] = {name: x.full_tensor() for name, x in net.state_dict().items()}
+    net.eval()
+    H.refresh()  # captured anew
+    found["anew"] = H @ vectors(H)[:, 0]
+    tensors = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    parallelize_module(tensors, mesh, {"0": ColwiseParallel(use_local_output=False)})
+    found["errors"] = {
+        "alone": said(lambda: dh.HessianOperator(net, own, loss=F.cross_entropy)),
+        "memory": said(lambda: dh.HessianOperator(net, own, memory=100, **given)),
+        "tensors": said(lambda: dh.HessianOperator(tensors, own, **given)),
+        "flat": said(
+            lambda: dh.HessianOperator(FullyShardedDataParallel(model(), device_id=torch.device("cpu")), own, **given)
+        ),
+    }
+    return found
 
 
 def left_alone(rank: int, ranks: int) -> str:
