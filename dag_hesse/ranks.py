@@ -110,21 +110,20 @@ class Ranks:
         names = sorted(set().union(*every))
         return [name for name in names if len({repr(theirs.get(name)) for theirs in every}) > 1]
 
-    def adopt_buffers(self, model: nn.Module) -> dict[str, Tensor]:
+    def adopt_buffers(self, model: nn.Module, own: dict[str, Tensor]) -> None:
         """Give a model's buffers the first rank's values, as DistributedDataParallel does before a forward.
 
-        Returns:
-            What this rank had, of those that differed: BatchNorm's statistics, whose shards each rank went on with.
+        What this rank had, of those that differ, is put into ``own`` first: BatchNorm's statistics, say, which every
+        rank has of its own samples.
         """
         buffers = dict(model.named_buffers())
-        found = {name: buffers[name].detach().clone() for name in self._that_differ("buffers", buffers)}
+        own |= {name: buffers[name].detach().clone() for name in self._that_differ("buffers", buffers)}
         with torch.no_grad():
-            for name in found:
+            for name in own:
                 for group in self._groups:
                     x = buffers[name].contiguous()
                     dist.broadcast(x, group=group, group_src=0)
                     buffers[name].copy_(x)
-        return found
 
     def least(self, what: str, mine: int) -> int:
         """The smallest of a number that every rank has its own of: room in memory, say."""

@@ -138,7 +138,7 @@ class Subject:
         steps = self.ranks.told("a measurement", step)
         if len(set(steps)) > 1:
             raise RankError(f"ranks measure at steps {steps}: expected step() with the same numbers on all.")
-        self._own_buffers = self.ranks.adopt_buffers(self.model)
+        self.ranks.adopt_buffers(self.model, self._own_buffers)
 
     def _give_back(self) -> None:
         buffers = dict(self.model.named_buffers())
