@@ -1,4 +1,7 @@
-"""``python -m bench scaling``: how one product grows with depth, batch, probes and points; fits printed and drawn."""
+"""``python -m bench scaling``: how one product grows with depth, batch, probes and points; fits printed and drawn.
+
+And how much faster two processes are than one (:mod:`bench.ranks`).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import dag_hesse as dh
+from bench import ranks
 from bench.timing import RESULTS, interleaved, median, write_json
 from dag_hesse.experiments.models import mlp
 
@@ -83,7 +87,21 @@ def main() -> int:
         axes = figure.add_subplot(1, len(GRIDS), place + 1)
         axes.plot(x, y, "o", x, slope * x + intercept, "-")
         axes.set(xlabel=axis, title=f"R² = {r2:.3f}", ylabel="ms" if place == 0 else "")
-    Console(width=100).print(table)
+    of_ranks = ranks.measured(_chain)
+    console = Console(width=100)
+    console.print(table)
+    console.print(_ranks_table(of_ranks))
     figure.savefig(RESULTS / "scaling.png", dpi=120)
-    write_json("scaling", {"axes": rows})
+    write_json("scaling", {"axes": rows, "ranks": of_ranks})
     return 0
+
+
+def _ranks_table(found: dict[str, Any]) -> Table:
+    table = Table(
+        "axis", "ms of one", "ms of two", "efficiency", "predicted", title="H·v by gloo processes of one thread"
+    )
+    for axis in ("data", "probe"):
+        row = found[axis]
+        times = [f"{ms:.2f}" for ms in row["ms"]]
+        table.add_row(axis, *times, f"{row['efficiency']:.0%}", f"{row['predicted']:.0%}")
+    return table

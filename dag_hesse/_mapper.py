@@ -19,9 +19,11 @@ from dag_hesse._capture.losses import Loss, loss_text
 from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option
 from dag_hesse._structure import analyze_structure, curved_ops
+from dag_hesse.budget import Budget
 from dag_hesse.errors import OptionError, choose, flag, integer
 from dag_hesse.estimate import assemble, estimate
 from dag_hesse.estimate.run import Progress
+from dag_hesse.gathered import gathered, is_sharded
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.kernels.dispatch import failures
 from dag_hesse.measure import precision
@@ -92,7 +94,8 @@ class Mapper:
         self._loss, self._output, self._verify = loss, output, verify
         self._batch_mode, self._reduction, self._memory, self._compile = batch_mode, reduction, memory, compile
         with together(self._ranks, "making the map"):
-            self.model = unwrapped(model) if self._ranks is None else whole_model(model)
+            self._given = unwrapped(model) if self._ranks is None else whole_model(model)
+            self.model = self._whole()
             self.batches = Batches(batch, memory, self.model, loss)
             self.batches.check_batch_mode(batch_mode)
             self._plan_of = partial(
@@ -105,6 +108,12 @@ class Mapper:
                 device=self.batches.device,
             )
             self._set_up()
+
+    def _whole(self) -> nn.Module:
+        """The model, or a copy that has whole parameters where ranks have parts of them."""
+        if self._ranks is None or not is_sharded(self._given):
+            return self._given
+        return gathered(self._given, self._ranks, Budget.of(self._memory))
 
     def _set_up(self) -> None:
         """Capture, plan, prove and pose the problem."""
@@ -132,7 +141,7 @@ class Mapper:
             self.plan = self._plan_of(settled, settled)
             self.problem = self._posed(settled)
         if self._ranks is not None:
-            self._ranks.check_model(model)
+            self.problem.meet()
             self.plan = agreed(self.plan, self._ranks)
             self.problem = self._posed(settled)
 
@@ -195,10 +204,13 @@ class Mapper:
         """
         self._clock = {"start": time.perf_counter()}
         with together(self._ranks, "refresh()"):
-            if not self.problem.renewed():
+            if self.model is not self._given:
+                self.model = self._whole()
                 self._set_up()
-            elif self._ranks is not None:
-                self._ranks.check_model(self.model)
+            elif not self.problem.renewed():
+                self._set_up()
+            else:
+                self.problem.meet()
 
     def release(self) -> None:
         """Give back the memory of linearizations and sweeps."""

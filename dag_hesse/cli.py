@@ -99,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--band", type=_band, metavar="N", help="largest distance that is stored, or 'error'")
     b.add_argument("--eps", type=float, metavar="X", help="instead of a band: the interaction radius at X, as measured")
     b.add_argument("--size", metavar="SIZE", help="what the stored blocks may take: bytes, or 4GiB, 500MB …")
+    add_ranks(b)
     b.add_argument("--out", type=Path, metavar="FILE", help="write the blocks there")
     b.set_defaults(run=_blocks)
     m = commands.add_parser(
@@ -181,16 +182,20 @@ def _analyze(options: argparse.Namespace) -> None:
 
 
 def _blocks(options: argparse.Namespace) -> None:
-    model, batch, loss = built(options)
-    matrix = BlockMatrix.from_model(
-        model,
-        batch,
-        loss=loss,
-        memory=options.size,
-        progress=sys.stderr.isatty(),
-        **{name: getattr(options, name) for name in ("output", "points", "space", "part", "error", "rank", "seed")},
-        **{name: getattr(options, name) for name in ("band", "eps")},
-    )
+    with working(options.ranks, options.device) as group:
+        model, batch, loss = built(options)
+        matrix = BlockMatrix.from_model(
+            model,
+            group.shard(batch),
+            loss=loss,
+            memory=options.size,
+            progress=sys.stderr.isatty() and group.writes,
+            mesh=group.mesh,
+            **{name: getattr(options, name) for name in ("output", "points", "space", "part", "error", "rank", "seed")},
+            **{name: getattr(options, name) for name in ("band", "eps")},
+        )
+        if not group.writes:
+            return
     if options.out:
         matrix.save(options.out)
     print(matrix)

@@ -7,7 +7,8 @@ calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from dag_hesse.errors import OptionError, RankError
 
 AXES = ("data", "probe")
+_HEARD = "_other_ranks_know"  # mark of an error that the other ranks were told of
 
 
 class Ranks:
@@ -41,6 +43,7 @@ class Ranks:
             raise OptionError(f"mesh is a {type(mesh).__name__}; {advice}")
         if not names or not set(names) <= set(AXES):
             raise OptionError(f"the mesh's axes are called {names}; expected 'data', 'probe' or both.")
+        self.members: set[int] = set(mesh.mesh.flatten().tolist())
         groups = {name: mesh.get_group(name) for name in names}
         self._groups = list(groups.values())
         self.data, self.probe = groups.get("data"), groups.get("probe")
@@ -54,10 +57,10 @@ class Ranks:
         """
         try:
             yield
-        except RankError:  # all have heard of it
-            raise
         except Exception as error:
-            self._exchanged(what, None, f"{type(error).__name__}: {error}")
+            if not _heard(error):
+                setattr(error, _HEARD, True)
+                self._exchanged(what, None, f"{type(error).__name__}: {error}")
             raise
         self.told(what, None)
 
@@ -93,13 +96,54 @@ class Ranks:
 
         Raises:
             RankError: they do not: what they computed would be of no one model.
+            OptionError: BatchNorm normalizes by the statistics of a shard.
         """
-        held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        sums = {name: float(x.detach().double().sum()) for name, x in held.items() if not x.is_complex()}
-        for theirs in self.told("a model", sums):
-            differ = [name for name in sums.keys() | theirs.keys() if repr(sums.get(name)) != repr(theirs.get(name))]
-            if differ:
-                raise RankError(f"'{min(differ)}' has other values on another rank: make the models equal first.")
+        check_norms(model)
+        differ = self._that_differ("a model", {**dict(model.named_parameters()), **dict(model.named_buffers())})
+        if differ:
+            raise RankError(f"'{min(differ)}' has other values on another rank: make the models equal first.")
+
+    def _that_differ(self, what: str, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Names of those that ranks have other values of, by their sums; the same list on all."""
+        sums = {name: float(x.detach().double().sum()) for name, x in tensors.items() if not x.is_complex()}
+        every = self.told(what, sums)
+        names = sorted(set().union(*every))
+        return [name for name in names if len({repr(theirs.get(name)) for theirs in every}) > 1]
+
+    def adopt_buffers(self, model: nn.Module, own: dict[str, Tensor]) -> None:
+        """Give a model's buffers the first rank's values, as DistributedDataParallel does before a forward.
+
+        What this rank had, of those that differ, is put into ``own`` first: BatchNorm's statistics, say, which every
+        rank has of its own samples.
+        """
+        buffers = dict(model.named_buffers())
+        own |= {name: buffers[name].detach().clone() for name in self._that_differ("buffers", buffers)}
+        with torch.no_grad():
+            for name in own:
+                for group in self._groups:
+                    x = buffers[name].contiguous()
+                    dist.broadcast(x, group=group, group_src=0)
+                    buffers[name].copy_(x)
+
+    def least(self, what: str, mine: int) -> int:
+        """The smallest of a number that every rank has its own of: room in memory, say."""
+        return min(self.told(what, mine))
+
+    def check_loss(self, mine: float) -> None:
+        """See that ranks that share the vectors have the same loss, before it is added up over the shards.
+
+        Raises:
+            RankError: they do not.
+        """
+        if self.probe is None:
+            return
+        number = 0 if self.data is None else dist.get_rank(self.data)
+        every = [loss for shard, loss in self.told("a loss", (number, mine)) if shard == number]
+        if not all(math.isclose(loss, mine, rel_tol=1e-6) for loss in every):
+            raise RankError(
+                f"ranks along 'probe' have the losses {every}: expected the same samples on all, and the same random "
+                "draws where the model makes some (torch.manual_seed, or model.eval())."
+            )
 
     def of_shards(self, what: str, mine: Any) -> list[Any]:
         """What every shard has, in order; of each, one of those that share it."""
@@ -126,11 +170,19 @@ class Ranks:
         """(number, count) of this rank among those that share the vectors."""
         return (0, 1) if self.probe is None else (dist.get_rank(self.probe), dist.get_world_size(self.probe))
 
-    def sent(self, x: Tensor, owner: int) -> Tensor:
-        """``x`` as the ``owner``-th of those that share the vectors has it."""
+    def sent(self, x: Tensor, owner: int) -> None:
+        """Put into ``x`` what the ``owner``-th of those that share the vectors has there."""
         if self.probe is not None:
             dist.broadcast(x, group=self.probe, group_src=owner)
-        return x
+
+
+def _heard(error: BaseException | None) -> bool:
+    """Whether all ranks have heard of an error, or of what caused it: then they wait for no other word of it."""
+    while error is not None:
+        if isinstance(error, RankError) or hasattr(error, _HEARD):
+            return True
+        error = error.__cause__
+    return False
 
 
 def together(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
@@ -142,17 +194,33 @@ def whole_model(model: Any) -> Any:
     """What DistributedDataParallel holds.
 
     Raises:
-        OptionError: BatchNorm normalizes by the statistics of a shard.
+        OptionError: BatchNorm normalizes by the statistics of a shard, or parameters lie in flat parts.
     """
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     model = getattr(model, "_orig_mod", model)  # torch.compile's
-    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+    if isinstance(model, nn.Module):
+        flat = [name for name, _ in model.named_parameters() if "_flat_param" in name]
+        if flat:
+            raise OptionError(
+                f"'{flat[0]}' is a part of what FullyShardedDataParallel has flattened: shard by fully_shard, or give "
+                "a model with whole parameters."
+            )
+        check_norms(model)
+    return model
+
+
+def check_norms(model: nn.Module) -> None:
+    """See that no BatchNorm is in training mode.
+
+    Raises:
+        OptionError: one is.
+    """
+    for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise OptionError(
                 f"'{name}' normalizes by the statistics of this rank's samples: the shards' losses do not add up to "
                 "the whole's. Call model.eval(), or use one process."
             )
-    return model
 
 
-__all__ = ["AXES", "Ranks", "together", "whole_model"]
+__all__ = ["AXES", "Ranks", "check_norms", "together", "whole_model"]

@@ -197,8 +197,9 @@ def check_tensors(model: torch.nn.Module, batch: Batch) -> None:
     for name, x in [*own, *given]:
         if hasattr(x, "placements"):
             raise BatchError(
-                f"'{name}' is a {type(x).__name__}, of which this rank has a part (FSDP, tensor parallelism): give a "
-                "model with whole parameters, with .full_tensor() of each, say."
+                f"'{name}' is a {type(x).__name__}, of which this rank has a part (FSDP, tensor parallelism): give "
+                "mesh= on all ranks, which gathers what fully_shard divides, or a model with whole parameters, with "
+                ".full_tensor() of each, say."
             )
         if x.is_meta:
             raise BatchError(

@@ -68,7 +68,9 @@ def working(axis: str | None, device: str) -> Iterator[Group]:
         yield Group()
         return
     if "WORLD_SIZE" not in os.environ:
-        raise OptionError("--ranks is for torchrun: torchrun --nproc-per-node 2 -m dag_hesse analyze SPEC --ranks data")
+        raise OptionError(
+            f"--ranks is for torchrun: torchrun --nproc-per-node 2 -m dag_hesse analyze SPEC --ranks {axis}"
+        )
     kind = device.partition(":")[0]
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -19,7 +19,7 @@ from torch import Tensor
 from dag_hesse.estimate.norms import Array, NormTable
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.plan.gram import gram_in_blocks
-from dag_hesse.ranks import Ranks
+from dag_hesse.ranks import Ranks, together
 from dag_hesse.sweep import AnyLinearization, Problem, pullback, sweep
 from dag_hesse.sweep.embed import joined, to_tensor, to_vector
 from dag_hesse.sweep.meaning import Entry
@@ -257,9 +257,10 @@ def _of_all_shards(ranks: Ranks, tensors: list[Tensor]) -> list[Tensor]:
 
 def _gram_blocks(problem: Problem, progress: Callable[[int], None] | None) -> GramBlocks:
     found = GramBlocks({})
-    for entry, lin in problem.linearizations():
-        rows, signs = factor_rows(problem, entry, lin, progress)
-        found.add([entry.scale**0.5 * part[0] for part in rows], signs[0])
+    with together(problem.ranks, "adding up blocks"):
+        for entry, lin in problem.linearizations():
+            rows, signs = factor_rows(problem, entry, lin, progress)
+            found.add([entry.scale**0.5 * part[0] for part in rows], signs[0])
     if problem.ranks is None:
         return found
     return GramBlocks(dict(zip(found.blocks, problem.ranks.added(list(found.blocks.values())), strict=True)))

@@ -24,7 +24,7 @@ class MonitorCallback(TrainerCallback):
 
     So they are in ``trainer.state.log_history`` and in whatever the trainer reports to. Checkpoints' folders have the
     monitor's state, and training that is resumed from one in ``args.output_dir`` finds it. Of several processes the
-    first measures.
+    first measures, or with ``mesh=`` all together.
 
     Args:
         trainer: the ``Trainer``.
@@ -46,7 +46,7 @@ class MonitorCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **rest: Any
     ) -> None:
         """Capture, and go on from the state of the checkpoint that training is resumed from."""
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero and self.options.get("mesh") is None:
             return
         self.monitor = Monitor(model, beside(model, self.batch), optimizer=optimizer, **self.options)
         saved = _folder(args, state) / FILE
@@ -63,7 +63,7 @@ class MonitorCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Keep the state beside the checkpoint's."""
-        if self.monitor is not None and (folder := _folder(args, state)).is_dir():
+        if state.is_world_process_zero and self.monitor is not None and (folder := _folder(args, state)).is_dir():
             torch.save(self.monitor.state_dict(), folder / FILE)
 
 

@@ -23,7 +23,7 @@ class MonitorCallback(Callback):
     """``Trainer(callbacks=[MonitorCallback(batch, every=100)])``: measurements go to the trainer's loggers.
 
     They are in ``trainer.callback_metrics`` too, so other callbacks can watch them. Checkpoints have the monitor's
-    state. Of several processes the first measures.
+    state. Of several processes the first measures, or with ``mesh=`` all together.
 
     Args:
         batch: as for :class:`~dag_hesse.Monitor`; its tensors are moved to the model's device.
@@ -53,7 +53,7 @@ class MonitorCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Capture, and go on from a checkpoint's state."""
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero and self.options.get("mesh") is None:
             return
         count, place = len(trainer.optimizers), self.optimizer
         if place is not None and place >= count:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.points import Names
-from dag_hesse.errors import NonFiniteError, OptionError, flag, integer
+from dag_hesse.errors import NonFiniteError, OptionError, RankError, flag, integer
 from dag_hesse.monitor import optimizers
 from dag_hesse.monitor.log import Log
 from dag_hesse.monitor.pace import Pace, share
 from dag_hesse.monitor.quantities import QUANTITIES, Moment, Numbers, chosen
 from dag_hesse.monitor.subject import Subject, bare
 from dag_hesse.options import checked_options
+from dag_hesse.ranks import Ranks, together
 from dag_hesse.report import CurvatureReport
 
 _FORMAT = "dag-hesse monitor 1"
@@ -44,6 +46,10 @@ class Monitor:
         threshold: robust z-score from which on a change is abrupt.
         prefix: of the names.
         seed: of probes and of eigenvectors' starts.
+        mesh: as for :func:`~dag_hesse.analyze`, where training runs in several processes with the same parameters, as
+            under ``DistributedDataParallel``. Along ``"data"`` every rank's batch is a shard of what is watched; all
+            ranks call :meth:`step` with the same numbers, have the same dicts, and measure with the first one's buffers
+            and by its clock.
 
     Attributes:
         quantities: those that are measured.
@@ -94,30 +100,42 @@ class Monitor:
         prefix: str = "curvature",
         memory: int | str | None = None,
         seed: int = 0,
+        mesh: Any = None,
     ) -> None:
-        self._pace = Pace(integer("every", every, 1), share(budget))
-        self._log = log = Log(threshold)
-        self.history, self.changes, self.failures = log.history, log.changes, log.failures
-        self._prefix, self._seed = _prefix(prefix), integer("seed", seed, 0)
-        optimizer = None if optimizer is None else optimizers.bare(optimizer)
-        self.quantities = chosen(quantities, optimizer)
-        self._subject = Subject(
-            bare(model),
-            list(batch) if isinstance(batch, Iterator) else batch,  # it is read more than once
-            optimizer,
-            training=flag("training", training),
-            options={"loss": loss, "output": output, "memory": memory},
-            mapped={"points": points, "space": space, "mode": mode, "probes": probes, "seed": self._seed},
-        )
-        self.report: CurvatureReport | None = None
-        self._starts: dict[str, Tensor] = {}
-        self._before: tuple[int, dict[str, Tensor]] | None = None  # the step and the parameters of the call before
-        self._capture()
+        self._ranks = ranks = None if mesh is None else Ranks(mesh)
+        with together(ranks, "making the monitor"):
+            if ranks is not None and flag("training", training):
+                raise OptionError(
+                    "mesh= takes training=False: dropout's masks in training mode are those of one process's batch. "
+                    "Measure in evaluation mode, or without mesh=."
+                )
+            agree = _own if ranks is None else partial(_of_the_first, ranks)
+            self._pace = Pace(integer("every", every, 1), share(budget), agree=agree)
+            self._log = log = Log(threshold)
+            self.history, self.changes, self.failures = log.history, log.changes, log.failures
+            self._prefix, self._seed = _prefix(prefix), integer("seed", seed, 0)
+            optimizer = None if optimizer is None else optimizers.bare(optimizer)
+            self.quantities = chosen(quantities, optimizer)
+            self._subject = Subject(
+                bare(model),
+                list(batch) if isinstance(batch, Iterator) else batch,  # it is read more than once
+                optimizer,
+                training=flag("training", training),
+                options={"loss": loss, "output": output, "memory": memory, "mesh": mesh},
+                mapped={"points": points, "space": space, "mode": mode, "probes": probes, "seed": self._seed},
+                ranks=ranks,
+            )
+            self.report: CurvatureReport | None = None
+            self._starts: dict[str, Tensor] = {}
+            self._before: tuple[int, dict[str, Tensor]] | None = None  # step and parameters of the call before
+            self._met = False  # whether ranks are known to go on from the same state
+            self._capture()
 
     def _capture(self) -> None:
         """At once, so that what cannot be measured is told before training."""
         start = self._pace.clock()
         with self._subject.measuring():
+            self._subject.meet(0)
             self._subject.look()
             if "blocks" in self.quantities:
                 _ = self._subject.mapper
@@ -137,8 +155,10 @@ class Monitor:
 
         Raises:
             OptionError: ``step`` is no integer.
+            RankError: with ``mesh=``, another rank is at another step, has another state, or does not answer.
         """
         step, pace = integer("step", step), self._pace
+        self._meet(step)
         first = pace.arrive(step)
         noted = first or self._before is not None or "update" not in self.quantities
         found = None
@@ -149,6 +169,22 @@ class Monitor:
         if "update" in self.quantities:
             self._note(step)
         return found
+
+    def _meet(self, step: int) -> None:
+        """At the first call, see that all ranks measure the same at the same steps: later, they go by that."""
+        if self._ranks is None or self._met:
+            return
+        pace, before = self._pace, self._before and self._before[0]
+        mine = {"step": step, "every": pace.every, "budget": pace.budget, "quantities": self.quantities}
+        mine |= {"the last step": pace.last, "the next": pace.next, "an update from": before, "seed": self._seed}
+        every = self._ranks.told("the first step of a monitor", mine)
+        for name, value in mine.items():
+            if any(theirs[name] != value for theirs in every):
+                raise RankError(
+                    f"of the ranks' monitors, {name} is {[theirs[name] for theirs in every]}: make, load and call them "
+                    "alike on all."
+                )
+        self._met = True
 
     def _note(self, step: int) -> None:
         """Keep the parameters if the next call is to measure: at the first of several calls at one step."""
@@ -167,8 +203,10 @@ class Monitor:
         before, self._before = self._before, None
         with self._subject.measuring():
             try:
-                self._subject.look()
-                moment = Moment(self._subject, before and before[1], self._starts, (self._seed, step & (2**63 - 1)))
+                with together(self._ranks, "looking at the parameters"):
+                    self._subject.meet(step)
+                    self._subject.look()
+                    moment = Moment(self._subject, before and before[1], self._starts, (self._seed, step & (2**63 - 1)))
             except Exception as error:
                 self._log.failed(step, "all", error)
             else:
@@ -185,10 +223,13 @@ class Monitor:
     def _measured(self, step: int, name: str, moment: Moment) -> Numbers:
         """One quantity; nothing that goes wrong in it may stop the training."""
         try:
-            found = QUANTITIES[name](moment)
-            bad = [key for key, value in found.items() if not math.isfinite(value)]
-            if bad:
-                raise NonFiniteError(f"{', '.join(bad)} came out as NaN or infinity.")
+            with together(self._ranks, f"measuring '{name}'"):
+                found = QUANTITIES[name](moment)
+                bad = [key for key, value in found.items() if not math.isfinite(value)]
+                if bad:
+                    raise NonFiniteError(f"{', '.join(bad)} came out as NaN or infinity.")
+            if self._ranks is not None and any(theirs != found for theirs in self._ranks.told(f"'{name}'", found)):
+                raise RankError(f"'{name}' is another number on another rank: do optimizers have the same settings?")
             return found
         except Exception as error:
             self._log.failed(step, name, error)
@@ -236,12 +277,22 @@ class Monitor:
             raise OptionError(f"the state is {received!r}; expected what Monitor.state_dict() gives, {_FORMAT!r}.")
         self._pace.load_state_dict(state["pace"])
         self._log.load_state_dict(state["log"])
+        self._met = False
         self._starts = {name: v.cpu() for name, v in state["starts"].items()}
         self._before = None if state["before"] is None else (state["before"][0], dict(state["before"][1]))
 
     def __repr__(self) -> str:
         count, what = max(map(len, self.history.values()), default=0), ", ".join(self.quantities)
         return f"Monitor({type(self._subject.model).__name__}: {what}; {count} measurements, {self.seconds:.1f} s)"
+
+
+def _own(step: int, mine: bool) -> bool:
+    return mine
+
+
+def _of_the_first(ranks: Ranks, step: int, mine: bool) -> bool:
+    """What the first rank says."""
+    return bool(ranks.told(f"the budget of step {step}", mine)[0])
 
 
 def _prefix(prefix: Any) -> str:

@@ -37,6 +37,8 @@ class Pace:
         every: steps between measurements, at least.
         budget: share of the time since the first call that measurements may take; None: any.
         clock: the time in seconds.
+        agree: from a step, and whether there is time for it by this process's clock, to whether there is by the clock
+            that all processes go by. It is asked where steps alone do not decide, so by all processes or by none.
 
     Attributes:
         last: number of the last call's step; None before the first.
@@ -45,8 +47,14 @@ class Pace:
         cost: seconds that the next one is expected to take.
     """
 
-    def __init__(self, every: int, budget: float | None, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.every, self.budget, self.clock = every, budget, clock
+    def __init__(
+        self,
+        every: int,
+        budget: float | None,
+        clock: Callable[[], float] = time.perf_counter,
+        agree: Callable[[int, bool], bool] = lambda step, mine: mine,
+    ) -> None:
+        self.every, self.budget, self.clock, self.agree = every, budget, clock, agree
         self.last: int | None = None
         self.stride = 1
         self.next: int | None = None  # the least step to measure at; None: any
@@ -73,8 +81,9 @@ class Pace:
 
     def due(self, step: int) -> bool:
         """Whether ``step`` is to be measured, as far as can be said now. Later it is so too, until it is measured."""
-        in_time = self.budget is None or self.spent + self.cost <= self.budget * self.elapsed
-        return in_time and (self.next is None or step >= self.next)
+        if self.next is not None and step < self.next:
+            return False
+        return self.budget is None or self.agree(step, self.spent + self.cost <= self.budget * self.elapsed)
 
     def _multiple(self, step: int) -> int:
         """The first multiple of ``every`` from ``step`` on."""

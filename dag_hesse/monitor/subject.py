@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 
 from dag_hesse._capture.batch import check_finite
 from dag_hesse._mapper import Mapper
-from dag_hesse.errors import OptionError, PointError
+from dag_hesse.errors import OptionError, PointError, RankError
 from dag_hesse.operators import HessianOperator
 from dag_hesse.randomness import preserved
+from dag_hesse.ranks import Ranks
 
 
 def bare(model: Any) -> nn.Module:
@@ -82,8 +83,9 @@ class Subject:
         model, optimizer: as they are; the optimizer may be None.
         batch: fixed.
         training: whether the model is measured in the mode that it is in, or in evaluation mode.
-        options: ``loss``, ``output`` and ``memory``.
+        options: ``loss``, ``output``, ``memory`` and ``mesh``.
         mapped: options of the map.
+        ranks: that measure together, if there are several.
     """
 
     def __init__(
@@ -95,7 +97,10 @@ class Subject:
         training: bool,
         options: Mapping[str, Any],
         mapped: Mapping[str, Any],
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks
+        self._own_buffers: dict[str, Tensor] = {}
         self.model, self.batch, self.optimizer, self.training = model, batch, optimizer, training
         self._options, self._mapped = options, mapped
         self._operator: HessianOperator | None = None
@@ -119,7 +124,28 @@ class Subject:
             finally:
                 for module, flag in flags:
                     module.training = flag
+                self._give_back()
                 self.release()
+
+    def meet(self, step: int) -> None:
+        """Begin a measurement on all ranks, with the buffers of the first; each gets its own back in the end.
+
+        Raises:
+            RankError: another rank is at another step.
+        """
+        if self.ranks is None:
+            return
+        steps = self.ranks.told("a measurement", step)
+        if len(set(steps)) > 1:
+            raise RankError(f"ranks measure at steps {steps}: expected step() with the same numbers on all.")
+        self.ranks.adopt_buffers(self.model, self._own_buffers)
+
+    def _give_back(self) -> None:
+        buffers = dict(self.model.named_buffers())
+        with torch.no_grad():
+            for name, x in self._own_buffers.items():
+                buffers[name].copy_(x)
+        self._own_buffers = {}
 
     def wait(self) -> None:
         """Let training's kernels end that a device has yet to run: their time is not the measurement's."""

@@ -19,6 +19,7 @@ from dag_hesse.figures import new_figure, save_figure
 from dag_hesse.operators.algebra import number
 from dag_hesse.operators.eigen import Eigenpair
 from dag_hesse.randomness import preserved
+from dag_hesse.ranks import together
 from dag_hesse.sweep import Problem
 
 if TYPE_CHECKING:
@@ -100,7 +101,11 @@ def landscape(operator: CurvatureOperator, directions: Any, span: Any, points: A
     predicted = centre + grid @ slope + 0.5 * np.einsum("...i,ij,...j->...", grid, second, grid)
     by_name = [_by_parameter(operator, row) for row in rows]
     problem, pose = operator._problem, operator._pose
-    found = [_value(problem, pose.module, pose.loss, by_name, at) for at in grid.reshape(-1, len(rows))]
+    with together(problem.ranks, "a landscape"):
+        found = [_value(problem, pose.module, pose.loss, by_name, at) for at in grid.reshape(-1, len(rows))]
+    if problem.ranks is not None:  # of this rank's samples, so far
+        (whole,) = problem.ranks.added([torch.tensor(found, dtype=torch.float64, device=problem.device)])
+        found = whole.tolist()
     losses = np.array(found).reshape(grid.shape[:-1])
     named = tuple(operator.by_name(row) for row in rows)
     return Landscape(steps, losses, predicted, second.diagonal().copy(), slope, named)
@@ -156,8 +161,12 @@ def _value(
         for name, d in direction.items():
             moves[name] = moves[name] + step * d if name in moves else step * d
     shares = problem.reduction.shares(problem.batches.sizes)
+    graphs = {entry.batch: entry.graph for entry in problem.entries}  # of the batches that count
     total = 0.0
-    for batch, graph, share in zip(problem.batches, problem.graphs, shares, strict=True):
+    for place, (batch, share) in enumerate(zip(problem.batches, shares, strict=True)):
+        if place not in graphs:
+            continue
+        graph = graphs[place]
         with preserved():
             if graph.rng_before is not None:
                 graph.rng_before.restore()

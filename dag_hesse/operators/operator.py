@@ -15,12 +15,13 @@ from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option
 from dag_hesse.budget import Budget
 from dag_hesse.errors import OptionError, choose, flag
+from dag_hesse.gathered import gathered, is_sharded, regather
 from dag_hesse.kernels.arena import Arena
 from dag_hesse.operators.base import SymmetricOperator
 from dag_hesse.operators.functional import as_module, chosen_parameters
 from dag_hesse.operators.landscape import Landscape, landscape
 from dag_hesse.operators.posing import Known, Pose
-from dag_hesse.operators.wide import Origin, follow, widened, widened_batches, widened_loss
+from dag_hesse.operators.wide import Origin, Shards, follow, widened, widened_batches, widened_loss
 from dag_hesse.options import checked_options
 from dag_hesse.ranks import Ranks, together, whole_model
 from dag_hesse.sweep import VERIFY, Parts, Request
@@ -108,6 +109,7 @@ class CurvatureOperator(SymmetricOperator):
                     "params= and param_filter= pick among all parameters: not with points= or space='activation'."
                 )
             check_loss(loss)
+            self._sharded = self._ranks is not None and is_sharded(module)
             self.model, self._loss, self._memory = module, loss, memory
             batches = self._batches(batch)
             batches.check_batch_mode(batch_mode)
@@ -127,25 +129,32 @@ class CurvatureOperator(SymmetricOperator):
         self._given, self._swept = batch, batches
         if self._float64 and known is None:
             self._pose = replace(self._pose, module=widened(self.model), loss=widened_loss(self._loss))
+        if self._ranks is not None and self._sharded and known is None:
+            self._pose = replace(self._pose, module=gathered(self.model, self._ranks, self._pose.budget))
         posed = self._pose.posed(batches, known)
         self._problem, self._order, self._known = posed.problem, posed.order, posed.known
         self.form, self.reduction = posed.form, posed.reduction
-        self._origin = Origin(self.model, batch, self._problem.graphs, self._loss) if self._float64 else None
+        self._origin: Origin | None = None
+        if self._float64 or self._sharded:
+            watch = Origin if self._float64 else Shards
+            self._origin = watch(self.model, batch, self._problem.graphs, self._loss)
 
     def _check(self) -> None:
         """Raise :class:`StaleError` where something changed."""
         self._problem.check("the operator was made", "call refresh() first.")
         if self._origin is not None:
-            check_unchanged(self._origin, "the operator was made", "call refresh() first.")
+            with together(self._ranks, "a product of shards"):
+                check_unchanged(self._origin, "the operator was made", "call refresh() first.")
 
     def _follows(self) -> bool:
-        """Whether captured graphs are the model's still; a copy in double precision takes its values."""
-        if not (self._origin or self._problem.watch).alike():
-            return False
-        if self._origin is not None:
-            follow(self._pose.module, self.model)
+        """Whether captured graphs are the model's still; a copy of it takes its values."""
+        alike = (self._origin or self._problem.watch).alike()
+        if self._ranks is not None:  # all capture, or none
+            alike = all(self._ranks.told("settings", alike))
+        if alike and self._origin is not None:
+            (regather if self._sharded else follow)(self._pose.module, self.model)
             self._origin.note()
-        return True
+        return alike
 
     @property
     def chunk(self) -> int:
@@ -206,8 +215,8 @@ class CurvatureOperator(SymmetricOperator):
                 self._take(batch, self._batches(batch), self._known if follows else None)
             elif not follows or not self._problem.renewed():
                 self._take(self._given, self._swept)
-            elif self._ranks is not None:
-                self._ranks.check_model(self.model)
+            else:
+                self._problem.meet()
 
     def with_batch(self, batch: Any) -> Self:
         """The same operator on another batch, at the parameters' present values; this one stays as it is.

@@ -76,8 +76,6 @@ class Pose:
             reduction = find_reduction(module, graphs, batches, self.loss, self.reduction)
         else:
             reduction = shared_reduction(module, graphs, batches, self.loss, self.reduction, ranks)
-        if ranks is not None:
-            ranks.check_model(module)
         fused = fuse_all(graphs)
         problem = Problem(
             module,
@@ -100,6 +98,7 @@ class Pose:
             compiled=self.compiled,
             ranks=ranks,
         )
+        problem.meet()
         problem.chunk = self._chunk(fused[0])
         found = {point.name: k for k, point in enumerate(problem.points)}
         # Points come in topological order; vectors keep the order of the model's (or the user's) parameters.

@@ -16,6 +16,7 @@ from dag_hesse._capture import Batch
 from dag_hesse._capture.advice import fitted
 from dag_hesse._capture.batch import is_one, one_batch
 from dag_hesse.errors import OptionError
+from dag_hesse.gathered import is_sharded, local
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.sweep.watch import Watch
 
@@ -89,6 +90,25 @@ class Origin(Watch):
         buffers = {f"buffer '{n}'": x for n, x in self.model.named_buffers() if n in self._buffers}
         own = {f"parameter '{n}'": p for n, p in self.model.named_parameters() if n in self._parameters}
         return own | buffers | {f"the batch's tensor {k}": x for k, x in enumerate(self.batches.tensors)}
+
+
+class Shards(Origin):
+    """Watches a model, and held batches, whose parameters lie in parts on several ranks: each rank its own parts."""
+
+    def __init__(self, *given: Any) -> None:
+        self._seen: dict[str, tuple[Tensor, int, Tensor]] = {}
+        super().__init__(*given)
+
+    def _present(self) -> dict[str, Tensor]:
+        is_sharded(self.model)
+        return {name: self._part(name, x) for name, x in super()._present().items()}
+
+    def _part(self, name: str, x: Tensor) -> Tensor:
+        """The same view of a part, as long as it is the same part."""
+        seen = self._seen.get(name)
+        if seen is None or seen[0] is not x or seen[1] != x._version:
+            self._seen[name] = seen = x, x._version, local(x)
+        return seen[2]
 
 
 class _Held:

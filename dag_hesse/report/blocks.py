@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dag_hesse.errors import StaleError
 from dag_hesse.estimate import exact_blocks
+from dag_hesse.ranks import together
 from dag_hesse.sweep import Problem
 
 if TYPE_CHECKING:
@@ -47,9 +48,10 @@ class BlockReader:
         size = problem.dim(v) * problem.dim(w) * problem.groups
         need = 3 * size * problem.dtype.itemsize * (1 if part == "full" else 2)
         names = [problem.points[k].name for k in (v, w)]
-        problem.budget.check(
-            need, f"the block of {names[0]!r} and {names[1]!r}", "store it low-rank by report.blocks()"
-        )
+        with together(problem.ranks, "a block"):
+            problem.budget.check(
+                need, f"the block of {names[0]!r} and {names[1]!r}", "store it low-rank by report.blocks()"
+            )
         from_w = problem.dim(w) <= problem.dim(v)
         source, target = (w, v) if from_w else (v, w)
         parts = exact_blocks(problem, source, (target,))[target]

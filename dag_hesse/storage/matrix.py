@@ -78,6 +78,8 @@ class BlockMatrix(SymmetricOperator):
                 the diagonal blocks of both its points (Definition 79).
             rest: what becomes of pairs beyond the band: ``"drop"`` (zero) or ``"live"`` (swept in every product).
             seed: of the probes. The global RNG is neither read nor changed.
+            mesh: as for :func:`~dag_hesse.analyze`. Every rank has the whole matrix; products with live blocks are made
+                on all ranks together.
 
         Raises:
             DagHesseError: a subclass says what was received, what was expected and what to do, before heavy work.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,19 +11,23 @@ import torch
 from torch import nn
 
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like, unwrapped
-from dag_hesse._capture.additivity import find_reduction
+from dag_hesse._capture.additivity import find_reduction, shared_reduction
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.points import Names
-from dag_hesse._capture.reduction import Option
+from dag_hesse._capture.reduction import Option, Reduction
 from dag_hesse._structure import Structure
 from dag_hesse.budget import Budget
-from dag_hesse.errors import choose
+from dag_hesse.errors import OptionError, choose
+from dag_hesse.gathered import gathered, is_sharded
+from dag_hesse.ir import CurvatureGraph
 from dag_hesse.operators.vectors import VectorForm
 from dag_hesse.options import checked_options
 from dag_hesse.plan import fuse_all
+from dag_hesse.plan.agreed import check_zeros
 from dag_hesse.plan.gram import can_gram
 from dag_hesse.plan.memory import probe_chunk, sweep_bytes
 from dag_hesse.progress import check_progress, shown
+from dag_hesse.ranks import Ranks, together, whole_model
 from dag_hesse.storage.build import Built, alive_in, build, check, structure_of
 from dag_hesse.storage.cores import Cores
 from dag_hesse.storage.live import Live
@@ -48,39 +53,56 @@ def from_model(
     part: str = "full",
     parts: bool = False,
     progress: Progress | bool | None = None,
+    mesh: Any = None,
     **options: Any,
 ) -> BlockMatrix:
     """As :meth:`dag_hesse.BlockMatrix.from_model`."""
-    choose("batch_mode", batch_mode, ("shared", "joint"))
-    choose("space", space, ("activation", "parameter"))
-    choose("verify", verify, VERIFY)
-    choose("part", part, PARTS)
-    check_progress(progress)
-    chosen, model = wanted(**options), unwrapped(model)
-    batches = Batches(batch, None, model, loss)
-    batches.check_batch_mode(batch_mode)
-    graphs = capture_all(model, batches, loss=loss, output=output, points=points, space=space)
-    if part != "full" or parts:
-        needs_split(graphs)
-    prove_all(graphs, batches, model, loss, output, verify)
-    like = partial(points_like, graphs[0], model)
-    fused = fuse_all(graphs)
-    problem = Problem(
-        model,
-        fused,
-        batches,
-        batch_mode,
-        reduction=find_reduction(model, graphs, batches, loss, reduction),
-        with_out=can_gram(fused),
-        again=partial(capture_anew, model, loss=loss, output=output, points=like, space=space, verify=verify),
-        loss=loss,
-    )
-    problem.settled()
-    sites = [k for point in fused[0].points for k in point.sites]
-    per_probe = sweep_bytes(fused[0], sites, sites, batch_mode=batch_mode)
-    problem.chunk = probe_chunk(per_probe, Budget().sweeps // 2)
-    with shown(progress) as told:
-        return of_problem(problem, "the matrix was made", part, parts, chosen, told)
+    ranks = None if mesh is None else Ranks(mesh)
+    with together(ranks, "making the matrix"):
+        choose("batch_mode", batch_mode, ("shared", "joint"))
+        choose("space", space, ("activation", "parameter"))
+        choose("verify", verify, VERIFY)
+        choose("part", part, PARTS)
+        check_progress(progress)
+        if ranks is not None and batch_mode != "shared":
+            raise OptionError("mesh= takes batch_mode='shared': samples lie on other ranks.")
+        chosen, model = wanted(**options), unwrapped(model) if ranks is None else whole_model(model)
+        if ranks is not None and is_sharded(model):
+            model = gathered(model, ranks, Budget())
+        batches = Batches(batch, None, model, loss)
+        batches.check_batch_mode(batch_mode)
+        graphs = capture_all(model, batches, loss=loss, output=output, points=points, space=space)
+        if part != "full" or parts:
+            needs_split(graphs)
+        prove_all(graphs, batches, model, loss, output, verify)
+        like = partial(points_like, graphs[0], model)
+        fused = fuse_all(graphs)
+        problem = Problem(
+            model,
+            fused,
+            batches,
+            batch_mode,
+            reduction=_reduction(model, graphs, batches, loss, reduction, ranks),
+            with_out=can_gram(fused),
+            again=partial(capture_anew, model, loss=loss, output=output, points=like, space=space, verify=verify),
+            loss=loss,
+            ranks=ranks,
+        )
+        problem.meet()
+        problem.settled()
+        sites = [k for point in fused[0].points for k in point.sites]
+        per_probe = sweep_bytes(fused[0], sites, sites, batch_mode=batch_mode)
+        problem.chunk = probe_chunk(per_probe, Budget().sweeps // 2)
+        with shown(progress) as told:
+            return of_problem(problem, "the matrix was made", part, parts, chosen, told)
+
+
+def _reduction(
+    model: nn.Module, graphs: Sequence[CurvatureGraph], batches: Batches, loss: Any, option: Option, ranks: Ranks | None
+) -> Reduction:
+    if ranks is None or ranks.data is None:
+        return find_reduction(model, graphs, batches, loss, option)
+    return shared_reduction(model, graphs, batches, loss, option, ranks)
 
 
 def of_problem(
@@ -88,11 +110,15 @@ def of_problem(
 ) -> BlockMatrix:
     """Store one part of a problem's Hessian, and with ``parts`` the others beside it."""
     structure = structure_of(problem)
-    check(problem, structure, part, chosen)
-    try:
-        return _with_parts(problem, structure, made_by, part, parts, chosen, progress)
-    finally:
-        problem.release()
+    with together(problem.ranks, "storing blocks"):
+        check(problem, structure, part, chosen)
+        if problem.ranks is not None:
+            check_zeros(structure, problem.ranks)
+            problem.chunk = problem.ranks.least("a chunk", problem.chunk)
+        try:
+            return _with_parts(problem, structure, made_by, part, parts, chosen, progress)
+        finally:
+            problem.release()
 
 
 def _with_parts(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from dag_hesse.estimate.gram import GramBlocks, gram_factors
-from dag_hesse.measure import available_memory
 from dag_hesse.plan.gram import can_gram, columns_of
 from dag_hesse.storage.cores import Cores, Pair
 from dag_hesse.storage.draft import Draft, core, exact, from_factors, two_passes
@@ -23,7 +22,7 @@ def drafted(source: Source, wanted: Wanted, gn_alone: bool) -> Draft:
         return _gram(source)
     if wanted.error == 0.0 or all(small(d, START) for d in dims):
         return _exact(source)
-    room = available_memory(source.problem.device) // 3
+    room = source.room() // 3
     if wanted.memory is not None:
         room = min(room, 2 * wanted.memory)  # trimming comes after
     most = room // (source.groups * sum(dims) * source.dtype.itemsize)
@@ -35,14 +34,16 @@ def _exact(source: Source) -> Draft:
 
 
 def _columns(source: Source) -> tuple[int, int]:
-    """(pullbacks, rows of S) of the Gram route, over all batches."""
+    """(pullbacks, rows of S) of the Gram route, over all batches: pullbacks of this rank, rows of all."""
     counted = [columns_of(entry.graph) for entry in source.problem.entries]
-    return sum(c for c, _ in counted), sum(r for _, r in counted)
+    pullbacks, rows = sum(c for c, _ in counted), sum(r for _, r in counted)
+    ranks = source.problem.ranks
+    return pullbacks, rows if ranks is None else sum(ranks.of_shards("rows of S", rows))
 
 
 def _gram_fits(source: Source, wanted: Wanted) -> bool:
     problem, (_, rows) = source.problem, _columns(source)
-    room = available_memory(problem.device) // 4
+    room = source.room() // 4
     if wanted.memory is not None:
         room = min(room, 2 * wanted.memory)
     held = rows * sum(source.dims) * source.dtype.itemsize

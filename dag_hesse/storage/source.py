@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dag_hesse.estimate.exact import identity
+from dag_hesse.measure import available_memory
 from dag_hesse.sweep import Problem, Request
 
 Progress = Callable[[str, int, int], None]  # (stage, sweeps done, sweeps expected)
@@ -88,6 +89,11 @@ class Source:
             blank = torch.zeros(shape, dtype=self.dtype, device=self.problem.device) if x is None else x
             rows.append(blank.to(self.dtype))
         return rows
+
+    def room(self) -> int:
+        """Bytes that are free, where there are least of several ranks: what is done depends on it."""
+        free, ranks = available_memory(self.problem.device), self.problem.ranks
+        return free if ranks is None else ranks.least("memory", free)
 
     def tell(self, stage: str, done: int, expected: int) -> None:
         """Report how far it has come."""

@@ -136,14 +136,29 @@ class Problem:
     @property
     def loss(self) -> float:
         """The loss over all batches; before any sweep, as it was captured."""
-        shares, losses = self._meaning.shares, self._kept.losses
-        if losses:
-            own = sum(value * shares[number] for number, value in losses.items())
-        else:
-            own = sum(entry.graph.value * shares[entry.batch] for entry in self.entries if entry.sample is None)
+        own = self._own_loss
         if self.ranks is None:
             return own
         return float(self.ranks.added([torch.tensor([own], dtype=torch.float64, device=self.device)])[0])
+
+    @property
+    def _own_loss(self) -> float:
+        """Over this rank's batches."""
+        shares, losses = self._meaning.shares, self._kept.losses
+        if losses:
+            return sum(value * shares[number] for number, value in losses.items())
+        return sum(entry.graph.value * shares[entry.batch] for entry in self.entries if entry.sample is None)
+
+    def meet(self) -> None:
+        """See that all ranks, if there are several, have one model, and those that share vectors the same samples.
+
+        Raises:
+            RankError: they do not.
+            OptionError: BatchNorm normalizes by the statistics of a shard.
+        """
+        if self.ranks is not None:
+            self.ranks.check_model(self.model)
+            self.ranks.check_loss(self._own_loss)
 
     @property
     def chunk(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from dag_hesse.errors import VectorError
@@ -28,8 +27,7 @@ def run_shared(
         VectorError: ranks have other vectors.
         RankError: another rank failed.
     """
-    _same_vectors(ranks, requests)
-    runner.chunk = min(ranks.told("a sweep's chunk", runner.chunk))
+    runner.chunk = _agreed_chunk(ranks, runner.chunk, requests)
     number, count = ranks.place
     every = [pieces(_rows(request), runner.chunk) for request in requests]
     owners = list(accumulate((len(own) for own in every), initial=0))
@@ -39,11 +37,15 @@ def run_shared(
     with ranks.together("a sweep"):
         asked = [Request({s: z[every[r][k]] for s, z in requests[r].z.items()}, requests[r].reads) for r, k in mine]
         swept = dict(zip(mine, runner.run(asked, parts, progress), strict=True))
-    nonzero = set().union(
-        *ranks.told("a sweep's parts", {(r, *key) for (r, _), found in swept.items() for key in _nonzero(found)})
-    )
-    keys = sorted(nonzero)
-    whole = [_joined(ranks, runner, requests[r], every[r], owners[r], swept, (r, v, part)) for r, v, part in keys]
+    found = {(r, *key) for (r, _), part in swept.items() for key in _nonzero(part)}
+    said = ranks.told("a sweep's parts", (found, runner.chunk))  # memory may have run out on one of them
+    runner.chunk = min(chunk for _, chunk in said)
+    keys = sorted(set().union(*(nonzero for nonzero, _ in said)))
+    with ranks.together("a sweep's sum"):
+        whole = [_own(runner, requests[r], every[r], swept, (r, v, part)) for r, v, part in keys]
+    for (r, _, _), rows in zip(keys, whole, strict=True):
+        for k, piece in enumerate(every[r]):
+            ranks.sent(rows[piece], (owners[r] + k) % count)
     total = dict(zip(keys, ranks.added(whole), strict=True))
     return [
         {v: Parts(total.get((r, v, "gn")), total.get((r, v, "tensor"))) for v in request.reads}
@@ -55,15 +57,16 @@ def _rows(request: Request) -> int:
     return len(next(iter(request.z.values())))
 
 
-def _same_vectors(ranks: Ranks, requests: Sequence[Request]) -> None:
+def _agreed_chunk(ranks: Ranks, chunk: int, requests: Sequence[Request]) -> int:
+    """The smallest of the ranks' chunks, where all have the same vectors."""
     sums = [float(z.double().sum()) for request in requests for z in request.z.values()]
     shapes = [tuple(z.shape) for request in requests for z in request.z.values()]
-    if any(said != (shapes, sums) for said in ranks.told("a sweep's vectors", (shapes, sums))) and all(
-        x == x for x in sums
-    ):
+    said = ranks.told("a sweep's vectors", (shapes, sums, chunk))
+    if any(theirs != [shapes, sums] for *theirs, _ in said) and all(x == x for x in sums):
         raise VectorError(
             "ranks multiply with different vectors: expected the same one on all, from the same seed, say."
         )
+    return min(theirs for *_, theirs in said)
 
 
 def _nonzero(found: dict[int, Parts]) -> Iterator[tuple[int, str]]:
@@ -71,21 +74,19 @@ def _nonzero(found: dict[int, Parts]) -> Iterator[tuple[int, str]]:
         yield from ((v, part) for part in ("gn", "tensor") if getattr(parts, part) is not None)
 
 
-def _joined(
-    ranks: Ranks,
+def _own(
     runner: Runner,
     request: Request,
-    own: Sequence[slice],
-    first: int,
+    pieces: Sequence[slice],
     swept: dict[tuple[int, int], dict[int, Parts]],
     key: tuple[int, int, str],
 ) -> Tensor:
-    """All rows of one part of one product: pieces come from the ranks that swept them."""
-    (r, v, part), count = key, ranks.place[1]
+    """All rows of one part of one product, zero where they were not swept here."""
+    r, v, part = key
     like = next(iter(request.z.values()))
     whole = like.new_zeros(len(like), like.shape[1], runner.meaning.dim(v))
-    for k, piece in enumerate(own):
+    for k, piece in enumerate(pieces):
         found = getattr(swept[r, k].get(v), part, None) if (r, k) in swept else None
-        rows = torch.zeros_like(whole[piece]) if found is None else found.contiguous()
-        whole[piece] = ranks.sent(rows, (first + k) % count)
+        if found is not None:
+            whole[piece] = found
     return whole

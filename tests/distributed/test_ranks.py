@@ -95,14 +95,99 @@ def test_a_map_of_several_ranks_is_that_of_one(axis: str, tmp_path: Path) -> Non
                     )
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_stored_blocks_of_shards_are_those_of_all_samples(ranks: int, tmp_path: Path) -> None:
+    expected, every = work.stored(work.samples(), work.ignoring), run("stored_by_data", ranks, tmp_path)
+    routes = {name: route for name, (route, *_) in expected.items()}
+    assert {"gram", "exact", "one pass", "two passes"} <= set(routes.values()), routes
+    for rank, found in enumerate(every):
+        for name, (route, kinds, cores, dense) in expected.items():
+            mine, first = found[name], every[0][name]
+            assert mine[:2] == (route, kinds)
+            assert torch.equal(mine[3], first[3])
+            torch.testing.assert_close(mine[3], dense, rtol=0, atol=1e-12 * float(dense.norm()), msg=name)
+            if route in ("gram", "exact") and cores is not None:
+                for pair, core in cores.cores.items():
+                    torch.testing.assert_close(mine[2].cores[pair], core, rtol=0, atol=1e-12 * float(dense.norm()))
+        for part in ("gn", "tensor"):
+            text = found[f"failing {part}"]
+            assert text.startswith("MemoryError" if rank == 1 else "RankError") and "nothing is left" in text
+        assert "batch_mode='shared'" in found["joint"]
+
+
+def test_shares_of_the_vectors_store_the_bits_of_one_process(tmp_path: Path) -> None:
+    expected = work.stored(work.samples(), work.ignoring)
+    for found in run("stored_by_probe", 2, tmp_path):
+        for name, (route, kinds, _, dense) in expected.items():
+            assert found[name][:2] == (route, kinds) and torch.equal(found[name][3], dense), name
+        assert found["apart"].startswith("RankError: ranks along 'probe' have the losses")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_monitors_of_several_ranks_measure_as_one(ranks: int, tmp_path: Path) -> None:
+    every = run("monitored", ranks, tmp_path)
+    first, alone = every[0], every[0]["alone"]
+    assert [x is not None for x in alone] == [True, False] * 3
+    assert {"curvature/stability", "curvature/update_tensor", "curvature/gn_gap/stem"} <= alone[4].keys()
+    assert not all(map(torch.equal, first["states"][-1], every[1]["states"][-1]))  # BatchNorm's statistics differ
+    for found in every:
+        assert found["several"] == first["several"]  # to the bit
+        for mine, expected in zip(found["several"], alone, strict=True):
+            assert mine is expected is None or mine == pytest.approx(expected, rel=1e-12, abs=1e-14)
+        np.testing.assert_allclose(found["report"][0], first["report"][1], 1e-12)
+        assert found["shared"][0] == first["shared"][1]
+        for step in (6, 7):
+            going_on, resumed = found[f"resumed {step}"]
+            assert going_on == resumed and (going_on is None) == (step == 7)
+        assert found["differ"].startswith("RankError: of the ranks' monitors, the next is [99, 8")
+        assert found["refused"].startswith("OptionError: mesh= takes training=False")
+        assert found["paced"] == work.paced(work.net(), work.samples(), None, 0)
+
+    check_failures([found["failures"] for found in every])
+
+
+def check_failures(every: list[list[Any]]) -> None:
+    """All lose the same numbers, one says why, and the others who did."""
+    for rank, steps in enumerate(every):
+        assert [metrics for metrics, _ in steps] == [metrics for metrics, _ in every[0]]
+        counts = [metrics["curvature/failed"] for metrics, _ in steps]
+        assert counts[0] == counts[5] == 0 and counts[2:5] == [1, 1, 1] and counts[1] == 4, counts
+        error = "MemoryError: nothing is left" if rank == 1 else "RankError: "
+        for step in (1, 2):
+            assert all(text.startswith(error) and "nothing is left" in text for _, text in steps[step][1]), steps[step]
+        (name, text), *_ = steps[3][1]
+        assert name == "all" and "'stem.0.weight' holds 1 NaN" in text
+        (name, text), *_ = steps[4][1]
+        assert name == "stability" and "another number on another rank" in text
+
+
 def test_a_rank_that_ended_is_not_waited_for(tmp_path: Path) -> None:
     (text,) = run("left_alone", 2, tmp_path)
     assert text.startswith("RankError: a rank does not answer")
 
 
-def test_sharded_parameters_are_refused(tmp_path: Path) -> None:
-    for text in run("sharded", 2, tmp_path):
-        assert "'0.weight' is a DTensor" in text and "full_tensor()" in text
+def test_parameters_in_parts_are_gathered_into_a_copy(tmp_path: Path) -> None:
+    expected, given = alone("mean"), {"loss": F.cross_entropy}
+    resonance = dh.analyze(work.model(), work.samples(), points=["0", "2"], **given).resonance
+    blocks = dh.BlockMatrix.from_model(work.model(), work.samples(), points=["0"], progress=False, **given).to_dense()
+    for rank, found in enumerate(run("sharded", 2, tmp_path)):
+        same(found["figures"], expected)
+        np.testing.assert_allclose(found["map"], resonance, 1e-12)
+        torch.testing.assert_close(found["blocks"], blocks, rtol=0, atol=1e-12 * float(blocks.norm()))
+        assert torch.equal(found["again"], found["figures"]["one"])
+        assert found["kinds"][:2] == ["FSDPSequential", "FSDPLinear"]
+        assert all(map(torch.equal, *found["trained"]))  # as a model that nobody has looked at
+        assert "StaleError: parameter '0.weight'" in found["stale"]
+        later = work.model()
+        later.load_state_dict(found["state"])
+        H = dh.HessianOperator(later, work.samples(), **given)
+        for name in ("refreshed", "anew"):
+            same({"one": found[name]}, {"one": H @ work.vectors(H)[:, 0]})
+        texts = found["errors"]
+        assert "'0.weight' is a DTensor" in texts["alone"] and "full_tensor()" in texts["alone"]
+        assert "MemoryBudgetError: gathering 6 tensors" in texts["memory"] and "'2.weight'" in texts["memory"], rank
+        assert "OptionError: '0' computes in parallel" in texts["tensors"]
+        assert "flat_param' is a part of what FullyShardedDataParallel" in texts["flat"]
 
 
 def test_the_command_line_under_torchrun(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +213,14 @@ def test_the_command_line_under_torchrun(tmp_path: Path, capfd: pytest.CaptureFi
         np.testing.assert_allclose(
             found["metrics"]["resonance"]["value"], expected["metrics"]["resonance"]["value"], rtol=1e-5
         )
+    files = [tmp_path / "several", tmp_path / "one"]
+    done = subprocess.run(
+        [*run, "blocks", *command, "--ranks", "data", "--out", str(files[0])], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.count("written to") == 1, done.stderr
+    assert main(["blocks", *command, "--out", str(files[1])]) == 0
+    several, one = (dh.BlockMatrix.load(file).to_dense() for file in files)
+    torch.testing.assert_close(several, one, rtol=0, atol=1e-5 * float(one.abs().max()))
     assert main(["analyze", "mlp", "--ranks", "data"]) == 1
     assert "torchrun" in capfd.readouterr().err
 

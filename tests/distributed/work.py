@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import dag_hesse as dh
 from dag_hesse.errors import DagHesseError
+from dag_hesse.estimate import gram
+from dag_hesse.monitor.quantities import QUANTITIES
+from dag_hesse.sweep.runner import Runner
+from tests.monitor.common import net, state_of, train_step
 
 SAMPLES = 11
 
@@ -70,13 +78,19 @@ def figures(H: dh.HessianOperator) -> dict[str, Any]:
     return {
         "loss": torch.tensor(H.loss), "gradient": H.gradient, "one": H @ v[:, 0], "many": H @ v, "gn": gn, "tensor": tensor,
         "top": torch.from_numpy(H.eigsh(1, tol=1e-8, which="LA")[0].copy()), "block": H["0.weight", "4"] @ v[-18:, :2],
+        "landscape": torch.from_numpy(H.landscape(v[:, 0], points=3).losses.copy()),
     }  # fmt: skip
 
 
 def said(run: Callable[[], Any]) -> str:
+    return saying((), run)
+
+
+def saying(others: Any, run: Callable[[], Any]) -> str:
+    """An error of ours, or one of others."""
     try:
         run()
-    except DagHesseError as error:
+    except (DagHesseError, *others) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -157,12 +171,217 @@ def by_both(rank: int, ranks: int) -> dict[str, Any]:
     return {"ignoring": figures(H)}
 
 
-def sharded(rank: int, ranks: int) -> str:
+def wide() -> nn.Module:
+    """Parameters of more directions than a sketch has."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 9), nn.SiLU(), nn.Linear(9, 3)).double()
+
+
+STORED: dict[str, dict[str, Any]] = {
+    "gram": {"part": "gn"},
+    "exact": {"points": ["0", "2"], "parts": True},
+    "one pass": {"space": "parameter", "points": ["2.weight"], "error": 0.05},
+    "two passes": {"space": "parameter", "points": ["0.weight", "2.weight"], "rank": 10},
+    "live": {"band": 0, "rest": "live", "part": "tensor"},
+}
+
+
+def stored(batch: Any, loss: Any, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+    """What blocks are stored as, and what they are."""
+    found: dict[str, Any] = {}
+    for name, options in STORED.items():
+        B = dh.BlockMatrix.from_model(wide(), batch, loss=loss, mesh=mesh, progress=False, **options)
+        for part in ("full", "gn", "tensor") if options.get("parts") else (B.facts["part"],):
+            own = B.part(part)
+            kinds = [facts.kind.value for facts in own.pairs.values()]
+            found[f"{name} {part}"] = own.facts["route"], kinds, own.cores, own @ torch.eye(own.shape[1]).double()
+    report = dh.analyze(wide(), batch, loss=loss, mesh=mesh, points=["0"])
+    found["report"] = "", [], None, report.blocks(part="gn", progress=False).to_dense()
+    return found
+
+
+def stored_by_data(rank: int, ranks: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))
+    found = stored(shard(rank, ranks), ignoring, mesh)
+
+    def full(*given: Any) -> Any:
+        raise MemoryError("nothing is left")
+
+    for where in ((Runner, "run"), (gram, "factor_rows")):
+        with mock.patch.object(*where, full) if rank == 1 else nullcontext():
+            make = partial(
+                dh.BlockMatrix.from_model, wide(), shard(rank, ranks), loss=ignoring, mesh=mesh, progress=False
+            )
+            part = "tensor" if where[0] is Runner else "gn"
+            found[f"failing {part}"] = saying([MemoryError], lambda make=make, part=part: make(part=part, points=["0"]))
+    found["joint"] = said(lambda: make(batch_mode="joint"))
+    return found
+
+
+def stored_by_probe(rank: int, ranks: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("probe",))
+    found = stored(samples(), ignoring, mesh)
+    x, y = samples()
+    found["apart"] = said(lambda: dh.HessianOperator(wide(), (x + rank, y), loss=ignoring, mesh=mesh))
+    return found
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Training:
+    """A model in DistributedDataParallel, whose BatchNorm goes its own way on every rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.inside = net()
+        torch.manual_seed(rank)
+        self.model = nn.parallel.DistributedDataParallel(self.inside)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.02)
+        self.batch = torch.randn(4 + rank, 4, dtype=torch.float64), torch.arange(4 + rank) % 3
+
+    def step(self, number: int) -> None:
+        torch.manual_seed(number)
+        train_step(self.model, self.optimizer, self.batch)
+
+
+def monitored(rank: int, ranks: int) -> dict[str, Any]:
+    """Measurements by all ranks, beside those that each makes by itself with all samples."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))
+    watched, plain = Training(rank), Training(rank)
+    options: dict[str, Any] = {"every": 2, "optimizer": watched.optimizer, "points": ["stem", "body"]}
+    several = dh.Monitor(watched.model, shard(rank, ranks), mesh=mesh, **options)
+    alone = dh.Monitor(watched.model, samples(), **options)
+    found: dict[str, Any] = {"several": [], "alone": [], "states": [], "failures": []}
+    for step in range(6):
+        plain.step(step)
+        found["states"].append(state_of(plain.inside, plain.optimizer))
+        watched.step(step)
+        found["alone"].append(alone.step(step))
+        found["several"].append(several.step(step))
+        assert all(map(torch.equal, found["states"][-1], state_of(watched.inside, watched.optimizer)))
+    found["report"] = several.report["gn_gap"], alone.report["gn_gap"]
+    found["shared"] = shared(watched, rank, ranks)
+    again = dh.Monitor(watched.model, shard(rank, ranks), mesh=mesh, **options)
+    again.load_state_dict(several.state_dict())
+    for step in (6, 7):
+        watched.step(step)
+        found[f"resumed {step}"] = several.step(step), again.step(step)
+    found["differ"] = said(lambda: differing(again, several, rank))
+    found["refused"] = said(lambda: dh.Monitor(watched.model, shard(rank, ranks), mesh=mesh, training=True))
+    found["failures"] = failing(watched, shard(rank, ranks), mesh, rank)
+    found["paced"] = paced(watched.model, shard(rank, ranks), mesh, rank)
+    return found
+
+
+def shared(training: Training, rank: int, ranks: int) -> list[Any]:
+    """One measurement by all ranks with the same samples, and by each itself."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("probe",))
+    return [dh.Monitor(training.model, samples(), mesh=m, points=["stem"]).step(0) for m in (mesh, None)]
+
+
+def differing(monitor: dh.Monitor, other: dh.Monitor, rank: int) -> None:
+    """A state that is loaded on one rank alone."""
+    state = other.state_dict()
+    if not rank:
+        state["pace"]["next"] = 99
+    monitor.load_state_dict(state)
+    monitor.step(8)
+
+
+def failing(training: Training, batch: Any, mesh: DeviceMesh, rank: int) -> list[Any]:
+    """What all measure, and what each says, where one of them cannot."""
+    monitor = dh.Monitor(training.model, batch, 1, optimizer=training.optimizer, mesh=mesh, points=["stem"])
+    weight, group = training.inside.stem[0].weight, training.optimizer.param_groups[0]
+
+    def full(*given: Any, **options: Any) -> Any:
+        raise MemoryError("nothing is left")
+
+    def spoiled(step: int) -> Any:
+        return monitor.step(step), [(name, text) for _, name, text in monitor.failures if _ == step]
+
+    found = [spoiled(0)]
+    with mock.patch.object(Runner, "run", full) if rank == 1 else nullcontext():  # in the midst of a sweep
+        found.append(spoiled(1))
+    with mock.patch.dict(QUANTITIES, {"sharpness": full}) if rank == 1 else nullcontext():
+        found.append(spoiled(2))
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = torch.nan if rank == 1 else kept[0, 0]
+        found.append(spoiled(3))
+        weight.copy_(kept)
+    group["lr"] *= 1 + rank
+    found.append(spoiled(4))
+    group["lr"] /= 1 + rank
+    return [*found, spoiled(5)]
+
+
+def paced(net: nn.Module, batch: Any, mesh: DeviceMesh | None, rank: int) -> list[int]:
+    """Steps that are measured, where the clocks of the ranks differ."""
+    monitor = dh.Monitor(net, batch, 2, budget=0.1, quantities=["loss", "update"], mesh=mesh)
+    clock = monitor._pace.clock = Clock()
+    monitor._pace.cost, found = 0.5, []
+    for step in range(30):
+        before = monitor._pace.spent
+        found += [step] if monitor.step(step) is not None else []
+        monitor._pace.spent = before + (0.5 if found and found[-1] == step else 0.0)
+        monitor._pace.cost = 0.5
+        clock.now += 1.0 + 5 * rank
+    return found
+
+
+def divided(mesh: DeviceMesh) -> nn.Module:
+    """A model of which every rank has a part."""
+    whole = model()
+    for module in (whole[0], whole[2], whole):
+        fully_shard(module, mesh=mesh)
+    return whole
+
+
+def trained(net: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """A step of training, and what each rank has then."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    train_step(net, optimizer, batch)
+    return [p.to_local().detach().clone() for p in net.parameters()]
+
+
+def sharded(rank: int, ranks: int) -> dict[str, Any]:
     """Parameters of which every rank has a part."""
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))
-    net = model()
-    fully_shard(net, mesh=mesh)
-    return said(lambda: dh.HessianOperator(net, shard(rank, ranks), loss=F.cross_entropy, mesh=mesh))
+    net, plain, own = divided(mesh), divided(mesh), shard(rank, ranks)
+    given: dict[str, Any] = {"loss": F.cross_entropy, "mesh": mesh}
+    H = dh.HessianOperator(net, own, **given)
+    found: dict[str, Any] = {"figures": figures(H)}
+    found["map"] = dh.analyze(net, own, points=["0", "2"], **given).resonance
+    found["blocks"] = dh.BlockMatrix.from_model(net, own, points=["0"], progress=False, **given).to_dense()
+    with torch.no_grad():
+        net(own[0][0])  # leaves the root's parameters gathered
+    found["again"] = H @ vectors(H)[:, 0]
+    found["kinds"] = [type(module).__name__ for module in net.modules()]
+    found["trained"] = [trained(each, own[0]) for each in (net, plain)]
+    found["stale"] = said(lambda: H @ vectors(H))
+    H.refresh()
+    found["refreshed"] = H @ vectors(H)[:, 0]
+    found["state"] = {name: x.full_tensor() for name, x in net.state_dict().items()}
+    net.eval()
+    H.refresh()  # captured anew
+    found["anew"] = H @ vectors(H)[:, 0]
+    tensors = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    parallelize_module(tensors, mesh, {"0": ColwiseParallel(use_local_output=False)})
+    found["errors"] = {
+        "alone": said(lambda: dh.HessianOperator(net, own, loss=F.cross_entropy)),
+        "memory": said(lambda: dh.HessianOperator(net, own, memory=100, **given)),
+        "tensors": said(lambda: dh.HessianOperator(tensors, own, **given)),
+        "flat": said(
+            lambda: dh.HessianOperator(FullyShardedDataParallel(model(), device_id=torch.device("cpu")), own, **given)
+        ),
+    }
+    return found
 
 
 def left_alone(rank: int, ranks: int) -> str:
