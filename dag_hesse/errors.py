@@ -145,15 +145,16 @@ def integer(option: str, value: Any, least: int | None = None, why: str = "") ->
     """``value`` as Python's int.
 
     Raises:
-        OptionError: it is no integer, or less than ``least``; ``why`` that is too little.
+        OptionError: it is no integer, beyond 64 bits, or less than ``least``; ``why`` that is too little.
 
     >>> import numpy as np
     >>> integer("probes", np.int64(32), least=2)
     32
     """
-    if not is_integer(value) or (least is not None and value < least):
+    if not is_integer(value) or (least is not None and value < least) or abs(int(value)) >= 2**63:
         received = f"{option}={value!r}" + ("" if is_integer(value) else f" is a {type(value).__name__}")
-        bound = "" if least is None else f" of at least {least}"
+        bound = " of 64 bits" if is_integer(value) and abs(int(value)) >= 2**63 else ""
+        bound += "" if least is None else f" of at least {least}"
         raise OptionError(f"{received}; expected an integer{bound}{f' ({why})' if why else ''}.")
     return int(value)
 

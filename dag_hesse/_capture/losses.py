@@ -171,16 +171,21 @@ def _check_classes(
         )
 
 
-_WAYS_OUT = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})  # of values, unseen
+# Values leave by these, unseen by a dispatch mode.
+_WAYS_OUT = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.__reduce_ex__})
+_SPLITS = frozenset({torch.tensor_split, Tensor.tensor_split})  # likewise those of the second argument
 _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 
 
 class LossTaps(torch.overrides.TorchFunctionMode):
-    """Taps what recognised loss functions are given, and keeps recurrent layers from kernels that hide their ops."""
+    """Taps what recognised loss functions are given, and keeps recurrent layers from kernels that hide their ops.
 
-    def __init__(self, tap: Callable[[Tensor], Tensor]) -> None:
+    ``looked_at`` is called with tensors whose values leave PyTorch.
+    """
+
+    def __init__(self, tap: Callable[[Tensor], Tensor], looked_at: Callable[[Tensor], None] = lambda x: None) -> None:
         super().__init__()
-        self.tap = tap
+        self.tap, self.looked_at = tap, looked_at
         self.left_torch = False  # whether the model took values out of PyTorch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -194,6 +199,11 @@ class LossTaps(torch.overrides.TorchFunctionMode):
                 kwargs = {**kwargs, "input": self.tap(kwargs["input"])}
         elif func in _WAYS_OUT:
             self.left_torch = True
+            self.looked_at(args[0])
+        elif func in _SPLITS:
+            for x in (*args[1:], *kwargs.values()):
+                if isinstance(x, Tensor):
+                    self.looked_at(x)
         elif func in _RECURRENT:
             with _plain_recurrences():
                 return func(*args, **kwargs)

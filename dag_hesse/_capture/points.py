@@ -36,6 +36,12 @@ def activation_point(graph: CurvatureGraph, name: str, sites: Sequence[int]) -> 
 
 
 def parameter_point(graph: CurvatureGraph, name: str, members: Sequence[str]) -> Point:
+    for member in members:
+        if graph.nodes[graph.parameters[member]].dtype.is_complex:
+            raise PointError(
+                f"parameter '{member}' is complex, and curvature is by real ones: keep its parts in a real one and "
+                "take torch.view_as_complex of that in the forward, or leave it out (param_filter= of an operator)."
+            )
     sites = tuple(graph.parameters[member] for member in members)
     sizes = [graph.nodes[site].numel for site in sites]
     shape = graph.nodes[sites[0]].shape if len(sites) == 1 else (sum(sizes),)

@@ -109,7 +109,7 @@ def _record(model: nn.Module, batch: Batch, loss: Loss | None, *, everything: bo
             plain_attention(),
             eager(),
             custom_functions(recorder),
-            loss_taps := LossTaps(tapped),
+            loss_taps := LossTaps(tapped, recorder.looked_at),
             recorder,
         ):
             stack.enter_context(context)  # type: ignore[arg-type]

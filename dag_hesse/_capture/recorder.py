@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tag, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dag_hesse._capture.aliases import Aliases
@@ -171,6 +171,8 @@ class Recorder(TorchDispatchMode):
             values = self._values(op, args, kwargs, nodes, fresh, isinstance(result, Tensor))
             for (_, x), node in zip(fresh, values, strict=True):
                 self.aliases.add(x, node)
+                if _shaped_by_values(op, args) and self.trail.nodes[node].shape == x.shape:
+                    self.trail.guards.append(Guard(node, x.shape))
 
     def _values(
         self,
@@ -336,6 +338,14 @@ class Recorder(TorchDispatchMode):
             if args[0].shape == args[1].shape:
                 self.trail.guards.append(Guard(all_same, value))
 
+    def looked_at(self, x: Tensor) -> None:
+        """Python took all values of a tensor: the recording holds as long as they are the same."""
+        while torch._C._functorch.is_functorch_wrapped_tensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
+        node = self.use(x)
+        with self.pause():
+            self.trail.guards.append(Guard(node, x.detach().clone()))
+
     def copies(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """A function that gives back what it is given."""
         with self.pause():
@@ -394,6 +404,13 @@ def _flat(tree: Any) -> Iterator[Any]:
             yield from _flat(item)
     else:
         yield tree
+
+
+def _shaped_by_values(op: Any, args: Any) -> bool:
+    """Whether a result's size depends on values: Python may have looked at it."""
+    if op is aten.index.Tensor:
+        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    return Tag.dynamic_output_shape in op.tags
 
 
 def _place(x: Tensor, among: Sequence[Tensor]) -> int | None:

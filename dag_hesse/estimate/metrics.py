@@ -13,7 +13,7 @@ from dag_hesse.plan import Method, Plan
 from dag_hesse.plan.data import Methods
 
 METRICS = ("resonance", "coupling", "stable_rank", "gn_gap", "gn_norm", "tensor_norm")
-_EPSILON = 1e-30  # keeps the GN-gap of a block without GN part finite
+_WITHOUT = 1e-30  # keeps the GN-gap of a block without GN part finite
 _RANK = {method: rank for rank, method in enumerate(Method)}
 
 
@@ -74,7 +74,7 @@ def assemble(table: NormTable, plan: Plan) -> Metrics:
             put("resonance", v, w, full.value, full.stderr)
             put("gn_norm", v, w, gn.value, gn.stderr)
             put("tensor_norm", v, w, tensor.value, tensor.stderr)
-            gap = tensor.value / (gn.value + _EPSILON) if tensor.value else 0.0
+            gap = tensor.value / (gn.value or _WITHOUT) if tensor.value else 0.0
             put("gn_gap", v, w, gap, gap * _relative_error([(tensor, 1.0), (gn, -1.0)]))
             put("stable_rank", v, w, *_stable_rank(table, (v, w), full))
             ends = [table.frobenius["full"][v, v], table.frobenius["full"][w, w]]

@@ -91,16 +91,31 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """Python looked at a node's value: the graph holds for a batch as long as the value is this one."""
+    """Python looked at a node's value, at all of its values, or at its shape: the graph holds as long as it is that."""
 
     node: int
-    value: bool | int | float | complex
+    seen: bool | int | float | complex | torch.Tensor | torch.Size
 
-    def holds(self, value: Any) -> bool:
-        """Whether the value is the one seen; numbers may be rounded otherwise."""
-        if isinstance(self.value, (bool, int)):
-            return bool(value == self.value)
-        return value == self.value or abs(value - self.value) <= 1e-5 * abs(self.value) or value != value
+    def holds(self, value: torch.Tensor) -> bool:
+        """Whether the node's value is the one seen; floating-point numbers may be rounded otherwise, or be NaN now."""
+        if isinstance(self.seen, torch.Size):
+            return value.shape == self.seen
+        seen = torch.as_tensor(self.seen, dtype=value.dtype, device=value.device)
+        if isinstance(self.seen, torch.Tensor) and seen.shape != value.shape:
+            return False
+        if not (value.is_floating_point() or value.is_complex()):
+            return bool((value == seen).all())
+        rounding = 1e-11 if torch.finfo(value.dtype).bits == 64 else 1e-5
+        near = (value == seen) | ((value - seen).abs() <= rounding * seen.abs()) | (value != value)
+        return bool(near.all())
+
+    def told(self, value: torch.Tensor) -> str:
+        """How a value differs from the one seen."""
+        if isinstance(self.seen, torch.Size):
+            return f"gives {tuple(value.shape)} now; it gave {tuple(self.seen)}"
+        if isinstance(self.seen, torch.Tensor):
+            return "has other values now than"
+        return f"is {value.item()} now; it was {self.seen}"
 
 
 def refill(tree: Any, fn: Callable[[Ref], Any]) -> Any:

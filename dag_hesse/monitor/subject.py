@@ -45,7 +45,7 @@ def moving(model: nn.Module, optimizer: Any) -> dict[str, nn.Parameter]:
     Raises:
         PointError: there are none.
     """
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if optimizer is not None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         named = {name: p for name, p in named.items() if id(p) in held}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import scipy.sparse.linalg
 import torch
-from scipy.sparse.linalg import ArpackError, ArpackNoConvergence
+from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator
 from torch import Tensor
 
 from dag_hesse.errors import ConvergenceError, OptionError, choose, integer
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Lanczos vectors kept for one eigenvalue of a small CNN: with SciPy's 20 it takes 21 products, with 8 it takes 13 for a
 # residual of 1e-3 λ (in fact 6e-6, λ to seven digits) and 9 for 1e-2 (λ to five); below 5, restarts cost more.
 _LEAST_VECTORS = 8
+_MOST_ITERATIONS = 2**31 - 1  # that ARPACK counts to
 
 
 class Eigenpair(NamedTuple):
@@ -51,26 +52,62 @@ def eigsh(
     k, size = checked_count("k", k, operator.shape[0], least=1), operator.shape[0]
     if not (isinstance(tol, (int, float)) and 0 <= tol < 1):
         raise OptionError(f"tol={tol!r}; expected a relative accuracy from 0 (machine precision) to 1.")
-    if v0 is None:
-        v0 = np.random.default_rng(integer("seed", seed)).standard_normal(size)
-    v0 = to_numpy(v0.detach()) if isinstance(v0, Tensor) else v0
+    given = operator.to_scipy()
+    start = _start(v0, integer("seed", seed, 0), size, given.dtype)
+    if (maxiter := options.get("maxiter")) is not None:
+        options["maxiter"] = min(integer("maxiter", maxiter, 1), _MOST_ITERATIONS)
     ncv = min(size, max(2 * k + 2, _LEAST_VECTORS)) if ncv is None else checked_count("ncv", ncv, size + 1)
     choose("which", which, ("LM", "SM", "LA", "SA", "BE"))
-    given = operator.to_scipy()
+    scale, unit = of_unit_size(given, start)
+    if not scale:  # what a random vector is mapped to 0 by
+        return np.zeros(k, given.dtype), np.eye(size, k, dtype=given.dtype)
     try:
-        found: tuple[np.ndarray, np.ndarray] = scipy.sparse.linalg.eigsh(
-            given, k=k, tol=tol, ncv=ncv, v0=v0, which=which, **options
-        )
+        values, vectors = scipy.sparse.linalg.eigsh(unit, k=k, tol=tol, ncv=ncv, v0=start, which=which, **options)
     except ArpackNoConvergence as error:
         raise ConvergenceError(
             f"{len(error.eigenvalues)} of {k} eigenvalues have converged to tol={tol:g}: allow more products by "
             "maxiter= or ncv=, or a larger tol=."
         ) from error
-    except ArpackError:
-        if np.any(given @ np.asarray(v0, dtype=given.dtype)):
-            raise
-        return np.zeros(k, given.dtype), np.eye(size, k, dtype=given.dtype)  # what a random vector is mapped to 0 by
-    return found
+    except ArpackError as error:
+        raise ConvergenceError(
+            f"ARPACK gives up ({error}): take another v0= or seed=, or more vectors by ncv=."
+        ) from error
+    return values * scale, vectors
+
+
+def _start(v0: Any, seed: int, size: int, dtype: Any) -> np.ndarray:
+    """The first vector, of length one.
+
+    Raises:
+        OptionError: it has another shape, is zero, or not finite.
+    """
+    if v0 is None:
+        v0 = np.random.default_rng(seed).standard_normal(size)
+    given = to_numpy(v0.detach()) if isinstance(v0, Tensor) else np.asarray(v0)
+    if given.shape not in ((size,), (size, 1)) or given.dtype.kind not in "fiu":
+        raise OptionError(f"v0 has shape {given.shape} and dtype {given.dtype}; expected real numbers, ({size},).")
+    wide = given.reshape(size).astype(np.float64)
+    length = float(np.linalg.norm(wide / max(np.abs(wide).max(), 1e-300)))
+    if not np.isfinite(wide).all() or not length:
+        raise OptionError("v0 is zero or not finite; expected a vector that has a part along what is looked for.")
+    return (wide / np.linalg.norm(wide)).astype(dtype)
+
+
+def of_unit_size(operator: LinearOperator, start: np.ndarray) -> tuple[float, LinearOperator]:
+    """s = ‖A v‖ at a vector of length one, and A/s: ARPACK and MINRES expect norms of about 1.
+
+    The first product, which Krylov methods ask for again, is not made twice.
+    """
+    image = operator @ start
+    scale = float(np.linalg.norm(image.astype(np.float64)))
+    known: list[np.ndarray] = [image]
+
+    def product(x: np.ndarray) -> np.ndarray:
+        x = x.reshape(-1)
+        again = known and np.allclose(x, start, rtol=0, atol=4 * np.finfo(start.dtype).eps)
+        return (known.pop() if again else operator @ x) / start.dtype.type(scale)
+
+    return scale, LinearOperator(operator.shape, matvec=product, dtype=operator.dtype)
 
 
 def top_eigenvectors(operator: SegmentedOperator, k: int, **options: Any) -> list[Eigenpair]:

@@ -23,11 +23,14 @@ from dag_hesse.operators.wide import widened_batches, widened_loss
 from dag_hesse.options import checked_options
 
 KINDS = ("empirical", "mc")
+_IGNORED = -100  # the class that cross-entropy leaves out unless it is told another one
 
 
 @final
 class FisherOperator(CurvatureOperator):
     """F = 1/N Σ_i g_i g_iᵀ over samples i, g_i being N times sample i's share of the loss's gradient.
+
+    Samples all of whose targets the loss ignores (``ignore_index``) do not count.
 
     Args:
         model: a module, or ``callable(params, inputs) -> output`` with ``params`` given.
@@ -115,10 +118,15 @@ class FisherOperator(CurvatureOperator):
 
 
 class _OfGradients:
-    """½/N Σ_i (g_i · out_i)², the output gradients g_i held fixed: its Hessian by the output is 1/N ⊕_i g_i g_iᵀ."""
+    """½/N Σ_i (g_i · out_i)², the output gradients g_i held fixed: its Hessian by the output is 1/N ⊕_i g_i g_iᵀ.
+
+    N counts samples whose targets are not all ignored. Drawn classes are compared by plain cross-entropy: a class that
+    the loss ignores may be drawn.
+    """
 
     def __init__(self, loss: Loss | None, drawn: bool) -> None:
-        self.of, self.drawn = loss, drawn
+        self.of: Loss | None = F.cross_entropy if drawn and isinstance(loss, nn.CrossEntropyLoss) else loss
+        self.drawn = drawn
 
     def widened(self) -> _OfGradients:
         """The same of a loss in double precision."""
@@ -134,7 +142,7 @@ class _OfGradients:
         leaves, spec = pytree.tree_flatten(output)
         places = [k for k, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
         with torch.enable_grad():
-            free = {k: leaves[k].detach().requires_grad_() for k in places}
+            free = {k: leaves[k].detach().contiguous().requires_grad_() for k in places}  # some kernels want it so
             held = pytree.tree_unflatten([free.get(k, x) for k, x in enumerate(leaves)], spec)
             value = (self.of or inferred)(held, targets)
             found = torch.autograd.grad(value, list(free.values()), allow_unused=True)
@@ -142,7 +150,20 @@ class _OfGradients:
         if not pairs:
             raise LossError("the loss does not depend on the model's output, so there are no gradients of samples.")
         slopes = torch.stack([(g * x).reshape(len(x), -1).sum(1) for x, g in pairs]).sum(0)
-        return len(slopes) / 2 * slopes.square().sum()
+        return _counted(self.of, targets, len(slopes)) / 2 * slopes.square().sum()
+
+
+def _counted(loss: Loss | None, targets: Any, samples: int) -> Tensor | int:
+    """How many samples a mean is over: those of which the loss does not ignore all targets."""
+    ignoring = loss in (None, F.cross_entropy, F.nll_loss) or isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss))
+    if not ignoring or not isinstance(targets, Tensor) or targets.is_floating_point() or len(targets) != samples:
+        return samples
+    return (targets != _ignored(loss)).reshape(samples, -1).any(1).sum()
+
+
+def _ignored(loss: Loss | None) -> int:
+    """The class that a loss leaves out."""
+    return int(getattr(loss, "ignore_index", _IGNORED))
 
 
 class Drawn:
@@ -166,7 +187,7 @@ class Drawn:
         with restored(self.model) as before, torch.no_grad():
             before.written += [Written.of(x) for x in self.model.buffers()]  # as a BatchNorm's statistics
             output = prediction(self.model(*batch.args, **batch.kwargs))
-        draw = _classes if _is_cross_entropy(self.loss, targets) else _normal
+        draw = partial(_classes, ignored=_ignored(self.loss)) if _is_cross_entropy(self.loss, targets) else _normal
         return tuple(draw(output, targets, self.generator) for _ in range(self.samples))
 
 
@@ -189,12 +210,15 @@ def _is_cross_entropy(loss: Loss | None, targets: Tensor) -> bool:
     )
 
 
-def _classes(logits: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-    """Drawn classes in the form of the targets; negative ones (ignored) stay."""
+def _classes(logits: Tensor, targets: Tensor, generator: torch.Generator, ignored: int) -> Tensor:
+    """Drawn classes in the form of the targets; what the loss ignores stays so. Targets may be probabilities too."""
     last = logits.ndim > 2 and targets.shape == logits.shape[:-1]
     chances = (logits if last else logits.movedim(1, -1)).double().softmax(-1).cpu()
     drawn = torch.multinomial(chances.reshape(-1, chances.shape[-1]), 1, generator=generator)
-    return torch.where(targets < 0, targets, drawn.reshape(targets.shape).to(targets))
+    classes = drawn.reshape(chances.shape[:-1]).to(targets.device)
+    if targets.is_floating_point():
+        return classes
+    return torch.where(targets == ignored, _IGNORED, classes.reshape(targets.shape).to(targets.dtype))
 
 
 def _normal(output: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:

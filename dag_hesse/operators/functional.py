@@ -78,7 +78,7 @@ def chosen_parameters(model: nn.Module, params: Any, param_filter: Any) -> list[
     if params is not None:
         chosen = _own(named, params)
     else:
-        chosen = [name for name in named if named[name].requires_grad and named[name].is_floating_point()]
+        chosen = [name for name, p in named.items() if p.requires_grad]
     if param_filter is not None:
         chosen = _passing(param_filter, chosen, named)
     if not chosen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,12 +13,14 @@ from scipy.sparse.linalg import LinearOperator, cg, minres
 from torch import Tensor
 
 from dag_hesse.errors import OptionError, choose, integer
+from dag_hesse.operators.eigen import of_unit_size
 from dag_hesse.operators.vectors import to_numpy
 
 if TYPE_CHECKING:
     from dag_hesse.operators.core import SegmentedOperator
 
 METHODS = {"minres": minres, "cg": cg}
+_ROUNDS = 6
 
 
 class Solution(NamedTuple):
@@ -111,17 +114,53 @@ def by_krylov(
     """Segments of x, a row after the other, and how many iterations were made."""
     plain, steps, rows = operator.to_scipy(), 0, []
     shifted = LinearOperator(plain.shape, matvec=lambda x: plain @ x + shift * x, dtype=plain.dtype)
-    run = METHODS[method]
+    for row in torch.cat(segments, dim=1):
+        x, taken = _refined(shifted, to_numpy(row), rtol, maxiter, METHODS[method], inverse)
+        steps += taken
+        rows.append(torch.from_numpy(x).to(row))
+    return list(torch.stack(rows).split(operator.form.sizes, dim=1)), steps
+
+
+def _refined(
+    matrix: LinearOperator,
+    b: np.ndarray,
+    rtol: float,
+    maxiter: int | None,
+    run: Callable[..., Any],
+    inverse: LinearOperator | None,
+) -> tuple[np.ndarray, int]:
+    """x and the iterations made: what a method leaves of b is solved for again, until that is small or stays.
+
+    SciPy's MINRES compares the residual with ‖A‖ ‖x‖, and counts ‖b‖ into ‖A‖: the systems it is given have b and A of
+    size one, and what it calls solved is looked at.
+    """
+    name = "rtol" if "rtol" in inspect.signature(run).parameters else "tol"  # SciPy renamed it
+    x, rest, steps = np.zeros_like(b), b, 0
+    wanted = left = float(np.linalg.norm(b.astype(np.float64)))
+    wanted *= rtol
 
     def count(_: Any) -> None:
         nonlocal steps
         steps += 1
 
-    name = "rtol" if "rtol" in inspect.signature(run).parameters else "tol"  # SciPy renamed it
-    for row in torch.cat(segments, dim=1):
-        x, _ = run(shifted, to_numpy(row), maxiter=maxiter, M=inverse, callback=count, **{name: rtol})
-        rows.append(torch.from_numpy(x).to(row))
-    return list(torch.stack(rows).split(operator.form.sizes, dim=1)), steps
+    for _ in range(_ROUNDS):
+        if left <= wanted or (maxiter is not None and steps >= maxiter):
+            break
+        direction = (rest / b.dtype.type(left)).astype(b.dtype)
+        scale, unit = of_unit_size(matrix, direction)
+        if not scale:
+            break
+        most = None if maxiter is None else maxiter - steps
+        step, _ = run(unit, direction, maxiter=most, M=inverse, callback=count, **{name: min(wanted / left, 0.5)})
+        moved = x + step * b.dtype.type(left / scale)
+        remains = b - matrix @ moved
+        now = float(np.linalg.norm(remains.astype(np.float64)))
+        if not now < left:
+            break
+        enough, x, rest, left = now > 0.5 * left, moved, remains, now
+        if enough:  # b has a part that A does not reach, or rounding is all that is left
+            break
+    return x, steps
 
 
 def residual(operator: SegmentedOperator, x: list[Tensor], z: list[Tensor], shift: float) -> float:

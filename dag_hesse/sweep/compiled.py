@@ -20,7 +20,7 @@ from dag_hesse.rules.table import evaluate, rule_for
 from dag_hesse.sweep.emit import split, traced
 from dag_hesse.sweep.engine import Adjoint
 from dag_hesse.sweep.form import Form, by_engine, disagreement
-from dag_hesse.sweep.linearize import Linearization, check_guard, check_loss, leaf_values
+from dag_hesse.sweep.linearize import Linearization, check_guard, check_loss, guards_of, leaf_values
 
 Run = Callable[..., Sequence[Tensor]]
 _CHOICES = {"aten.where.self", "aten.masked_fill.Scalar", "aten.masked_fill.Tensor"}  # by a mask that is given
@@ -207,14 +207,14 @@ def _drawn(graph: CurvatureGraph, given: Mapping[int, Tensor], checked: bool) ->
     Raises:
         OtherGraphError: a guard does not hold.
     """
-    guards = {guard.node: guard for guard in graph.guards} if checked else {}
+    guards = guards_of(graph) if checked else {}
     draws = {node.index for node in graph.nodes if node.draws}
     wanted, values = _origins(graph, {*draws, *guards}), dict(given)
     for node in graph.nodes:
         if node.index in wanted and node.index not in values:
             values[node.index] = evaluate(node, tuple(values[k] for k in node.inputs))[1]
-        if node.index in guards:
-            check_guard(node, guards[node.index], values[node.index])
+        for guard in guards.get(node.index, ()):
+            check_guard(node, guard, values[node.index])
     return {k: values[k] for k in sorted(draws)}
 
 

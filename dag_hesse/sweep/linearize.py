@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tag, Tensor, nn
+from torch import Tensor, nn
 
 from dag_hesse.errors import CaptureError, LossError, NonDifferentiableError, out_of_memory
 from dag_hesse.ir import CurvatureGraph, Kind, Node
@@ -18,7 +18,6 @@ from dag_hesse.rules.table import evaluate, pairs_of
 # What a sweep is to return: GN and T apart, their sum, or one alone.
 PARTS = ("both", "full", "gn", "tensor")
 # Ops whose result has a shape that its values decide.
-_SHAPED_BY_VALUES = {"aten.index.Tensor", "aten.nonzero.default", "aten.masked_select.default"}
 
 
 @contextmanager
@@ -42,8 +41,16 @@ class OtherGraphError(CaptureError):
 
 def check_guard(node: Node, guard: Guard, value: Tensor) -> None:
     """Raise :class:`OtherGraphError` unless the value is the one that Python saw at capture."""
-    if not guard.holds(value.item()):
-        raise OtherGraphError(f"{node.where} is {value.item()} now; it was {guard.value} when the graph was captured.")
+    if not guard.holds(value):
+        raise OtherGraphError(f"{node.where} {guard.told(value)} when the graph was captured.")
+
+
+def guards_of(graph: CurvatureGraph) -> dict[int, list[Guard]]:
+    """The graph's guards by node."""
+    found: dict[int, list[Guard]] = {}
+    for guard in graph.guards:
+        found.setdefault(guard.node, []).append(guard)
+    return found
 
 
 def leaf_values(graph: CurvatureGraph, model: nn.Module, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -90,7 +97,7 @@ class Linearization:
         arena: Arena = SYSTEM,
     ) -> None:
         self.graph, self.sample, self.tensor_part, self.arena = graph, sample, tensor_part, arena
-        self.inspect, self.guards = inspect, {guard.node: guard for guard in graph.guards} if checked else {}
+        self.inspect, self.guards = inspect, guards_of(graph) if checked else {}
         self.active = graph.active(sites)
         self.in_loss = graph.loss_subgraph
         self.calls: dict[int, Linearized] = {}
@@ -128,6 +135,7 @@ class Linearization:
         for node in self.graph.nodes:
             if node.index in given:
                 values[node.index] = given[node.index]
+                self._check(node, given[node.index])
                 continue
             inputs = tuple(values[k] for k in node.inputs)
             known, value = self._evaluate(node, inputs)
@@ -147,12 +155,8 @@ class Linearization:
         return values[self.graph.loss].reshape(())
 
     def _check(self, node: Node, value: Tensor) -> None:
-        if node.index in self.guards:
-            check_guard(node, self.guards[node.index], value)
-        if (node.op in _SHAPED_BY_VALUES or Tag.dynamic_output_shape in getattr(node.target, "tags", ())) and (
-            tuple(value.shape) != node.shape
-        ):
-            raise OtherGraphError(f"{node.where} gives {tuple(value.shape)} now; it gave {node.shape} at capture.")
+        for guard in self.guards.get(node.index, ()):
+            check_guard(node, guard, value)
 
     def _evaluate(self, node: Node, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         try:
