@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
@@ -90,6 +91,10 @@ class MissingFileError(DagHesseError, FileNotFoundError):
     """There is no such file."""
 
 
+class WriteError(DagHesseError, OSError):
+    """A file cannot be written."""
+
+
 class ReportFileError(DagHesseError, ValueError):
     """A file is not a report of this package."""
 
@@ -168,6 +173,34 @@ def flag(option: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise OptionError(f"{option}={value!r} is a {type(value).__name__}; expected True or False.")
     return value
+
+
+def several(option: str, value: Any, expected: str) -> list[Any]:
+    """What ``value`` holds.
+
+    Raises:
+        OptionError: it holds nothing: a class, a number, a tensor without axes.
+
+    >>> several("points", ("a", "b"), "names")
+    ['a', 'b']
+    """
+    try:
+        return list(value)
+    except TypeError as error:
+        raise OptionError(f"{option} is a {type(value).__name__}; expected {expected}.") from error
+
+
+def takes(option: str, function: Any, arguments: str) -> None:
+    """Raise :class:`OptionError` for a callable that does not take so many arguments, as ``"name, parameter"``.
+
+    >>> takes("progress", print, "stage, done, total")
+    """
+    try:
+        inspect.signature(function).bind(*arguments.split(", "))
+    except TypeError as error:
+        raise OptionError(f"{option}={function!r} does not take ({arguments}): {error}.") from error
+    except ValueError:  # builtins without a signature
+        return
 
 
 def position(name: Any, names: Sequence[str], where: str) -> int:

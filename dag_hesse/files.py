@@ -7,22 +7,27 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from dag_hesse.errors import OptionError
+from dag_hesse.errors import OptionError, WriteError
 
 
 def check_path(path: object) -> None:
     """Raise :class:`OptionError` for what names no file."""
     if not isinstance(path, (str, os.PathLike)):
         raise OptionError(f"path is a {type(path).__name__}; expected a file's name.")
+    if not os.fspath(path) or Path(path).is_dir():
+        raise OptionError(f"path={os.fspath(path)!r} is no file's name; expected one, as 'report.json'.")
 
 
 def write_whole(path: str | Path, write: Callable[[Path], None]) -> None:
     """Call ``write`` on a temporary file beside ``path`` and move it there only when it is complete."""
     check_path(path)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     name = path.parent / f".{path.name}.{secrets.token_hex(4)}{path.suffix}"
-    os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the umask takes away
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the umask takes away
+    except OSError as error:
+        raise WriteError(f"{path} cannot be written: {error.strerror}. Name a file in a folder that can be.") from error
     mode = name.stat().st_mode
     try:
         write(name)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from dag_hesse.errors import OptionError
+from dag_hesse.errors import OptionError, takes
 from dag_hesse.randomness import preserved
 
 Report = Callable[[str, int, int], None]  # (stage, sweeps done, sweeps predicted)
@@ -20,6 +20,8 @@ def check_progress(progress: object) -> None:
     """Raise :class:`OptionError` unless it is True, False, None or a callable."""
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise OptionError(f"progress={progress!r}; expected True, False, None or a callable of (stage, done, total).")
+    if callable(progress):
+        takes("progress", progress, "stage, done, total")
 
 
 @contextmanager

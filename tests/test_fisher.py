@@ -111,3 +111,42 @@ def test_what_a_fisher_operator_refuses() -> None:
     for name in ("loss", "gradient"):
         with pytest.raises(errors.OptionError, match="HessianOperator"):
             getattr(fisher, name)
+
+
+@pytest.mark.parametrize("ignored", [-100, 0])
+def test_samples_without_a_target_do_not_count(ignored: int) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(6, 6).double(), torch.tensor([0, 1, 1, 2, 2, 1])
+    y[[1, 4]] = ignored
+    kept, loss = y != ignored, nn.CrossEntropyLoss(ignore_index=ignored)
+    expected = dh.FisherOperator(net, (x[kept], y[kept]), loss=loss).dense()
+    for batch in ((x, y), [(x[:3], y[:3]), (x[3:], y[3:])]):
+        torch.testing.assert_close(dh.FisherOperator(net, batch, loss=loss).dense(), expected, rtol=1e-10, atol=1e-14)
+    drawn = [dh.FisherOperator(net, (x, y), loss=loss, kind="mc", samples=100, seed=s).dense() for s in range(10)]
+    gn = dh.GGNOperator(net, (x, y), loss=loss).dense()
+    spread = torch.stack(drawn).std(0).norm() / 10**0.5
+    assert (sum(drawn) / 10 - gn).norm() < 4 * spread  # a factor of N/N_kept is 20 of these
+
+
+def test_targets_may_be_probabilities_and_logits_lie_anyhow() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3).double()
+    x, soft = torch.randn(5, 4).double(), torch.softmax(torch.randn(5, 3).double(), 1)
+    loss = nn.CrossEntropyLoss()
+    drawn = [dh.FisherOperator(net, (x, soft), loss=loss, kind="mc", samples=100, seed=s).dense() for s in range(10)]
+    spread = torch.stack(drawn).std(0).norm() / 10**0.5
+    assert (sum(drawn) / 10 - dh.GGNOperator(net, (x, soft), loss=loss).dense()).norm() < 4 * spread
+
+    class Tokens(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).mT  # (batch, classes, positions), not contiguous
+
+    tokens = Tokens(4, 3).double()
+    x, y = torch.randn(5, 2, 4).double(), torch.randint(0, 3, (5, 2))
+    found = dh.FisherOperator(tokens, (x, y), loss=loss).dense()
+    rows = []
+    for k in range(5):
+        gradient = torch.autograd.grad(loss(tokens(x[k : k + 1]), y[k : k + 1]), list(tokens.parameters()))
+        rows.append(torch.cat([g.reshape(-1) for g in gradient]))
+    torch.testing.assert_close(found, torch.stack(rows).T @ torch.stack(rows) / 5, rtol=1e-10, atol=1e-14)

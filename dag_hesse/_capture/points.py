@@ -9,7 +9,7 @@ from math import prod
 from torch import nn
 
 from dag_hesse._capture.heads import split_heads
-from dag_hesse.errors import NonDifferentiableError, OptionError, PointError, choose, is_integer, suggest
+from dag_hesse.errors import NonDifferentiableError, OptionError, PointError, choose, is_integer, several, suggest
 from dag_hesse.ir import CurvatureGraph, Interaction, Kind, Node, Point
 from dag_hesse.names import innermost, matches, wider
 
@@ -159,7 +159,7 @@ def resolve_points(
         if not names:
             raise PointError("points is an empty mapping: name at least one group, or pass None.")
         return in_order(graph, [_group(graph, model, name, members) for name, members in names.items()])
-    names = [names] if isinstance(names, str) else list(names)
+    names = [names] if isinstance(names, str) else several("points", names, "names or glob patterns")
     if space == "activation":
         names = split_heads(graph, [_first_name(model, n) if isinstance(n, str) else n for n in names])
     reaching, points = reach_loss(graph), []

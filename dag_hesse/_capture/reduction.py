@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from numbers import Real
 from typing import Any
+
+from torch import Tensor
 
 from dag_hesse._capture.batch import Batch
 from dag_hesse._capture.stream import Batches
@@ -62,6 +65,8 @@ def given_reduction(option: Option, batches: Batches) -> Reduction:
     values: list[Any] = [option(as_given(batch)) for batch in batches] if callable(option) else list(option)
     if len(values) != len(batches):
         raise OptionError(f"reduction has {len(values)} weights for {len(batches)} batches; expected one a batch.")
+    if not all(isinstance(x, Real) or (isinstance(x, Tensor) and x.numel() == 1) for x in values):
+        raise OptionError(f"reduction gives {values[:4]}; expected a number for each batch.")
     weights = tuple(float(value) for value in values)
     if not all(isfinite(w) and w >= 0 for w in weights) or not sum(weights):
         raise OptionError(f"reduction gives the weights {weights[:4]}; expected finite numbers ≥ 0, not all 0.")

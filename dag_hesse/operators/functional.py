@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from dag_hesse._capture import parameter_points, unwrapped
-from dag_hesse.errors import OptionError, PointError, suggest
+from dag_hesse.errors import OptionError, PointError, several, suggest, takes
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.names import places_of, wider
 
@@ -101,9 +101,10 @@ def read_parameters(chosen: Sequence[str], model: nn.Module, graph: CurvatureGra
 def _own(named: Mapping[str, nn.Parameter], params: Any) -> list[str]:
     names = {id(p): name for name, p in named.items()}
     found: list[str] = []
-    if isinstance(params, (Tensor, str)) or not isinstance(params, Iterable):
-        raise OptionError(f"params is a {type(params).__name__}; expected a list of the model's parameters or names.")
-    for p in params:
+    expected = "a list of the model's parameters or names"
+    if isinstance(params, (Tensor, str)):
+        raise OptionError(f"params is a {type(params).__name__}; expected {expected}.")
+    for p in several("params", params, expected):
         if not isinstance(p, (str, Tensor)):
             raise OptionError(f"params holds a {type(p).__name__}; expected the model's parameters or their names.")
         name = p if isinstance(p, str) else names.get(id(p), "")
@@ -123,10 +124,12 @@ def _passing(wanted: Any, names: Sequence[str], named: Mapping[str, nn.Parameter
         PointError: a glob matches nothing.
     """
     if callable(wanted):
+        takes("param_filter", wanted, "name, parameter")
         return [name for name in names if wanted(name, named[name])]
-    globs = [wanted] if isinstance(wanted, str) else list(wanted) if isinstance(wanted, Iterable) else [wanted]
+    expected = "a glob, globs, or a callable of (name, parameter)"
+    globs = [wanted] if isinstance(wanted, str) else several("param_filter", wanted, expected)
     if not all(isinstance(glob, str) for glob in globs):
-        raise OptionError(f"param_filter={wanted!r}; expected a glob, globs, or a callable of (name, parameter).")
+        raise OptionError(f"param_filter={wanted!r}; expected {expected}.")
     found = set[int]()
     for glob in globs:
         places = places_of(names, glob)

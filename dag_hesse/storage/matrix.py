@@ -9,13 +9,14 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor, nn
 
-from dag_hesse.errors import OptionError, PointError, choose
+from dag_hesse.errors import OptionError, PointError, choose, position
 from dag_hesse.names import selected
 from dag_hesse.operators.base import SymmetricOperator
 from dag_hesse.operators.block import Block
 from dag_hesse.operators.estimates import answered
 from dag_hesse.operators.solve import Solution
 from dag_hesse.operators.vectors import VectorForm
+from dag_hesse.options import checked_options
 from dag_hesse.storage.block import StoredBlock
 from dag_hesse.storage.build import Built
 from dag_hesse.storage.live import Live
@@ -198,6 +199,7 @@ class BlockMatrix(SymmetricOperator):
         """The trace (), from the diagonal."""
         return answered(self.diagonal().sum(), return_stderr)
 
+    @checked_options(solved)
     def solve(self, b: Any, damping: float = 0.0, **options: Any) -> Solution:
         """x with (B + λ I) x = b, for λ = ``damping`` and b in any form of a vector.
 
@@ -253,9 +255,10 @@ class BlockMatrix(SymmetricOperator):
 
         return overview(self, path)
 
-    def facts_of(self, v: int, w: int) -> PairFacts:
-        """What is known of a pair, by number, in any order."""
-        return self.pairs[min(v, w), max(v, w)]
+    def facts_of(self, v: str | int, w: str | int) -> PairFacts:
+        """What is known of a pair, by names or numbers, in any order."""
+        i, j = (position(point, self.names, "this matrix") for point in (v, w))
+        return self.pairs[min(i, j), max(i, j)]
 
     def __reduce__(self) -> Any:
         raise OptionError("a block matrix is not pickled: save() writes it, dag_hesse.BlockMatrix.load() reads it.")

@@ -17,7 +17,7 @@ from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option, Reduction
 from dag_hesse._structure import Structure
 from dag_hesse.budget import Budget
-from dag_hesse.errors import OptionError, choose
+from dag_hesse.errors import OptionError, choose, flag
 from dag_hesse.gathered import gathered, is_sharded
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.operators.vectors import VectorForm
@@ -63,6 +63,7 @@ def from_model(
         choose("space", space, ("activation", "parameter"))
         choose("verify", verify, VERIFY)
         choose("part", part, PARTS)
+        flag("parts", parts)
         check_progress(progress)
         if ranks is not None and batch_mode != "shared":
             raise OptionError("mesh= takes batch_mode='shared': samples lie on other ranks.")

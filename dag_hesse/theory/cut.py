@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dag_hesse._capture.losses import Loss
-from dag_hesse.errors import PointError
+from dag_hesse.errors import PointError, several
 from dag_hesse.theory.edge_maps import Edge, edge_maps
 from dag_hesse.theory.point_graph import PointGraph, point_graph
 from dag_hesse.theory.scene import Names, Scene, pose, position_of
@@ -94,7 +94,7 @@ def cut_edges(
     scene = pose(model, batch, loss=loss, output=output, points=points, verify=verify)
     i, j, out = position_of(scene, v), position_of(scene, w), len(scene.points) - 1
     graph = point_graph(scene.graph)
-    cut = [_edge(scene, graph, edge) for edge in edges]
+    cut = [_edge(scene, graph, edge) for edge in several("edges", edges, "pairs of points, from and to")]
     maps = edge_maps(scene)
     block = maps.block(maps.total(i)[out], maps.total(j)[out])
     ends = [maps.total(end, without=set(cut)).get(out) for end in (i, j)]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dag_hesse.errors import OptionError, choose, integer
 from dag_hesse.report import CurvatureReport
-from dag_hesse.theory.scene import fraction
+from dag_hesse.theory.scene import check_report, fraction
 from dag_hesse.theory.text import table
 
 Array = NDArray[np.float64]
@@ -87,8 +87,9 @@ def decay_fit(
         >>> fit.distance.tolist(), fit.interval[0] <= fit.slope <= fit.interval[1]
         ([0, 1, 2], True)
     """
+    check_report(report)
     choose("metric", metric, _METRICS)
-    resamples, seed, level = integer("resamples", resamples, 1), integer("seed", seed), fraction("level", level)
+    resamples, seed, level = integer("resamples", resamples, 1), integer("seed", seed, 0), fraction("level", level)
     groups = _by_distance(report, metric)
     if len(groups) < 2:
         raise OptionError(

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from dag_hesse.errors import OptionError
 from dag_hesse.report import CurvatureReport
+from dag_hesse.theory.scene import check_report
 from dag_hesse.theory.text import table
 
 Array = NDArray[np.float64]
@@ -74,10 +75,11 @@ def band_errors(report: CurvatureReport) -> BandError:
         >>> abs(found.phi - report.phi) < 1e-12, found.band_error[-1]
         (True, np.float64(0.0))
     """
+    check_report(report)
     distance, squares = report.distance, report.resonance**2
     total = squares.sum()
     if not total > 0:
-        raise OptionError("all blocks of the report are zero, so there is no error to speak of.")
+        raise OptionError("all blocks of the report are zero, or were not asked for, so there is no error to speak of.")
     apart = ~np.eye(len(report.points), dtype=bool)
     furthest = int(distance.max(initial=0))
     shares = np.array([squares[apart & (distance == d)].sum() / total for d in range(furthest + 1)])

@@ -92,6 +92,8 @@ def kfac_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> KFACError:
 def _check(model: nn.Module, batch: Any) -> None:
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
         raise BatchError("kfac_error() takes one batch of two tensors, (inputs, targets).")
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
     for name, module in model.named_modules():
         if any(True for _ in module.parameters(recurse=False)) and not isinstance(module, (nn.Linear, nn.Conv2d)):
             raise OptionError(

@@ -9,6 +9,7 @@ import numpy as np
 
 from dag_hesse.errors import DependencyError, OptionError, choose
 from dag_hesse.report import CurvatureReport
+from dag_hesse.theory.scene import check_report
 
 _METRICS = ("resonance", "coupling", "stable_rank", "gn_norm", "tensor_norm", "gn_gap")
 
@@ -36,6 +37,7 @@ def resonance_graph(report: CurvatureReport, metric: str = "coupling", threshold
         >>> list(dh.theory.resonance_graph(report).edges)
         [('0', '1')]
     """
+    check_report(report)
     choose("metric", metric, _METRICS)
     if isinstance(threshold, bool) or not isinstance(threshold, Real):
         raise OptionError(f"threshold={threshold!r}; expected a number.")

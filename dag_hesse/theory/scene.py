@@ -24,6 +24,7 @@ from dag_hesse._structure import analyze_structure
 from dag_hesse.errors import BatchCouplingError, OptionError, PointError, choose, position
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.plan import fuse_all
+from dag_hesse.report import CurvatureReport
 from dag_hesse.sweep import VERIFY, Linearization, Problem, capture_anew, prove_all
 from dag_hesse.sweep.meaning import Entry
 
@@ -147,6 +148,12 @@ def _check(graph: CurvatureGraph) -> None:
 def position_of(scene: Scene, name: str | int) -> int:
     """Place of a point by name or place; out can be called ``"out"``."""
     return position(-1 if name == "out" and "out" not in scene.names else name, scene.names, "the points")
+
+
+def check_report(report: Any) -> None:
+    """Raise :class:`OptionError` for what is no report."""
+    if not isinstance(report, CurvatureReport):
+        raise OptionError(f"report is a {type(report).__name__}; expected one of analyze() or load().")
 
 
 def fraction(option: str, value: Any) -> float:

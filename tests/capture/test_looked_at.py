@@ -1,0 +1,133 @@
+"""What Python reads of tensors is part of a graph: where it changes, the forward is captured anew, not replayed wrongly."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dag_hesse as dh
+
+
+def _experts(h: Tensor) -> Tensor:
+    """Tokens sorted by expert, and split by counts that are Python's."""
+    expert = h.argmax(1)
+    order = expert.argsort(stable=True)
+    parts = h[order].split(torch.bincount(expert, minlength=4).tolist())
+    return torch.cat([p.sin() * (k + 1) for k, p in enumerate(parts)])[order.argsort()]
+
+
+READ: dict[str, Callable[[Tensor], Tensor]] = {
+    "counts of experts": _experts,
+    "a number by NumPy": lambda h: h.tanh() / float(np.abs(h.detach().numpy()).max()),
+    "an array": lambda h: h.sin() * (1 + np.asarray(h.detach())[0, 0] ** 2),
+    "a branch on a list": lambda h: h.sin() if h[:, 0].tolist()[0] > 0 else h.cos(),
+    "flags": lambda h: torch.stack([r.sin() if b else r.cos() for r, b in zip(h, (h[:, 0] > 0).tolist(), strict=True)]),
+    "how many a mask leaves": lambda h: h.sin() / (1 + len(h[h[:, 0] > 0])),
+    "how many are positive": lambda h: h.sin() / (1 + (h > 0).nonzero().shape[0]),
+    "how many differ": lambda h: h.sin() * len((h > 0).sum(1).unique()),
+    "whether a mask is empty": lambda h: h.sin() if h[h > 1.0].numel() == 0 else h.cos(),
+    "the longest count": lambda h: h.sin() * torch.bincount((h > 0).sum(1)).numel(),
+    "places to split at": lambda h: torch.cat([p.sin() * (k + 1) for k, p in enumerate(h.tensor_split((h[:, 0] > 0).sum().view(1)))]),
+}  # fmt: skip
+
+
+class _Net(nn.Module):
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.read, self.b = nn.Linear(4, 4).double(), read, nn.Linear(4, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.read(self.a(x)))
+
+
+def hessian_of(
+    net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+) -> Tensor:
+    """By double-backward, a parameter after the other."""
+    own = list(net.parameters())
+    first = torch.autograd.grad(loss(net(x), y), own, create_graph=True)
+    flat = torch.cat([g.reshape(-1) for g in first])
+    rows = [torch.autograd.grad(g, own, retain_graph=True, materialize_grads=True) for g in flat]
+    return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+
+
+def _batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(6, 4, generator=generator).double(), torch.tensor([0, 3, 1, 2, 1, 0])) for _ in range(3)]
+
+
+def _close(found: Tensor, expected: Tensor) -> None:
+    assert (found - expected).norm() < 1e-12 * expected.norm()
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_was_read_is_not_used_again_for_other_values(name: str) -> None:
+    net, batches = _Net(READ[name]), _batches()
+    expected = [hessian_of(net, x, y) for x, y in batches]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        H = dh.HessianOperator(net, batches[0])
+        _close(H.dense(), expected[0])
+        for batch, truth in zip(batches[1:], expected[1:], strict=True):
+            _close(H.with_batch(batch).dense(), truth)
+        _close(dh.HessianOperator(net, batches).dense(), sum(expected) / 3)
+        with torch.no_grad():
+            net.a.weight.mul_(-1.7)
+            net.a.bias.add_(0.3)
+        H.refresh()
+        _close(H.dense(), hessian_of(net, *batches[0]))
+
+
+READ_OF_TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "classes as a list": lambda o, y: -torch.stack([o.log_softmax(1)[k, c] for k, c in enumerate(y.tolist())]).mean(),
+    "how many are of a class": lambda o, y: F.cross_entropy(o, y) / (1 + (y == 1).nonzero().shape[0]),
+    "how many classes": lambda o, y: F.cross_entropy(o, y) * y.unique().numel(),
+}
+
+
+@pytest.mark.parametrize("name", READ_OF_TARGETS)
+def test_targets_that_a_loss_reads(name: str) -> None:
+    loss, net = READ_OF_TARGETS[name], _Net(torch.tanh)
+    (x, y), (z, _), _ = _batches()
+    other: Any = (z, torch.tensor([3, 3, 2, 0, 0, 3]))
+    H = dh.HessianOperator(net, (x, y), loss=loss)
+    _close(H.dense(), hessian_of(net, x, y, loss))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        _close(H.with_batch(other).dense(), hessian_of(net, *other, loss))
+
+
+def test_a_parameter_that_is_read() -> None:
+    class Scaled(_Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * max(self.b.bias.tolist())
+
+    net, (batch, *_) = Scaled(torch.tanh), _batches()
+    H = dh.HessianOperator(net, batch, param_filter="**.weight")
+    with torch.no_grad():
+        net.b.bias.add_(1.0)
+    H.refresh()
+    with pytest.warns(UserWarning, match="captured anew"):
+        H @ torch.ones(H.shape[0]).double()
+    fresh = dh.HessianOperator(net, batch, param_filter="**.weight")
+    _close(H.dense(), fresh.dense())
+    assert float(H.loss) == pytest.approx(float(F.cross_entropy(net(batch[0]), batch[1])), rel=1e-12)
+
+
+def test_numbers_that_move_by_little_count_in_double_precision() -> None:
+    net, (batch, *_) = _Net(lambda h: h.sin() * float(h.detach().max())), _batches()
+    H = dh.HessianOperator(net, batch)
+    with torch.no_grad():
+        net.a.weight.mul_(1 + 1e-7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        H.refresh()
+    _close(H.dense(), hessian_of(net, *batch))
