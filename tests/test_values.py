@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dag_hesse as dh
@@ -159,3 +160,27 @@ def test_what_cannot_be_put_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     for frame in (series.to_dataframe, report.to_dataframe, report.compare(report).to_dataframe):
         with pytest.raises(errors.DependencyError, match="pandas"):
             frame()
+
+
+def test_an_angle_at_the_origin_in_a_branch_that_is_not_taken() -> None:
+    class Angles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(4, 4).double(), nn.Linear(4, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            z = torch.relu(h)
+            w = z.roll(1, 1)
+            return self.b(torch.where((z == 0) & (w == 0), h.sin(), torch.atan2(z, w)))
+
+    net, x, y = Angles(), torch.randn(6, 4).double(), torch.arange(6) % 3
+    own = list(net.parameters())
+    first = torch.autograd.grad(F.cross_entropy(net(x), y), own, create_graph=True)
+    rows = [
+        torch.autograd.grad(g, own, retain_graph=True, materialize_grads=True) for e in first for g in e.reshape(-1)
+    ]
+    expected = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+    assert (torch.relu(net.a(x)) == 0).logical_and(torch.relu(net.a(x)).roll(1, 1) == 0).any()
+    assert (dh.HessianOperator(net, (x, y)).dense() - expected).norm() < 1e-12 * expected.norm()

@@ -25,6 +25,12 @@ from dag_hesse.errors import CaptureError
 from dag_hesse.ir import Guard, Kind, ops
 
 aten = torch.ops.aten
+_UNFILLED = {
+    "aten.empty.memory_format",
+    "aten.empty_strided.default",
+    "aten.empty_like.default",
+    "aten.new_empty.default",
+}
 
 
 class Recorder(TorchDispatchMode):
@@ -60,6 +66,16 @@ class Recorder(TorchDispatchMode):
         if not self.aliases.knows(x):
             self.aliases.add(x, self.trail.constant(x, ""), foreign=True)
         return self.aliases.use(x)
+
+    def _read(self, x: Tensor) -> int:
+        """The node of an argument that is not written to. What nobody was seen to fill was filled by C++ (lengths)."""
+        node = self.use(x)
+        if self.trail.nodes[node].op not in _UNFILLED or not x.numel():
+            return node
+        with self.pause():
+            value = x.detach().clone()
+        self.aliases.replace(x, filled := self.trail.constant(value, "filled"))
+        return filled
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -120,7 +136,7 @@ class Recorder(TorchDispatchMode):
         if op is aten.lift_fresh.default and not self.aliases.knows(args[0]):  # torch.tensor(numbers)
             self.aliases.add(args[0], self.trail.constant(args[0], "numbers"), foreign=True)
             self.numbers = True
-        nodes = {id(x): self.use(x) for x in tensors}
+        nodes = {id(x): self.use(x) if any(x is y for y in mutated) else self._read(x) for x in tensors}
         self.running = name_of(op)
         result = op(*args, **kwargs)
         self.running = ""

@@ -228,7 +228,7 @@ def _hypot(of: str) -> Any:
 
 
 def _atan2(of: str) -> Any:
-    """Partials of the angle, over powers of a² + b²."""
+    """Partials of the angle, over powers of a² + b²; 0 at the origin, as PyTorch has them."""
     terms = {
         "a": lambda p, q, r: q / r,
         "b": lambda p, q, r: -p / r,
@@ -236,7 +236,12 @@ def _atan2(of: str) -> Any:
         "ab": lambda p, q, r: (p - q) / r * ((p + q) / r),
         "bb": lambda p, q, r: 2 * (p / r) * (q / r),
     }
-    return lambda a, b, y: terms[of](a, b, a * a + b * b)
+
+    def partial(a: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        square = a * a + b * b
+        return terms[of](a, b, torch.where(square > 0, square, math.inf))
+
+    return partial
 
 
 BINARY: dict[str, Rule] = {

@@ -131,3 +131,17 @@ def test_numbers_that_move_by_little_count_in_double_precision() -> None:
         warnings.simplefilter("ignore", UserWarning)
         H.refresh()
     _close(H.dense(), hessian_of(net, *batch))
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_lengths_that_become_tensors_out_of_sight(kind: Callable[[list[int]], Any]) -> None:
+    net, (x, y) = _Net(torch.tanh), _batches()[0]
+
+    def dense(lengths: Callable[[list[int]], Any]) -> Tensor:
+        def loss(output: Tensor, y: Tensor) -> Tensor:
+            steps = output.log_softmax(-1)[:, None]  # six steps of one sample
+            return F.ctc_loss(steps, y[None, 1:3], lengths([6]), lengths([2]))
+
+        return dh.HessianOperator(net, (x, y), loss=loss).dense()
+
+    _close(dense(kind), dense(torch.tensor))  # which tests of losses hold against central differences
