@@ -19,7 +19,7 @@ from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option
 from dag_hesse._structure import analyze_structure
 from dag_hesse.errors import choose, flag
-from dag_hesse.files import check_path
+from dag_hesse.files import check_path, write_whole
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.dispatch import refusals
 from dag_hesse.kernels.generated import ELSEWHERE
@@ -245,7 +245,7 @@ def profile(
     if trace is not None:
         with torch.profiler.profile() as recorded:
             problem.run(single)
-        recorded.export_chrome_trace(trace)
+        write_whole(trace, lambda place: recorded.export_chrome_trace(str(place)))
     if whole:
         with measured(device) as phases["map"]:
             analyze(

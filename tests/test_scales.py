@@ -98,3 +98,34 @@ def test_complex_parameters_are_refused() -> None:
         with pytest.raises(dh.errors.PointError, match=r"'phase' is complex.*view_as_complex"):
             call()
     assert dh.HessianOperator(net, batch, param_filter="real").shape == (15, 15)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-25])
+def test_single_precision_at_its_ends(scale: float) -> None:
+    net, batch = _posed(torch.float32)
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        return scale * F.cross_entropy(output, targets)
+
+    grid, density = _operator(scale, torch.float32).spectral_density(20)
+    own, usual = _operator(1.0, torch.float32).spectral_density(20)
+    np.testing.assert_allclose(grid / scale, own, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(density * scale, usual, rtol=1e-2, atol=1e-4)
+    few = {"points": ["0", "1"], "mode": "probes", "probes": 8, "progress": False}
+    found, plain = dh.analyze(net, batch, loss=loss, **few), dh.analyze(net, batch, **few)
+    np.testing.assert_allclose(found.stable_rank, plain.stable_rank, rtol=1e-2)
+    np.testing.assert_allclose(found.resonance / scale, plain.resonance, rtol=1e-4)
+
+
+def test_points_without_a_batch_axis_are_told() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x[torch.tensor([2, 0, 1, 4, 3])])))
+
+    batch = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    with pytest.warns(UserWarning, match=r"batch axis is lost at aten.index.*'a' behind it is perturbed as a whole"):
+        dh.HessianOperator(Turned(), batch, space="activation", points=["a"])

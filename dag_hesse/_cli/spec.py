@@ -76,6 +76,10 @@ def load_spec(spec: str, batch: int | None, side: int | None, seed: int) -> tupl
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise OptionError(f"SPEC '{spec}' cannot be loaded: {error}.") from error
+    if not callable(function):
+        raise OptionError(
+            f"SPEC '{spec}' is a {type(function).__name__}; expected a callable that returns (model, batch)."
+        )
     made = function()
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
         raise OptionError(

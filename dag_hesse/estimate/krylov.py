@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dag_hesse.estimate.norms import NormTable
+from dag_hesse.estimate.norms import NormTable, lengths
 from dag_hesse.estimate.products import Products
 from dag_hesse.sweep import Request
 
@@ -34,16 +34,14 @@ class _Bidiagonal:
     def take_right(self, product: Tensor) -> None:
         """Hᵀ u_k has come: the next right vector."""
         x = _orthogonal(product, self.right)
-        norm = x.norm(dim=-1)
-        self.alphas.append(norm)
-        self.right.append(x / norm.clamp_min(torch.finfo(x.dtype).tiny).unsqueeze(-1))
+        self.alphas.append(norm := lengths(x))
+        self.right.append(_unit(x, norm))
 
     def take_left(self, product: Tensor) -> None:
         """H x_k has come: the next left vector; then the Ritz values are known with their Ritz residual."""
         u = _orthogonal(product, self.left)
-        norm = u.norm(dim=-1)
-        self.betas.append(norm)
-        self.left.append(u / norm.clamp_min(torch.finfo(u.dtype).tiny).unsqueeze(-1))
+        self.betas.append(norm := lengths(u))
+        self.left.append(_unit(u, norm))
         steps = len(self.alphas)
         lower = torch.zeros(norm.shape[0], steps + 1, steps, dtype=torch.float64)
         for k in range(steps):
@@ -58,6 +56,11 @@ class _Bidiagonal:
         self.error = torch.where(residual < gap, residual**2 / gap.clamp_min(1e-300), residual)
 
 
+def _unit(x: Tensor, length: Tensor) -> Tensor:
+    """x over its length; 0 stays 0."""
+    return x / length.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny).unsqueeze(-1)
+
+
 def _orthogonal(x: Tensor, basis: list[Tensor]) -> Tensor:
     for _ in range(2):  # twice is enough
         for b in basis:
@@ -68,10 +71,11 @@ def _orthogonal(x: Tensor, basis: list[Tensor]) -> Tensor:
 def _leading(products: Tensor) -> Tensor:
     """Leading left singular vector (groups, d) of the products (probes, groups, d)."""
     y = products.transpose(0, 1)  # (groups, probes, d)
+    y = _unit(y, y.abs().amax((1, 2)).unsqueeze(1))
     gram = (y @ y.mT).double()
     _, vectors = torch.linalg.eigh(gram)
     u = (vectors[..., -1:].to(y.dtype).mT @ y).squeeze(1)
-    return u / u.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
+    return _unit(u, lengths(u))
 
 
 def _half_step(

@@ -5,9 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Array = NDArray[np.float64]
+
+
+def lengths(x: Tensor) -> Tensor:
+    """‖x‖ along the last axis, (…,) in float64: squares of float32 numbers may be too large for it, or too small.
+
+    >>> round(lengths(torch.tensor([3e30, 4e30])).item() / 5e30, 6), lengths(torch.zeros(2, 3)).tolist()
+    (1.0, [0.0, 0.0])
+    """
+    largest = x.abs().amax(-1)
+    unit = x / torch.where(largest > 0, largest, 1.0).unsqueeze(-1)
+    return unit.norm(dim=-1).double() * largest.double()
+
+
 PARTS = ("full", "gn", "tensor")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.errors import OptionError, integer
+from dag_hesse.estimate.norms import lengths
 
 if TYPE_CHECKING:
     from dag_hesse.operators.core import SegmentedOperator
@@ -61,12 +62,12 @@ def tridiagonals(operator: SegmentedOperator, starts: Tensor, steps: int) -> lis
         known = torch.stack(basis, dim=1)  # (starts, so many, n)
         for _ in range(2):
             w = w - (known @ w.unsqueeze(2)).mT.bmm(known).squeeze(1)
-        betas.append(w.norm(dim=1).double())
+        betas.append(lengths(w))
         scale = torch.stack(alphas).abs().amax(0) + torch.stack(betas).amax(0)
         over = betas[-1] <= 10 * torch.finfo(operator.dtype).eps * scale
         if bool(over.all()):
             break
-        v = torch.where(over[:, None], torch.zeros_like(w), w / w.norm(dim=1, keepdim=True).clamp_min(1e-300))
+        v = torch.where(over[:, None], torch.zeros_like(w), w / betas[-1].to(w.dtype)[:, None])
         basis.append(v)
     a, b = torch.stack(alphas, dim=1).cpu(), torch.stack(betas, dim=1).cpu()
     return [(a[k, :m], b[k, :m]) for k in range(len(a)) for m in [_length(b[k])]]

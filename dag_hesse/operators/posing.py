@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +43,21 @@ class Posed:
     known: Known
 
 
+def _tell_of_lost_axes(graph: CurvatureGraph) -> None:
+    """Warn where one perturbation for all samples is not what a point has."""
+    whole = [
+        point.name
+        for point in graph.points
+        if point.kind == "activation" and any(graph.batch_axes[site] is None for site in point.sites)
+    ]
+    if whole and graph.lost and graph.batch_size > 1:
+        warnings.warn(
+            f"the batch axis is lost at {graph.lost[0]}: {', '.join(map(repr, whole[:4]))} behind it is perturbed as a "
+            "whole, not by one vector for all samples.",
+            stacklevel=5,
+        )
+
+
 @dataclass(frozen=True)
 class Pose:
     """A model, its loss and points, and how they are swept. ``own``: names of the parameters, where those are meant."""
@@ -69,6 +85,8 @@ class Pose:
         )
         if self.part != "full":
             needs_split(graphs)
+        if known is None:
+            _tell_of_lost_axes(graphs[0])
         like = partial(points_like, graphs[0], module)
         proved = [] if known is None else list(known.values())
         prove_all(graphs, batches, module, self.loss, self.output, self.verify, proved)
