@@ -94,9 +94,12 @@ def test_what_may_not() -> None:
     with pytest.raises(errors.NonFiniteError, match="'targets' holds 1 NaN or infinite"):
         dh.HessianOperator(model, (x, scale, targets))
     with torch.no_grad():
-        model.a.bias[0] = torch.inf
+        model.a.bias[0] = torch.nan
     with pytest.raises(errors.NonFiniteError, match=r"parameter 'a.bias' holds 1 NaN or infinite"):
         dh.HessianOperator(model, (x, scale, y))
+    with torch.no_grad():
+        model.a.bias[0] = torch.inf  # saturates: the loss and its derivatives are finite
+    assert bool(dh.HessianOperator(model, (x, scale, y)).dense().isfinite().all())
     masked = Attention().double()
     masked.mask[0, 0] = torch.nan
     with pytest.raises(errors.NonFiniteError, match="buffer 'mask' holds 1 NaN"):
