@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like, unwrapped
-from dag_hesse._capture.additivity import find_reduction, shared_reduction
+from dag_hesse._capture.additivity import find_reduction
 from dag_hesse._capture.losses import Loss, loss_text
 from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option
@@ -128,10 +128,9 @@ class Mapper:
         prove_all(graphs, batches, model, loss, output, self._verify)
         self._clock["proof"] = time.perf_counter()
         per_sample = self._batch_mode == "per_sample"
-        if self._ranks is None or self._ranks.data is None:
-            self._added = find_reduction(model, graphs, batches, loss, self._reduction, per_sample=per_sample)
-        else:
-            self._added = shared_reduction(model, graphs, batches, loss, self._reduction, self._ranks)
+        self._added = find_reduction(
+            model, graphs, batches, loss, self._reduction, per_sample=per_sample, ranks=self._ranks
+        )
         self._like = partial(points_like, graphs[0], model)
         self.points = graphs[0].points
         self.problem = self._posed(swept)

@@ -49,6 +49,7 @@ def find_reduction(
     option: Option = None,
     *,
     per_sample: bool = False,
+    ranks: Ranks | None = None,
 ) -> Reduction:
     """How the losses of all batches add up.
 
@@ -56,11 +57,14 @@ def find_reduction(
         model, graphs, batches, loss: as captured, a graph per batch.
         option: what the user said; None: it is tried on the loss itself.
         per_sample: whether it matters for a single batch as well.
+        ranks: those that have other batches of the same loss, if there are any.
 
     Raises:
-        ReductionError: the losses of sub-batches do not make up that of the whole.
+        ReductionError: the losses of sub-batches do not make up that of the whole, or ranks have other kinds of losses.
         OptionError: ``option`` is not among its choices.
     """
+    if ranks is not None and ranks.data is not None:
+        return _shared(model, graphs, batches, loss, option, ranks)
     if option is not None:
         return given_reduction(option, batches)
     if len(batches) == 1 and not per_sample:
@@ -75,7 +79,7 @@ def find_reduction(
         raise ReductionError(f"the loss cannot be evaluated on sub-batches ({error}), so {ADVICE}") from error
 
 
-def shared_reduction(
+def _shared(
     model: nn.Module,
     graphs: Sequence[CurvatureGraph],
     batches: Batches,
@@ -289,4 +293,4 @@ def _confirm_runs(
     check_same([parameter_gradient(model, whole, loss, written)], [torch.stack(terms).sum(0)], tolerance)
 
 
-__all__ = ["find_reduction", "shared_reduction"]
+__all__ = ["find_reduction"]

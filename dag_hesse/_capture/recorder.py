@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tag, Tensor
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dag_hesse._capture.aliases import Aliases
+from dag_hesse._capture.arguments import flat, mutated_by, place_of, placed, promoted, shaped_by_values
 from dag_hesse._capture.lower import Given, Made, Recipe, recipe
 from dag_hesse._capture.state import Snapshot
 from dag_hesse._capture.trail import Trail, name_of
@@ -119,9 +120,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in _flat((args, tuple(kwargs.values()))) if isinstance(x, Tensor)]
+        tensors = [x for x in flat((args, tuple(kwargs.values()))) if isinstance(x, Tensor)]
         updated = statistics(op, args)
-        mutated = [] if updated else _mutated(op, args, kwargs)
+        mutated = [] if updated else mutated_by(op, args, kwargs)
         for x in [*mutated, *(updated[:2] if updated else ())]:
             self._save(x)
         if self.paused:
@@ -167,8 +168,8 @@ class Recorder(TorchDispatchMode):
 
     def _note(self, op: Any, args: Any, kwargs: Any, nodes: dict[int, int], result: Any) -> None:
         """Nodes of an op that writes to nothing."""
-        found = list(_flat(result))
-        tensors = [x for x in _flat((args, tuple(kwargs.values()))) if isinstance(x, Tensor)]
+        found = list(flat(result))
+        tensors = [x for x in flat((args, tuple(kwargs.values()))) if isinstance(x, Tensor)]
         places = {x.untyped_storage()._cdata: x for x in reversed(tensors) if x.numel()}
         fresh: list[tuple[int, Tensor]] = []
         for number, x in enumerate(found):
@@ -187,7 +188,7 @@ class Recorder(TorchDispatchMode):
             values = self._values(op, args, kwargs, nodes, fresh, isinstance(result, Tensor))
             for (_, x), node in zip(fresh, values, strict=True):
                 self.aliases.add(x, node)
-                if _shaped_by_values(op, args) and self.trail.nodes[node].shape == x.shape:
+                if shaped_by_values(op, args) and self.trail.nodes[node].shape == x.shape:
                     self.trail.guards.append(Guard(node, x.shape))
 
     def _values(
@@ -213,8 +214,8 @@ class Recorder(TorchDispatchMode):
             if len(results) == len(fresh):
                 # Kernels that mix types (a norm of half inputs and float32 weights) give their input's back.
                 return [self.trail.cast(At(k), dtype).node for k, dtype in results]
-        where = [_placed(arg, nodes) for arg in args]
-        options = {key: _placed(arg, nodes) for key, arg in kwargs.items()}
+        where = [placed(arg, nodes) for arg in args]
+        options = {key: placed(arg, nodes) for key, arg in kwargs.items()}
         return [
             self.trail.emit(op, where, x, kwargs=options, output=None if single else number, constant=constant)
             for number, x in fresh
@@ -237,7 +238,7 @@ class Recorder(TorchDispatchMode):
         given = list(args[2:5])
         lower, upper, training = given + [0.125, 1 / 3, False][len(given) :]
         if training:
-            drawing = [_placed(arg, nodes) for arg in args[:5]]
+            drawing = [placed(arg, nodes) for arg in args[:5]]
             noise = self.trail.emit(Pure(op, (1,)), drawing, args[1], constant=True)
             out = self.trail.emit(aten.mul.Tensor, (x, At(noise)), args[0], constant=constant)
         else:
@@ -250,7 +251,7 @@ class Recorder(TorchDispatchMode):
     def _follow(
         self, written: Recipe, args: Any, kwargs: Any, nodes: dict[int, int], constant: bool
     ) -> list[int | None]:
-        tensors = [x for x in _flat((args, tuple(kwargs.values()))) if isinstance(x, Tensor)]
+        tensors = [x for x in flat((args, tuple(kwargs.values()))) if isinstance(x, Tensor)]
         made, emit = list[int](), self.trail.emit
         for number in written.integers:
             self._only_for(tensors[number], nodes[id(tensors[number])])
@@ -295,13 +296,13 @@ class Recorder(TorchDispatchMode):
         else:
             given, options = pure.arguments(args, kwargs)
             nodes = self._on_one_device(pure.op, given, nodes)
-            fresh = [(k, Like(tuple(x.shape), _promoted(x, args))) for k, x in enumerate(mutated)]
+            fresh = [(k, Like(tuple(x.shape), promoted(x, args))) for k, x in enumerate(mutated)]
             values = self._values(pure.op, given, options, nodes, fresh, pure.single)
             values = [self.trail.cast(At(k), x.dtype).node for k, x in zip(values, mutated, strict=True)]
         others = [
             (number, x)
-            for number, x in enumerate(_flat(result))
-            if isinstance(x, Tensor) and _place(x, mutated) is None
+            for number, x in enumerate(flat(result))
+            if isinstance(x, Tensor) and place_of(x, mutated) is None
         ]
         if others:
             places = tuple(k for k, arg in enumerate(args) if any(arg is x for x in mutated))
@@ -366,7 +367,7 @@ class Recorder(TorchDispatchMode):
         """A function that gives back what it is given."""
         with self.pause():
             result = run(*args)
-        for old, new in zip(args, _flat(result), strict=True):
+        for old, new in zip(args, flat(result), strict=True):
             if isinstance(old, Tensor) and new is not old:
                 like = Like(tuple(old.shape), old.dtype)
                 self.use(old)
@@ -387,7 +388,7 @@ class Recorder(TorchDispatchMode):
         self, target: Any, args: tuple[Any, ...], run: Callable[[], Any], kwargs: dict[str, Any] | None = None
     ) -> Any:
         """A function with a backward of its own: one node an output, opaque unless there is a rule of its name."""
-        tensors = [x for x in _flat(args) if isinstance(x, Tensor)]
+        tensors = [x for x in flat(args) if isinstance(x, Tensor)]
         nodes = {id(x): self.use(x) for x in tensors}
         with self.pause():
             result = run()
@@ -412,51 +413,3 @@ class Recorder(TorchDispatchMode):
 
 
 _NOISY = {aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default}
-
-
-def _flat(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from _flat(item)
-    else:
-        yield tree
-
-
-def _shaped_by_values(op: Any, args: Any) -> bool:
-    """Whether a result's size depends on values: Python may have looked at it."""
-    if op is aten.index.Tensor:
-        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
-    return Tag.dynamic_output_shape in op.tags
-
-
-def _place(x: Tensor, among: Sequence[Tensor]) -> int | None:
-    return next((k for k, other in enumerate(among) if other is x), None)
-
-
-def _promoted(x: Tensor, args: Any) -> torch.dtype:
-    """The type that an op which writes to ``x`` computes in."""
-    dtype = x.dtype
-    for arg in args:
-        if isinstance(arg, Tensor) and arg.is_floating_point() and dtype.is_floating_point and arg.ndim:
-            dtype = torch.promote_types(dtype, arg.dtype)
-    return dtype
-
-
-def _placed(arg: Any, nodes: dict[int, int]) -> Any:
-    if isinstance(arg, Tensor):
-        return At(nodes[id(arg)])
-    if isinstance(arg, (list, tuple)):
-        return type(arg)(_placed(item, nodes) for item in arg)
-    return arg
-
-
-def _mutated(op: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors that the op's schema says it writes to."""
-    if not op._schema.is_mutable:
-        return []
-    found = []
-    for k, argument in enumerate(op._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[k] if k < len(args) else kwargs.get(argument.name)
-            found += [x for x in _flat(value) if isinstance(x, Tensor)]
-    return found

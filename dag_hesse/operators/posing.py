@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like
-from dag_hesse._capture.additivity import find_reduction, shared_reduction
+from dag_hesse._capture.additivity import find_reduction
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option, Reduction
@@ -90,10 +90,7 @@ class Pose:
         like = partial(points_like, graphs[0], module)
         proved = [] if known is None else list(known.values())
         prove_all(graphs, batches, module, self.loss, self.output, self.verify, proved)
-        if ranks is None or ranks.data is None:
-            reduction = find_reduction(module, graphs, batches, self.loss, self.reduction)
-        else:
-            reduction = shared_reduction(module, graphs, batches, self.loss, self.reduction, ranks)
+        reduction = find_reduction(module, graphs, batches, self.loss, self.reduction, ranks=ranks)
         fused = fuse_all(graphs)
         problem = Problem(
             module,

@@ -136,8 +136,8 @@ def _refined(
     """
     name = "rtol" if "rtol" in inspect.signature(run).parameters else "tol"  # SciPy renamed it
     x, rest, steps = np.zeros_like(b), b, 0
-    wanted = left = float(np.linalg.norm(b.astype(np.float64)))
-    wanted *= rtol
+    left = float(np.linalg.norm(b.astype(np.float64)))
+    wanted = rtol * left
 
     def count(_: Any) -> None:
         nonlocal steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,15 +10,14 @@ import torch
 from torch import nn
 
 from dag_hesse._capture import Batches, capture_all, needs_split, points_like, unwrapped
-from dag_hesse._capture.additivity import find_reduction, shared_reduction
+from dag_hesse._capture.additivity import find_reduction
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.points import Names
-from dag_hesse._capture.reduction import Option, Reduction
+from dag_hesse._capture.reduction import Option
 from dag_hesse._structure import Structure
 from dag_hesse.budget import Budget
 from dag_hesse.errors import OptionError, choose, flag
 from dag_hesse.gathered import gathered, is_sharded
-from dag_hesse.ir import CurvatureGraph
 from dag_hesse.operators.vectors import VectorForm
 from dag_hesse.options import checked_options
 from dag_hesse.plan import fuse_all
@@ -83,7 +81,7 @@ def from_model(
             fused,
             batches,
             batch_mode,
-            reduction=_reduction(model, graphs, batches, loss, reduction, ranks),
+            reduction=find_reduction(model, graphs, batches, loss, reduction, ranks=ranks),
             with_out=can_gram(fused),
             again=partial(capture_anew, model, loss=loss, output=output, points=like, space=space, verify=verify),
             loss=loss,
@@ -96,14 +94,6 @@ def from_model(
         problem.chunk = probe_chunk(per_probe, Budget().sweeps // 2)
         with shown(progress) as told:
             return of_problem(problem, "the matrix was made", part, parts, chosen, told)
-
-
-def _reduction(
-    model: nn.Module, graphs: Sequence[CurvatureGraph], batches: Batches, loss: Any, option: Option, ranks: Ranks | None
-) -> Reduction:
-    if ranks is None or ranks.data is None:
-        return find_reduction(model, graphs, batches, loss, option)
-    return shared_reduction(model, graphs, batches, loss, option, ranks)
 
 
 def of_problem(
