@@ -14,8 +14,8 @@ from setuptools import find_packages, setup
 flags = [] if sys.platform == "win32" else ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 extension = Pybind11Extension(
     "dag_hesse._core",
-    ["csrc/reachability.cpp", "csrc/elementwise.cpp"],
-    depends=["csrc/elementwise.hpp"],
+    ["csrc/reachability.cpp", "csrc/program.cpp"],
+    depends=["csrc/program.hpp"],
     cxx_std=17,
     extra_compile_args=flags,
     optional=True,

@@ -19,10 +19,10 @@ def min_cut(
 ) -> int: ...
 
 class Program:
-    """An elementwise program: (name, slots, number) a row."""
+    """A program: (name, slots, number) a row."""
 
     def __init__(
-        self, rows: list[tuple[str, list[int], float]], operands: int, results: int, registers: int
+        self, rows: list[tuple[str, list[int], float]], operands: int, per_row: list[bool], registers: int
     ) -> None: ...
     def run(
         self,
@@ -31,4 +31,5 @@ class Program:
         operands: list[tuple[int, list[int]]],
         results: list[int],
         threads: int,
+        row: int,
     ) -> None: ...

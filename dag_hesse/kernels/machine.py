@@ -13,6 +13,8 @@ class Machine:
 
     Attributes:
         program: elements from which a program is worth setting up.
+        rows: elements from which a program on rows is faster than the vendor's kernels.
+        row: elements of the longest row that registers of a program in the caches can hold.
         row_kernel: elements of a probe from which the vendor's kernel is called for each, rather than once for all.
         product: multiply-adds of a probe's matrix product from which it is taken by itself: batched ones are slow then.
         scores: of attention, computed at a time, so that the caches hold them between products.
@@ -22,6 +24,8 @@ class Machine:
     """
 
     program: int
+    rows: int
+    row: int
     row_kernel: int
     product: int
     scores: int
@@ -32,10 +36,26 @@ class Machine:
 
 _NEVER = 1 << 62
 CPU = Machine(
-    program=1 << 12, row_kernel=1 << 14, product=1 << 20, scores=1 << 18, gain=1.15, image=_NEVER, cells=1 << 10
+    program=1 << 12,
+    rows=1 << 18,
+    row=1 << 13,
+    row_kernel=1 << 14,
+    product=1 << 20,
+    scores=1 << 18,
+    gain=1.15,
+    image=_NEVER,
+    cells=1 << 10,
 )
 CUDA = Machine(
-    program=1 << 12, row_kernel=_NEVER, product=_NEVER, scores=1 << 27, gain=1.15, image=1 << 5, cells=_NEVER
+    program=1 << 12,
+    rows=_NEVER,
+    row=_NEVER,
+    row_kernel=_NEVER,
+    product=_NEVER,
+    scores=1 << 27,
+    gain=1.15,
+    image=1 << 5,
+    cells=_NEVER,
 )
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 import dag_hesse as dh
 from dag_hesse.kernels import machine
 from dag_hesse.kernels.arena import SYSTEM, Arena
-from dag_hesse.kernels.program import Builder, Program, Refused, record, reference, run
+from dag_hesse.kernels.program import Builder, Program, Refused, cpp, record, reference, run
+from dag_hesse.kernels.program.build import ROWS
 from dag_hesse.rules import RULES, chain, special
 from tests.oracle import error
 from tests.rules.samples import SAMPLES
@@ -54,8 +55,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def _one(name: str, number: float) -> tuple[Program, int]:
     """A program of one instruction, and its number of operands."""
-    arity = {"fma": 3, "where": 3, "add": 2, "sub": 2, "mul": 2, "div": 2, "fill": 0}.get(name, 1)
-    b = Builder(arity)
+    arity = {"fma": 3, "fnma": 3, "where": 3, "add": 2, "sub": 2, "mul": 2, "div": 2, "fill": 0}.get(name, 1)
+    b, number = Builder(arity), 1 if name in ROWS else number  # axes of a row
     return b.program([b.emit(name, *map(b.operand, range(arity)), number=number)]), arity
 
 
@@ -121,6 +122,67 @@ def test_operands_of_any_layout(
         torch.testing.assert_close(x, y)
 
 
+@TYPES
+@given(
+    shape=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    axes=st.integers(1, 2),
+    kept=st.lists(st.booleans(), min_size=4, max_size=4),
+    order=st.permutations(range(4)),
+    narrow=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_rows_and_numbers_of_any_layout(
+    dtype: torch.dtype, shape: list[int], axes: int, kept: list[bool], order: list[int], narrow: bool
+) -> None:
+    axes = min(axes, len(shape))
+    x = torch.randn(shape, dtype=dtype)
+    order = [axis for axis in order if axis < len(shape)]
+    other = torch.randn([shape[axis] for axis in order], dtype=dtype).permute(
+        [order.index(k) for k in range(len(order))]
+    )
+    lead = [n if keep else 1 for n, keep in zip(shape[: len(shape) - axes], kept, strict=False)]
+    number = torch.randn(lead, dtype=dtype)[(..., *(None,) * axes)]
+    b = Builder(3)
+    total = b.emit("row_sum", b.dense(b.multiply(b.operand(0), b.operand(1))), number=axes)
+    moved = b.dense(b.fused(total, b.operand(2), b.operand(0)))
+    mean = b.emit("row_mean", moved, number=axes)
+    program = b.program([moved, mean], [mean] if narrow else [])
+    for found, expected in zip(
+        cpp.run(SYSTEM, program, [x, other, number], x),
+        reference.run(SYSTEM, program, [x, other, number], x),
+        strict=True,
+    ):
+        assert found.shape == expected.shape
+        assert error(found, expected, 1.0) < 10 * TOLERANCE[dtype]
+
+
+def test_functions_of_rows_are_recorded() -> None:
+    x = torch.randn(4, 3, 5)
+    named = record(lambda x: {"y": x - x.mean([-1, 1], keepdim=True), "s": x.sum((1, 2), keepdim=True)}, [x], x)
+    y, s = cpp.run(SYSTEM, named.program, [x], x)
+    torch.testing.assert_close(y, x - x.mean([1, 2], keepdim=True))
+    torch.testing.assert_close(s, x.sum([1, 2], keepdim=True))
+    for code in (
+        lambda x: x - x.sum(-1),
+        lambda x: x - x.sum(1, keepdim=True),
+        lambda x: x.sum() * x,
+        lambda x: x - x.sum(-1, keepdim=True) - x.sum([1, 2], keepdim=True),
+        lambda x: x * (x.sum(-1, keepdim=True) * 2).mean(-1, keepdim=True),  # of numbers, not of rows
+    ):
+        with pytest.raises(Refused):
+            record(lambda x, code=code: {"y": code(x)}, [x], x)
+    with pytest.raises(Refused, match="whole"):
+        record(lambda x: {"a": x.sum(-1, keepdim=True), "b": x.sum(-1, keepdim=True) * torch.ones_like(x)}, [x], x)
+
+
+def test_a_program_on_rows_is_given_rows() -> None:
+    b = Builder(1)
+    program = b.program([b.emit("row_sum", b.operand(0), number=1)])
+    for sizes, row in (([4, 6], 5), ([4, 6], 0), ([4, 6], 12)):
+        with pytest.raises(ValueError, match="last axes"):
+            program.compiled.run(True, sizes, [(0, [6, 1])], [0], 1, row)
+
+
 def test_registers_are_reused() -> None:
     b = Builder(1)
     x = b.operand(0)
@@ -154,9 +216,9 @@ def test_what_is_no_elementwise_program_is_refused() -> None:
     with pytest.raises(Refused, match="dtype"):
         record(lambda x: {"y": x.double()}, [x], x)
     with pytest.raises(ValueError, match="no such instruction"):
-        Program((("cumsum", (1, 0), 0.0),), 1, 1, 0).compiled  # noqa: B018
+        Program((("cumsum", (1, 0), 0.0),), 1, (False,), 0).compiled  # noqa: B018
     with pytest.raises(ValueError, match="not written to"):
-        Program((("exp", (0, 0), 0.0),), 1, 1, 0).compiled  # noqa: B018
+        Program((("exp", (0, 0), 0.0),), 1, (False,), 0).compiled  # noqa: B018
 
 
 NONLINEAR = [
@@ -206,11 +268,12 @@ def test_partials_of_rules_recorded_and_op_by_op(
 
 
 class Activations(torch.nn.Module):
-    """Smooth activations, a gate and a user's own formula between linear layers."""
+    """Smooth activations, a gate, a user's own formula and functions of rows between linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(6))
+        self.norm = torch.nn.LayerNorm(8)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b, c, d, e, f = self.layers
@@ -218,6 +281,7 @@ class Activations(torch.nn.Module):
         x = torch.nn.functional.gelu(b(x), approximate="tanh")
         x = torch.nn.functional.silu(c(x)) * d(x)
         x = 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * torch.pow(x, 3.0))))
+        x = self.norm(x) + torch.softmax(x, -1) * torch.log_softmax(x, -1)
         return f(torch.sigmoid(e(x)).square() + x)
 
 
@@ -229,6 +293,7 @@ def test_products_with_programs_are_those_without(space: str, monkeypatch: pytes
     monkeypatch.setattr(chain, "_PROGRAMS", programs)
     for least in (1 << 60, 0):
         monkeypatch.setattr(machine.CPU, "program", least)
+        monkeypatch.setattr(machine.CPU, "rows", least)
         H = dh.HessianOperator(model, batch, space=space)
         v = torch.randn(H.shape[1], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         products.append(H.parts(v))

@@ -255,11 +255,13 @@ def test_conventions_at_kinks_are_those_of_autograd(name: str, sample: Sample, p
             assert error(found[0][known], expected[known], 1e-3) < LOOSE_AT_KINKS.get(name, 1e-12)
 
 
+@pytest.mark.parametrize("threshold", ["row_kernel", "rows"])
 @pytest.mark.parametrize("name, sample", [row for row in ROWS if row.values[0] in rowwise.TABLE])
-def test_adjoints_of_large_rows_are_taken_by_kernels(
-    name: str, sample: Sample, monkeypatch: pytest.MonkeyPatch
+def test_large_rows_are_taken_by_kernels(
+    name: str, sample: Sample, threshold: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine.CPU, "row_kernel", 0)
+    monkeypatch.setattr(machine.CPU, threshold, 0)
+    monkeypatch.setattr(machine.CPU, "program", 0)
     test_products(name, sample, torch.float64)
     test_second_order(name, sample, False)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dag_hesse.kernels.program.build import Builder, Program, Scalar, Value
+from dag_hesse.kernels.program.build import Builder, Program, Scalar, Value, narrowed
 
 
 class Refused(Exception):
@@ -177,9 +177,10 @@ _MASKS = {"gt", "ge", "lt", "le", "bitwise_not", "bitwise_and", "logical_not", "
 class _Recorder(TorchDispatchMode):
     """Follows which value of the program every tensor holds."""
 
-    def __init__(self, examples: Sequence[Tensor]) -> None:
+    def __init__(self, examples: Sequence[Tensor], shape: torch.Size, joined: bool) -> None:
         super().__init__()
-        self.builder, self.dtype = Builder(len(examples)), examples[0].dtype
+        self.shape = shape
+        self.builder, self.dtype = Builder(len(examples), joined), examples[0].dtype
         self.held: dict[int, tuple[Tensor, Scalar]] = {}  # by identity; the tensor is kept, so that it stays unique
         for k, x in enumerate(examples):
             self.hold(x, self.builder.operand(k))
@@ -194,17 +195,29 @@ class _Recorder(TorchDispatchMode):
             raise Refused("a tensor that is no operand")
         return self.held[id(x)][1]
 
+    def of_rows(self, name: str, x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False) -> Scalar:
+        """A sum or mean over whole rows, which stays broadcastable."""
+        axes = len(dims or range(x.ndim))
+        last = sorted(d % x.ndim for d in dims) if dims and x.ndim else []
+        if not keepdim or last != list(range(x.ndim - axes, x.ndim)) or x.shape[-axes:] != self.shape[-axes:]:
+            raise Refused("a sum that is not over the last axes, or that drops them")
+        if self.builder.row_axes not in (0, axes):
+            raise Refused("sums over rows of two kinds")
+        return self.builder.emit(name, self.builder.dense(self.value(x)), number=float(axes))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name, targets = func._schema.name.split("::")[1], [kwargs[k] for k in ("out", "grad_input") if k in kwargs]
         if name.endswith("_") and not name.startswith("_"):
             name, targets = name[:-1], [args[0]]
-        emit = _EMITTERS.get(name)
-        if emit is None:
-            raise Refused(f"the op {func}")
         options = {k: self.value(v) for k, v in kwargs.items() if k not in ("out", "grad_input")}
         try:
-            value = emit(self.builder, *(self.value(x) for x in args), **options)
+            if name in ("sum", "mean"):
+                value: Scalar = self.of_rows(f"row_{name}", *args, **options)
+            elif name in _EMITTERS:
+                value = _EMITTERS[name](self.builder, *(self.value(x) for x in args), **options)
+            else:
+                raise Refused(f"the op {func}")
         except TypeError as error:
             raise Refused(f"the op {func} with these arguments") from error
         found = func(*args, **kwargs)
@@ -219,22 +232,30 @@ def _example(x: Tensor) -> Tensor:
     return torch.full([min(size, 2) for size in x.shape], 0.5, dtype=x.dtype, device=x.device)
 
 
-def record(code: Callable[..., Mapping[Hashable, Any]], operands: Sequence[Tensor], like: Tensor) -> NamedProgram:
+def record(
+    code: Callable[..., Mapping[Hashable, Any]], operands: Sequence[Tensor], like: Tensor, joined: bool = False
+) -> NamedProgram:
     """Record ``code(*operands)``, which returns tensors of the shape of ``like``, operands and numbers by name.
 
+    Where it sums over the last axes, results may be one number a row. ``joined``: as a :class:`Builder` has it.
+
     Raises:
-        Refused: the code is not elementwise, or a result does not have that shape.
+        Refused: the code is neither elementwise nor a function of rows, or a result has another shape.
 
     Examples:
         >>> x = torch.linspace(-1, 1, 5)
         >>> found = record(lambda x: {"slope": 1 - torch.tanh(x) ** 2, "same": x}, [x], x)
         >>> [row[0] for row in found.program.rows], found.results["same"].operand
         (['tanh', 'mul', 'rsub_i'], 0)
+        >>> found = record(lambda x: {"centered": x - x.mean(-1, keepdim=True)}, [x], x)
+        >>> [row[0] for row in found.program.rows]
+        ['row_mean', 'sub']
     """
     examples, shape = [_example(x) for x in operands], _example(like).shape
-    with torch.no_grad(), _Recorder(examples) as recorder:
+    with torch.no_grad(), _Recorder(examples, shape, joined) as recorder:
         named = dict(code(*examples))
-    computed: dict[Value, int] = {}
+    narrow = narrowed(shape, recorder.builder.row_axes)
+    computed: dict[tuple[Value, bool], int] = {}
     results: dict[Hashable, Result] = {}
     for key, x in named.items():
         value = recorder.value(x) if isinstance(x, Tensor) else x
@@ -244,11 +265,14 @@ def record(code: Callable[..., Mapping[Hashable, Any]], operands: Sequence[Tenso
             results[key] = Result(number=float(value))
         elif value.place < len(examples):
             results[key] = Result(operand=value.place)
-        elif x.shape != shape:
+        elif x.shape not in (shape, narrow):
             raise Refused(f"a result of shape {tuple(x.shape)}, smaller than {tuple(shape)}")
         else:
-            results[key] = Result(computed=computed.setdefault(value, len(computed)))
-    return NamedProgram(recorder.builder.program(list(computed)), results)
+            results[key] = Result(computed=computed.setdefault((value, x.shape != shape), len(computed)))
+    values = [value for value, _ in computed]
+    if len(set(values)) < len(values):
+        raise Refused("a result that is wanted whole, and as one number a row")
+    return NamedProgram(recorder.builder.program(values, [value for value, per_row in computed if per_row]), results)
 
 
 __all__ = ["NamedProgram", "Refused", "Result", "record"]

@@ -29,6 +29,7 @@ _CODE: Mapping[str, str] = {
     "mul": "{0} * {1}",
     "div": "{0} / {1}",
     "fma": "{0} * {1} + {2}",
+    "fnma": "{2} - {0} * {1}",
     "add_i": "{0} + {k}",
     "mul_i": "{0} * {k}",
     "rsub_i": "{k} - {0}",
@@ -66,6 +67,8 @@ def refuse(program: Program | None, operands: Sequence[Tensor], like: Tensor) ->
         return "operands differ in dtype or device, or are no floating-point tensors"
     if not is_dense(like):
         return "the results' layout has gaps"
+    if program is not None and program.row_axes:
+        return "functions of rows have kernels of their own here"
     least = machine(like.device).program
     return available() if like.numel() >= least else f"there are fewer than {least} elements"
 
@@ -105,7 +108,7 @@ def source(program: Program, dense: Sequence[bool], ndim: int, dtype: str) -> st
         >>> print(source(program, [True], 1, "tl.float32").splitlines()[-2])
             v1 = v0 * 2.0
     """
-    operands, results, _ = program.sizes
+    operands, results = program.operands, program.results
     axes, spread = range(ndim), [k for k, flat in enumerate(dense) if not flat]
     names = [f"p{k}" for k in range(operands + results)] + ["count"] + [f"n{a}" for a in axes]
     names += [f"s{k}_{a}" for k in spread for a in axes] + ["BLOCK: tl.constexpr"]

@@ -5,7 +5,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from dag_hesse.kernels.arena import Arena
 from dag_hesse.kernels.dispatch import Implementation, Kernel
-from dag_hesse.kernels.rowwise import reference, torch, triton
+from dag_hesse.kernels.rowwise import cpp, reference, torch, triton
 from dag_hesse.kernels.rowwise.reference import Adjoint, Means
 
 Arguments = ParamSpec("Arguments")
@@ -15,9 +15,9 @@ Result = TypeVar("Result")
 def _kernel(definition: Callable[Concatenate[Arena, Arguments], Result], writes: int = 0) -> Kernel[Arguments, Result]:
     name = definition.__name__
     generated = Implementation("triton", getattr(triton, name), getattr(triton, f"refuse_{name}"), compiled=True)
-    return Kernel(
-        f"rowwise.{name}", definition, (generated, Implementation("torch", getattr(torch, name))), writes=writes
-    )
+    program = Implementation("cpp", getattr(cpp, name), getattr(cpp, f"refuse_{name}"))
+    others = program, Implementation("torch", getattr(torch, name))
+    return Kernel(f"rowwise.{name}", definition, (generated, *others), writes=writes)
 
 
 softmax_tangent = _kernel(reference.softmax_tangent)

@@ -26,9 +26,11 @@ class Adjoint(NamedTuple):
 
     def joined(self, first: Tensor | None, second: Tensor | None) -> Tensor:
         """Both terms, where they belong."""
-        if first is not None and second is not None:
+        if first is not None and second is not None and self.rows != slice(None):
             first = first.clone()
             first[self.rows] += second
+        elif first is not None and second is not None:
+            first = first + second
         found = second if first is None else first
         assert found is not None
         return added(found, self.into)

@@ -1,8 +1,9 @@
-// Elementwise programs: a list of instructions on registers, run over all elements of some tensors in one pass.
+// Programs: a list of instructions on registers, run over all elements of some tensors in one pass. Most work element by
+// element; some on rows of elements that lie beside each other, which are then taken whole.
 // Elements are taken in pieces that stay in the first-level cache, so only operands and results move through memory.
 // Knows pointers, sizes and strides; nothing of torch, whose thread pool is found at run time (see in_parallel).
 
-#include "elementwise.hpp"
+#include "program.hpp"
 
 #include <pybind11/stl.h>
 
@@ -41,6 +42,7 @@ namespace {
     X(mul, a[i] * b[i])                      \
     X(div, a[i] / b[i])                      \
     X(fma, a[i] * b[i] + c[i])               \
+    X(fnma, c[i] - a[i] * b[i])              \
     X(add_i, a[i] + k)                       \
     X(mul_i, a[i] * k)                       \
     X(rsub_i, k - a[i])                      \
@@ -58,11 +60,16 @@ namespace {
     X(erf, erf_of(a[i]))                     \
     X(abs, a[i] < 0 ? -a[i] : a[i])
 
+// Those on rows: name, and what every element of a row of the result is, of the sum and the length of that of a.
+#define ROW_INSTRUCTIONS(X) \
+    X(row_sum, sum)         \
+    X(row_mean, sum / static_cast<T>(row))
+
 #define NUMBER(name, value) OP_##name,
-enum Op : std::int64_t { INSTRUCTIONS(NUMBER) OPS };
+enum Op : std::int64_t { INSTRUCTIONS(NUMBER) ELEMENTWISE_OPS, LAST = ELEMENTWISE_OPS - 1, ROW_INSTRUCTIONS(NUMBER) OPS };
 #undef NUMBER
 #define NAME(name, value) #name,
-const char* const NAMES[OPS] = {INSTRUCTIONS(NAME)};
+const char* const NAMES[OPS] = {INSTRUCTIONS(NAME) ROW_INSTRUCTIONS(NAME)};
 #undef NAME
 
 struct Instruction {
@@ -142,8 +149,22 @@ INLINE double tanh_of(double x) { return std::tanh(x); }
 INLINE double sigmoid_of(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 INLINE double erf_of(double x) { return std::erf(x); }
 
+// In several sums at a time: vector code, and errors that grow with a fraction of the length.
 template <class T>
-INLINE void execute(const std::vector<Instruction>& program, T* const* at, std::int64_t n) {
+INLINE T sum_of(const T* a, std::int64_t n) {
+    constexpr std::int64_t LANES = 128 / sizeof(T);
+    T lanes[LANES] = {};
+    std::int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (std::int64_t k = 0; k < LANES; ++k) lanes[k] += a[i + k];
+    for (; i < n; ++i) lanes[i % LANES] += a[i];
+    for (std::int64_t width = LANES / 2; width > 0; width /= 2)
+        for (std::int64_t k = 0; k < width; ++k) lanes[k] += lanes[k + width];
+    return lanes[0];
+}
+
+template <class T>
+INLINE void execute(const std::vector<Instruction>& program, T* const* at, std::int64_t n, std::int64_t row) {
     for (const Instruction& one : program) {
         T* to = at[one.to];
         const T *a = at[one.a], *b = at[one.b], *c = at[one.c];
@@ -157,25 +178,45 @@ INLINE void execute(const std::vector<Instruction>& program, T* const* at, std::
         break;
             INSTRUCTIONS(CASE)
 #undef CASE
+#define CASE(name, value)                                   \
+    case OP_##name:                                         \
+        for (std::int64_t i = 0; i < n; i += row) {         \
+            const T sum = sum_of(a + i, row), all = (value); \
+            std::fill(to + i, to + i + row, all);           \
+        }                                                   \
+        break;
+            ROW_INSTRUCTIONS(CASE)
+#undef CASE
             default: break;
         }
     }
 }
 
-FOR_EACH_ISA void execute_one(const std::vector<Instruction>& program, float* const* at, std::int64_t n) {
-    execute(program, at, n);
+FOR_EACH_ISA void execute_one(const std::vector<Instruction>& program, float* const* at, std::int64_t n, std::int64_t row) {
+    execute(program, at, n, row);
 }
-FOR_EACH_ISA void execute_one(const std::vector<Instruction>& program, double* const* at, std::int64_t n) {
-    execute(program, at, n);
+FOR_EACH_ISA void execute_one(const std::vector<Instruction>& program, double* const* at, std::int64_t n, std::int64_t row) {
+    execute(program, at, n, row);
 }
 
-bool is_dense(const std::vector<std::int64_t>& sizes, const std::vector<std::int64_t>& strides) {
-    std::int64_t expected = 1;
+// How many elements, counted in the order of the axes, lie beside each other wherever such a run begins.
+std::int64_t run_length(const std::vector<std::int64_t>& sizes, const std::vector<std::int64_t>& strides) {
+    std::int64_t length = 1;
     for (std::size_t d = sizes.size(); d-- > 0;) {
-        if (sizes[d] != 1 && strides[d] != expected) return false;
-        expected *= sizes[d];
+        if (sizes[d] != 1 && strides[d] != length) break;
+        length *= sizes[d];
     }
-    return true;
+    return length;
+}
+
+// Where element number k, counted in the order of the axes, lies.
+std::int64_t offset_of(const Operand& from, const std::vector<std::int64_t>& sizes, std::int64_t k) {
+    std::int64_t offset = 0;
+    for (std::size_t d = sizes.size(); d-- > 0;) {
+        offset += k % sizes[d] * from.strides[d];
+        k /= sizes[d];
+    }
+    return offset;
 }
 
 // Copy elements [begin, begin + n), counted in the order of the axes, into a register.
@@ -225,13 +266,56 @@ void in_parallel(void (*part)(void*), void* data, unsigned threads) {
     part(data);
 }
 
+// How the elements of an operand are come by: where a piece of them lies, or copied into a register.
+template <class T>
+class Reader {
+public:
+    Reader(const Operand& from, const std::vector<std::int64_t>& sizes, std::int64_t row)
+        : from_(from), sizes_(sizes), row_(row), run_(run_length(sizes, from.strides)) {
+        std::size_t axes = sizes.size();
+        for (std::int64_t inner = 1; axes > 0 && inner < row; inner *= sizes[--axes])
+            if (sizes[axes - 1] != 1 && from.strides[axes - 1] != 0) return;
+        outer_sizes_.assign(sizes.begin(), sizes.begin() + axes);
+        outer_.address = from.address;
+        outer_.strides.assign(from.strides.begin(), from.strides.begin() + axes);
+        rows_run_ = row > 1 ? run_length(outer_sizes_, outer_.strides) : 0;
+    }
+
+    T* read(std::int64_t start, std::int64_t n, T* to) const {
+        const T* data = reinterpret_cast<const T*>(from_.address);
+        if (start / run_ == (start + n - 1) / run_) return const_cast<T*>(data) + offset_of(from_, sizes_, start);
+        if (rows_run_ == 0) {
+            gather(from_, sizes_, start, n, to);
+            return to;
+        }
+        const T* number = nullptr;  // one a row
+        for (std::int64_t k = start / row_, i = 0; i < n; ++k, i += row_) {
+            number = number && k % rows_run_ ? number + 1 : data + offset_of(outer_, outer_sizes_, k);
+            std::fill(to + i, to + i + row_, *number);
+        }
+        return to;
+    }
+
+private:
+    const Operand& from_;
+    const std::vector<std::int64_t>& sizes_;
+    std::int64_t row_, run_, rows_run_ = 0;  // how many elements, or numbers of rows, lie beside each other
+    std::vector<std::int64_t> outer_sizes_;
+    Operand outer_;
+};
+
+struct Result {
+    std::uintptr_t address;
+    bool per_row;  // one element a row is kept
+};
+
 template <class T>
 struct Job {
     const std::vector<Instruction>& program;
     const std::vector<std::int64_t>& sizes;
     const std::vector<Operand>& operands;
-    const std::vector<std::uintptr_t>& results;
-    std::int64_t registers, total, share;
+    const std::vector<Result>& results;
+    std::int64_t registers, row, piece, total, share;
     std::atomic<std::int64_t> next{0};  // where the first share begins that nobody has taken yet
 
     static void part(void* data) {
@@ -245,36 +329,40 @@ struct Job {
 
     // Slots of the program: operands, results, registers.
     void run(std::int64_t begin, std::int64_t end) const {
-        const std::size_t count = operands.size();
-        std::vector<T> memory((count + registers) * PIECE + 16);
+        const std::size_t count = operands.size(), first = count + results.size(), slots = first + registers;
+        std::vector<T> memory(slots * piece + 16);
         const auto misplaced = reinterpret_cast<std::uintptr_t>(memory.data()) % 64 / sizeof(T);
         T* const base = memory.data() + (misplaced ? 64 / sizeof(T) - misplaced : 0);
-        std::vector<char> direct(count);
-        for (std::size_t k = 0; k < count; ++k) direct[k] = is_dense(sizes, operands[k].strides);
-        std::vector<T*> at(count + results.size() + registers);
-        for (std::int64_t k = 0; k < registers; ++k) at[count + results.size() + k] = base + (count + k) * PIECE;
-        for (std::int64_t start = begin; start < end; start += PIECE) {
-            const std::int64_t n = std::min(PIECE, end - start);
-            for (std::size_t k = 0; k < count; ++k) {
-                at[k] = direct[k] ? reinterpret_cast<T*>(operands[k].address) + start : base + k * PIECE;
-                if (!direct[k]) gather(operands[k], sizes, start, n, at[k]);
-            }
-            for (std::size_t k = 0; k < results.size(); ++k) at[count + k] = reinterpret_cast<T*>(results[k]) + start;
-            execute_one(program, at.data(), n);
+        std::vector<Reader<T>> readers;
+        for (const Operand& operand : operands) readers.emplace_back(operand, sizes, row);
+        std::vector<T*> at(slots);
+        for (std::size_t k = 0; k < slots; ++k) at[k] = base + k * piece;
+        for (std::int64_t start = begin; start < end; start += piece) {
+            const std::int64_t n = std::min(piece, end - start);
+            for (std::size_t k = 0; k < count; ++k) at[k] = readers[k].read(start, n, base + k * piece);
+            for (std::size_t k = 0; k < results.size(); ++k)
+                if (!results[k].per_row) at[count + k] = reinterpret_cast<T*>(results[k].address) + start;
+            execute_one(program, at.data(), n, row);
+            for (std::size_t k = 0; k < results.size(); ++k)
+                if (results[k].per_row)
+                    for (std::int64_t i = 0; i < n; i += row)
+                        reinterpret_cast<T*>(results[k].address)[(start + i) / row] = at[count + k][i];
         }
     }
 };
 
 template <class T>
-void run_typed(const std::vector<Instruction>& program, std::int64_t registers, const std::vector<std::int64_t>& sizes,
-               const std::vector<Operand>& operands, const std::vector<std::uintptr_t>& results, unsigned threads) {
+void run_typed(const std::vector<Instruction>& program, std::int64_t registers, std::int64_t row,
+               const std::vector<std::int64_t>& sizes, const std::vector<Operand>& operands,
+               const std::vector<Result>& results, unsigned threads) {
     std::int64_t total = 1;
     for (auto size : sizes) total *= size;
     const auto wanted = std::min<std::int64_t>(threads, (total + GRAIN - 1) / GRAIN);
     threads = static_cast<unsigned>(std::max<std::int64_t>(wanted, 1));
+    const std::int64_t piece = row * std::max<std::int64_t>(PIECE / row, 1);
     std::int64_t share = (total + threads - 1) / threads;
-    share += (PIECE - share % PIECE) % PIECE;
-    Job<T> job{program, sizes, operands, results, registers, total, share, {0}};
+    share += (piece - share % piece) % piece;
+    Job<T> job{program, sizes, operands, results, registers, row, piece, total, share, {0}};
     in_parallel(&Job<T>::part, &job, threads);
 }
 
@@ -282,9 +370,9 @@ void run_typed(const std::vector<Instruction>& program, std::int64_t registers, 
 class Program {
 public:
     Program(const std::vector<std::tuple<std::string, std::vector<std::int64_t>, double>>& rows, std::int64_t operands,
-            std::int64_t results, std::int64_t registers)
-        : operands_(operands), results_(results), registers_(registers) {
-        const std::int64_t slots = operands + results + registers;
+            const std::vector<bool>& per_row, std::int64_t registers)
+        : operands_(operands), per_row_(per_row), registers_(registers) {
+        const std::int64_t slots = operands + static_cast<std::int64_t>(per_row.size()) + registers;
         for (const auto& [name, places, number] : rows) {
             const auto found = std::find(NAMES, NAMES + OPS, name);
             if (found == NAMES + OPS) throw std::invalid_argument("no such instruction: " + name);
@@ -300,34 +388,41 @@ public:
 
     void run(bool is_double, const std::vector<std::int64_t>& sizes,
              const std::vector<std::pair<std::uintptr_t, std::vector<std::int64_t>>>& operands,
-             const std::vector<std::uintptr_t>& results, unsigned threads) const {
-        if (static_cast<std::int64_t>(operands.size()) != operands_ ||
-            static_cast<std::int64_t>(results.size()) != results_)
+             const std::vector<std::uintptr_t>& results, unsigned threads, std::int64_t row) const {
+        if (static_cast<std::int64_t>(operands.size()) != operands_ || results.size() != per_row_.size())
             throw std::invalid_argument("the program has other numbers of operands and results");
+        std::int64_t inner = 1;
+        for (std::size_t d = sizes.size(); d-- > 0 && inner < row;) inner *= sizes[d];
+        if (row < 1 || inner != row) throw std::invalid_argument("rows are made of the last axes");
         std::vector<Operand> given;
         for (const auto& [address, strides] : operands) {
             if (strides.size() != sizes.size()) throw std::invalid_argument("an operand has other axes than the results");
             given.push_back({address, strides});
         }
+        std::vector<Result> made;
+        for (std::size_t k = 0; k < results.size(); ++k) made.push_back({results[k], per_row_[k]});
         py::gil_scoped_release release;
-        if (is_double) run_typed<double>(program_, registers_, sizes, given, results, threads);
-        else run_typed<float>(program_, registers_, sizes, given, results, threads);
+        if (is_double) run_typed<double>(program_, registers_, row, sizes, given, made, threads);
+        else run_typed<float>(program_, registers_, row, sizes, given, made, threads);
     }
 
 private:
     std::vector<Instruction> program_;
-    std::int64_t operands_, results_, registers_;
+    std::int64_t operands_;
+    std::vector<bool> per_row_;
+    std::int64_t registers_;
 };
 
 }  // namespace
 
-void bind_elementwise(py::module_& m) {
-    py::class_<Program>(m, "Program", "An elementwise program: (name, (to, a, b, c), number) a row; slots are operands, "
-                                      "results and registers.")
+void bind_program(py::module_& m) {
+    py::class_<Program>(m, "Program", "A program: (name, (to, a, b, c), number) a row; slots are operands, results and "
+                                      "registers. ``per_row``: of which results one element a row is kept.")
         .def(py::init<const std::vector<std::tuple<std::string, std::vector<std::int64_t>, double>>&, std::int64_t,
-                      std::int64_t, std::int64_t>(),
-             py::arg("rows"), py::arg("operands"), py::arg("results"), py::arg("registers"))
+                      const std::vector<bool>&, std::int64_t>(),
+             py::arg("rows"), py::arg("operands"), py::arg("per_row"), py::arg("registers"))
         .def("run", &Program::run, py::arg("is_double"), py::arg("sizes"), py::arg("operands"), py::arg("results"),
-             py::arg("threads"),
-             "Evaluate over tensors of ``sizes``: operands as (address, strides), results as addresses of dense tensors.");
+             py::arg("threads"), py::arg("row"),
+             "Evaluate over tensors of ``sizes``: operands as (address, strides), results as addresses of dense tensors. "
+             "A ``row`` is so many elements that lie beside each other.");
 }
