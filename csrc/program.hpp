@@ -1,4 +1,4 @@
-// Elementwise programs: see program.cpp.
+// Programs: see program.cpp.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-"""Elementwise programs in one pass over memory, recorded from plain torch code."""
+"""Programs: elementwise functions and functions of rows in one pass over memory, recorded from plain torch code."""
 
 from dag_hesse import native
 from dag_hesse.kernels.dispatch import Implementation, Kernel
