@@ -150,3 +150,18 @@ def test_targets_may_be_probabilities_and_logits_lie_anyhow() -> None:
         gradient = torch.autograd.grad(loss(tokens(x[k : k + 1]), y[k : k + 1]), list(tokens.parameters()))
         rows.append(torch.cat([g.reshape(-1) for g in gradient]))
     torch.testing.assert_close(found, torch.stack(rows).T @ torch.stack(rows) / 5, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(ignore_index=1), nn.MSELoss()], ids=["classes", "numbers"])
+def test_drawn_targets_are_targets(loss: nn.Module) -> None:
+    # The Fisher of several draws is the mean of those at each draw; they are evaluated as one batch.
+    model, (x, y), kept, plain = _net(), _batch(), slice(None), F.mse_loss
+    if isinstance(loss, nn.CrossEntropyLoss):
+        kept, plain = y != 1, F.cross_entropy
+    else:
+        y = torch.randn(8, 3).double()
+    fisher = dh.FisherOperator(model, (x, y), loss=loss, kind="mc", samples=3, seed=5)
+    (batch,) = fisher._problem.batches
+    each = [_empirical(model, x[kept], drawn[kept], plain) for drawn in batch.targets]
+    torch.testing.assert_close(fisher.dense(), sum(each) / 3, rtol=1e-12, atol=1e-15)
+    assert not fisher._problem.entries[0].graph.lost

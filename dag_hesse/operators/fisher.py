@@ -135,22 +135,22 @@ class _OfGradients:
     def __call__(self, output: Any, targets: Any) -> Tensor:
         if targets is None or isinstance(targets, dict):
             raise LossError("a Fisher operator needs targets beside the inputs: give (inputs, targets), and loss=.")
-        terms = [self._one(output, each) for each in (targets if self.drawn else (targets,))]
-        return torch.stack(terms).mean()
-
-    def _one(self, output: Any, targets: Any) -> Tensor:
+        draws = 1
+        if self.drawn:  # all at once, as one batch of so many copies
+            draws, output, targets = len(targets), prediction(output), torch.cat(targets)
         leaves, spec = pytree.tree_flatten(output)
         places = [k for k, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
-        with torch.enable_grad():
-            free = {k: leaves[k].detach().contiguous().requires_grad_() for k in places}  # some kernels want it so
+        with torch.enable_grad():  # some kernels want what is contiguous
+            free = {k: torch.cat([leaves[k].detach()] * draws).contiguous().requires_grad_() for k in places}
             held = pytree.tree_unflatten([free.get(k, x) for k, x in enumerate(leaves)], spec)
             value = (self.of or inferred)(held, targets)
             found = torch.autograd.grad(value, list(free.values()), allow_unused=True)
         pairs = [(leaves[k], g.detach()) for k, g in zip(places, found, strict=True) if g is not None]
         if not pairs:
             raise LossError("the loss does not depend on the model's output, so there are no gradients of samples.")
-        slopes = torch.stack([(g * x).reshape(len(x), -1).sum(1) for x, g in pairs]).sum(0)
-        return _counted(self.of, targets, len(slopes)) / 2 * slopes.square().sum()
+        slopes = sum((g.view(draws, *x.shape) * x).reshape(draws, len(x), -1).sum(2) for x, g in pairs)
+        assert isinstance(slopes, Tensor)
+        return _counted(self.of, targets, slopes.numel()) / 2 * slopes.square().sum()
 
 
 def _counted(loss: Loss | None, targets: Any, samples: int) -> Tensor | int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ import dag_hesse as dh
 from dag_hesse.cli import main
 from dag_hesse.errors import OptionError
 from tests.distributed import work
+from tests.distributed.gang import Gang
+
+pytestmark = pytest.mark.xdist_group("ranks")  # one process has the gang
+GANG = Gang()
+run = GANG.run
 
 
-def run(what: str, ranks: int, folder: Path) -> list[Any]:
-    """What each rank found."""
-    multiprocessing.spawn(work.enter, (ranks, str(folder), what), nprocs=ranks)
-    files = [folder / str(rank) for rank in range(ranks)]
-    return [torch.load(file, weights_only=False) for file in files if file.exists()]
+@pytest.fixture(scope="module", autouse=True)
+def gang() -> Iterator[None]:
+    yield
+    GANG.end()
 
 
 def alone(name: str) -> dict[str, Any]:
@@ -162,7 +167,8 @@ def check_failures(every: list[list[Any]]) -> None:
 
 
 def test_a_rank_that_ended_is_not_waited_for(tmp_path: Path) -> None:
-    (text,) = run("left_alone", 2, tmp_path)
+    multiprocessing.spawn(work.enter, (2, str(tmp_path), "left_alone"), nprocs=2)
+    text = torch.load(tmp_path / "0", weights_only=False)
     assert text.startswith("RankError: a rank does not answer")
 
 
@@ -190,35 +196,25 @@ def test_parameters_in_parts_are_gathered_into_a_copy(tmp_path: Path) -> None:
         assert "flat_param' is a part of what FullyShardedDataParallel" in texts["flat"]
 
 
+def under_torchrun(*words: str) -> str:
+    """What two ranks print."""
+    script = str(Path(__file__).with_name("command.py"))
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *words]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_command_line_under_torchrun(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    command = ["mlp", "--batch", "6", "--image", "2", "--points", "0", "2"]
-    for axis in ("data", "probe"):
-        file = tmp_path / f"{axis}.json"
-        run = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(Path(__file__).with_name("command.py")),
-        ]
-        done = subprocess.run(
-            [*run, "analyze", *command, "--ranks", axis, "--json", str(file)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("activation points") == 1  # one process prints
-        assert main(["analyze", *command, "--json", "-"]) == 0
-        expected, found = json.loads(capfd.readouterr().out), json.loads(file.read_text())
-        np.testing.assert_allclose(
-            found["metrics"]["resonance"]["value"], expected["metrics"]["resonance"]["value"], rtol=1e-5
-        )
+    given, file = ["mlp", "--batch", "6", "--image", "2", "--points", "0", "2"], tmp_path / "map.json"
+    text = under_torchrun("analyze", *given, "--ranks", "probe", "--json", str(file))
+    assert text.count("activation points") == 1  # one process prints
+    assert main(["analyze", *given, "--json", "-"]) == 0
+    found, expected = (json.loads(text)["metrics"]["resonance"] for text in (file.read_text(), capfd.readouterr().out))
+    np.testing.assert_allclose(found["value"], expected["value"], rtol=1e-5)
     files = [tmp_path / "several", tmp_path / "one"]
-    done = subprocess.run(
-        [*run, "blocks", *command, "--ranks", "data", "--out", str(files[0])], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout.count("written to") == 1, done.stderr
-    assert main(["blocks", *command, "--out", str(files[1])]) == 0
+    assert under_torchrun("blocks", *given, "--ranks", "data", "--out", str(files[0])).count("written to") == 1
+    assert main(["blocks", *given, "--out", str(files[1])]) == 0
     several, one = (dh.BlockMatrix.load(file).to_dense() for file in files)
     torch.testing.assert_close(several, one, rtol=0, atol=1e-5 * float(one.abs().max()))
     assert main(["analyze", "mlp", "--ranks", "data"]) == 1

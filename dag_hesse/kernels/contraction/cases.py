@@ -25,12 +25,12 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
         for lead in ((), (2,)) if n < 64 else ((),):
             for p, q in ((1, 1), (3, 1), (1, 3), (3, 3)):
                 a, b = normal(p, *lead, n, k), normal(q, *lead, k, m)
-                rows = max(p, q)
-                for left, right in ((a, b), (a, b.mT.contiguous().mT), (a.mT.contiguous().mT, b)):
+                rows, layouts = max(p, q), [(a, b), (a, b.mT.contiguous().mT), (a.mT.contiguous().mT, b)]
+                for left, right in layouts if p == q else layouts[:1]:
                     for into in (None, normal(rows, *lead, n, m), normal(rows, *lead, m, n).mT):
                         yield product, (left, right, into)
                 g = normal(q, *lead, n, m)
-                for turned in (False, True):
+                for turned in (False, True) if p == q else (True,):
                     start = normal(rows, *lead, m, k).mT if turned else normal(rows, *lead, k, m)
                     for terms in ([(g, a)], [(g, a), (normal(p, *lead, n, m), normal(q, *lead, n, k))]):
                         for into in (None, start):
