@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, Ref
-from dag_hesse.kernels.elementwise import Coefficient, adjoints, tangent, times
+from dag_hesse.kernels.elementwise import Adjoint, Coefficient, Coefficients, Seconds, adjoints, tangent, times
 from dag_hesse.rules.base import (
     Buffers,
     Call,
@@ -24,7 +24,6 @@ from dag_hesse.rules.base import (
 )
 
 Align = Callable[[Call, int], tuple[int, ...]]
-Seconds = Mapping[tuple[int, int], Coefficient]
 
 
 def tangents_met(seconds: Seconds, tangents: Tangents, curved: Sequence[int]) -> Residual:
@@ -37,13 +36,11 @@ class _Elementwise(Linearized):
     def __init__(self, call: Call, partials: Partials, align: Align | None) -> None:
         first, self.raw = partials(call)
         self.curved, self.arena = call.curved, call.arena
-        self.first = [first.get(slot) for slot in range(len(call.values))]
+        self.of = Coefficients([first.get(slot) for slot in range(len(call.values))], {}, call.value.shape)
         self.shapes = [value.shape for value in call.values]
-        self.out_shape = call.value.shape
         self.aligned = self.shapes
         if align is not None:
             self.aligned = [v.reshape(align(call, slot)).shape for slot, v in enumerate(call.values)]
-        self.seconds: dict[tuple[int, int], Coefficient] = {}
 
     def _align(self, tangents: Tangents) -> Tangents:
         if self.aligned is self.shapes:
@@ -52,20 +49,20 @@ class _Elementwise(Linearized):
 
     def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
         if lam is not None and self.curved:
-            self.seconds = {pair: times(self.arena, h, lam[0]) for pair, h in self.raw.items()}
+            self.of = self.of._replace(seconds={p: times(self.arena, h, lam[0]) for p, h in self.raw.items()})
         self.raw = {}
         return super().bind(lam, slots, into)
 
     def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
         tangents = self._align(tangents)
-        moved = tangent(self.arena, self.first, tangents, self.out_shape) if onward else None
-        return moved, tangents_met(self.seconds, tangents, curved)
+        moved = tangent(self.arena, self.of, tangents) if onward else None
+        return moved, tangents_met(self.of.seconds, tangents, curved)
 
     def pull(
         self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
-        shapes = {slot: self.aligned[slot] for slot in slots}
-        found = adjoints(self.arena, self.first, self.seconds, abar, residual or {}, rows, shapes, self.out_shape)
+        wanted = {slot: self.aligned[slot] for slot in slots}
+        found = adjoints(self.arena, self.of, Adjoint(abar, residual or {}, rows, wanted))
         return {slot: x.reshape(len(x), *self.shapes[slot]) for slot, x in found.items()}
 
 

@@ -13,7 +13,17 @@ from typing import final
 from torch import Tensor
 
 from dag_hesse.ir.node import Kind, Node, execute
-from dag_hesse.kernels.elementwise import Coefficient, add_times, adjoints, reduce_to, tangent, times, transpose
+from dag_hesse.kernels.elementwise import (
+    Adjoint,
+    Coefficient,
+    Coefficients,
+    add_times,
+    adjoints,
+    reduce_to,
+    tangent,
+    times,
+    transpose,
+)
 from dag_hesse.rules.base import Buffers, Call, Linearized, Pairs, Residual, Rule, Samples, Tangents
 from dag_hesse.rules.chain import Fused, fuse_members, is_active, rule_of
 from dag_hesse.rules.elementwise import tangents_met
@@ -67,7 +77,8 @@ class _Meeting(Linearized):
 
     def __init__(self, call: Call, shares: dict[int, Coefficient], tail: Fused | None) -> None:
         self.shares, self.tail, self.curved, self.arena = shares, tail, call.curved, call.arena
-        self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.value.shape
+        self.shapes = [v.shape for v in call.values[: len(call.active)]]
+        self.meeting = Coefficients([shares.get(slot) for slot in range(len(self.shapes))], {}, call.value.shape)
         self.c: Coefficient = 1.0
         self.h: Coefficient | None = None
 
@@ -83,7 +94,7 @@ class _Meeting(Linearized):
         return self._apart(descent.pulled[0][None], slots) if slots else {}
 
     def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
-        met = tangent(self.arena, [self.shares.get(slot) for slot in range(len(self.shapes))], tangents, self.out_shape)
+        met = tangent(self.arena, self.meeting, tangents)
         return times(self.arena, self.c, met) if onward else None, met if curved and self.h is not None else None
 
     def pull(
@@ -113,33 +124,32 @@ class _Dense(Linearized):
         self.variables, self.number = variables, {slot: i for i, slot in enumerate(variables)}
         self.fused: Fused | None = fused
         self.curved, self.arena = call.curved, call.arena
-        self.first: list[Coefficient | None] = []
-        self.shapes, self.out_shape = [v.shape for v in call.values[: len(call.active)]], call.value.shape
-        self.seconds: dict[tuple[int, int], Coefficient] = {}
+        self.shapes = [v.shape for v in call.values[: len(call.active)]]
+        self.of = Coefficients([], {}, call.value.shape)
 
     def bind(self, lam: Tensor | None, slots: Sequence[int], into: Buffers) -> dict[int, Tensor]:
         fused, self.fused = self.fused, None
         assert fused is not None
         if lam is None or not self.curved:
-            self.first = self._by_slot(fused.first)
+            self.of = self.of._replace(first=self._by_slot(fused.first))
             return super().bind(lam, slots, into)
         descent = fused.descend(lam[0], [self.number[slot] for slot in slots])
-        self.first = self._by_slot(descent.first)
-        self.seconds = {(self.variables[i], self.variables[j]): h for (i, j), h in descent.second.items()}
+        seconds = {(self.variables[i], self.variables[j]): h for (i, j), h in descent.second.items()}
+        self.of = self.of._replace(first=self._by_slot(descent.first), seconds=seconds)
         return {slot: reduce_to(descent.pulled[self.number[slot]][None], self.shapes[slot]) for slot in slots}
 
     def _by_slot(self, first: dict[int, Coefficient]) -> list[Coefficient | None]:
         return [first.get(self.number.get(slot, -1)) for slot in range(len(self.shapes))]
 
     def push(self, tangents: Tangents, onward: bool, curved: Sequence[int]) -> tuple[Tensor | None, Residual]:
-        moved = tangent(self.arena, self.first, tangents, self.out_shape) if onward else None
-        return moved, tangents_met(self.seconds, tangents, curved)
+        moved = tangent(self.arena, self.of, tangents) if onward else None
+        return moved, tangents_met(self.of.seconds, tangents, curved)
 
     def pull(
         self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
     ) -> dict[int, Tensor]:
-        shapes = {slot: self.shapes[slot] for slot in slots}
-        return adjoints(self.arena, self.first, self.seconds, abar, residual or {}, rows, shapes, self.out_shape)
+        wanted = {slot: self.shapes[slot] for slot in slots}
+        return adjoints(self.arena, self.of, Adjoint(abar, residual or {}, rows, wanted))
 
 
 def linearize(call: Call) -> Linearized:

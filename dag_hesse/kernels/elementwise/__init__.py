@@ -3,8 +3,11 @@
 from dag_hesse.kernels.dispatch import Implementation, Kernel
 from dag_hesse.kernels.elementwise import reference, torch, triton
 from dag_hesse.kernels.elementwise.coefficients import (
+    Adjoint,
     Coefficient,
+    Coefficients,
     Gate,
+    Seconds,
     add_times,
     plus_product,
     plus_times,
@@ -32,8 +35,11 @@ adjoints = Kernel(
 )
 
 __all__ = [
+    "Adjoint",
     "Coefficient",
+    "Coefficients",
     "Gate",
+    "Seconds",
     "add_times",
     "adjoints",
     "plus_product",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dag_hesse.kernels.elementwise import Coefficient, Gate, adjoints, tangent
+from dag_hesse.kernels.elementwise import Adjoint, Coefficient, Coefficients, Gate, adjoints, tangent
 
 _SHAPES: tuple[tuple[tuple[int, ...], ...], ...] = (  # of the output, then of the inputs
     ((5,), (5,)),
@@ -38,8 +38,8 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
             seconds = {pair: normal(*out) for pair in pairs}
             for count, rows in ((1, slice(None)), (4, slice(None)), (4, slice(2, None))):
                 near = {slot: normal(len(range(count)[rows]), *shape) for slot, shape in enumerate(inputs)}
-                yield tangent, (first, near, out)
-                shapes = dict(enumerate(inputs))
+                of, wanted = Coefficients(first, seconds, out), dict(enumerate(inputs))
+                yield tangent, (of, near)
                 for met in (near, {0: near[0]}, {}):
-                    yield adjoints, (first, seconds, normal(count, *out), met, rows, shapes, out)
-                yield adjoints, (first, seconds, None, near, slice(None), shapes, out)
+                    yield adjoints, (of, Adjoint(normal(count, *out), met, rows, wanted))
+                yield adjoints, (of, Adjoint(None, near, slice(None), wanted))

@@ -1,9 +1,10 @@
-"""Coefficients of elementwise nodes: tensors that broadcast to the node's shape, numbers, or gates."""
+"""What elementwise nodes are linearized into, and what goes back through them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,29 @@ class Gate:
         return (self.value > 0).to(self.value.dtype)
 
 
+# A tensor that broadcasts to the node's shape, a number, or a gate.
 Coefficient = Tensor | float | Gate
+Seconds = Mapping[tuple[int, int], Coefficient]
+
+
+class Coefficients(NamedTuple):
+    """Of a node of shape ``shape``: c_i by slot, None for inputs that it is not differentiated by, and h_ij by pair."""
+
+    first: Sequence[Coefficient | None]
+    seconds: Seconds
+    shape: Sequence[int]
+
+
+class Adjoint(NamedTuple):
+    """What goes back: ā, (rows, *shape), and in its ``rows`` second-order terms of ``tangents``, by slot.
+
+    Without ā, those terms alone. ``wanted``: shapes of the inputs, by slot, that a result is for.
+    """
+
+    abar: Tensor | None
+    tangents: Mapping[int, Tensor]
+    rows: slice
+    wanted: Mapping[int, Sequence[int]]
 
 
 def lift(x: Tensor, ndim: int) -> Tensor:
@@ -92,4 +115,17 @@ def add_times(arena: Arena, into: Tensor, c: Coefficient, x: Tensor) -> Tensor:
     return into.addcmul_(c, x) if isinstance(c, Tensor) else into.add_(x, alpha=c)
 
 
-__all__ = ["Coefficient", "Gate", "add_times", "lift", "plus_product", "plus_times", "product", "reduce_to", "times"]
+__all__ = [
+    "Adjoint",
+    "Coefficient",
+    "Coefficients",
+    "Gate",
+    "Seconds",
+    "add_times",
+    "lift",
+    "plus_product",
+    "plus_times",
+    "product",
+    "reduce_to",
+    "times",
+]

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena, is_dense
-from dag_hesse.kernels.elementwise.coefficients import Coefficient, Gate
+from dag_hesse.kernels.elementwise.coefficients import Adjoint, Coefficient, Coefficients, Gate
 from dag_hesse.kernels.generated import DTYPES, HEAD, available, computed, elsewhere, launch, load, number
 
-Seconds = Mapping[tuple[int, int], Coefficient]
 _DIVIDED = 31  # bits of what is divided by a multiplication
 _PLACE: dict[Any, str] = {"tensor": "at", "gate": "at", "spread": "channel"}
 
@@ -195,61 +194,39 @@ def _reason(given: Sequence[Tensor], coefficients: Sequence[Coefficient | None],
     return available()
 
 
-def refuse_tangent(
-    partials: Sequence[Coefficient | None], tangents: Mapping[int, Tensor], shape: Sequence[int]
-) -> str | None:
-    return _reason(list(tangents.values()), [partials[slot] for slot in tangents], shape)
+def refuse_tangent(of: Coefficients, tangents: Mapping[int, Tensor]) -> str | None:
+    return _reason(list(tangents.values()), [of.first[slot] for slot in tangents], of.shape)
 
 
-def tangent(
-    arena: Arena, partials: Sequence[Coefficient | None], tangents: Mapping[int, Tensor], shape: Sequence[int]
-) -> Tensor:
+def tangent(arena: Arena, of: Coefficients, tangents: Mapping[int, Tensor]) -> Tensor:
     lead = next(iter(tangents.values()))
     sums = Sums(lead[0])
-    sums.results.append(tuple(sums.term(c, x) for slot, x in tangents.items() if (c := partials[slot]) is not None))
+    sums.results.append(tuple(sums.term(c, x) for slot, x in tangents.items() if (c := of.first[slot]) is not None))
     return sums.run(len(lead), slice(None))[0]
 
 
-def refuse_adjoints(
-    first: Sequence[Coefficient | None],
-    seconds: Seconds,
-    abar: Tensor | None,
-    tangents: Mapping[int, Tensor],
-    rows: slice,
-    shapes: Mapping[int, Sequence[int]],
-    out_shape: Sequence[int],
-) -> str | None:
-    if any(torch.Size(shape) != torch.Size(out_shape) for shape in shapes.values()):
+def refuse_adjoints(of: Coefficients, a: Adjoint) -> str | None:
+    if any(torch.Size(shape) != torch.Size(of.shape) for shape in a.wanted.values()):
         return "inputs are broadcast"
-    if abar is not None and not tangents and all(isinstance(first[slot], float) for slot in shapes):
+    if a.abar is not None and not a.tangents and all(isinstance(of.first[slot], float) for slot in a.wanted):
         return "what is a multiple of the adjoint needs no kernel"
-    given = [*([] if abar is None else [abar]), *tangents.values()]
-    used = [first[slot] for slot in shapes] if abar is not None else []
-    return _reason(given, [*used, *(h for pair, h in seconds.items() if pair[1] in tangents)], out_shape)
+    given = [*([] if a.abar is None else [a.abar]), *a.tangents.values()]
+    used = [of.first[slot] for slot in a.wanted] if a.abar is not None else []
+    return _reason(given, [*used, *(h for pair, h in of.seconds.items() if pair[1] in a.tangents)], of.shape)
 
 
-def adjoints(
-    arena: Arena,
-    first: Sequence[Coefficient | None],
-    seconds: Seconds,
-    abar: Tensor | None,
-    tangents: Mapping[int, Tensor],
-    rows: slice,
-    shapes: Mapping[int, Sequence[int]],
-    out_shape: Sequence[int],
-) -> dict[int, Tensor]:
-    lead = abar if abar is not None else next(iter(tangents.values()))
+def adjoints(arena: Arena, of: Coefficients, a: Adjoint) -> dict[int, Tensor]:
+    lead = a.abar if a.abar is not None else next(iter(a.tangents.values()))
     sums, slots = Sums(lead[0]), list[int]()
-    for slot in shapes:
-        c = first[slot]
-        terms = [] if abar is None or c is None else [sums.term(c, abar)]
-        terms += [sums.term(seconds[slot, j], x, True) for j, x in tangents.items() if (slot, j) in seconds]
+    for slot in a.wanted:
+        c = of.first[slot]
+        terms = [] if a.abar is None or c is None else [sums.term(c, a.abar)]
+        terms += [sums.term(of.seconds[slot, j], x, True) for j, x in a.tangents.items() if (slot, j) in of.seconds]
         if terms:
             sums.results.append(tuple(terms))
             slots.append(slot)
-    return (
-        dict(zip(slots, sums.run(len(lead), rows if abar is not None else slice(None)), strict=True)) if slots else {}
-    )
+    rows = a.rows if a.abar is not None else slice(None)
+    return dict(zip(slots, sums.run(len(lead), rows), strict=True)) if slots else {}
 
 
 __all__ = [
