@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dag_hesse._capture.trail import name_of
 from dag_hesse._capture.views import Like
 from dag_hesse._capture.writes import functional
+from dag_hesse.errors import CaptureError
 from dag_hesse.rules import RULES, lowering
 
 
@@ -116,14 +118,14 @@ def recipe(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Recipe | Non
         key = (op, str(spec), tuple(_described(x) for x in leaves))
         if key in _RECIPES:
             return _RECIPES[key]
-    found = _noted(written, leaves, spec, tensors, keep_integers=concrete is not None)
+    found = _noted(op, written, leaves, spec, tensors, keep_integers=concrete is not None)
     if key is not None and len(_RECIPES) < _MOST:
         _RECIPES[key] = found
     return found
 
 
 def _noted(
-    written: Callable[..., Any], leaves: list[Any], spec: Any, tensors: list[Tensor], keep_integers: bool
+    op: Any, written: Callable[..., Any], leaves: list[Any], spec: Any, tensors: list[Tensor], keep_integers: bool
 ) -> Recipe | None:
     device = tensors[0].device if tensors else torch.device("cpu")
     empty = [_empty(x, keep_integers) for x in tensors]
@@ -131,7 +133,10 @@ def _noted(
     args, kwargs = pytree.tree_unflatten([next(given) if isinstance(x, Tensor) else x for x in leaves], spec)
     noting = _Noting(empty, device)
     with noting, torch.no_grad():
-        found = written(*args, **kwargs)
+        try:
+            found = written(*args, **kwargs)
+        except Exception as error:
+            raise CaptureError(f"the lowering of {name_of(op)} fails: {type(error).__name__}: {error}") from error
     if found is NotImplemented:
         return None
     results = (found,) if isinstance(found, Tensor) else tuple(found)

@@ -387,24 +387,30 @@ class Recorder(TorchDispatchMode):
     def function(
         self, target: Any, args: tuple[Any, ...], run: Callable[[], Any], kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """A function with a backward of its own: one node an output, opaque unless there is a rule of its name."""
-        tensors = [x for x in flat(args) if isinstance(x, Tensor)]
+        """A function with a backward of its own: one node an output, opaque without a rule or lowering of its name."""
+        kwargs = kwargs or {}
+        tensors = [x for x in flat((args, tuple(kwargs.values()))) if isinstance(x, Tensor)]
         nodes = {id(x): self.use(x) for x in tensors}
         with self.pause():
             result = run()
         outputs = [result] if isinstance(result, Tensor) else list(result)
+        active = any(isinstance(x, Tensor) and x.requires_grad for x in outputs)
+        written = recipe(target, args, kwargs) if active else None
+        made = [] if written is None else self._follow(written, args, kwargs, nodes, constant=False)
 
         def at(arg: Any) -> Any:
             if isinstance(arg, (list, tuple)):
                 return type(arg)(map(at, arg))
             return At(nodes[id(arg)]) if isinstance(arg, Tensor) else arg
 
-        where = tuple(map(at, args))
+        where, options = tuple(map(at, args)), {key: at(arg) for key, arg in kwargs.items()}
         for number, x in enumerate(outputs):
             if not isinstance(x, Tensor):
                 continue
             output = None if isinstance(result, Tensor) else number
-            node = self.trail.emit(target, where, x, kwargs=kwargs, output=output, constant=not x.requires_grad)
+            node = made[number] if made else None
+            if node is None:
+                node = self.trail.emit(target, where, x, kwargs=options, output=output, constant=not x.requires_grad)
             if any(x is t for t in tensors):
                 self.aliases.write(x, node, seen_by_autograd=True)
             else:

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import dag_hesse as dh
+from dag_hesse._capture import lower
+from dag_hesse.errors import CaptureError
 from dag_hesse.ir import Kind
-from dag_hesse.rules import RULES
+from dag_hesse.rules import RULES, lowering
 from dag_hesse.rules.elementwise import smooth
 from tests import device
 from tests.oracle import error
@@ -52,3 +54,22 @@ def test_a_custom_op_is_a_node_that_may_have_a_row(kind: Kind, monkeypatch: pyte
     flat = torch.cat([g.flatten() for g in slope])
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(flat @ v, own)])
     assert error(H @ v, expected) < 1e-10
+
+
+def test_a_custom_op_may_have_a_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = torch.ops.dag_hesse_tests.cube.default
+    theirs = lowering.decompositions()
+    monkeypatch.setattr(lowering, "decompositions", lambda: {**theirs, op: lambda x: x * x * x})
+    monkeypatch.setattr(lower, "_RECIPES", {})
+    model = Cubes().double().to(device.NAME)
+    batch = torch.randn(5, 3).double().to(device.NAME), torch.tensor([0, 1, 1, 0, 1], device=device.NAME)
+    graph = dh.capture(model, batch)
+    assert not graph.opaque and NAME not in {node.op for node in graph.nodes}
+    lowered = dh.HessianOperator(model, batch)
+    v = torch.randn(lowered.shape[0]).double().to(device.NAME)
+    monkeypatch.undo()
+    assert error(lowered @ v, dh.HessianOperator(model, batch) @ v) < 1e-14
+    monkeypatch.setattr(lowering, "decompositions", lambda: {**theirs, op: lambda x: x.item()})
+    monkeypatch.setattr(lower, "_RECIPES", {})
+    with pytest.raises(CaptureError, match=f"the lowering of {NAME} fails: "):
+        dh.capture(model, batch)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from dag_hesse import native
 from dag_hesse.kernels import contraction, generated, machine
 from dag_hesse.kernels.arena import Arena
-from dag_hesse.kernels.dispatch import Implementation, Kernel
+from dag_hesse.kernels.dispatch import KERNELS, Implementation, Kernel
 from dag_hesse.kernels.elementwise import Gate
 from tests import device
 from tests.oracle import error
@@ -114,15 +115,17 @@ def test_implementations_agree_with_their_reference(
             assert found.keys() == expected.keys(), name
         for x, y in zip(tree_leaves(found), tree_leaves(expected), strict=True):
             assert (x.shape, x.dtype) == (y.shape, y.dtype), name
-            assert error(x, y.double(), 1e-3) < TOLERANCE[dtype], name
+            off = error(x, y.double(), 1e-3)
+            assert off < TOLERANCE[dtype], f"{name}: off by {off:.2g}"
     print(*sorted(reasons), sep="\n")
-    here = {f"{k.name}, {one.name}" for k, one, _ in cases(dtype)} - {text.partition(": ")[0] for text in reasons}
     others = () if generated.interpreted() else ("attention",)  # they are for float16 and bfloat16
     others += ("contraction",) if dtype is torch.float64 else ()  # they are for float32
     generated_ones = {f"{k.name}, {one.name}" for k, one, _ in cases(dtype) if one.compiled}
     generated_ones = {name for name in generated_ones if not name.startswith(others)}
     assert generated_ones <= ran or generated.home() != device.NAME or least != "always"
-    assert here <= ran or least != "always", f"{here - ran} refuse nothing and did not run"
+    if least == "always" and dtype is torch.float32 and native.core is not None:
+        always = {f"{k.name}, {one.name}" for k, one, _ in cases(dtype) if not one.compiled}
+        assert always <= ran, f"{always - ran} refuse every case, so nothing is known of them"
 
 
 @pytest.mark.skipif(
@@ -164,9 +167,14 @@ def test_implementations_run_on_shapes_or_refuse(dtype: torch.dtype) -> None:
             assert all(x.is_meta for x in tensors(run(Arena(), *shapes))), f"{kernel.name}, {one.name}"
 
 
-def test_every_folder_of_kernels_has_cases() -> None:
+def test_every_kernel_has_cases() -> None:
     import pkgutil
 
     import dag_hesse.kernels
 
-    assert {f.name for f in pkgutil.iter_modules(dag_hesse.kernels.__path__) if f.ispkg} == set(FOLDERS)
+    folders = {f.name for f in pkgutil.iter_modules(dag_hesse.kernels.__path__) if f.ispkg}
+    assert folders == set(FOLDERS), "FOLDERS in this file and the folders of kernels differ"
+    assert folders <= set(dag_hesse.kernels.__all__), "a folder has no line in kernels/__init__.py"
+    kernels = {name for name in KERNELS if name.split(".")[0] in FOLDERS}
+    missing = kernels - {kernel.name for kernel, *_ in cases(torch.float32)}
+    assert not missing, f"cases.py has none of {missing}"

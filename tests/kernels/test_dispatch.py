@@ -21,7 +21,7 @@ torch.manual_seed(0)
 net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
 H = dh.HessianOperator(net, (torch.randn(5, 3).double(), torch.tensor([0, 1, 1, 0, 1])))
 print(*(H @ torch.ones(26).double()).tolist(), sep=",")
-print(len(contraction.product._chosen), len(contraction.outer._chosen))
+print(*(one._chosen == one.implementations for one in (contraction.product, contraction.outer)))
 """
 
 
@@ -34,7 +34,7 @@ def test_the_environment_forces_an_implementation() -> None:
     (free, chosen), (forced, bare) = (
         run(text).stdout.split("\n")[:2] for text in ("", "contraction.product=reference")
     )
-    assert (chosen, bare) == ("2 2", "0 2")
+    assert (chosen, bare) == ("True True", "False True")
     a, b = (torch.tensor([float(x) for x in text.split(",")]) for text in (free, forced))
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
@@ -42,7 +42,7 @@ def test_the_environment_forces_an_implementation() -> None:
 @pytest.mark.parametrize(
     "forced, message",
     [
-        ("contraction.product=fast", "no implementation 'fast'; it has reference, triton, torch"),
+        ("contraction.product=fast", "no implementation 'fast'; it has reference, "),
         ("contractions=torch", "no kernel 'contractions'"),
         ("contraction.product", "expected kernel=implementation"),
     ],

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dag_hesse.rules import RULES
+
 
 def normal(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
@@ -398,3 +400,6 @@ SAMPLES: dict[str, list[Sample]] = {
         s(lambda: (normal(3, 5), [-1], 1e-6, False)),
     ],
 }
+
+if unknown := SAMPLES.keys() - RULES.keys():
+    raise KeyError(f"SAMPLES has {sorted(unknown)}, which are no rows of RULES: how is the op spelt there?")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse._capture.batch_axis import FREE
-from dag_hesse._capture.dependence import NONE, separate
+from dag_hesse._capture.dependence import NONE, State, separate
 from dag_hesse._capture.families import FOLLOW
 from dag_hesse.ir import BatchAxis, Interaction, Kind, Node
 from dag_hesse.ir.node import execute
@@ -87,32 +87,59 @@ def leaf(x: Tensor) -> Node:
 
 
 @pytest.mark.parametrize("name, sample", [row for row in ROWS if RULES[row.values[0]].samples is not Samples.UNKNOWN])
-def test_slices_that_are_said_to_depend_on_a_sample_depend_on_no_other(name: str, sample: Sample) -> None:
+def test_a_result_depends_on_samples_as_is_said(name: str, sample: Sample) -> None:
     torch.manual_seed(3)
     call = make_call(name, sample)
     for axis in [k for k, n in enumerate(call.shape()) if n > 1 and call.values[0].is_floating_point()]:
         node = replace(call.node, inputs=tuple(range(len(call.values))))
         state = FOLLOW[RULES[name].samples](Alone(call, axis), node)  # type: ignore[arg-type]
-        if state.interaction is not Interaction.SEPARATE:
-            continue  # samples count as interacting: always safe
-        for b in range(call.shape()[axis]):
-            x = call.values[0].clone()
-            x.select(axis, b).mul_(0.97).add_(0.003)
-            moved = (execute(call.node, [x, *call.values[1:]]) != call.value).nonzero()
-            if state.batch_axis is None:
-                assert b == state.one or not len(moved), f"{name}, axis {axis}: all is said to be of sample {state.one}"
-                continue
-            owners = state.batch_axis.line()[moved[:, state.batch_axis.axis]] if len(moved) else torch.tensor([b])
-            assert bool((owners == b).all()), f"{name}: along axis {axis}, sample {b} moves slices of others"
+        what, count = f"{name}, axis {axis}", call.shape()[axis]
+        if state.interaction is Interaction.SEPARATE:
+            for b in range(count):
+                check_owners(state, b, _moved(call, axis, [b]) != call.value, what)
+        elif state.interaction is Interaction.SUMMED and call.value.is_floating_point():
+            alone = sum(_moved(call, axis, [b]) - call.value for b in range(count))
+            together = _moved(call, axis, list(range(count))) - call.value
+            assert error(together, alone, 1e-6) < 1e-9, f"{what}: the result is no sum over samples"
+        elif state.interaction is Interaction.NONE:
+            every = list(range(count))
+            assert torch.equal(_moved(call, axis, every), call.value), f"{what}: the result depends on samples"
+        # else they are taken to interact, which is always safe
 
 
-def test_a_wrong_way_of_the_batch_axis_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "aten.roll.default"
-    monkeypatch.setitem(RULES, name, replace(RULES[name], samples=Samples.ELEMENTWISE))
-    with pytest.raises(AssertionError, match="moves slices of others"):
+def _moved(call: Call, axis: int, samples: list[int]) -> Tensor:
+    """The result where some samples have other values."""
+    x = call.values[0].clone()
+    for b in samples:
+        x.select(axis, b).mul_(0.97).add_(0.003)
+    return execute(call.node, [x, *call.values[1:]])
+
+
+def check_owners(state: State, b: int, changed: Tensor, what: str) -> None:
+    moved = changed.nonzero()
+    if state.batch_axis is None:
+        assert b == state.one or not len(moved), f"{what}: all is said to be of sample {state.one}"
+        return
+    owners = state.batch_axis.line()[moved[:, state.batch_axis.axis]] if len(moved) else torch.tensor([b])
+    assert bool((owners == b).all()), f"{what}: sample {b} moves slices of others"
+
+
+@pytest.mark.parametrize(
+    "name, wrong, said",
+    [
+        ("aten.roll.default", Samples.ELEMENTWISE, "moves slices of others"),
+        ("aten.logsumexp.default", Samples.SUM, "no sum over samples"),
+        ("aten.exp.default", Samples.CREATED, "depends on samples"),
+    ],
+)
+def test_a_wrong_way_of_the_samples_is_found(
+    name: str, wrong: Samples, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RULES, name, replace(RULES[name], samples=wrong))
+    with pytest.raises(AssertionError, match=said):
         for row in ROWS:
             if row.values[0] == name:
-                test_slices_that_are_said_to_depend_on_a_sample_depend_on_no_other(*row.values)
+                test_a_result_depends_on_samples_as_is_said(*row.values)
 
 
 def _shifted(call: Call, position: int) -> Tensor:
