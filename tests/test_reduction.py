@@ -238,15 +238,47 @@ def _hessian_of(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
     return _second(model(ids, labels)["loss"], list(model.parameters()))
 
 
-def test_lengths_that_differ() -> None:
-    """Outputs cannot be put together: what each batch's loss divides by is read off its graph."""
+def _by_sum(o: Tensor, t: Tensor) -> Tensor:
+    w = (t > 0).double() + 0.5
+    return (w * (o - t) ** 2 / w.sum()).sum()
+
+
+def _kept(o: Tensor, t: Tensor) -> Tensor:
+    return ((o[t > 0] - t[t > 0]) ** 2).mean()
+
+
+# name: (loss, what a batch counts; None: that cannot be read)
+OF_LENGTHS: dict[str, tuple[Loss, Callable[[Tensor], float] | None]] = {
+    "mean": (F.mse_loss, lambda t: t.numel()),
+    "half": (lambda o, t: F.mse_loss(o, t) / 2, lambda t: t.numel()),
+    "times": (lambda o, t: 0.3 * F.mse_loss(o, t, reduction="sum") * (1 / t.numel()), lambda t: t.numel()),
+    "of means": (lambda o, t: ((o - t) ** 2).mean(1).mean(0).mean(), lambda t: len(t)),
+    "of two": (lambda o, t: torch.stack([F.mse_loss(o, t), F.huber_loss(o, t)]).mean(), lambda t: t.numel()),
+    "added": (lambda o, t: (F.mse_loss(o, t) - 2 * F.huber_loss(o, t)) / 2, lambda t: t.numel()),
+    "kept by index": (_kept, lambda t: float((t > 0).sum())),
+    "of samples": (lambda o, t: ((o - t) ** 2).mean((1, 2)).mean(), lambda t: len(t)),
+    "sum of two means": (lambda o, t: F.mse_loss(o, t) + ((o - t) ** 4).mean((1, 2)).mean(), None),
+    "weights inside": (_by_sum, None),
+    "half, weights inside": (lambda o, t: _by_sum(o, t) / 2, None),
+}
+
+
+@pytest.mark.parametrize("name", OF_LENGTHS)
+def test_lengths_that_differ(name: str) -> None:
+    """Outputs cannot be put together: what each batch's loss divides by is read off its graph, and tried on parts."""
     torch.manual_seed(0)
+    loss, counted = OF_LENGTHS[name]
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-    long, short = torch.randn(2, 5, 3).double(), torch.randn(3, 2, 3).double()
-    batches = [(long, torch.randn(2, 5, 2).double()), (short, torch.randn(3, 2, 2).double())]
-    parts = [_hessian(model, *b, F.mse_loss) * b[1].numel() for b in batches]
-    expected = (parts[0] + parts[1]) / sum(b[1].numel() for b in batches)
-    assert error(dh.HessianOperator(model, batches).dense(), expected) < 1e-10
+    shapes = ((2, 5), (3, 2), (4, 5))
+    batches = [(torch.randn(*shape, 3).double(), torch.randn(*shape, 2).double()) for shape in shapes]
+    if counted is None:
+        with pytest.raises(errors.ReductionError, match="reduction='mean'"):
+            dh.HessianOperator(model, batches, loss=loss)
+        return
+    counts = [counted(y) for _, y in batches]
+    parts = [_hessian(model, *b, loss) * n for b, n in zip(batches, counts, strict=True)]
+    expected = torch.stack(parts).sum(0) / sum(counts)
+    assert error(dh.HessianOperator(model, batches, loss=loss).dense(), expected) < 1e-10
 
 
 def test_what_vanishes_in_the_parts_that_are_tried_is_seen_in_all_of_them() -> None:

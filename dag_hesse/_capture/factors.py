@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import prod
 
 import torch
 from torch import Tensor
 
-from dag_hesse._capture.batch import Batch
-from dag_hesse._capture.labels import Constants
 from dag_hesse._capture.reduction import ADVICE, Reduction
 from dag_hesse._capture.sub_batches import OnOutputs, Piece
 from dag_hesse.errors import ReductionError
-from dag_hesse.ir import CurvatureGraph, Kind
+from dag_hesse.ir import CurvatureGraph
 
 
 def tolerance_of(graph: CurvatureGraph) -> float:
@@ -102,34 +99,8 @@ def check_same(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: f
             raise ReductionError(f"the loss of all batches has another {what} than theirs added up, so {ADVICE}")
 
 
-def denominator(graph: CurvatureGraph, batch: Batch) -> float:
-    """What the loss divides its sum by, read off the graph and evaluated on the batch.
-
-    Raises:
-        ReductionError: it cannot be read.
-    """
-    constants, found = Constants(graph, batch.tensors), 1.0
-    node = graph.nodes[graph.loss]
-    while True:
-        first = graph.nodes[node.inputs[0]] if node.inputs else node
-        if node.op in ("aten.div.Tensor", "aten.div.Scalar") and first.kind is not Kind.CONST:
-            divisor = node.args[1]
-            value = constants.value(node.inputs[1]) if len(node.inputs) > 1 else torch.as_tensor(divisor)
-            if value is None or value.numel() != 1:
-                break
-            return found * float(value)
-        if node.op.startswith("aten.mean."):
-            return found * prod(first.shape) / max(prod(node.shape), 1)
-        passed = node.kind is Kind.STRUCTURAL or node.op in ("aten.neg.default", "aten.mul.Scalar")
-        if not passed or len(node.inputs) != 1:
-            break
-        node = first
-    raise ReductionError(f"the weights of the batches cannot be read off a loss that ends in {node.where}: {ADVICE}")
-
-
 __all__ = [
     "check_same",
-    "denominator",
     "factors_of",
     "halves",
     "multiple",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import multiprocessing
+from torch import multiprocessing, nn
 
 import dag_hesse as dh
 from dag_hesse.cli import main
@@ -52,6 +52,8 @@ def test_shards_make_the_operator_of_all_samples(ranks: int, tmp_path: Path) -> 
         same(found["activations"], {"many": A @ work.vectors(A)})
         G = dh.GGNOperator(work.model(), work.samples(), loss=F.cross_entropy)
         same(found["wrapped"], {"one": G @ work.vectors(G)[:, 0]})
+        fisher = dh.FisherOperator(work.model(), work.samples(), loss=nn.CrossEntropyLoss(ignore_index=1))
+        same(found["fisher"], {"one": fisher @ work.vectors(fisher)[:, 0]})
         for name in work.LOSSES:
             for key, x in found[name].items():
                 assert torch.equal(x, every[0][name][key])
@@ -66,6 +68,14 @@ def test_shards_make_the_operator_of_all_samples(ranks: int, tmp_path: Path) -> 
         for what, name in (("model", "2.bias"), ("map", "2.bias"), ("refreshed", "0.weight")):
             assert texts[what].startswith(f"RankError: '{name}' has other values on another rank"), texts[what]
         assert texts["stale"].startswith("StaleError" if rank else "RankError: a product failed on rank 1: StaleError")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_batches_of_several_ranks_count_as_in_one(ranks: int, tmp_path: Path) -> None:
+    for found in run("added_up", ranks, tmp_path):
+        for name in work.ADDED:
+            same(found[name], work.added(name))
+        assert "none of this rank's batches counts" in found["nothing"]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -44,8 +44,13 @@ def summing(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output, target, reduction="sum")
 
 
+def halved(output: Tensor, target: Tensor) -> Tensor:
+    return torch.stack([F.cross_entropy(output, target)]).mean() / 2
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": F.cross_entropy,
+    "halved": halved,
     "ignoring": ignoring,
     "weighing": weighing,
     "summing": summing,
@@ -106,7 +111,67 @@ def by_data(rank: int, ranks: int) -> dict[str, Any]:
     wrapped = nn.parallel.DistributedDataParallel(model())
     W = dh.GGNOperator(wrapped, shard(rank, ranks), loss=F.cross_entropy, mesh=mesh)
     found["wrapped"] = {"one": W @ vectors(W)[:, 0]}
+    fisher = dh.FisherOperator(model(), shard(rank, ranks), loss=nn.CrossEntropyLoss(ignore_index=1), mesh=mesh)
+    found["fisher"] = {"one": fisher @ vectors(fisher)[:, 0]}
     found["errors"] = errors(H, mesh, rank)
+    return found
+
+
+def kept(output: Tensor, target: Tensor) -> Tensor:
+    """Over what is above zero: how much there is depends on values."""
+    return ((output - target)[target > 0] ** 2).mean() / 2
+
+
+class OwnLoss(nn.Module):
+    """Makes a loss over the tokens that count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(5, 3), nn.Linear(3, 5)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(torch.tanh(self.table(ids)))
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()) / 2, "logits": logits}
+
+
+def numbers(lengths: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    """A batch a length: (samples, length, features)."""
+    made = torch.Generator().manual_seed(3)
+    shapes = [(3 + k % 2, n) for k, n in enumerate(lengths)]
+    return [(torch.randn(*s, 4, generator=made).double(), torch.randn(*s, 3, generator=made).double()) for s in shapes]
+
+
+def tokens() -> list[dict[str, Tensor]]:
+    ids = torch.randint(0, 5, (6, 4), generator=torch.Generator().manual_seed(4))
+    labels = ids.clone()
+    labels[0, 1:], labels[3] = -100, -100  # the third batch counts nothing
+    return [{"ids": ids[a:b], "labels": labels[a:b]} for a, b in ((0, 1), (1, 3), (3, 4), (4, 6))]
+
+
+ADDED: dict[str, tuple[Callable[[], nn.Module], list[Any], Any]] = {  # model, batches of all ranks, loss
+    "lengths": (model, numbers((2, 5, 2, 3)), lambda o, t: F.mse_loss(o, t) / 2),
+    "rows by index": (model, numbers((3, 3, 3, 3, 3)), kept),
+    "own loss": (lambda: OwnLoss().double(), tokens(), None),
+}
+
+
+def added(name: str, batches: list[Any] | None = None, mesh: DeviceMesh | None = None) -> dict[str, Tensor]:
+    make, every, loss = ADDED[name]
+    H = dh.HessianOperator(make(), every if batches is None else batches, loss=loss, mesh=mesh)
+    return {"one": H @ vectors(H)[:, 0], "loss": torch.tensor(H.loss), "gradient": H.gradient}
+
+
+def added_up(rank: int, ranks: int) -> dict[str, Any]:
+    """The last rank has the last batch, the others the rest by turns."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))
+    found: dict[str, Any] = {}
+    for name, (_, every, _) in ADDED.items():
+        mine = every[-1:] if rank == ranks - 1 else every[rank : -1 : ranks - 1]
+        found[name] = added(name, mine, mesh)
+    x, y = shard(rank, ranks)[0]
+    nothing = (x, y if rank else torch.ones_like(y))
+    found["nothing"] = said(lambda: dh.HessianOperator(model(), nothing, loss=ignoring, mesh=mesh))
     return found
 
 
