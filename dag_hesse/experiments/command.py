@@ -41,7 +41,8 @@ def add(command: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("experiments-report"), metavar="DIR", help="(default: %(default)s)"
     )
     command.add_argument("--resume", action="store_true", help="go on with what is in --out")
-    command.set_defaults(run=run, interrupted="what was measured is kept: go on with --resume")
+    told = "what was measured is kept: go on with --resume"
+    command.set_defaults(run=run, interrupted=told, files=[])  # check_place looks at its folders
 
 
 def main(arguments: Sequence[str]) -> None:
