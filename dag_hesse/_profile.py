@@ -19,7 +19,7 @@ from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option
 from dag_hesse._structure import analyze_structure
 from dag_hesse.errors import choose, flag
-from dag_hesse.files import check_path, write_whole
+from dag_hesse.files import check_output, write_whole
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.dispatch import refusals
 from dag_hesse.kernels.generated import ELSEWHERE
@@ -195,7 +195,7 @@ def profile(
     one, model = first_batch(batch), unwrapped(model)
     flag("whole", whole)
     if trace is not None:
-        check_path(trace)
+        check_output(trace)
     batches = Batches(one, memory, model, loss)
     batches.check_batch_mode(batch_mode)
     phases: dict[str, Phase] = {}

@@ -13,16 +13,18 @@ from typing import Any
 from dag_hesse import __version__
 from dag_hesse._analyze import analyze
 from dag_hesse._cli import compare, completion, products
-from dag_hesse._cli.output import add_json, give
+from dag_hesse._cli.output import add_json, check, give
 from dag_hesse._cli.ranks import add_ranks, working
 from dag_hesse._cli.spec import BUILT_IN, add_model, built, positive
 from dag_hesse._profile import profile
 from dag_hesse.budget import bytes_of
 from dag_hesse.errors import DagHesseError, OptionError
 from dag_hesse.experiments import command
+from dag_hesse.files import show
 from dag_hesse.monitor import demo
 from dag_hesse.plan import render_edges
 from dag_hesse.plan.planner import BATCH_MODES, MODES
+from dag_hesse.progress import watched
 from dag_hesse.storage import BlockMatrix
 from dag_hesse.storage.options import PARTS
 
@@ -72,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument("--html", type=Path, metavar="FILE", help="write the report as one page that needs no network")
     a.add_argument("--out", type=Path, metavar="DIR", help="write report.json, .safetensors, .html and .png there")
     a.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    a.set_defaults(run=_analyze)
+    a.set_defaults(run=_analyze, files=[f"report.{kind}" for kind in ("json", "safetensors", "html", "png")])
     p = commands.add_parser(
         "profile",
         help="say where time and memory go, node by node",
@@ -164,7 +166,7 @@ def _analyze(options: argparse.Namespace) -> None:
             pairs=options.pairs,
             rtol=options.rtol,
             seed=options.seed,
-            progress=sys.stderr.isatty() and group.writes,
+            progress=watched() and group.writes,
             mesh=group.mesh,
             **_common(options),
         )
@@ -189,7 +191,7 @@ def _blocks(options: argparse.Namespace) -> None:
             group.shard(batch),
             loss=loss,
             memory=options.size,
-            progress=sys.stderr.isatty() and group.writes,
+            progress=watched() and group.writes,
             mesh=group.mesh,
             **{name: getattr(options, name) for name in ("output", "points", "space", "part", "error", "rank", "seed")},
             **{name: getattr(options, name) for name in ("band", "eps")},
@@ -198,9 +200,7 @@ def _blocks(options: argparse.Namespace) -> None:
             return
     if options.out:
         matrix.save(options.out)
-    print(matrix)
-    if options.out:
-        print(f"\nwritten to {options.out.resolve()}")
+    show(f"{matrix}\n\nwritten to {options.out.resolve()}" if options.out else str(matrix))
 
 
 def _monitor_demo(options: argparse.Namespace) -> None:
@@ -213,15 +213,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no ‖ shows something else there
     try:
+        check(options)
         options.run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            show("", end="")  # what a SPEC has printed may still wait
     except DagHesseError as error:
-        print(f"dag-hesse: {type(error).__name__}: {error}", file=sys.stderr)
+        _tell(f"{type(error).__name__}: {error}")
         return FAILED
     except BrokenPipeError:  # the reader has seen enough; files are written before anything is printed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except KeyboardInterrupt:
-        told = getattr(options, "interrupted", "nothing was written")
-        print(f"dag-hesse: interrupted; {told}", file=sys.stderr)
+        _tell(f"interrupted; {getattr(options, 'interrupted', 'nothing was written')}")
         return INTERRUPTED
+    finally:
+        _let_go()
     return OK
+
+
+def _tell(message: str) -> None:
+    if sys.stderr is not None:  # print() takes None for standard output
+        print(f"dag-hesse: {message}", file=sys.stderr)
+
+
+def _let_go() -> None:
+    """What standard output does not take is dropped: Python would try again at its end, and fail with a traceback."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

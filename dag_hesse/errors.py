@@ -44,7 +44,7 @@ class ReductionError(BatchError):
 
 
 class NonFiniteError(DagHesseError, ValueError):
-    """A parameter, a buffer or the batch holds NaN or infinity."""
+    """A parameter, a buffer, the batch or the right-hand side of ``solve()`` holds NaN or infinity."""
 
 
 class PointError(DagHesseError, ValueError):

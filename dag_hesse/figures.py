@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dag_hesse.errors import DependencyError, OptionError
-from dag_hesse.files import check_path, write_whole
+from dag_hesse.files import check_output, write_whole
 
 
 def new_figure(layout: Any = "constrained", **options: Any) -> Any:
@@ -24,7 +24,7 @@ def new_figure(layout: Any = "constrained", **options: Any) -> Any:
 
 def check_figure(path: str | Path) -> None:
     """Raise :class:`OptionError` where no figure can be saved under such a name."""
-    check_path(path)
+    check_output(path)
     known, ending = new_figure().canvas.get_supported_filetypes(), Path(path).suffix[1:].lower()
     if ending not in known:
         raise OptionError(f"'{path}' ends in '.{ending}'; expected one of {', '.join(f'.{name}' for name in known)}.")

@@ -37,7 +37,7 @@ def shown(progress: Report | bool | None, unit: str = "sweeps") -> Iterator[Repo
         OptionError: it is none of these.
     """
     check_progress(progress)
-    if progress is False or (progress is None and not sys.stderr.isatty()):
+    if progress is False or (progress is None and not watched()):
         yield None
     elif progress is None:
         with ExitStack() as stack:
@@ -47,6 +47,11 @@ def shown(progress: Report | bool | None, unit: str = "sweeps") -> Iterator[Repo
             yield update
     else:
         yield progress  # type: ignore[misc]
+
+
+def watched() -> bool:
+    """Whether standard error is a terminal; it is None where it was closed (``2>&-``)."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 @contextmanager
@@ -96,6 +101,6 @@ class _Lines:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         step = _STEPS * done // max(total, 1)
-        if self.said.get(stage) != step:
+        if self.said.get(stage) != step and sys.stderr is not None:
             self.said[stage] = step
             print(f"dag-hesse: {stage} {done}/{total} {self.unit}", file=sys.stderr)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_array
+from scipy.sparse.linalg import aslinearoperator
 from torch import Tensor, nn
 
 import dag_hesse as dh
@@ -317,6 +321,80 @@ def test_solve() -> None:
         G.solve(b, preconditioner=torch.ones(3))
     with pytest.raises(errors.VectorError):
         G.solve(torch.ones(3).double())
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ([float("nan")], "1 NaN"),
+        ([float("inf"), float("-inf")], "2 infinite"),
+        ([float("nan"), float("inf")], "1 NaN and 1"),
+    ],
+)
+def test_a_right_hand_side_that_is_not_finite(value: list[float], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    G = dh.GGNOperator(_net(), _batch())
+    B = dh.BlockMatrix.from_model(_net(), _batch(), space="parameter", points=NAMES, part="gn", error=0)
+    monkeypatch.setattr("dag_hesse.operators.solve.by_krylov", pytest.fail)  # no work is begun
+    monkeypatch.setattr("dag_hesse.storage.solve._factors", pytest.fail)
+    for A in (G, 2 * G, B):
+        n = A.shape[0]
+        b = torch.ones(n, 2).double()
+        b[: len(value), 1] = torch.tensor(value)
+        forms = {2 * n: (b, b.numpy()), n: (b[:, 1], A.by_name(b[:, 1].clone()) if A is G else b[:, 1])}
+        for count, given in forms.items():
+            for form in given:
+                with pytest.raises(errors.NonFiniteError, match=f"b holds {told}.* of {count} numbers"):
+                    A.solve(form, damping=0.1)
+    assert (G @ b[:, 1]).isnan().any() or "NaN" not in told  # products pass it on
+
+
+def _at_second(first: Callable[[Tensor], Any], then: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """The one when it is called first, then the other."""
+    steps = iter([first])
+    return lambda v: next(steps, then)(v)
+
+
+@pytest.mark.parametrize("method", ["minres", "cg"])
+def test_preconditioners_that_are_none(method: str) -> None:
+    G = dh.GGNOperator(_net(), _batch())
+    n = G.shape[0]
+    b, eye = torch.randn(n).double(), torch.eye(n).double()
+    cases: list[tuple[Any, str]] = [
+        (nn.Linear, "is the class Linear; expected"),
+        (3, "is a int; expected"),
+        (1j * torch.ones(n), "complex64; expected real numbers"),
+        (nan := torch.full((n,), float("nan")), "gives NaN or infinity"),
+        (torch.diag(nan), "gives NaN or infinity"),
+        (lambda v: v / 0, "gives NaN or infinity"),
+        (_at_second(lambda v: v, lambda v: v * nan), "gives NaN or infinity"),
+        (torch.zeros(n), "gives zero for a vector x, so it is not positive definite"),
+        (0 * G, "gives zero"),
+        (_at_second(lambda v: v, torch.zeros_like), "gives zero"),
+        (-eye, "not positive definite"),
+        (-eye.numpy(), "not positive definite"),
+        (aslinearoperator(-eye.numpy()), "not positive definite"),
+        (_at_second(lambda v: v, lambda v: -v), "not positive definite"),
+        (lambda v: None, "gives a NoneType for a vector; expected a tensor of"),
+        (lambda v: v[:3], r"gives a Tensor \(3,\) of float64 for a vector"),
+        (lambda v: v * 1j, r"complex128 for a vector; expected .* real"),
+    ]
+    for preconditioner, told in cases:
+        with pytest.raises(errors.OptionError, match=f"^preconditioner .*{told}"):
+            G.solve(b, damping=0.1, method=method, preconditioner=preconditioner)
+
+
+@pytest.mark.parametrize("method", ["minres", "cg"])
+def test_forms_of_a_preconditioner(method: str) -> None:
+    G = dh.GGNOperator(_net(), _batch())
+    n = G.shape[0]
+    b, inverse = torch.randn(n).double(), torch.linalg.inv(G.dense() + 0.1 * torch.eye(G.shape[0]).double())
+    exact, layer = inverse @ b, nn.Linear(n, n, bias=False).double()
+    layer.weight.data.copy_(inverse)
+    array = inverse.numpy()
+    forms = (inverse, array, aslinearoperator(array), csr_array(array), lambda v: array @ v.numpy(), layer)
+    for form in (*forms, lambda v: (inverse @ v)[:, None]):
+        found = G.solve(1e-200 * b, damping=0.1, method=method, preconditioner=form)  # whose squares are no numbers
+        assert found.iterations <= 6 and error(1e200 * found.x, exact) < 1e-6
 
 
 def test_a_stored_matrix_goes_into_expressions() -> None:

@@ -249,6 +249,118 @@ def test_memory_has_a_unit(capsys: pytest.CaptureFixture[str]) -> None:
         assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that fail the test where they begin to work."""
+
+    def begun(*_: object) -> None:
+        pytest.fail("the work has begun")
+
+    for place in ("dag_hesse.cli.built", "dag_hesse._cli.products.built", "dag_hesse.monitor.demo.digits"):
+        monkeypatch.setattr(place, begun)
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("analyze mlp", "--json"),
+        ("analyze mlp", "--html"),
+        ("profile mlp", "--json"),
+        ("profile mlp", "--trace"),
+        ("hvp mlp", "--out"),
+        ("blocks mlp", "--out"),
+        ("spectrum mlp", "--json"),
+        ("monitor-demo", "--out"),
+    ],
+)
+def test_what_cannot_be_written_is_found_before_the_work(
+    command: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for place, kind in ((tmp_path / "folder.png", "OptionError"), (tmp_path / "file" / "a.png", "WriteError")):
+        assert main([*command.split(), option, str(place)]) == 1
+        out, err = capsys.readouterr()
+        assert (out, err[: err.index(str(place))].split()[:2]) == ("", ["dag-hesse:", f"{kind}:"])
+
+
+@pytest.mark.usefixtures("idle")
+def test_a_folder_of_results_is_looked_at_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "results" / "report.html").mkdir(parents=True)
+    for place, wrong in (("file", "file/report.json"), ("results", "results/report.html")):
+        assert main(["analyze", "mlp", "--out", str(tmp_path / place)]) == 1
+        assert str(tmp_path / wrong) in capsys.readouterr().err
+
+
+def test_json_goes_through_a_pipe_that_the_shell_has_opened(tmp_path: Path) -> None:
+    done = run("analyze", *SMALL, "--quiet", "--json", f">(cat > {tmp_path}/a.json; echo done >&2)", tail="| cat")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "done\n")
+    assert len(json.loads((tmp_path / "a.json").read_text())["points"]) == 3
+
+
+def test_standard_output_by_its_name_is_not_begun_anew(tmp_path: Path) -> None:
+    done = run("analyze", *SMALL, "--json", "/dev/stdout", tail=f"> {tmp_path}/all")
+    assert (done.returncode, done.stderr) == (0, "")
+    data, _, text = (tmp_path / "all").read_text(encoding="utf-8").partition("\n}\n")
+    assert len(json.loads(data + "}")["points"]) == 3 and text.startswith("Sequential: 3 activation points")
+
+
+@pytest.mark.parametrize(
+    ("tail", "told", "kept"),
+    [
+        (">&-", "standard output is closed", False),
+        ("1< {folder}/file", "standard output cannot be written: Bad file descriptor", True),  # open for reading alone
+    ],
+)
+@pytest.mark.parametrize("command", [("hvp", *SMALL), ("blocks", *SMALL)])
+def test_a_standard_output_that_takes_nothing(
+    command: tuple[str, ...], tail: str, told: str, kept: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    done = run(*command, "--out", str(tmp_path / "made"), tail=tail.format(folder=tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"dag-hesse: WriteError: {told}") and len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "made").exists() == kept  # files are written before anything is printed
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_command_that_is_quiet_needs_no_streams(closed: str, tmp_path: Path) -> None:
+    done = run("analyze", *SMALL, "--quiet", "--json", str(tmp_path / "a.json"), tail=closed)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert len(json.loads((tmp_path / "a.json").read_text())["points"]) == 3
+
+
+def test_an_error_without_a_standard_error_is_a_code_alone() -> None:
+    done = run("hvp", "nope", tail="2>&-")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
+@pytest.mark.parametrize("spec", [":build", ".models:build", "a..b:build", "models:", "models"])
+def test_a_spec_of_another_form_is_told(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["hvp", spec]) == 1
+    assert f"OptionError: SPEC '{spec}' is neither built in nor of the form module:callable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["analyze", "blocks", "hvp", "spectrum", "profile"])
+def test_a_seed_of_too_many_digits_is_told(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for sign in "", "-":
+        assert main([command, *SMALL, f"--seed={sign}99999999999999999999999"]) == 1
+        assert (
+            f"OptionError: seed={sign}99999999999999999999999; expected an integer of 64 bits"
+            in capsys.readouterr().err
+        )
+
+
+def test_a_model_that_no_memory_holds_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for size in (10**9, 2**62):
+        assert main(["hvp", "mlp", "--batch", str(size), "--image", "1000"]) == 1
+        assert f"--batch {size} and --image 1000" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["hvp", "mlp", "--batch", str(2**63)])
+
+
 def test_help_has_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
     import shlex
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,21 @@ def test_figures_are_those_of_the_whole_map(mode: str) -> None:
                 else:
                     assert np.isnan(found) or found == 0.0 == expected, (name, v, w)
     assert {str(m) for m in some.method["resonance"][3]} <= {"skipped"}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("batch_mode", ["shared", "per_sample", "joint"])
+@pytest.mark.parametrize("mode", ["exact", "gram", "probes"])
+def test_pairs_that_were_not_asked_for_warn_of_nothing(mode: str, batch_mode: str, tmp_path: Path) -> None:
+    whole, some = _whole(mode=mode, batch_mode=batch_mode)
+    for name in METRICS:
+        assert some.values[name][0, 2] == pytest.approx(whole.values[name][0, 2], rel=1e-9, abs=1e-12, nan_ok=True)
+        assert some.stderr[name][0, 2] == pytest.approx(whole.stderr[name][0, 2], rel=1e-9, abs=1e-12, nan_ok=True)
+    assert np.isnan(some.stable_rank[0, 1]) and np.isnan(some.stderr["stable_rank"][0, 1])
+    assert "NaN" not in str(some)
+    some.to_json(tmp_path / "a.json")
+    some.to_html(tmp_path / "a.html")
+    some.plot(path=tmp_path / "a.png")
 
 
 def test_only_what_is_asked_is_swept() -> None:
@@ -89,6 +105,13 @@ def test_what_is_no_pair(pairs: Any) -> None:
     model, batch = _curved()
     with pytest.raises(dh.errors.OptionError, match="expected pairs of points"):
         dh.analyze(model, batch, pairs=pairs)
+
+
+@pytest.mark.parametrize("end", [np.ones(3), ["0"], dict, None, 1.5])
+def test_what_is_no_end_of_a_pair(end: Any) -> None:
+    model, batch = _curved()
+    with pytest.raises(dh.errors.OptionError, match=f"pairs holds a {type(end).__name__} as a point; expected a name"):
+        dh.analyze(model, batch, pairs=[("0", "2"), ("0", end)])
 
 
 def test_names_of_no_point() -> None:

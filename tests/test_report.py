@@ -195,14 +195,15 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_files_have_the_mode_that_the_umask_leaves(report: dh.CurvatureReport, tmp_path: Path) -> None:
     for mask, mode in ((0o022, 0o644), (0o007, 0o660), (0o077, 0o600)):
+        folder = tmp_path / str(mask)  # files that are there keep their modes
         before = os.umask(mask)
         try:
-            report.save(tmp_path / "a.dh")
-            report.to_json(tmp_path / "a.json")
-            write_whole(tmp_path / "a.png", lambda place: report.plot().savefig(place))
+            report.save(folder / "a.dh")
+            report.to_json(folder / "a.json")
+            write_whole(folder / "a.png", lambda place: report.plot().savefig(place))
         finally:
             os.umask(before)
-        assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("a.dh", "a.json", "a.png")} == {mode}
+        assert {(folder / name).stat().st_mode & 0o777 for name in ("a.dh", "a.json", "a.png")} == {mode}
 
 
 def test_unknown_point_of_a_report(report: dh.CurvatureReport) -> None:

@@ -36,7 +36,7 @@ def test_eigenvalues(scale: float, dtype: torch.dtype) -> None:
     assert (np.linalg.norm(off, axis=0) < 2e-3 * values).all()
 
 
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e5])
+@pytest.mark.parametrize("size", [1e-300, 1e-200, 1e-6, 1.0, 1e5, 1e200, 1e290])
 @pytest.mark.parametrize("scale", [1e-10, 1.0, 1e6])
 @pytest.mark.parametrize("method", ["minres", "cg"])
 def test_solutions(size: float, scale: float, method: str) -> None:
@@ -45,8 +45,19 @@ def test_solutions(size: float, scale: float, method: str) -> None:
     b, damping = size * torch.randn(H.shape[0]).double(), 0.6 * scale
     found = H.solve(b, damping, method=method)
     expected = torch.linalg.solve(H.dense() + damping * torch.eye(len(b)).double(), b)
-    assert found.residual < 1e-6
-    assert (found.x - expected).norm() < 1e-4 * expected.norm()
+    assert found.residual < 1e-6 and found.iterations
+    assert ((found.x - expected) / size).norm() < 1e-4 * (expected / size).norm()
+
+
+def test_sizes_of_columns_are_their_own() -> None:
+    H = _operator(1.0)
+    sizes = torch.tensor([1e-200, 1.0, 0.0, 1e200], dtype=torch.float64)
+    b = torch.randn(H.shape[0], 4).double() * sizes
+    found = H.solve(b, 0.6)
+    expected = torch.linalg.solve(H.dense() + 0.6 * torch.eye(len(b)).double(), b)
+    assert 0 < found.residual < 1e-6
+    assert ((found.x - expected) / sizes.clamp_min(1e-250)).norm() < 1e-4
+    assert H.solve(b, 0.6, maxiter=1).residual > 1e-6  # of any column
 
 
 def test_what_a_matrix_does_not_reach_is_left() -> None:

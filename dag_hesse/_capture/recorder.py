@@ -7,17 +7,19 @@ which derivatives inside a forward are made, are told from the user's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dag_hesse._capture.aliases import Aliases
 from dag_hesse._capture.arguments import flat, mutated_by, place_of, placed, promoted, shaped_by_values
 from dag_hesse._capture.lower import Given, Made, Recipe, recipe
+from dag_hesse._capture.refused import in_place_of, not_dense
 from dag_hesse._capture.state import Snapshot
 from dag_hesse._capture.trail import Trail, name_of
 from dag_hesse._capture.views import At, Like, Step, by_place, geometry
@@ -41,6 +43,8 @@ class Recorder(TorchDispatchMode):
         parameters, buffers: the model's, by name.
         before: what was there before; tensors of it that the run writes to are noted there.
     """
+
+    supports_higher_order_operators = True  # PyTorch's own refusal of them shows this object
 
     def __init__(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], before: Snapshot) -> None:
         super().__init__()
@@ -120,7 +124,11 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(op, HigherOrderOperator):
+            raise CaptureError(in_place_of(op.name(), self.trail.line()))
         tensors = [x for x in flat((args, tuple(kwargs.values()))) if isinstance(x, Tensor)]
+        if not self.paused:
+            self._check(op, args, tensors)
         updated = statistics(op, args)
         mutated = [] if updated else mutated_by(op, args, kwargs)
         for x in [*mutated, *(updated[:2] if updated else ())]:
@@ -131,7 +139,6 @@ class Recorder(TorchDispatchMode):
             result = op(*args, **kwargs)
             self._record_tap(op, args[0], result)
             return result
-        self._check(op, args, tensors)
         if isinstance(kwargs.get("generator"), torch.Generator):
             self.trail.before.keep_generator(kwargs["generator"])
         if op is aten.lift_fresh.default and not self.aliases.knows(args[0]):  # torch.tensor(numbers)
@@ -141,6 +148,7 @@ class Recorder(TorchDispatchMode):
         self.running = name_of(op)
         result = op(*args, **kwargs)
         self.running = ""
+        self._check_layouts(op, "gives", flat(result))
         if mutated:
             self._write(op, args, kwargs, nodes, mutated, result)
         else:
@@ -150,15 +158,17 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _check(self, op: Any, args: Any, tensors: Sequence[Tensor]) -> None:
-        if any(x.layout is not torch.strided for x in tensors):
-            raise CaptureError(
-                f"{name_of(op)} at {self.trail.line()} takes a sparse tensor, which has no nodes: use a dense one."
-            )
+        self._check_layouts(op, "takes", tensors)
         if op is aten.embedding.default and len(args) > 3 and args[3]:
             raise CaptureError(
                 f"aten.embedding at {self.trail.line()} divides gradients by frequencies (scale_grad_by_freq=True), "
                 "so its 'gradient' is no derivative: leave that option out."
             )
+
+    def _check_layouts(self, op: Any, does: str, values: Iterable[Any]) -> None:
+        for x in values:
+            if isinstance(x, Tensor) and (x.layout is not torch.strided or x.is_nested):
+                raise CaptureError(f"{name_of(op)} at {self.trail.line()} {does} {not_dense(x)}.")
 
     def _save(self, x: Tensor) -> None:
         if self.aliases.is_foreign(x):

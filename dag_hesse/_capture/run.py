@@ -19,7 +19,7 @@ from dag_hesse._capture.losses import Loss, check_loss
 from dag_hesse._capture.points import Names, points_like, resolve_points
 from dag_hesse._capture.record import record
 from dag_hesse._capture.stream import Batches
-from dag_hesse.errors import BatchError, CaptureError, NonDifferentiableError, OptionError
+from dag_hesse.errors import BatchError, CaptureError, NonDifferentiableError, OptionError, several
 from dag_hesse.ir import CurvatureGraph, Node, Point, verify
 from dag_hesse.options import checked_options
 from dag_hesse.randomness import preserved
@@ -134,12 +134,28 @@ def capture(
     graph = captured(model, batch, loss=loss, output=output)
     model = unwrapped(model)
     if callable(points):
-        graph.points = tuple(points(graph))
+        graph.points = _points_by(points, graph)
     elif points is None:
         graph.points = default_points(graph, model, space)
     else:
         graph.points = resolve_points(graph, model, points, space)
     return graph
+
+
+def _points_by(choose: Callable[[CurvatureGraph], Sequence[Point]], graph: CurvatureGraph) -> tuple[Point, ...]:
+    """What a function of the graph chooses.
+
+    Raises:
+        OptionError: it is a class or a module, or returns something else than points.
+    """
+    if isinstance(choose, (type, nn.Module)):
+        given = f"the class {choose.__name__}" if isinstance(choose, type) else f"a {type(choose).__name__}"
+        raise OptionError(f"points is {given}; expected names or glob patterns.")
+    points = tuple(several("points", choose(graph), "a function of the graph that returns points"))
+    for point in points:
+        if not isinstance(point, Point):
+            raise OptionError(f"points returned a {type(point).__name__}; expected points of the captured graph.")
+    return points
 
 
 def capture_all(

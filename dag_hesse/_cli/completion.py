@@ -10,6 +10,7 @@ from typing import Any
 
 from dag_hesse._cli import fish
 from dag_hesse._cli.spec import BUILT_IN
+from dag_hesse.files import show
 
 _SCRIPT = """_dag_hesse() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" words=""
@@ -42,9 +43,9 @@ def add(commands: Any, top: argparse.ArgumentParser) -> None:
 def _completion(commands: Any, top: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.shell == "fish":
         helps = {choice.dest: choice.help or "" for choice in commands._choices_actions}
-        print(fish.script(commands.choices, helps, top), end="")
+        show(fish.script(commands.choices, helps, top), end="")
         return
-    print((_ZSH if options.shell == "zsh" else "") + script(commands.choices, top), end="")
+    show((_ZSH if options.shell == "zsh" else "") + script(commands.choices, top), end="")
 
 
 def script(commands: dict[str, argparse.ArgumentParser], top: argparse.ArgumentParser) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from dag_hesse.errors import DependencyError, OptionError, suggest
+from dag_hesse.errors import DependencyError, OptionError, integer, suggest
 from dag_hesse.experiments import models
 
 Built = tuple[nn.Module, Any]
@@ -60,14 +60,14 @@ def load_spec(spec: str, batch: int | None, side: int | None, seed: int) -> tupl
     """Return (model, batch[, loss]) for a built-in name or ``module:callable``.
 
     Raises:
-        OptionError: there is no such name, module or callable, or it returns something else.
+        OptionError: there is no such name, module or callable, it returns something else, or the seed has more
+            than 64 bits.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(integer("seed", seed))
     if spec in BUILT_IN:
-        build, usual_batch, usual_side = BUILT_IN[spec]
-        return build(usual_batch if batch is None else batch, usual_side if side is None else side)
+        return _random(spec, batch, side)
     module_name, colon, name = spec.partition(":")
-    if not colon:
+    if not colon or not name or not all(module_name.split(".")):
         raise OptionError(
             f"SPEC '{spec}' is neither built in nor of the form module:callable. {suggest(spec, BUILT_IN)}"
         )
@@ -88,9 +88,22 @@ def load_spec(spec: str, batch: int | None, side: int | None, seed: int) -> tupl
     return made
 
 
+def _random(spec: str, batch: int | None, side: int | None) -> tuple[Any, ...]:
+    """A built-in model with random data."""
+    build, usual_batch, usual_side = BUILT_IN[spec]
+    batch, side = usual_batch if batch is None else batch, usual_side if side is None else side
+    try:
+        return build(batch, side)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise OptionError(
+            f"SPEC '{spec}' cannot be made with --batch {batch} and --image {side}: {str(error).splitlines()[0]} "
+            "Take smaller ones."
+        ) from error
+
+
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected an integer of at least 1")
+    if not text.isdecimal() or not 1 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected an integer of at least 1, of 64 bits")
     return int(text)
 
 

@@ -42,10 +42,10 @@ def _relative_error(terms: Sequence[tuple[Norm, float]]) -> float:
 def _stable_rank(table: NormTable, pair: tuple[int, int], resonance: Norm) -> tuple[float, float]:
     squares = table.squares[pair]
     spectral, error = table.spectral[pair]
-    if not spectral.any():
-        return float("nan"), 0.0
+    some = spectral > 0
+    if not some.any():  # zero by proof or measured as zero; NaN where the pair was not asked for
+        return float("nan"), float("nan") if np.isnan(spectral).any() else 0.0
     if table.batch_mode == "per_sample":
-        some = spectral > 0
         value = float((squares[some] / spectral[some] ** 2).mean())
         off = float((np.broadcast_to(error, spectral.shape)[some] / spectral[some]).mean())
     else:

@@ -11,6 +11,8 @@ from typing import cast
 
 from dag_hesse.errors import DagHesseError
 from dag_hesse.experiments.protocol import Experiment
+from dag_hesse.files import show
+from dag_hesse.progress import watched
 
 PAPER = ("exp1", "exp1b", "exp2", "exp3", "exp3b", "exp4", "exp5", "exp6", "ablation")
 BEYOND = ("growth", "phi", "skips")
@@ -39,7 +41,8 @@ def add(command: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("experiments-report"), metavar="DIR", help="(default: %(default)s)"
     )
     command.add_argument("--resume", action="store_true", help="go on with what is in --out")
-    command.set_defaults(run=run, interrupted="what was measured is kept: go on with --resume")
+    told = "what was measured is kept: go on with --resume"
+    command.set_defaults(run=run, interrupted=told, files=[])  # check_place looks at its folders
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -81,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
         chosen_cases(experiment, asked)
         check_place(asked.out / experiment.name, asked)
     for experiment in experiments:
-        results = run_one(experiment, asked, True if sys.stderr.isatty() else None)
+        results = run_one(experiment, asked, True if watched() else None)
         folder = asked.out / experiment.name
         page.write(experiment, results, folder)
-        print(f"{page.as_report(experiment, results)}\n\nwritten to {folder.resolve()}\n")
+        show(f"{page.as_report(experiment, results)}\n\nwritten to {folder.resolve()}\n")

@@ -17,7 +17,7 @@ from dag_hesse.experiments.data import Data
 from dag_hesse.experiments.protocol import SEEDS, Case, Experiment
 from dag_hesse.experiments.results import Results, versions
 from dag_hesse.experiments.training import Training, evaluated
-from dag_hesse.files import write_whole
+from dag_hesse.files import check_output, write_whole
 from dag_hesse.progress import Report, shown
 from dag_hesse.randomness import preserved
 
@@ -98,10 +98,11 @@ def chosen_cases(experiment: Experiment, options: Options) -> list[Case]:
 
 
 def check_place(folder: Path, options: Options) -> None:
-    """Refuse to write over results, or to put a folder where a file is."""
+    """Refuse to write over results, to put a folder where a file is, or where nothing may be written."""
     for place in (options.out, folder):
         if place.exists() and not place.is_dir():
             raise OptionError(f"--out: {place} is no folder.")
+    check_output(folder / "results.json")
     if (folder / "results.json").exists() and not options.resume:
         raise ExperimentError(f"{folder} has results already: add --resume to go on with them, or take another --out.")
 

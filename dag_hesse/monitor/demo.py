@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dag_hesse.experiments.digits import accuracy, load_digits
-from dag_hesse.files import write_whole
+from dag_hesse.figures import check_figure, save_figure
+from dag_hesse.files import show
 from dag_hesse.monitor.monitor import Monitor
 from dag_hesse.monitor.quantities import Numbers
 
@@ -56,7 +57,10 @@ def run(
 
     Raises:
         DependencyError: scikit-learn or matplotlib is not installed.
+        OptionError: ``out`` names no figure.
+        WriteError: it cannot be written.
     """
+    check_figure(out)
     torch.manual_seed(0)
     images, labels = digits()
     x, y = images[HELD_OUT:], labels[HELD_OUT:]
@@ -76,16 +80,16 @@ def run(
         metrics = monitor.step(step)
         step += 1
         if metrics is not None and not quiet:
-            print(_line(step - 1, metrics))
+            show(_line(step - 1, metrics))
     training = time.perf_counter() - start - monitor.seconds
     figure = monitor.plot()
-    write_whole(out, lambda path: figure.savefig(path, dpi=130))
+    save_figure(figure, out)
     if not quiet:
         count = len(monitor.history["curvature/loss"])
         ratio = monitor.seconds / count / (training / step)
         score = accuracy(model.eval(), images[:HELD_OUT], labels[:HELD_OUT])
-        print(f"{step} steps; {score:.1%} of {HELD_OUT} held-out digits are read right")
-        print(f"{count} measurements took as long as {ratio:.0f} steps each; curves are in {out.resolve()}")
+        show(f"{step} steps; {score:.1%} of {HELD_OUT} held-out digits are read right")
+        show(f"{count} measurements took as long as {ratio:.0f} steps each; curves are in {out.resolve()}")
     return monitor
 
 

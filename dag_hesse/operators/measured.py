@@ -151,8 +151,9 @@ class MeasuredOperator(SegmentedOperator):
             by one more product: it says whether the method got there.
 
         Raises:
-            OptionError: an option is none of these.
+            OptionError: an option is none of these, or the preconditioner shows not to be positive definite.
             VectorError: ``b`` does not fit.
+            NonFiniteError: ``b`` holds NaN or infinity.
 
         Examples:
             >>> import torch, dag_hesse as dh

@@ -12,7 +12,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, cg, minres
 from torch import Tensor
 
-from dag_hesse.errors import OptionError, choose, integer
+from dag_hesse.errors import NonFiniteError, OptionError, choose, integer
 from dag_hesse.operators.eigen import of_unit_size
 from dag_hesse.operators.vectors import to_numpy
 
@@ -67,39 +67,99 @@ def solved(
     if maxiter is not None:
         integer("maxiter", maxiter, 1)
     segments, unpack = operator.form.pack(b)
+    check_finite(segments)
     inverse = None if preconditioner is None else _as_scipy(operator, preconditioner)
     x, steps = by_krylov(operator, segments, shift, rtol, maxiter, method, inverse)
     return Solution(unpack(x), residual(operator, x, segments, shift), method, steps)
 
 
+def check_finite(segments: list[Tensor]) -> None:
+    """Raise :class:`NonFiniteError` for a right-hand side that no x belongs to; the message counts what it holds."""
+    if all(bool(x.isfinite().all()) for x in segments):
+        return
+    nan, infinite = (sum(int(find(x).sum()) for x in segments) for find in (torch.isnan, torch.isinf))
+    counts = " and ".join(f"{count} {what}" for count, what in ((nan, "NaN"), (infinite, "infinite")) if count)
+    raise NonFiniteError(f"b holds {counts} of {sum(x.numel() for x in segments)} numbers; expected finite ones.")
+
+
 def _as_scipy(operator: SegmentedOperator, preconditioner: Any) -> LinearOperator:
-    """What approximates (H + λI)⁻¹, over NumPy arrays: an operator, a tensor (n, n) or (n,), or a callable."""
-    n = operator.shape[0]
-    if isinstance(preconditioner, (Tensor, np.ndarray)):
-        matrix = torch.as_tensor(preconditioner, dtype=operator.dtype, device=operator.device)
-        if matrix.shape not in ((n,), (n, n)):
-            raise OptionError(
-                f"preconditioner has shape {tuple(matrix.shape)}; expected ({n},), a diagonal, or ({n}, {n})."
-            )
-        product: Any = (lambda v: matrix * v) if matrix.ndim == 1 else (lambda v: matrix @ v)
-    elif getattr(preconditioner, "shape", (n, n)) != (n, n):
-        raise OptionError(f"preconditioner is {preconditioner.shape}; expected ({n}, {n}).")
-    elif isinstance(preconditioner, LinearOperator):
-        return preconditioner
-    elif hasattr(preconditioner, "__matmul__"):
-        product = preconditioner.__matmul__
-    elif callable(preconditioner):
-        product = preconditioner
-    else:
-        raise OptionError(
-            f"preconditioner is a {type(preconditioner).__name__}; expected what approximates the inverse: an "
-            "operator, a tensor (n, n), its diagonal (n,), or a callable of a vector (n,)."
-        )
+    """What approximates (H + λI)⁻¹, over NumPy arrays: an operator, a tensor (n, n) or (n,), or a callable.
+
+    What it gives is looked at, as SciPy's methods take NaN and zero for convergence.
+    """
+    product = _product(operator, preconditioner)
 
     def run(x: np.ndarray) -> np.ndarray:
-        return to_numpy(product(torch.from_numpy(x.reshape(-1)).to(dtype=operator.dtype, device=operator.device)))
+        x = x.reshape(-1)
+        result = product(torch.from_numpy(x).to(dtype=operator.dtype, device=operator.device))
+        y = _numbers(result, x.size)
+        if np.isfinite(x).all():
+            _check_positive(x, y)
+        return y
 
-    return LinearOperator((n, n), matvec=run, dtype=operator.to_scipy().dtype)
+    return LinearOperator(operator.shape, matvec=run, dtype=operator.to_scipy().dtype)
+
+
+def _product(operator: SegmentedOperator, preconditioner: Any) -> Callable[[Tensor], Any]:
+    """The preconditioner as a function of a tensor (n,).
+
+    Raises:
+        OptionError: it is none of the forms that it may have.
+    """
+    n = operator.shape[0]
+    if isinstance(preconditioner, (Tensor, np.ndarray)):
+        if torch.as_tensor(preconditioner).is_complex() or tuple(preconditioner.shape) not in ((n,), (n, n)):
+            raise OptionError(
+                f"preconditioner has shape {tuple(preconditioner.shape)} and type {preconditioner.dtype}; expected "
+                f"real numbers, ({n},), a diagonal, or ({n}, {n})."
+            )
+        matrix = torch.as_tensor(preconditioner, dtype=operator.dtype, device=operator.device).detach()
+        return (lambda v: matrix * v) if matrix.ndim == 1 else (lambda v: matrix @ v)
+    matched = hasattr(preconditioner, "__matmul__") or callable(preconditioner)
+    if isinstance(preconditioner, type) or not matched:
+        is_class = isinstance(preconditioner, type)
+        given = f"the class {preconditioner.__name__}" if is_class else f"a {type(preconditioner).__name__}"
+        raise OptionError(
+            f"preconditioner is {given}; expected what approximates the inverse: an operator, a tensor (n, n), "
+            "its diagonal (n,), or a callable of a vector (n,)."
+        )
+    if getattr(preconditioner, "shape", (n, n)) != (n, n):
+        raise OptionError(f"preconditioner is {preconditioner.shape}; expected ({n}, {n}).")
+    if isinstance(preconditioner, LinearOperator):
+        return lambda v: preconditioner.matvec(to_numpy(v))
+    by_matrix: Callable[[Tensor], Any] = getattr(preconditioner, "__matmul__", preconditioner)
+    return by_matrix
+
+
+def _numbers(result: Any, size: int) -> np.ndarray:
+    """What a preconditioner gave, as an array (n,).
+
+    Raises:
+        OptionError: it is no vector of the operator's size.
+    """
+    y = to_numpy(result.detach()) if isinstance(result, Tensor) else result
+    if not isinstance(y, np.ndarray) or y.size != size or y.dtype.kind not in "fiu":
+        gave = f"{type(result).__name__}{f' {tuple(y.shape)} of {y.dtype}' if isinstance(y, np.ndarray) else ''}"
+        raise OptionError(f"preconditioner gives a {gave} for a vector; expected a tensor of {size} real numbers.")
+    return y.reshape(size)
+
+
+def _check_positive(x: np.ndarray, y: np.ndarray) -> None:
+    """Raise :class:`OptionError` where y = M x shows that M is not positive definite, or is not finite.
+
+    >>> _check_positive(np.ones(2), np.array([3.0, -1.0]))
+    """
+    if not np.isfinite(y).all():
+        raise OptionError(
+            "preconditioner gives NaN or infinity for a vector of numbers; expected what approximates the inverse."
+        )
+    wide, image = (v.astype(np.float64) / (np.abs(v).max() or 1.0) for v in (x, y))  # whose products do not underflow
+    if x.any() and not float(wide @ image) > 0:
+        told = "zero" if not y.any() else "a vector v with x·v ≤ 0"
+        raise OptionError(
+            f"preconditioner gives {told} for a vector x, so it is not positive definite; expected what approximates "
+            "the inverse of a positive definite H + λI, or None."
+        )
 
 
 def by_krylov(
@@ -115,9 +175,13 @@ def by_krylov(
     plain, steps, rows = operator.to_scipy(), 0, []
     shifted = LinearOperator(plain.shape, matvec=lambda x: plain @ x + shift * x, dtype=plain.dtype)
     for row in torch.cat(segments, dim=1):
-        x, taken = _refined(shifted, to_numpy(row), rtol, maxiter, METHODS[method], inverse)
+        b = to_numpy(row)
+        power = int(
+            np.frexp(np.abs(b).max())[1]
+        )  # of two: a b of size one has squares that neither vanish nor overflow
+        x, taken = _refined(shifted, np.ldexp(b, -power), rtol, maxiter, METHODS[method], inverse)
         steps += taken
-        rows.append(torch.from_numpy(x).to(row))
+        rows.append(torch.from_numpy(np.ldexp(x, power)).to(row))
     return list(torch.stack(rows).split(operator.form.sizes, dim=1)), steps
 
 
@@ -166,6 +230,9 @@ def _refined(
 def residual(operator: SegmentedOperator, x: list[Tensor], z: list[Tensor], shift: float) -> float:
     """‖z − (H + λI) x‖ / ‖z‖, the largest of the rows."""
     images = operator._products(x)
-    off = torch.cat([b - y - shift * a for a, y, b in zip(x, images, z, strict=True)], dim=1).double().norm(dim=1)
-    size = torch.cat(z, dim=1).double().norm(dim=1)
-    return float(torch.where(size > 0, off / size.clamp_min(1e-300), off).max())
+    left = torch.cat([b - y - shift * a for a, y, b in zip(x, images, z, strict=True)], dim=1).double()
+    whole = torch.cat(z, dim=1).double()
+    largest = whole.abs().amax(dim=1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)  # squares of what is divided by it neither vanish nor overflow
+    off, size = (left / largest).norm(dim=1), (whole / largest).norm(dim=1)
+    return float(torch.where(size > 0, off / size.clamp_min(1.0), off).max())

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dag_hesse._structure import Structure
-from dag_hesse.errors import OptionError
+from dag_hesse.errors import OptionError, is_integer
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.names import selected
 
@@ -96,6 +96,9 @@ def checked_pairs(pairs: Any) -> list[tuple[Any, Any]] | None:
     listed = list(pairs) if isinstance(pairs, Iterable) and not isinstance(pairs, str) else []
     if not listed or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in listed):
         raise OptionError(f"pairs={pairs!r}; expected pairs of points, as [('layer1', 'layer3'), ('layer1', 'fc')].")
+    for end in itertools.chain(*listed):
+        if not isinstance(end, str) and not is_integer(end):
+            raise OptionError(f"pairs holds a {type(end).__name__} as a point; expected a name, a glob or a position.")
     return [(v, w) for v, w in listed]
 
 

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from dag_hesse.errors import OptionError, PointError, choose, suggest
 from dag_hesse.estimate import METRICS
-from dag_hesse.files import check_path, write_text
+from dag_hesse.files import check_output, write_text
 from dag_hesse.report.colour import colours
 from dag_hesse.report.pairs import TITLES
 from dag_hesse.report.report import CurvatureReport
@@ -26,7 +26,7 @@ def write_model_explorer(
     program: ExportedProgram | None = None,
 ) -> None:
     """As :meth:`dag_hesse.CurvatureReport.to_model_explorer`."""
-    check_path(path)
+    check_output(path)
     choose("metric", metric, METRICS)
     if program is not None and not isinstance(program, ExportedProgram):
         raise OptionError(f"program is a {type(program).__name__}; expected what torch.export.export() returns.")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dag_hesse.errors import OptionError
-from dag_hesse.files import check_path, write_text
+from dag_hesse.files import check_output, write_text
 from dag_hesse.report.page_data import as_json, page_data
 from dag_hesse.report.report import CurvatureReport
 from dag_hesse.report.text import cells, facts
@@ -57,7 +57,7 @@ def write_html(
     """As :meth:`dag_hesse.CurvatureReport.to_html`."""
     from dag_hesse.theory import BlockSpectra  # theory reads reports
 
-    check_path(path)
+    check_output(path)
     if spectra is not None and not isinstance(spectra, BlockSpectra):
         raise OptionError(
             f"spectra is a {type(spectra).__name__}; expected what dag_hesse.theory.block_spectra() returns, or None."

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dag_hesse.errors import BlockFileError, MissingFileError, OptionError
-from dag_hesse.files import check_path, write_whole
+from dag_hesse.files import check_output, check_path, write_whole
 from dag_hesse.operators.vectors import VectorForm
 from dag_hesse.storage.build import Built
 from dag_hesse.storage.cores import Cores
@@ -28,7 +28,7 @@ VERSION = 1
 
 def save(matrix: BlockMatrix, path: str | Path) -> None:
     """As :meth:`dag_hesse.BlockMatrix.save`."""
-    check_path(path)
+    check_output(path)
     stored = {matrix.facts["part"]: matrix, **matrix._parts}
     if any(facts.kind is Storage.LIVE for each in stored.values() for facts in each.pairs.values()):
         raise OptionError("live blocks need the model and are not saved: make the matrix with rest='drop'.")

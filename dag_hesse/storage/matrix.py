@@ -211,6 +211,7 @@ class BlockMatrix(SymmetricOperator):
 
         Raises:
             OptionError: ``damping`` is no number from 0 on.
+            NonFiniteError: ``b`` holds NaN or infinity.
 
         Examples:
             >>> import torch, dag_hesse as dh

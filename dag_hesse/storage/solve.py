@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.measure import available_memory
-from dag_hesse.operators.solve import Solution, by_krylov, checked_damping, residual
+from dag_hesse.operators.solve import Solution, by_krylov, check_finite, checked_damping, residual
 from dag_hesse.storage.cores import Cores, Pair
 from dag_hesse.storage.pairs import Storage
 
@@ -22,6 +22,7 @@ def solved(
     """As :meth:`dag_hesse.BlockMatrix.solve`."""
     shift = checked_damping(damping)
     segments, unpack = matrix.form.pack(z)
+    check_finite(segments)
     factors = _factors(matrix, shift)
     if factors is not None:
         x, method, steps = _by_cholesky(matrix.cores, factors, segments, shift), "cholesky", 0

@@ -147,7 +147,9 @@ def _check(graph: CurvatureGraph) -> None:
 
 def position_of(scene: Scene, name: str | int) -> int:
     """Place of a point by name or place; out can be called ``"out"``."""
-    return position(-1 if name == "out" and "out" not in scene.names else name, scene.names, "the points")
+    return position(
+        -1 if isinstance(name, str) and name == "out" and "out" not in scene.names else name, scene.names, "the points"
+    )
 
 
 def check_report(report: Any) -> None:

@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops import scan, while_loop
+from torch._higher_order_ops.map import map as mapped
+from torch.nn.attention.flex_attention import flex_attention
 
 import dag_hesse as dh
 from dag_hesse import errors
+from dag_hesse._capture.refused import in_place_of
+from tests import device
 from tests.capture.common import Around, X, Y, module_in_a_list
 from tests.property.steps.parts import Cube
 
@@ -90,3 +95,62 @@ def test_a_tensor_with_a_past_from_outside_is_refused() -> None:
     outside = torch.ones(4, requires_grad=True).double() * 2
     with pytest.raises(errors.CaptureError, match=r"computed before, with a gradient.*test_refusals\.py:\d+"):
         dh.HessianOperator(Around(lambda m, z: z * outside), (X, Y))
+
+
+def _looped(m: Any, z: Tensor) -> Tensor:
+    start = torch.zeros((), dtype=torch.long, device=z.device)
+    return while_loop(lambda i, a: i < 2, lambda i, a: (i + 1, a.sin()), (start, z))[1]
+
+
+def _attended(m: Any, z: Tensor) -> Tensor:
+    with torch.no_grad():  # on the CPU it has no backward
+        return flex_attention(*(z.detach()[None, None].float(),) * 3)[0, 0] + z  # type: ignore[operator, return-value]
+
+
+@pytest.mark.parametrize(
+    ("fn", "name", "instead"),
+    [
+        (lambda m, z: torch.cond(z.sum() > 0, torch.sin, torch.cos, (z,)), r"torch\.cond", "a Python 'if'"),
+        (_looped, "while_loop", "a Python 'while'"),
+        (lambda m, z: mapped(torch.sin, z), "map", "torch.vmap"),
+        (lambda m, z: scan(lambda a, b: (a + b, a * b), z[0], z)[1], "scan", "a Python loop"),
+        (_attended, "flex_attention", "scaled_dot_product_attention"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # flex_attention's, of not being compiled
+def test_ops_of_functions_are_refused_by_name(fn: Any, name: str, instead: str) -> None:
+    with pytest.raises(errors.CaptureError, match=rf"^{name} at .*test_refusals\.py:\d+ .*: write .*{instead}"):
+        dh.HessianOperator(Around(fn), (X, Y))
+
+
+def test_an_op_of_functions_that_is_not_known_is_refused_by_its_own_name() -> None:
+    assert in_place_of("hints_wrapper", "a.py:3").startswith("hints_wrapper at a.py:3 takes functions")
+
+
+def _jagged(m: Any, z: Tensor) -> Tensor:
+    return torch.cat(list(torch.nested.as_nested_tensor([z[:1], z[1:]], layout=torch.jagged).unbind()))
+
+
+@pytest.mark.parametrize(
+    ("fn", "does"),
+    [
+        (_jagged, r"a nested tensor \(torch\.jagged\).*padded"),
+        (lambda m, z: torch.cat(list(torch.nested.as_nested_tensor([z[:1], z[1:]]).unbind())), "gives a nested tensor"),
+        (
+            lambda m, z: torch.sparse.mm(torch.eye(4, device=device.NAME).double().to_sparse(), z),
+            r"gives a sparse tensor of .*_coo",
+        ),
+        (
+            lambda m, z: torch.eye(4, device=device.NAME).double().to_sparse_csr() @ z,
+            r"gives a sparse tensor of .*_csr.*dense",
+        ),
+        (lambda m, z: torch.sparse.mm(_OUTSIDE, z), r"takes a sparse tensor of .*_coo"),
+        (lambda m, z: z.to_sparse().to_dense(), r"gives a sparse tensor of .*_coo"),
+    ],
+)
+def test_tensors_that_are_not_dense_are_refused_by_name(fn: Any, does: str) -> None:
+    with pytest.raises(errors.CaptureError, match=rf"^aten\.\w+.* at .*test_refusals\.py:\d+ .*{does}"):
+        dh.HessianOperator(Around(fn), (X, Y))
+
+
+_OUTSIDE = torch.eye(4, device=device.NAME).double().to_sparse()

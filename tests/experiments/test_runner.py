@@ -19,7 +19,7 @@ from dag_hesse.experiments.data import Data, Split
 from dag_hesse.experiments.mlps import plain_mlp
 from dag_hesse.experiments.protocol import Case, Experiment
 from dag_hesse.experiments.results import Published, Results, Stat, deviation
-from dag_hesse.experiments.runner import Options, run
+from dag_hesse.experiments.runner import Options, check_place, run
 from dag_hesse.experiments.training import Recipe, Training, evaluated
 
 RECIPE = Recipe(epochs=4, batch=8)
@@ -158,6 +158,13 @@ def test_wrong_requests(options: dict[str, Any], message: str, tmp_path: Path) -
     options["out"] = tmp_path / options["out"]
     with pytest.raises(OptionError, match=message):
         run(EXPERIMENT, Options(**options), False)
+
+
+def test_results_that_could_not_be_written_are_found_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / EXPERIMENT.name / "results.json").mkdir(parents=True)
+    with pytest.raises(OptionError, match=r"results\.json' is no file's name"):
+        check_place(tmp_path / EXPERIMENT.name, Options(out=tmp_path, resume=True))
+    check_place(tmp_path / "other", Options(out=tmp_path))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"cells": [{"case": 1}]}', "\x00"])

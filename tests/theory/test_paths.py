@@ -125,3 +125,9 @@ def test_refusals(model: nn.Module) -> None:
         dh.theory.cut_edges(model, data, "0", "0", ["0"], points=POINTS)
     with pytest.raises(OptionError, match="k=0"):
         dh.theory.strongest_paths(model, data, "0", k=0)
+    for end in (np.ones(3), torch.ones(3), None, dict):
+        for call in (dh.theory.block_paths, dh.theory.strongest_paths):
+            with pytest.raises(PointError, match="is not in the points"):
+                call(model, data, end, "2", points=POINTS)
+        with pytest.raises(PointError, match="is not in the points"):
+            dh.theory.cut_edges(model, data, "0", "2", [(end, "2")], points=POINTS)
