@@ -91,6 +91,15 @@ class Mapper:
         self.space, self.mode, self.rtol = space, mode, rtol
         wanted = checked_pairs(pairs)
         self._points = named_by(wanted) if points is None else points
+        self._asked = {
+            "space=": space,
+            "mode=": mode,
+            "probes=": probes,
+            "pairs=": wanted,
+            "rtol=": rtol,
+            "seed=": seed,
+        }
+        self._asked |= {"batch_mode=": batch_mode, "output=": output, "loss=": loss}
         self._loss, self._output, self._verify = loss, output, verify
         self._batch_mode, self._reduction, self._memory, self._compile = batch_mode, reduction, memory, compile
         with together(self._ranks, "making the map"):
@@ -167,6 +176,7 @@ class Mapper:
             memory=self._memory,
             compiled=self._compile,
             ranks=self._ranks,
+            asked={"what is made": "a map", **self._asked},
         )
 
     def report(self, progress: Progress | bool | None = False, call: str = "") -> CurvatureReport:

@@ -60,7 +60,10 @@ def _tell_of_lost_axes(graph: CurvatureGraph) -> None:
 
 @dataclass(frozen=True)
 class Pose:
-    """A model, its loss and points, and how they are swept. ``own``: names of the parameters, where those are meant."""
+    """A model, its loss and points, and how they are swept. ``own``: names of the parameters, where those are meant.
+
+    ``asked``: what else ranks must have asked alike, by name.
+    """
 
     module: nn.Module
     loss: Loss | None
@@ -75,6 +78,7 @@ class Pose:
     compiled: bool
     part: str
     ranks: Ranks | None
+    asked: Mapping[str, Any]
 
     def posed(self, batches: Batches, known: Known | None = None) -> Posed:
         """Capture what is not ``known``, prove it, and pose the problem."""
@@ -112,6 +116,7 @@ class Pose:
             memory=self.budget.total,
             compiled=self.compiled,
             ranks=ranks,
+            asked={**self.asked, "params=": list(self.own)},
         )
         problem.meet()
         problem.chunk = self._chunk(fused[0])
