@@ -18,6 +18,7 @@ from dag_hesse._capture.additivity import find_reduction
 from dag_hesse._capture.losses import Loss, loss_text
 from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option
+from dag_hesse._capture.whole import whole_lines
 from dag_hesse._structure import analyze_structure, curved_ops
 from dag_hesse.budget import Budget
 from dag_hesse.errors import OptionError, choose, flag, integer
@@ -91,11 +92,20 @@ class Mapper:
         self.space, self.mode, self.rtol = space, mode, rtol
         wanted = checked_pairs(pairs)
         self._points = named_by(wanted) if points is None else points
+        self._asked = {
+            "space=": space,
+            "mode=": mode,
+            "probes=": probes,
+            "pairs=": wanted,
+            "rtol=": rtol,
+            "seed=": seed,
+        }
+        self._asked |= {"batch_mode=": batch_mode, "output=": output, "loss=": loss}
         self._loss, self._output, self._verify = loss, output, verify
         self._batch_mode, self._reduction, self._memory, self._compile = batch_mode, reduction, memory, compile
         with together(self._ranks, "making the map"):
             self._given = unwrapped(model) if self._ranks is None else whole_model(model)
-            self.model = self._whole()
+            self.model = self._whole_model()
             self.batches = Batches(batch, memory, self.model, loss)
             self.batches.check_batch_mode(batch_mode)
             self._plan_of = partial(
@@ -109,7 +119,7 @@ class Mapper:
             )
             self._set_up()
 
-    def _whole(self) -> nn.Module:
+    def _whole_model(self) -> nn.Module:
         """The model, or a copy that has whole parameters where ranks have parts of them."""
         if self._ranks is None or not is_sharded(self._given):
             return self._given
@@ -121,6 +131,7 @@ class Mapper:
         graphs = capture_all(model, batches, loss=loss, output=output, points=self._points, space=self.space)
         needs_split(graphs)
         self._curved_ops = curved_ops(graphs[0])
+        self._whole = whole_lines(graphs[0]) if self._batch_mode == "shared" else []
         self._clock["capture"] = time.perf_counter()
         swept = fuse_all(graphs)
         self.plan = self._plan_of(graphs, swept)
@@ -167,6 +178,7 @@ class Mapper:
             memory=self._memory,
             compiled=self._compile,
             ranks=self._ranks,
+            asked={"what is made": "a map", **self._asked},
         )
 
     def report(self, progress: Progress | bool | None = False, call: str = "") -> CurvatureReport:
@@ -189,6 +201,7 @@ class Mapper:
             {
                 **_facts(self.model, self.problem, self.plan, self.space, self.mode, self.seed, self._clock),
                 "curved ops": self._curved_ops,
+                "whole": self._whole,
                 "loss function": loss_text(self._loss, next(iter(self.batches.examples.values()))),
                 "one point": _why_one(self.points, self._points),
                 "call": call,
@@ -204,7 +217,7 @@ class Mapper:
         self._clock = {"start": time.perf_counter()}
         with together(self._ranks, "refresh()"):
             if self.model is not self._given:
-                self.model = self._whole()
+                self.model = self._whole_model()
                 self._set_up()
             elif not self.problem.renewed():
                 self._set_up()

@@ -7,6 +7,7 @@ calls.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dag_hesse.alike import content, described, of_modules
 from dag_hesse.errors import OptionError, RankError
 
 AXES = ("data", "probe")
@@ -91,24 +93,44 @@ class Ranks:
             said = [item for items in every for item in items]
         return said
 
-    def check_model(self, model: nn.Module) -> None:
-        """See that all ranks have the same parameters and buffers, by their sums.
+    def agree(self, what: str, mine: Mapping[str, Any], beside: Mapping[Any, Mapping[str, Any]] | None = None) -> None:
+        """See that all ranks say the same: by every name of ``mine``, and of ``beside`` by what two of them both have.
+
+        Raises:
+            RankError: they do not: the first name that differs, and on which rank.
+        """
+        beside = beside or {}
+        short = _short(mine), {key: _short(value) for key, value in beside.items()}
+        if not _alike(self.told(what, short)):
+            self._tell_apart(what, mine, beside)
+
+    def _tell_apart(self, what: str, mine: Mapping[str, Any], beside: Mapping[Any, Mapping[str, Any]]) -> None:
+        """Raise :class:`RankError` for the first name that differs; checksums alone do not say which it is."""
+        every = self.told(what, (dist.get_rank(), dict(mine), dict(beside)))
+        seen: dict[Any, tuple[int, Mapping[str, Any]]] = {}
+        for rank, theirs, more in every:
+            for key, found in {None: theirs, **more}.items():
+                _check_same(what, seen.setdefault(key, (rank, found)), (rank, found))
+
+    def check_model(
+        self, model: nn.Module, mine: Mapping[str, Any], beside: Mapping[Any, Mapping[str, Any]] | None = None
+    ) -> None:
+        """See that all ranks have the same model, and the same of what else they say as in :meth:`agree`.
 
         Raises:
             RankError: they do not: what they computed would be of no one model.
             OptionError: BatchNorm normalizes by the statistics of a shard.
         """
         check_norms(model)
-        differ = self._that_differ("a model", {**dict(model.named_parameters()), **dict(model.named_buffers())})
-        if differ:
-            raise RankError(f"'{min(differ)}' has other values on another rank: make the models equal first.")
+        held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        tensors = {f"'{name}'": content(x) for name, x in held.items()}
+        self.agree("the problem", {**mine, **of_modules(model), **tensors}, beside)
 
     def _that_differ(self, what: str, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Names of those that ranks have other values of, by their sums; the same list on all."""
-        sums = {name: float(x.detach().double().sum()) for name, x in tensors.items() if not x.is_complex()}
-        every = self.told(what, sums)
+        """Names of those that ranks have other values of; the same list on all."""
+        every = self.told(what, {name: content(x) for name, x in tensors.items()})
         names = sorted(set().union(*every))
-        return [name for name in names if len({repr(theirs.get(name)) for theirs in every}) > 1]
+        return [name for name in names if len({theirs.get(name) for theirs in every}) > 1]
 
     def adopt_buffers(self, model: nn.Module, own: dict[str, Tensor]) -> None:
         """Give a model's buffers the first rank's values, as DistributedDataParallel does before a forward.
@@ -176,6 +198,29 @@ class Ranks:
             dist.broadcast(x, group=self.probe, group_src=owner)
 
 
+def _short(said: Mapping[str, Any]) -> str:
+    """A checksum of what a rank says."""
+    return hashlib.sha256(repr(list(said.items())).encode()).hexdigest()
+
+
+def _alike(every: Sequence[tuple[str, Mapping[Any, str]]]) -> bool:
+    """Whether checksums are the same on all ranks, and those by a key on all that have it."""
+    seen: dict[Any, str] = {}
+    return all(seen.setdefault(key, x) == x for own, more in every for key, x in {None: own, **more}.items())
+
+
+def _check_same(what: str, one: tuple[int, Mapping[str, Any]], other: tuple[int, Mapping[str, Any]]) -> None:
+    """Raise :class:`RankError` for the first name by which two ranks do not say the same."""
+    (rank, mine), (number, theirs) = one, other
+    for name in [*mine, *(name for name in theirs if name not in mine)]:
+        here, there = mine.get(name, "missing"), theirs.get(name, "missing")
+        if here != there:
+            raise RankError(
+                f"ranks differ in {what}: {name} is {here} on rank {rank}, and {there} on rank {number}; expected the "
+                "same on all ranks."
+            )
+
+
 def _heard(error: BaseException | None) -> bool:
     """Whether all ranks have heard of an error, or of what caused it: then they wait for no other word of it."""
     while error is not None:
@@ -183,6 +228,16 @@ def _heard(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def agree(ranks: Ranks | None, what: str, **options: Any) -> None:
+    """See that all ranks, where there are several, have called ``what`` with the same options: they stay in step then.
+
+    Raises:
+        RankError: they have not.
+    """
+    if ranks is not None:
+        ranks.agree(what, {f"{name}=": described(value) for name, value in options.items()})
 
 
 def together(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
@@ -223,4 +278,4 @@ def check_norms(model: nn.Module) -> None:
             )
 
 
-__all__ = ["AXES", "Ranks", "check_norms", "together", "whole_model"]
+__all__ = ["AXES", "Ranks", "agree", "check_norms", "together", "whole_model"]

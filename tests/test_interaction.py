@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -289,6 +290,53 @@ def test_where_the_axis_is_lost_is_said() -> None:
     found = dh.structure(model, batch, points=["inner"])
     assert "batch axis lost at aten.linalg_matrix_exp" in str(found)
     assert "batch axis lost at aten.linalg_matrix_exp" in str(dh.analyze(model, batch, points=["inner"]))
+
+
+KERNEL = torch.randn(B, B, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+ENDS: dict[str, tuple[Any, str]] = {  # what is between the points: why the second has no batch axis
+    "transposed": (lambda h: h.T**2, "samples are mixed at aten.mm.default in module 'b'"),
+    "rotated": (lambda h: h.rot90() ** 2, "samples are mixed at aten.mm.default in module 'b'"),
+    "contracted": (lambda h: KERNEL @ h**2, "samples are mixed at aten.mm.default at "),
+    "outer": (lambda h: (h[:, None] * h[None]).sum(0), "samples are mixed at aten.sum.dim_IntList at "),
+    "summed": (lambda h: h.sum(0, keepdim=True).expand(B, B), "samples are mixed at aten.sum.dim_IntList at "),
+    "permuted": (lambda h: h[torch.randperm(B)] * 2, "the batch axis is lost at aten.index.Tensor at "),
+    "matrix function": (torch.linalg.matrix_exp, "the batch axis is lost at aten.linalg_matrix_exp.default at "),
+    "mixed along an axis": (lambda h: h - h.mean(0), ""),
+    "one sample": (lambda h: h[:1].expand(B, B), ""),
+    "elementwise": (torch.tanh, ""),
+}
+
+
+class Pair(nn.Module):
+    """Two points with something between them, and one that no sample reaches."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(4, B), nn.Linear(B, 3), between
+        self.own = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self.a(x))) + self.own(torch.ones(2, dtype=x.dtype))
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_points_that_are_perturbed_as_a_whole_are_named_with_the_reason(name: str) -> None:
+    torch.manual_seed(0)
+    between, why = ENDS[name]
+    model, batch = Pair(between).double(), (torch.randn(B, 4).double(), torch.randn(B, 3).double())
+    points = ["a", "b", "own"]
+    texts = [str(dh.structure(model, batch, points=points)), str(dh.analyze(model, batch, points=points))]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        H = dh.HessianOperator(model, batch, space="activation", points=points)
+        dh.HessianOperator(model, batch)  # parameters have no batch axis to lose
+        dh.HessianOperator(model, batch, space="activation", points=["a", "b"], batch_mode="joint")
+    texts += [str(one.message) for one in told]
+    assert H.shape[0] == B + (3 * B if why else 3) + 3 or name == "one sample"
+    assert len(texts) == (3 if why else 2)
+    for text in texts:
+        assert (": 'b' behind it is perturbed as a whole" in text) == bool(why) and why in text, text
+        assert "'a' behind" not in text and "'own'" not in text
 
 
 def test_a_batch_of_one_moves_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
 Data movement is followed by arithmetic on the batch axis (``batch_axis.py``), or by moving sample numbers through the
 op itself (``labels.py``); everything else has a rule per family (``families.py``). Whatever is not
 understood counts as mixing samples, which is always safe: it only refuses ``per_sample`` and takes the general path
-elsewhere. Where an axis that was known cannot be followed, the graph says so in ``lost``.
+elsewhere. Where an axis that was known cannot be followed, the graph says so in ``lost``; why a tensor that depends on
+samples has no axis of them, in ``ends``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from dag_hesse._capture.batch import Batch
 from dag_hesse._capture.batch_axis import FREE
 from dag_hesse._capture.dependence import GONE, NONE, State, is_linear, mixed, separate
 from dag_hesse._capture.families import ARITHMETIC, FOLLOW, samples_of
+from dag_hesse._capture.whole import LOST as LOST_AT
+from dag_hesse._capture.whole import MIXED
 from dag_hesse.ir import BatchAxis, CurvatureGraph, Interaction, Kind, Node
 from dag_hesse.rules.base import Samples
 
@@ -44,6 +47,7 @@ class Walker:
         self.constants = labels.Constants(graph, batch.tensors)
         self.states: list[State] = []
         self.inert: list[bool] = []  # nothing that can be a point is behind it
+        self.ends: list[str] = []  # where the batch axis ends before a node, if it does
         self.lost: list[str] = []
 
     def run(self) -> list[State]:
@@ -60,9 +64,17 @@ class Walker:
             if node.index in self.apart and state.batch_axis is not None:
                 state = replace(state, interaction=Interaction.SEPARATE, lost=False)
             self.states.append(state)
+            self.ends.append(self.end(node, state))
         if self.size > 1 and all(self.states[k].free for k in self.graph.out):
             self.lost += [node.where for node in self.graph.nodes if self.uses_numbers(node)][:1]
         return self.states
+
+    def end(self, node: Node, state: State) -> str:
+        """Why and where a tensor that depends on samples has come to have no axis of them; empty where it has one."""
+        if state.batch_axis is not None or state.free or state.one >= 0:
+            return ""
+        before = next((self.ends[k] for k in node.inputs if self.ends[k]), "")
+        return before or f"{LOST_AT if state.lost else MIXED} {node.where}"
 
     def uses_numbers(self, node: Node) -> bool:
         """Whether a node that has derivatives goes by integers that the forward looked at in the batch."""
@@ -168,7 +180,7 @@ def _with_other_axes(graph: CurvatureGraph, batch: Batch) -> tuple[Walker, list[
 
 
 def annotate(graph: CurvatureGraph, batch: Batch) -> CurvatureGraph:
-    """Fill in ``graph.batch_axes``, ``graph.interactions``, ``graph.lost`` and what follows for the loss."""
+    """Fill in ``graph.batch_axes``, ``interactions``, ``ends``, ``lost`` and what follows for the loss."""
     walk = Walker(graph, batch)
     states = walk.run()
     if batch.size > 1 and not _is_separate(graph, states):
@@ -176,6 +188,7 @@ def annotate(graph: CurvatureGraph, batch: Batch) -> CurvatureGraph:
     axes = walk.axes
     graph.batch_axes = [None if s.batch_axis is None else s.batch_axis.whole(batch.size) for s in states]
     graph.interactions = [state.interaction for state in states]
+    graph.ends = walk.ends
     graph.lost = tuple(dict.fromkeys(walk.lost))
     apart = frozenset(k for k in graph.out if states[k].interaction is not Interaction.SEPARATE)
     loss_states = Walker(graph, batch, apart, axes).run() if apart else states

@@ -211,6 +211,7 @@ def _leaf(graph: CurvatureGraph, model: nn.Module, name: str) -> int:
         graph.children.append([])
         graph.batch_axes.append(None)
         graph.interactions.append(Interaction.NONE)
+        graph.ends.append("")
     return graph.parameters[name]
 
 

@@ -23,8 +23,8 @@ from dag_hesse._capture.refused import in_place_of, not_dense
 from dag_hesse._capture.state import Snapshot
 from dag_hesse._capture.trail import Trail, name_of
 from dag_hesse._capture.views import At, Like, Step, by_place, geometry
-from dag_hesse._capture.writes import Pure, Written, drawn, functional, statistics, view_step
-from dag_hesse.errors import CaptureError
+from dag_hesse._capture.writes import Pure, Written, drawn, drawn_with_slope, functional, statistics, view_step
+from dag_hesse.errors import CaptureError, NonDifferentiableError
 from dag_hesse.ir import Guard, Kind, ops
 
 aten = torch.ops.aten
@@ -163,6 +163,14 @@ class Recorder(TorchDispatchMode):
             raise CaptureError(
                 f"aten.embedding at {self.trail.line()} divides gradients by frequencies (scale_grad_by_freq=True), "
                 "so its 'gradient' is no derivative: leave that option out."
+            )
+        if drawn_with_slope(op) and op not in _SPLIT and torch.is_grad_enabled() and any(map(_has_slope, tensors)):
+            where = f" in module '{self.trail.owner}'" if self.trail.owner else ""
+            raise NonDifferentiableError(
+                f"{name_of(op)}{where} at {self.trail.line()} draws numbers that have a gradient by its arguments (as "
+                "rsample() of Gamma, Chi2 or StudentT does), and no second derivative: draw without a gradient, by "
+                ".sample() or from detached arguments, or take a distribution whose rsample() shifts and scales noise, "
+                "as Normal or LogNormal."
             )
 
     def _check_layouts(self, op: Any, does: str, values: Iterable[Any]) -> None:
@@ -428,4 +436,9 @@ class Recorder(TorchDispatchMode):
         return result
 
 
+def _has_slope(x: Tensor) -> bool:
+    return x.is_floating_point() and x.requires_grad
+
+
 _NOISY = {aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default}
+_SPLIT = {*_NOISY, aten.native_dropout.default}  # draws that become a node of their own beside what is differentiated

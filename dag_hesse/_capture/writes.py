@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -78,6 +79,21 @@ def drawn(op: Any) -> bool:
     if isinstance(op, Pure):
         op = op.op
     return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
+
+
+# Draws that autograd has the derivative zero of, whatever they are drawn by.
+_FLAT = re.compile(
+    r"aten\.(bernoulli|binomial|cauchy|exponential|geometric|log_normal|multinomial|normal|poisson|rand\w*|uniform)_?\."
+)
+
+
+@lru_cache(maxsize=1024)
+def drawn_with_slope(op: Any) -> bool:
+    """Whether what the op draws has a derivative by its arguments: a Gamma's, by implicit reparametrization."""
+    if not drawn(op) or _FLAT.match(str(op)) or not isinstance(op, torch._ops.OpOverload):
+        return False
+    keys = ("Autograd", "AutogradCPU", "AutogradCUDA")
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) for key in keys)
 
 
 @lru_cache(maxsize=1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dag_hesse._capture.whole import whole_lines
 from dag_hesse._structure.analysis import Structure
 
 
@@ -17,6 +18,7 @@ def render(structure: Structure) -> str:
         f"provably zero: {zero_h} of {len(names) ** 2} blocks, {zero_t} tensor parts",
         "samples: " + (f"interact, first at {first}" if first else "independent up to the loss"),
         *(f"batch axis lost at {where}" for where in graph.lost),
+        *whole_lines(graph),
         "opaque ops: " + (", ".join(sorted({node.op for node in graph.opaque})) or "none"),
         "",
         f"{'v':<{width}}  {'w':<{width}}  {'H':>5} {'H_T':>5}  {'rank GN ≤':>10}  {'batch ≤':>8}  distance",

@@ -106,6 +106,7 @@ class CurvatureGraph:
     rng_before: RandomState | None = None  # random states around the recorded forward
     rng_after: RandomState | None = None
     unused: frozenset[str] = frozenset()  # taps that the loss does not depend on
+    ends: list[str] = field(default_factory=list, repr=False)  # per node: why there is no batch axis, and where
     lost: tuple[str, ...] = ()  # where the batch axis could not be followed: op, module and line
     _in_loss: tuple[tuple[int, ...], int, list[bool]] | None = field(
         default=None, init=False, repr=False, compare=False

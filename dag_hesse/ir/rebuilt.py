@@ -31,4 +31,5 @@ def rebuilt(
         children=[],
         batch_axes=[graph.batch_axes[k] for k in origins],
         interactions=[graph.interactions[k] for k in origins],
+        ends=[graph.ends[k] for k in origins],
     )

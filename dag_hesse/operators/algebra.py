@@ -16,6 +16,7 @@ from dag_hesse.kernels.arena import Arena
 from dag_hesse.operators.base import SymmetricOperator
 from dag_hesse.operators.exports import dense, to_scipy
 from dag_hesse.operators.vectors import OverForm, VectorForm
+from dag_hesse.ranks import Ranks
 
 
 def number(value: Any) -> float | None:
@@ -50,6 +51,10 @@ class OfOne(SymmetricOperator):
     def chunk(self) -> int:
         """As that of the operator."""
         return self.of.chunk
+
+    @property
+    def _together(self) -> Ranks | None:
+        return self.of._together
 
     @property
     def _budget(self) -> Budget:
@@ -90,6 +95,10 @@ class Sum(SymmetricOperator):
     def chunk(self) -> int:
         """As many as both profit from."""
         return min(self.one.chunk, self.other.chunk)
+
+    @property
+    def _together(self) -> Ranks | None:
+        return self.one._together or self.other._together
 
     @property
     def _budget(self) -> Budget:

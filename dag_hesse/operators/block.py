@@ -19,6 +19,7 @@ from dag_hesse.operators.base import SymmetricOperator
 from dag_hesse.operators.exports import dense, to_scipy
 from dag_hesse.operators.vectors import OverForm, to_numpy
 from dag_hesse.options import checked_options
+from dag_hesse.ranks import Ranks, agree
 
 
 @final
@@ -32,6 +33,10 @@ class Submatrix(SymmetricOperator):
     def chunk(self) -> int:
         """As that of the operator."""
         return self.parent.chunk
+
+    @property
+    def _together(self) -> Ranks | None:
+        return self.parent._together
 
     @property
     def _budget(self) -> Budget:
@@ -135,6 +140,7 @@ class Block(OverForm):
         """
         if self.form.sizes != self._out.sizes:
             raise OptionError(f"{self!r} has no trace: it is {self.shape[0]} × {self.shape[1]}, not square.")
+        agree(self.parent._together, "trace()", matvecs=matvecs, seed=seed, method=method)
         return traces.trace(self, matvecs, seed, return_stderr, method)
 
     @checked_options(eigen.eigsh, scipy.sparse.linalg.eigsh)
@@ -149,4 +155,5 @@ class Block(OverForm):
                 f"{self!r} is not symmetric: eigenvalues are those of a block [v, v]; take "
                 "scipy.sparse.linalg.svds(block.to_scipy()) for singular values."
             )
+        agree(self.parent._together, "eigsh()", k=k, **options)
         return eigen.eigsh(Submatrix(self.parent, self.rows), k, **options)

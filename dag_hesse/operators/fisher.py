@@ -80,7 +80,11 @@ class FisherOperator(CurvatureOperator):
             raise OptionError(f"loss has reduction={loss.reduction!r}; expected a mean over samples.")  # type: ignore[union-attr]
         self._inferred = loss is None
         self._draw = partial(Drawn, loss=loss, samples=samples, seed=seed) if kind == "mc" else None
+        self._drawing = {"kind=": kind, "samples=": samples, "seed=": seed, "loss=": loss}
         super().__init__(model, batch, loss=_OfGradients(loss, kind == "mc"), memory=memory, **options)
+
+    def _asked(self) -> dict[str, Any]:
+        return super()._asked() | self._drawing
 
     def _batches(self, batch: Any) -> Batches:
         if self._draw is None:

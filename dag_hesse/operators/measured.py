@@ -13,6 +13,7 @@ from dag_hesse.operators import eigen, estimates, lanczos, solve, traces
 from dag_hesse.operators.core import SegmentedOperator
 from dag_hesse.operators.interop import to_curvlinops
 from dag_hesse.options import checked_options
+from dag_hesse.ranks import agree
 
 if TYPE_CHECKING:
     from dag_hesse.operators.eigen import Eigenpair
@@ -43,6 +44,7 @@ class MeasuredOperator(SegmentedOperator):
             >>> H.eigsh(1)[0].round(3).tolist()
             [20.0]
         """
+        agree(self._together, "eigsh()", k=k, **options)
         return eigen.eigsh(self, k, **options)
 
     @checked_options(eigen.eigsh, scipy.sparse.linalg.eigsh)
@@ -56,6 +58,7 @@ class MeasuredOperator(SegmentedOperator):
             >>> round(top.value, 3), top.vector["weight"].shape, top.residual < 1e-2
             (20.0, torch.Size([1, 9]), True)
         """
+        agree(self._together, "top_eigenvectors()", k=k, **options)
         return eigen.top_eigenvectors(self, k, **options)
 
     @checked_options()
@@ -88,6 +91,7 @@ class MeasuredOperator(SegmentedOperator):
             >>> bool(abs(value - 200) < 4 * stderr), round(float(H.trace(12, method="xtrace")), 2)
             (True, 200.0)
         """
+        agree(self._together, "trace()", matvecs=matvecs, seed=seed, method=method)
         if method == "exact" and matvecs is None and (known := self._known_diagonal()) is not None:
             return estimates.answered(known.sum(), return_stderr)
         return traces.trace(self, matvecs, seed, return_stderr, method)
@@ -100,6 +104,7 @@ class MeasuredOperator(SegmentedOperator):
 
         ``method`` is ``"hutchinson"``, ``"xdiag"`` (with a sketch, as ``"xtrace"``) or ``"exact"``.
         """
+        agree(self._together, "diagonal()", matvecs=matvecs, seed=seed, method=method)
         if method == "exact" and matvecs is None and (known := self._known_diagonal()) is not None:
             return estimates.answered(known, return_stderr)
         return traces.diagonal(self, matvecs, seed, return_stderr, method)
@@ -130,6 +135,7 @@ class MeasuredOperator(SegmentedOperator):
             >>> bool(abs(torch.trapezoid(density, grid) - 1) < 0.05)
             True
         """
+        agree(self._together, "spectral_density()", ncv=ncv, seed=seed, **options)
         n, seed = self.shape[0], integer("seed", seed)
         ncv = estimates.checked_count("ncv", min(64, n - 1) if ncv is None else ncv, n)
         return lanczos.spectral_density(self, ncv, seed, **options)
@@ -162,6 +168,7 @@ class MeasuredOperator(SegmentedOperator):
             >>> step.x.shape, step.residual < 1e-5
             (torch.Size([4]), True)
         """
+        agree(self._together, "solve()", b=b, damping=damping, **options)
         return solve.solved(self, b, damping, **options)
 
     def to_curvlinops(self) -> Any:

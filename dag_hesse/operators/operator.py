@@ -23,7 +23,7 @@ from dag_hesse.operators.landscape import Landscape, landscape
 from dag_hesse.operators.posing import Known, Pose
 from dag_hesse.operators.wide import Origin, Shards, follow, widened, widened_batches, widened_loss
 from dag_hesse.options import checked_options
-from dag_hesse.ranks import Ranks, together, whole_model
+from dag_hesse.ranks import Ranks, agree, together, whole_model
 from dag_hesse.sweep import VERIFY, Parts, Request
 from dag_hesse.sweep.watch import check_unchanged
 
@@ -116,8 +116,13 @@ class CurvatureOperator(SymmetricOperator):
             own = chosen_parameters(module, params, param_filter) if points is None and space == "parameter" else []
             budget = Budget.of(memory, batches.device)
             options = points, space, output, batch_mode, reduction, verify, budget, compile
-            self._pose = Pose(module, loss, own, *options, self._part, self._ranks)
+            asked = {"model": None if isinstance(model, nn.Module) else model, "space=": space, "output=": output}
+            self._pose = Pose(module, loss, own, *options, self._part, self._ranks, {**self._asked(), **asked})
             self._take(batch, batches)
+
+    def _asked(self) -> dict[str, Any]:
+        """What ranks must have asked alike, by name."""
+        return {"the operator": type(self).__name__, "loss=": self._loss}
 
     def _batches(self, batch: Any) -> Batches:
         """The batches as they are swept."""
@@ -160,6 +165,10 @@ class CurvatureOperator(SymmetricOperator):
     def chunk(self) -> int:
         """How many vectors are swept together."""
         return self._problem.chunk
+
+    @property
+    def _together(self) -> Ranks | None:
+        return self._ranks
 
     @property
     def _budget(self) -> Budget:
@@ -276,6 +285,7 @@ class CurvatureOperator(SymmetricOperator):
             >>> found.losses.shape, float(found.curvature[0].round(2)), bool(low + high > 2 * centre)
             ((5,), 20.0, True)
         """
+        agree(self._ranks, "landscape()", directions=directions, span=span, points=points)
         return landscape(self, directions, span, points)
 
     @property

@@ -15,6 +15,7 @@ from dag_hesse._capture.additivity import find_reduction
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.points import Names
 from dag_hesse._capture.reduction import Option, Reduction
+from dag_hesse._capture.whole import whole_lines
 from dag_hesse.budget import Budget
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.operators.functional import read_parameters
@@ -43,24 +44,18 @@ class Posed:
     known: Known
 
 
-def _tell_of_lost_axes(graph: CurvatureGraph) -> None:
+def _tell_of_whole_points(graph: CurvatureGraph) -> None:
     """Warn where one perturbation for all samples is not what a point has."""
-    whole = [
-        point.name
-        for point in graph.points
-        if point.kind == "activation" and any(graph.batch_axes[site] is None for site in point.sites)
-    ]
-    if whole and graph.lost and graph.batch_size > 1:
-        warnings.warn(
-            f"the batch axis is lost at {graph.lost[0]}: {', '.join(map(repr, whole[:4]))} behind it is perturbed as a "
-            "whole, not by one vector for all samples.",
-            stacklevel=5,
-        )
+    for line in whole_lines(graph)[:1]:
+        warnings.warn(f"{line}, not by one vector for all samples.", stacklevel=5)
 
 
 @dataclass(frozen=True)
 class Pose:
-    """A model, its loss and points, and how they are swept. ``own``: names of the parameters, where those are meant."""
+    """A model, its loss and points, and how they are swept. ``own``: names of the parameters, where those are meant.
+
+    ``asked``: what else ranks must have asked alike, by name.
+    """
 
     module: nn.Module
     loss: Loss | None
@@ -75,6 +70,7 @@ class Pose:
     compiled: bool
     part: str
     ranks: Ranks | None
+    asked: Mapping[str, Any]
 
     def posed(self, batches: Batches, known: Known | None = None) -> Posed:
         """Capture what is not ``known``, prove it, and pose the problem."""
@@ -85,8 +81,8 @@ class Pose:
         )
         if self.part != "full":
             needs_split(graphs)
-        if known is None:
-            _tell_of_lost_axes(graphs[0])
+        if known is None and self.batch_mode == "shared":
+            _tell_of_whole_points(graphs[0])
         like = partial(points_like, graphs[0], module)
         proved = [] if known is None else list(known.values())
         prove_all(graphs, batches, module, self.loss, self.output, self.verify, proved)
@@ -112,6 +108,7 @@ class Pose:
             memory=self.budget.total,
             compiled=self.compiled,
             ranks=ranks,
+            asked={**self.asked, "params=": list(self.own)},
         )
         problem.meet()
         problem.chunk = self._chunk(fused[0])

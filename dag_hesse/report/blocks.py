@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dag_hesse.errors import StaleError
 from dag_hesse.estimate import exact_blocks
-from dag_hesse.ranks import together
+from dag_hesse.ranks import agree, together
 from dag_hesse.sweep import Problem
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class BlockReader:
         size = problem.dim(v) * problem.dim(w) * problem.groups
         need = 3 * size * problem.dtype.itemsize * (1 if part == "full" else 2)
         names = [problem.points[k].name for k in (v, w)]
+        agree(problem.ranks, "block()", v=names[0], w=names[1], part=part)
         with together(problem.ranks, "a block"):
             problem.budget.check(
                 need, f"the block of {names[0]!r} and {names[1]!r}", "store it low-rank by report.blocks()"
@@ -71,7 +72,9 @@ class BlockReader:
         from dag_hesse.storage.options import wanted
         from dag_hesse.storage.pose import of_problem
 
-        with shown(options.pop("progress", None)) as told:
+        progress = options.pop("progress", None)
+        agree(self.problem.ranks, "blocks()", part=part, parts=parts, **options)
+        with shown(progress) as told:
             chosen = wanted(**options)
             self._check("to store blocks")
             return of_problem(self.problem, "analyze()", part, parts, chosen, told)

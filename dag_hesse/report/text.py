@@ -67,6 +67,7 @@ def facts(report: CurvatureReport) -> list[str]:
     lines += [f"left out: kernel {which}" for which in f.get("kernels that failed", ())]
     lines += [f"sweeps were launched one by one: {why}" for why in f.get("not recorded", ())]
     lines += [f"batch axis lost at {where}" for where in f.get("lost", ())]
+    lines += f.get("whole", ())
     return lines
 
 

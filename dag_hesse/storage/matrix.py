@@ -17,6 +17,7 @@ from dag_hesse.operators.estimates import answered
 from dag_hesse.operators.solve import Solution
 from dag_hesse.operators.vectors import VectorForm
 from dag_hesse.options import checked_options
+from dag_hesse.ranks import Ranks
 from dag_hesse.storage.block import StoredBlock
 from dag_hesse.storage.build import Built
 from dag_hesse.storage.live import Live
@@ -100,6 +101,10 @@ class BlockMatrix(SymmetricOperator):
     def chunk(self) -> int:
         """How many vectors are multiplied together."""
         return _CHUNK
+
+    @property
+    def _together(self) -> Ranks | None:
+        return None if self._live is None else self._live.source.problem.ranks
 
     @property
     def groups(self) -> int:

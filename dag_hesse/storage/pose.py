@@ -86,6 +86,8 @@ def from_model(
             again=partial(capture_anew, model, loss=loss, output=output, points=like, space=space, verify=verify),
             loss=loss,
             ranks=ranks,
+            asked={"what is made": "a matrix", "loss=": loss, "output=": output, "space=": space, "part=": part}
+            | {"parts=": parts, **{f"{name}=": value for name, value in options.items()}},
         )
         problem.meet()
         problem.settled()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dag_hesse._capture import Batch, Batches
 from dag_hesse._capture.reduction import Reduction
+from dag_hesse.alike import described
 from dag_hesse.budget import Budget
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.kernels.arena import Pool
@@ -18,6 +19,7 @@ from dag_hesse.ranks import Ranks, together
 from dag_hesse.sweep.gradient import gradient
 from dag_hesse.sweep.kept import Linearizations
 from dag_hesse.sweep.meaning import Entry, read_meaning
+from dag_hesse.sweep.meeting import of_loss, of_ops, of_points
 from dag_hesse.sweep.parts import Parts, Request
 from dag_hesse.sweep.product import AnyLinearization
 from dag_hesse.sweep.runner import Progress, Runner
@@ -40,6 +42,7 @@ class Problem:
         loss: what the loss was asked of; watched for changes.
         compiled: whether sweeps are compiled programs.
         ranks: that work on it together; all make the same calls then.
+        asked: options of the call by name, which ranks must have alike.
         memory: bytes that may be used, a quarter of them for linearizations that are kept; None: what is free.
 
     Attributes:
@@ -66,8 +69,9 @@ class Problem:
         memory: int | str | None = None,
         compiled: bool = False,
         ranks: Ranks | None = None,
+        asked: Mapping[str, Any] | None = None,
     ) -> None:
-        self.ranks = ranks
+        self.ranks, self.asked = ranks, dict(asked or {})
         self.model, self.batches, self.reduction, self.batch_mode = model, batches, reduction, batch_mode
         self.compiled = compiled
         self._given = list(graphs)
@@ -150,14 +154,19 @@ class Problem:
         return sum(entry.graph.value * shares[entry.batch] for entry in self.entries if entry.sample is None)
 
     def meet(self) -> None:
-        """See that all ranks, if there are several, have one model, and those that share vectors the same samples.
+        """See that all ranks, if there are several, compute one function of one model, and ask the same of it.
+
+        Those that share vectors have the same samples, too.
 
         Raises:
             RankError: they do not.
             OptionError: BatchNorm normalizes by the statistics of a shard.
         """
         if self.ranks is not None:
-            self.ranks.check_model(self.model)
+            graph, batches = self._given[0], self.batches
+            asked = {name: described(value) for name, value in self.asked.items()}
+            mine = {**asked, **of_loss(self.watch.loss, batches), **of_points(graph)}
+            self.ranks.check_model(self.model, mine, of_ops(graph, batches))
             self.ranks.check_loss(self._own_loss)
 
     @property

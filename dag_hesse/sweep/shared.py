@@ -7,7 +7,8 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from dag_hesse.errors import VectorError
+from dag_hesse.alike import content
+from dag_hesse.errors import RankError, VectorError
 from dag_hesse.ranks import Ranks
 from dag_hesse.sweep.parts import Parts, Request
 from dag_hesse.sweep.runner import Progress, Runner, pieces
@@ -27,7 +28,7 @@ def run_shared(
         VectorError: ranks have other vectors.
         RankError: another rank failed.
     """
-    runner.chunk = _agreed_chunk(ranks, runner.chunk, requests)
+    runner.chunk = _agreed_chunk(ranks, runner.chunk, requests, parts)
     number, count = ranks.place
     every = [pieces(_rows(request), runner.chunk) for request in requests]
     owners = list(accumulate((len(own) for own in every), initial=0))
@@ -57,12 +58,14 @@ def _rows(request: Request) -> int:
     return len(next(iter(request.z.values())))
 
 
-def _agreed_chunk(ranks: Ranks, chunk: int, requests: Sequence[Request]) -> int:
-    """The smallest of the ranks' chunks, where all have the same vectors."""
-    sums = [float(z.double().sum()) for request in requests for z in request.z.values()]
-    shapes = [tuple(z.shape) for request in requests for z in request.z.values()]
-    said = ranks.told("a sweep's vectors", (shapes, sums, chunk))
-    if any(theirs != [shapes, sums] for *theirs, _ in said) and all(x == x for x in sums):
+def _agreed_chunk(ranks: Ranks, chunk: int, requests: Sequence[Request], parts: str) -> int:
+    """The smallest of the ranks' chunks, where all have the same vectors, and read the same from them."""
+    asked = [(list(request.z), tuple(request.reads), parts) for request in requests]
+    vectors = [content(z) for request in requests for z in request.z.values()]
+    said = ranks.told("a sweep's vectors", (asked, vectors, chunk))
+    if any(theirs != asked for theirs, _, _ in said):
+        raise RankError("ranks multiply other blocks, or other parts: expected the same product on all.")
+    if any(theirs != vectors for _, theirs, _ in said):
         raise VectorError(
             "ranks multiply with different vectors: expected the same one on all, from the same seed, say."
         )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchgen
 from torch import Tensor, nn
+<<<<<<< HEAD
 from torch._higher_order_ops import scan, while_loop
 from torch._higher_order_ops.map import map as mapped
 from torch.nn.attention.flex_attention import flex_attention
@@ -15,6 +19,13 @@ import dag_hesse as dh
 from dag_hesse import errors
 from dag_hesse._capture.refused import in_place_of
 from tests import device
+=======
+from torch import distributions as td
+
+import dag_hesse as dh
+from dag_hesse import errors
+from dag_hesse._capture.writes import drawn, drawn_with_slope
+>>>>>>> mend-ranks
 from tests.capture.common import Around, X, Y, module_in_a_list
 from tests.property.steps.parts import Cube
 
@@ -97,6 +108,7 @@ def test_a_tensor_with_a_past_from_outside_is_refused() -> None:
         dh.HessianOperator(Around(lambda m, z: z * outside), (X, Y))
 
 
+<<<<<<< HEAD
 def _looped(m: Any, z: Tensor) -> Tensor:
     start = torch.zeros((), dtype=torch.long, device=z.device)
     return while_loop(lambda i, a: i < 2, lambda i, a: (i + 1, a.sin()), (start, z))[1]
@@ -154,3 +166,64 @@ def test_tensors_that_are_not_dense_are_refused_by_name(fn: Any, does: str) -> N
 
 
 _OUTSIDE = torch.eye(4, device=device.NAME).double().to_sparse()
+=======
+GAMMAS = {
+    "gamma": lambda a: td.Gamma(a, torch.ones_like(a)).rsample(),
+    "chi2": lambda a: td.Chi2(a).rsample(),
+    "beside a path": lambda a: td.StudentT(a).rsample() + a,
+    "own generator": lambda a: torch._standard_gamma(a, generator=torch.Generator().manual_seed(0)) + a,
+    "dirichlet": lambda a: torch._sample_dirichlet(a) + a,
+}
+
+
+@pytest.mark.parametrize("verify", ["gradient", "none"])
+@pytest.mark.parametrize("name", GAMMAS)
+def test_draws_with_a_gradient_but_no_second_derivative_are_refused(name: str, verify: str) -> None:
+    model = Around(lambda m, z: GAMMAS[name](nn.functional.softplus(z) + 3))
+    with pytest.raises(
+        errors.NonDifferentiableError, match=r"(gamma|dirichlet)\.default at .*test_refusals\.py:\d+ draws"
+    ):
+        dh.HessianOperator(model, (X, Y), verify=verify)
+    with pytest.raises(errors.NonDifferentiableError, match=r"by \.sample\(\) or from detached"):
+        dh.structure(model, (X, Y))
+
+
+def _without_gradient(m: Any, z: Tensor) -> Tensor:
+    a = nn.functional.softplus(z) + 3
+    held = td.Gamma(a.detach(), torch.ones_like(a)).rsample()
+    with torch.no_grad():
+        held = held + torch._standard_gamma(a)
+    return z * (held + td.Beta(a, a).sample())
+
+
+def test_draws_without_a_gradient_are_numbers() -> None:
+    model = Around(_without_gradient)
+    state = torch.get_rng_state()
+    operator = dh.HessianOperator(model, (X, Y))
+    torch.set_rng_state(state)
+    own = torch.autograd.grad(nn.functional.cross_entropy(model(X), Y), list(model.parameters()))
+    torch.testing.assert_close(operator.gradient, torch.cat([g.reshape(-1) for g in own]), rtol=1e-12, atol=1e-14)
+
+
+def _formulas() -> dict[str, str]:
+    """What PyTorch's derivatives.yaml says of every op."""
+    path = Path(torchgen.__file__).parent / "packaged/autograd/derivatives.yaml"
+    pieces = re.split(r"^- name: ", path.read_text(), flags=re.MULTILINE)[1:]
+    return {piece.split("(", 1)[0].removesuffix(".default"): piece.split("\n", 1)[1] for piece in pieces}
+
+
+def test_what_random_ops_have_a_gradient_is_what_pytorch_says() -> None:
+    formulas, seen = _formulas(), set()
+    flat = re.compile(r"^(result\d?:.*|output_differentiability: \[False\]|\w+: (at::)?zeros.*)?$")
+    for name in torch._C._dispatch_get_all_op_names():
+        namespace, rest = name.split("::", 1)
+        packet, _, overload = rest.partition(".")
+        if namespace != "aten" or rest not in formulas:
+            continue
+        op = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        if drawn(op):
+            lines = [line.split("#")[0].strip() for line in formulas[rest].splitlines()]
+            seen.add((rest, drawn_with_slope(op)))
+            assert drawn_with_slope(op) == (not all(map(flat.match, lines))), rest
+    assert {("_standard_gamma", True), ("poisson", False), ("normal.Tensor_float", False)} <= seen
+>>>>>>> mend-ranks

@@ -32,6 +32,60 @@ def gang() -> Iterator[None]:
     GANG.end()
 
 
+DIFFER = {  # what is another one on rank 1: what the error says of rank 0
+    "activation module": "module '1' is Tanh() in training mode on rank 0, and Softplus(beta=1.0",
+    "setting of a module": "module '1' is Softplus(beta=1.0, threshold=20.0) in training mode on rank 0",
+    "activation function": "aten.sigmoid.default in the model or its loss is run 1× on rank 0, and missing on rank 1",
+    "function of another size": "aten.sigmoid.default in the model or its loss is run on rank 0, and missing on rank 1",
+    "order of rows": "'0.weight' is float64 (6, 4) with bits",
+    "two signs": "'0.weight' is float64 (6, 4) with bits",
+    "loss": "loss= is torch.nn.functional.cross_entropy on rank 0, and tests.distributed.work.ignoring with code",
+    "lambda": "loss= is tests.distributed.work.unlike.<locals>.<lambda> with code",
+    "weights of a loss": "loss= is CrossEntropyLoss() in training mode; weight float64 (3,) with bits",
+    "inferred loss": "the loss is cross-entropy, as targets are integers on rank 0, and mean squared error",
+    "mode of dropout": "the model is Sequential() in evaluation mode on rank 0, and Sequential() in training mode on rank 1",
+    "operator": "the operator is 'HessianOperator' on rank 0, and 'GGNOperator' on rank 1",
+    "points": "the points' 1. is '0' (6,) (activation) on rank 0, and '1' (6,) (activation) on rank 1",
+    "params": "params= is ['0.weight', '0.bias'] on rank 0, and ['0.bias', '0.weight'] on rank 1",
+    "drawn targets": "seed= is 0 on rank 0, and 1 on rank 1",
+    "kind of call": "the operator is 'HessianOperator' on rank 0, and missing on rank 1",
+    "map mode": "mode= is 'exact' on rank 0, and 'probes' on rank 1",
+    "map probes": "probes= is 8 on rank 0, and 16 on rank 1",
+    "map seed": "seed= is 0 on rank 0, and 1 on rank 1",
+    "map rtol": "rtol= is 0.1 on rank 0, and 0.2 on rank 1",
+    "map pairs": "pairs= is [['0', '4']] on rank 0, and [['2', '4']] on rank 1",
+    "stored error": "error= is 0.1 on rank 0, and 0.2 on rank 1",
+    "monitor": "loss= is torch.nn.functional.cross_entropy on rank 0",
+    "refreshed": "the model is Sequential() in evaluation mode on rank 0, and Sequential() in training mode on rank 1",
+    "eigsh": "ranks differ in eigsh(): k= is 1 on rank 0, and 2 on rank 1",
+    "option of eigsh": "ranks differ in eigsh(): which= is 'LA' on rank 0, and 'SA' on rank 1",
+    "eigsh of a sum": "ranks differ in eigsh(): k= is 1 on rank 0, and 2 on rank 1",
+    "eigsh of a block": "ranks differ in eigsh(): k= is 1 on rank 0, and 2 on rank 1",
+    "top_eigenvectors": "ranks differ in top_eigenvectors(): k= is 1 on rank 0",
+    "trace": "ranks differ in trace(): matvecs= is 20 on rank 0, and 21 on rank 1",
+    "diagonal": "ranks differ in diagonal(): seed= is 0 on rank 0",
+    "spectral_density": "ranks differ in spectral_density(): ncv= is 5 on rank 0",
+    "solve": "ranks differ in solve(): b= is float64 (83,) with bits",
+    "landscape": "ranks differ in landscape(): points= is 3 on rank 0, and 5 on rank 1",
+    "block": "ranks multiply other blocks, or other parts",
+    "order of a vector": "VectorError: ranks multiply with different vectors",
+    "block of a report": "ranks differ in block(): v= is '0' on rank 0, and '2' on rank 1",
+}
+
+
+def test_ranks_that_differ_are_told_in_what(tmp_path: Path) -> None:
+    for found in run("unlike", 2, tmp_path):
+        assert found.keys() == DIFFER.keys()
+        for name, text in DIFFER.items():
+            assert found[name].startswith("VectorError" if "VectorError" in text else "RankError"), (name, found[name])
+            assert text in found[name], (name, found[name])
+
+
+def test_what_may_differ_between_ranks_is_no_error(tmp_path: Path) -> None:
+    for found in run("likewise", 2, tmp_path):
+        assert found == dict.fromkeys(found, "") and len(found) == 5
+
+
 def alone(name: str) -> dict[str, Any]:
     return work.figures(dh.HessianOperator(work.model(), work.samples(), loss=work.LOSSES[name]))
 
@@ -66,7 +120,8 @@ def test_shards_make_the_operator_of_all_samples(ranks: int, tmp_path: Path) -> 
         assert "eval()" in texts["norm"] and "batch_mode='shared'" in texts["joint"]
         assert "expected a DeviceMesh" in texts["no mesh"] and "expected 'data', 'probe' or both" in texts["names"]
         for what, name in (("model", "2.bias"), ("map", "2.bias"), ("refreshed", "0.weight")):
-            assert texts[what].startswith(f"RankError: '{name}' has other values on another rank"), texts[what]
+            assert texts[what].startswith(f"RankError: ranks differ in the problem: '{name}' is float64"), texts[what]
+            assert "on rank 0, and float64" in texts[what] and texts[what].count("with bits") == 2
         assert texts["stale"].startswith("StaleError" if rank else "RankError: a product failed on rank 1: StaleError")
 
 
