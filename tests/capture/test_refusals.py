@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchgen
 from torch import Tensor, nn
-<<<<<<< HEAD
+from torch import distributions as td
 from torch._higher_order_ops import scan, while_loop
 from torch._higher_order_ops.map import map as mapped
 from torch.nn.attention.flex_attention import flex_attention
@@ -18,14 +18,8 @@ from torch.nn.attention.flex_attention import flex_attention
 import dag_hesse as dh
 from dag_hesse import errors
 from dag_hesse._capture.refused import in_place_of
-from tests import device
-=======
-from torch import distributions as td
-
-import dag_hesse as dh
-from dag_hesse import errors
 from dag_hesse._capture.writes import drawn, drawn_with_slope
->>>>>>> mend-ranks
+from tests import device
 from tests.capture.common import Around, X, Y, module_in_a_list
 from tests.property.steps.parts import Cube
 
@@ -108,7 +102,6 @@ def test_a_tensor_with_a_past_from_outside_is_refused() -> None:
         dh.HessianOperator(Around(lambda m, z: z * outside), (X, Y))
 
 
-<<<<<<< HEAD
 def _looped(m: Any, z: Tensor) -> Tensor:
     start = torch.zeros((), dtype=torch.long, device=z.device)
     return while_loop(lambda i, a: i < 2, lambda i, a: (i + 1, a.sin()), (start, z))[1]
@@ -166,7 +159,8 @@ def test_tensors_that_are_not_dense_are_refused_by_name(fn: Any, does: str) -> N
 
 
 _OUTSIDE = torch.eye(4, device=device.NAME).double().to_sparse()
-=======
+
+
 GAMMAS = {
     "gamma": lambda a: td.Gamma(a, torch.ones_like(a)).rsample(),
     "chi2": lambda a: td.Chi2(a).rsample(),
@@ -226,4 +220,3 @@ def test_what_random_ops_have_a_gradient_is_what_pytorch_says() -> None:
             seen.add((rest, drawn_with_slope(op)))
             assert drawn_with_slope(op) == (not all(map(flat.match, lines))), rest
     assert {("_standard_gamma", True), ("poisson", False), ("normal.Tensor_float", False)} <= seen
->>>>>>> mend-ranks
