@@ -10,7 +10,7 @@ import dag_hesse
 
 ROOT = Path(dag_hesse.__file__).parent
 ORDER = (
-    "errors", "options", "files", "names", "randomness", "measure", "progress", "figures", "budget", "ranks", "gathered", "_core", "native", "kernels", "ir", "rules",
+    "errors", "options", "files", "names", "randomness", "measure", "progress", "figures", "budget", "alike", "ranks", "gathered", "_core", "native", "kernels", "ir", "rules",
     "_capture", "_structure", "plan", "sweep", "estimate", "operators", "storage", "report", "theory", "_mapper", "_analyze", "_profile",
     "experiments", "monitor", "_cli", "cli", "__main__",
 )  # fmt: skip
