@@ -14,6 +14,7 @@ class Machine:
     Attributes:
         program: elements from which a program is worth setting up.
         rows: elements from which a program on rows is faster than the vendor's kernels.
+        norm: elements up to which the vendor's LayerNorm is taken where it has what is wanted.
         row: elements of the longest row that registers of a program in the caches can hold.
         row_kernel: elements of a probe from which the vendor's kernel is called for each, rather than once for all.
         product: multiply-adds of a probe's matrix product from which it is taken by itself: batched ones are slow then.
@@ -25,6 +26,7 @@ class Machine:
 
     program: int
     rows: int
+    norm: int
     row: int
     row_kernel: int
     product: int
@@ -38,6 +40,7 @@ _NEVER = 1 << 62
 CPU = Machine(
     program=1 << 12,
     rows=1 << 18,
+    norm=_NEVER,
     row=1 << 13,
     row_kernel=1 << 14,
     product=1 << 20,
@@ -49,6 +52,7 @@ CPU = Machine(
 CUDA = Machine(
     program=1 << 12,
     rows=_NEVER,
+    norm=_NEVER,
     row=_NEVER,
     row_kernel=_NEVER,
     product=_NEVER,

@@ -296,6 +296,7 @@ def test_products_with_programs_are_those_without(space: str, monkeypatch: pytes
     for least in (1 << 60, 0):
         monkeypatch.setattr(machine.CPU, "program", least)
         monkeypatch.setattr(machine.CPU, "rows", least)
+        monkeypatch.setattr(machine.CPU, "norm", least)
         H = dh.HessianOperator(model, batch, space=space)
         v = torch.randn(H.shape[1], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         products.append(H.parts(v))

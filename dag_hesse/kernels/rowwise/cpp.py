@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dag_hesse import native
 from dag_hesse.kernels.arena import SYSTEM, Arena
+from dag_hesse.kernels.machine import machine
 from dag_hesse.kernels.program import Program, cpp, record
 from dag_hesse.kernels.program.build import narrowed
 from dag_hesse.kernels.rowwise import reference
@@ -148,8 +149,14 @@ def refuse_softmax_tangent(y: Tensor, x: Tensor, dims: list[int]) -> str | None:
 refuse_log_softmax_tangent = refuse_softmax_tangent
 
 
+def _left_to_layer_norm(x: Tensor, how: Means) -> str | None:
+    few = how.inner is not None and x.numel() < machine(x.device).norm
+    return "PyTorch's LayerNorm is as fast" if few else None
+
+
 def refuse_standardize_tangent(y: Tensor, r: Tensor, mu: Tensor | None, x: Tensor, how: Means) -> str | None:
-    return _refuse(x, how, y, r, mu, x)
+    reason = _left_to_layer_norm(x, how) if mu is None else None
+    return reason or _refuse(x, how, y, r, mu, x)
 
 
 def refuse_softmax_adjoints(y: Tensor, a: Adjoint, dims: list[int]) -> str | None:
@@ -160,4 +167,4 @@ refuse_log_softmax_adjoints = refuse_softmax_adjoints
 
 
 def refuse_standardize_adjoints(y: Tensor, r: Tensor, a: Adjoint, how: Means) -> str | None:
-    return _refuse_adjoints((y, r), a, how)
+    return _left_to_layer_norm(_like(y, a), how) or _refuse_adjoints((y, r), a, how)
