@@ -6,6 +6,7 @@ over w(batch), and beside a reference that of the same terms over w(batch) + w(r
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ class Told(NamedTuple):
     parts: list[tuple[Tensor, float]]
 
 
-class Beside:
+class Beside(ABC):
     """What the two ways to try a loss share: the batches, and graphs of them."""
 
     exact = True  # weights have the loss's own precision
@@ -51,29 +52,29 @@ class Beside:
         self.model, self.graphs, self.batches, self.loss = model, graphs, batches, loss
         self.tolerance = tolerance_of(graphs[0])
 
+    @abstractmethod
     def tell(self) -> Told | None:
         """Whether the loss is a sum or a mean; None where no batch has a gradient to tell it by.
 
         Raises:
             ReductionError: it is neither.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def weigh(self, reference: Any) -> list[float | None]:
         """A weight per batch in units of the reference's; None where a batch cannot be put beside it, or was not.
 
         Raises:
             ReductionError: the loss is no mean of batch and reference.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def confirm(self, found: Reduction) -> None:
         """Compare the batches' losses and gradients, as they are to be added, with those of all put together.
 
         Raises:
             ReductionError: they are not the same.
         """
-        raise NotImplementedError
 
 
 class ByOutputs(Beside):
