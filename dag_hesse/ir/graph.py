@@ -129,6 +129,12 @@ class CurvatureGraph:
         """Nodes differentiated by autograd on their op alone."""
         return tuple(node for node in self.nodes if node.kind is Kind.OPAQUE)
 
+    def looked_alike(self, other: CurvatureGraph) -> bool:
+        """Whether Python saw the same values and shapes when the other graph was captured."""
+        if len(self.guards) != len(other.guards):
+            return False
+        return all(mine.saw(theirs) for mine, theirs in zip(self.guards, other.guards, strict=True))
+
     def descendants(self, sites: Iterable[int]) -> list[bool]:
         """Mark the nodes that a derivative reaches from ``sites`` (which are included)."""
         marked = [False] * len(self.nodes)

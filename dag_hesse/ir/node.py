@@ -109,6 +109,12 @@ class Guard:
         near = (value == seen) | ((value - seen).abs() <= rounding * seen.abs()) | (value != value)
         return bool(near.all())
 
+    def saw(self, other: Guard) -> bool:
+        """Whether Python saw the same in another recording."""
+        if isinstance(self.seen, torch.Size) or isinstance(other.seen, torch.Size):
+            return self.seen == other.seen
+        return self.holds(torch.as_tensor(other.seen))
+
     def told(self, value: torch.Tensor) -> str:
         """How a value differs from the one seen."""
         if isinstance(self.seen, torch.Size):

@@ -60,6 +60,7 @@ class Linearizations:
         self.losses: dict[int, float] = {}
         self._programs: dict[int, Programs] | None = {} if compiled else None  # by the graph's identity
         self._kept: dict[int, AnyLinearization] = {}
+        self._went: set[int] = set()  # entries whose batch is known to go their graph's way
         self._bytes = 0  # of those, and of what recordings of their sweeps hold
         # Random draws are made anew in every linearization, and must agree. Batches draw one after the other.
         self._rng = {0: RandomState.now()}
@@ -78,6 +79,7 @@ class Linearizations:
     def release(self) -> None:
         """Let those that are kept go; the next pass makes them anew."""
         self._kept.clear()
+        self._went.clear()
         self.losses.clear()
         self._bytes = 0
 
@@ -102,15 +104,18 @@ class Linearizations:
             start = self._rng[max(k for k in self._rng if k <= entry.batch)]  # a batch that counts nothing is left out
             start.restore()
             try:
-                lin = self._linearized(entry, batch)
+                lin = self._linearized(entry, batch, checked=place not in self._went)
             except CaptureError as error:
                 if self.again is None:
                     raise
-                self._tell(error)
                 start.restore()
-                entry.graph = fuse(self.again(batch))
+                anew = self.again(batch)
+                if not anew.looked_alike(entry.graph):  # else it looked at what rounding alone decides
+                    self._tell(error)
+                entry.graph = fuse(anew)
                 start.restore()
                 lin = self._linearized(entry, batch, checked=False)
+            self._went.add(place)
             self._rng.setdefault(entry.batch + 1, RandomState.now())
         self.losses.pop(entry.batch, None)
         if lin.loss is not None:
@@ -122,7 +127,7 @@ class Linearizations:
             self._bytes += size
         return lin
 
-    def _linearized(self, entry: Entry, batch: Batch, *, checked: bool = True) -> AnyLinearization:
+    def _linearized(self, entry: Entry, batch: Batch, *, checked: bool) -> AnyLinearization:
         if self._programs is not None:
             made = Programs(entry.graph, self._sites(entry), self.tensor_part)
             programs = self._programs.setdefault(id(entry.graph), made)

@@ -89,7 +89,7 @@ def _adjoints(
     wanted = set(sites)
     with preserved():
         given = leaf_values(graph, model, tensors)
-        lin = Linearization(graph, given, wanted, tensor_part=False, inspect=_inspect)
+        lin = Linearization(graph, given, wanted, tensor_part=False, checked=False, inspect=_inspect)
     one = torch.ones(1, *graph.nodes[graph.loss].shape, dtype=lin.loss.dtype, device=lin.loss.device)
     found = pullback(lin, {graph.loss: one}, wanted)
     return float(lin.loss), {k: x[0] for k, x in found.items()}
@@ -203,7 +203,7 @@ def _prove_product(graph: CurvatureGraph, model: nn.Module, batch: Batch, loss: 
     graph = _differentiated(graph, Evidence(0.0, parameters=along))
     sites = {name: graph.parameters[name] for name in along}
     with preserved():
-        lin = Linearization(graph, leaf_values(graph, model, batch.tensors), sites.values())
+        lin = Linearization(graph, leaf_values(graph, model, batch.tensors), sites.values(), checked=False)
     found = sweep(lin, {sites[n]: v[None] for n, v in along.items()}, sites.values(), "full")
     size = sqrt(sum(float(h.norm()) ** 2 for h in expected.values()))
     tolerance = _tolerance(graph.nodes[graph.loss].dtype)

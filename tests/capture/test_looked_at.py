@@ -145,3 +145,48 @@ def test_lengths_that_become_tensors_out_of_sight(kind: Callable[[list[int]], An
         return dh.HessianOperator(net, (x, y), loss=loss).dense()
 
     _close(dense(kind), dense(torch.tensor))  # which tests of losses hold against central differences
+
+
+class _Normalized(nn.Module):
+    """Python reads normalized values that rounding alone decides: all samples are the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+        self.double()
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        h = self.norm(self.a(x))
+        return self.b(h * (1 + len(h.tolist())))
+
+
+def test_values_that_rounding_decides_are_looked_at_once() -> None:
+    net, (_, y) = _Normalized(), _batches()[0]
+    batches = [(torch.full((6, 4), 0.3 + k).double(), y) for k in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in batches:
+            _close(dh.HessianOperator(net, batch, verify="product").dense(), hessian_of(net, *batch))
+        H = dh.HessianOperator(net, batches[0], memory=1)
+        v = torch.ones(H.shape[0]).double()
+        once = H @ v
+        runs = net.runs
+        assert torch.equal(H @ v, once)
+    assert net.runs == runs
+
+
+def test_of_batches_that_share_a_graph_each_is_looked_at_once() -> None:
+    net, (_, y) = _Normalized(), _batches()[0]
+    batches = [(torch.full((6, 4), 0.3 + k).double(), y) for k in range(3)]
+    H = dh.HessianOperator(net, batches, memory=1)
+    v = torch.ones(H.shape[0]).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        once = H @ v
+    runs = net.runs
+    assert torch.equal(H @ v, once)
+    assert net.runs == runs
+    _close(once, sum(hessian_of(net, *batch) for batch in batches) @ v / 3)
