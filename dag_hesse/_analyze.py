@@ -58,8 +58,8 @@ def analyze(
         batch_mode: ``"shared"`` (one perturbation for all samples), ``"per_sample"`` or ``"joint"`` (design §2.3).
         mode: ``"auto"``, ``"exact"``, ``"gram"`` or ``"probes"``.
         probes: Rademacher probes per source point, where probes are used.
-        rtol: keep probing until every relative standard error is below this: at most 4096 probes a source, and a
-            warning says where that is not enough.
+        rtol: instead of so many, eight probes a source, doubled until every norm's relative standard error is below
+            this: at most 4096 probes, and a warning says where that is not enough.
         reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
             a callable that gives a batch's weight; None: found by evaluating the loss on sub-batches (for a mean,
             a loader that is not held is iterated once more).

@@ -60,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
         "message, 2 wrong usage, 130 interrupted.",
     )
     _add_spec(a)
-    a.add_argument("--rtol", type=float, metavar="X", help="probe until relative standard errors are below X")
+    a.add_argument(
+        "--rtol", type=float, metavar="X", help="probe until relative standard errors are below X, from eight probes on"
+    )
     a.add_argument(
         "--pair",
         nargs=2,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from scipy.stats import binom, t
 from torch import Tensor, nn
 
 import dag_hesse as dh
+from dag_hesse.estimate.krylov import spectral_norms
+from dag_hesse.estimate.norms import NormTable
 from dag_hesse.experiments.models import mlp
 from tests.models.zoo import case
 from tests.oracle import Truth
@@ -26,12 +30,16 @@ def _problem() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     return model, (torch.randn(7, 6).double(), torch.arange(7) % 3)
 
 
-@pytest.mark.parametrize("space", ["activation", "parameter"])
-def test_estimates_keep_the_promise_of_their_standard_errors(space: str) -> None:
+@pytest.mark.parametrize(
+    ("space", "batch_mode"),
+    [("activation", "shared"), ("activation", "per_sample"), ("activation", "joint"), ("parameter", "shared")],
+)
+def test_estimates_keep_the_promise_of_their_standard_errors(space: str, batch_mode: str) -> None:
     model, batch = _problem()
     points = ["1", "3", "5"] if space == "activation" else ["0", "2.weight", "6"]
-    exact = dh.analyze(model, batch, points=points, space=space, mode="exact")
-    options = {"points": points, "space": space, "mode": "probes", "verify": "none"}  # the same capture as above
+    same = {"points": points, "space": space, "batch_mode": batch_mode}
+    exact = dh.analyze(model, batch, mode="exact", **same)
+    options = {**same, "mode": "probes", "verify": "none"}  # the same capture as above
     runs = [dh.analyze(model, batch, probes=PROBES, seed=s, **options) for s in range(SEEDS)]
     upper = np.triu_indices(3)
     share = CHANCE / (len(METRICS) * len(upper[0]))
@@ -72,6 +80,50 @@ def test_rtol_is_reached() -> None:
     assert sampled.any()
     for metric in METRICS:
         assert (report.stderr[metric] <= 0.05 * report.values[metric] + 1e-15).all()
+
+
+def test_standard_errors_keep_their_promise_where_they_decide_when_to_stop() -> None:
+    model, batch = _problem()
+    points = ["1", "3", "5"]
+    exact = dh.analyze(model, batch, points=points, mode="exact")
+    options = {"points": points, "mode": "probes", "verify": "none", "rtol": 0.12}
+    runs = [dh.analyze(model, batch, seed=s, **options) for s in range(SEEDS)]
+    assert len({run.facts["sweeps"] for run in runs}) > 1  # some stop before others
+    for metric in METRICS:
+        i, j = (0, 1) if metric != "tensor_norm" else (0, 0)
+        z = [(run.values[metric][i, j] - exact.values[metric][i, j]) / run.stderr[metric][i, j] for run in runs]
+        assert np.mean(np.abs(z) < t.ppf(0.975, 7)) >= binom.ppf(CHANCE, SEEDS, 0.95) / SEEDS, metric
+
+
+class _Dense:
+    """Products with one dense block, as spectral norms ask for them."""
+
+    groups, dtype, device = 1, torch.float64, torch.device("cpu")
+
+    def __init__(self, block: Tensor) -> None:
+        self.block, self.problem = block, self
+
+    def dim(self, index: int) -> int:
+        return self.block.shape[index]
+
+    def whole(self, requests: Any, progress: Any) -> list[dict[int, Tensor]]:
+        found = []
+        for request in requests:
+            (vectors,), (read,) = request.z.values(), request.reads
+            found.append({read: vectors @ (self.block.mT if read == 0 else self.block)})
+        return found
+
+
+@pytest.mark.parametrize("second", [0.9, 0.93])
+@pytest.mark.parametrize("share", [0.1, 0.2])
+def test_a_ritz_value_that_rests_at_the_second_singular_value_is_not_taken(second: float, share: float) -> None:
+    singular = torch.cat([torch.tensor([1.0, second]), torch.linspace(0.5, 0.05, 60)]).double()
+    start = torch.full((1, 1, 62), 0.1, dtype=torch.float64)
+    start[..., :2] = torch.tensor([share, 1.0])  # little of the largest
+    table = NormTable("shared")
+    spectral_norms(_Dense(singular.diag()), table, {(0, 1): start}, tolerance=0.02)
+    value, error = table.spectral[0, 1]
+    assert 1 - value[0] <= error[0] <= 0.02 * value[0]
 
 
 def test_the_spectral_norm_is_right_to_its_stated_error() -> None:

@@ -69,7 +69,7 @@ class Sketch:
         for v, parts in self.products.parts([self.request(probes)], progress)[0].items():
             for part, norms in _squares(self.problem, parts, probes).items():
                 self.samples[part][v].append(norms)
-            if v not in self.start and (full := parts.full) is not None:
+            if (full := parts.full) is not None and (v not in self.start or probes > len(self.start[v])):
                 self.start[v] = full
 
     def enter(self, table: NormTable, gn_known: dict[tuple[int, int], Array]) -> None:

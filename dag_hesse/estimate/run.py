@@ -18,8 +18,8 @@ from dag_hesse.plan.data import SPECTRAL_STEPS
 from dag_hesse.sweep import Problem
 
 Progress = Callable[[str, int, int], None]  # (stage, sweeps done, sweeps predicted)
-MOST_PROBES = 4096
-SPECTRAL_TOLERANCE = 0.02  # of ‖H‖₂, a bound that is rarely attained; what the probes leave of ‖H‖_F is as much
+FIRST_PROBES, MOST_PROBES = 8, 4096  # of a source, where an rtol decides
+SPECTRAL_TOLERANCE = 0.02  # of ‖H‖₂, an error that is rarely attained; what the probes leave of ‖H‖_F is as much
 
 
 class _Counter:
@@ -56,11 +56,15 @@ def _without_work(plan: Plan, problem: Problem, table: NormTable) -> None:
 def _unsettled(table: NormTable, sketches: list[Sketch], rtol: float) -> list[Sketch]:
     """Sources with a norm whose relative standard error is still above ``rtol``."""
 
-    def open_pair(v: int, w: int) -> bool:
+    def open_pair(v: int, w: int, allowed: float) -> bool:
         norms = [table.frobenius[part].get((min(v, w), max(v, w))) for part in PARTS]
-        return any(norm is not None and norm.stderr > rtol * norm.value for norm in norms)
+        return any(norm is not None and norm.stderr > allowed * norm.value for norm in norms)
 
-    return [s for s in sketches if any(open_pair(v, s.source.point) for v in s.source.reads)]
+    def is_open(s: Sketch) -> bool:
+        allowed = rtol / (1 + 1.5 / (s.count - 1))  # Student's t over the normal's quantile: few probes know less
+        return any(open_pair(v, s.source.point, allowed) for v in s.source.reads)
+
+    return [s for s in sketches if is_open(s)]
 
 
 def estimate(
@@ -71,8 +75,8 @@ def estimate(
     Args:
         problem: model, batches and points, ready to sweep.
         plan: what to sweep.
-        rtol: double the probes of a source until its relative standard errors are below this, or until it has 4096;
-            then a warning says so.
+        rtol: instead of the plan's count, eight probes a source, doubled until its relative standard errors are below
+            this, or until it has 4096; then a warning says so.
         seed: of the probes; the global RNG is not touched.
         progress: called with (stage, sweeps done, sweeps predicted).
     """
@@ -97,7 +101,7 @@ def estimate(
     products = Products(problem, factors)
     sketches = [Sketch(products, source, (seed << 16) + source.point) for source in sampled]
     for sketch in sketches:
-        sketch.extend(sketch.source.probes, counter)
+        sketch.extend(sketch.source.probes if rtol is None else FIRST_PROBES, counter)
         sketch.enter(table, gn_known)
     while rtol is not None and (todo := [s for s in _unsettled(table, sketches, rtol) if s.count < MOST_PROBES]):
         for sketch in todo:
