@@ -119,6 +119,7 @@ def _facts(
         "part": part,
         "route": draft.route,
         "band": band,
+        "eps": wanted.eps,
         "size": draft.size,
         "error": _over((measured**2 + trimmed**2) ** 0.5, draft.size),
         "bound": spread() * measured + trimmed + rounding,

@@ -91,6 +91,26 @@ def radius(eps: float, distance: NDArray[np.int64], norms: dict[Pair, float], bo
     return max((int(distance[pair]) for pair in norms if pair[0] != pair[1] and counts(pair)), default=0)
 
 
+def radius_by_rate(own: NDArray[np.float64], eps: float, rate: float) -> int | None:
+    """k_ε by the paper's formula: the least k with C·rate^k < ε·R(v,v) for all v, C being the largest R(v,v).
+
+    None: with a rate of 1 or more, or where some R(v,v) is zero, there is no such k.
+    """
+    if rate >= 1 or not own.min() > 0:
+        return None
+    return int(np.floor(np.log(eps * own.min() / own.max()) / np.log(rate))) + 1
+
+
+def decay_rate(pairs: dict[Pair, PairFacts]) -> float | None:
+    """Factor from one distance to the next of the mean norm, by a line through its logarithms; None: no line."""
+    norms: dict[int, list[float]] = {}
+    for facts in pairs.values():
+        if facts.distance >= 0:
+            norms.setdefault(facts.distance, []).append(facts.norm)
+    means = {d: float(np.mean(x)) for d, x in norms.items() if any(x)}
+    return float(np.exp(np.polyfit(list(means), np.log(list(means.values())), 1)[0])) if len(means) > 1 else None
+
+
 def dropped_square(
     distance: NDArray[np.int64], norms: dict[Pair, float], bounds: dict[Pair, float], band: int
 ) -> float:

@@ -160,6 +160,7 @@ def _nothing(problem: Problem, structure: Structure, part: str) -> Built:
         "part": part,
         "route": "exact",
         "band": None,
+        "eps": None,
         "target": None,
         "memory": None,
         "history": [],

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from math import log
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.cells import cell_len
 
-from dag_hesse.storage.pairs import Storage
+from dag_hesse.storage.pairs import Storage, decay_rate, radius_by_rate
 
 if TYPE_CHECKING:
     from dag_hesse.storage.matrix import BlockMatrix
@@ -60,6 +61,8 @@ def lines(matrix: BlockMatrix) -> list[str]:
         rest = sum(facts.kind is Storage.LIVE for facts in matrix.pairs.values())
         after = f"{rest} pairs are live" if rest else f"dropped: at most {f['dropped'] / norm:.2e} of ‖H‖_F"
         found.append(f"band: distance ≤ {f['band']}; {after}")
+    if f.get("eps") is not None:  # files of older versions do not say
+        found.append(_radius(matrix))
     if f["target"] and f["error"] > f["target"]:
         found.append(_unmet(matrix))
     return [*found, _cost(matrix)]
@@ -70,6 +73,18 @@ _TITLES = {"full": "Hessian", "gn": "Gauss–Newton part", "tensor": "tensor par
 
 def _effort(facts: Mapping[str, Any]) -> str:
     return f"{facts['pullbacks']} pullbacks" if facts["pullbacks"] else f"{facts['sweeps']} sweeps"
+
+
+def _radius(matrix: BlockMatrix) -> str:
+    """k_ε as measured, and by the paper's formula (Definition 79) from the mean decay of the blocks' norms."""
+    f, pairs = matrix.facts, matrix.pairs
+    rate, own = decay_rate(pairs), np.array([x.norm for (v, w), x in pairs.items() if v == w])
+    start = f"interaction radius for ε = {f['eps']:g}: {f['band']} as measured"
+    if rate is None:
+        return start
+    found = radius_by_rate(own, f["eps"], rate)
+    by = "none by the paper's formula" if found is None else f"{found} by the paper's formula"
+    return f"{start}; {by}, from a factor of {rate:.3g} a step"
 
 
 def _unmet(matrix: BlockMatrix) -> str:

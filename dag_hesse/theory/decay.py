@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from dag_hesse.errors import OptionError, choose, integer
 from dag_hesse.report import CurvatureReport
+from dag_hesse.storage.pairs import radius_by_rate
 from dag_hesse.theory.scene import check_report, fraction
 from dag_hesse.theory.text import table
 
@@ -162,7 +163,4 @@ def interaction_radius(report: CurvatureReport, epsilon: float, rate: float | No
         return int(report.distance[strong].max(initial=0))
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
         raise OptionError(f"rate={rate!r}; expected a positive number.")
-    if rate >= 1 or not own.min() > 0:
-        return None
-    exact = np.log(epsilon * own.min() / own.max()) / np.log(rate)
-    return int(np.floor(exact)) + 1
+    return radius_by_rate(own, epsilon, rate)

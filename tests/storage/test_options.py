@@ -61,6 +61,12 @@ def test_interaction_radius(eps: float) -> None:
     own = np.minimum(norms.diagonal()[:, None], norms.diagonal())
     strong = (norms >= eps * own) & ~np.eye(3, dtype=bool)
     assert matrix.facts["band"] == distance[strong].max(initial=0)
+    means = [norms[distance == d].mean() for d in range(3)]
+    rate = np.exp(np.polyfit(range(3), np.log(means), 1)[0])
+    diagonal = norms.diagonal()
+    formula = next(k for k in range(100) if diagonal.max() * rate**k < eps * diagonal.min())
+    said = f"interaction radius for ε = {eps:g}: {matrix.facts['band']} as measured; {formula} by the paper's formula"
+    assert said in str(matrix) and f"a factor of {rate:.3g} a step" in str(matrix)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
