@@ -189,7 +189,8 @@ def error(found: Tensor, expected: Tensor, scale: float = 0.0) -> float:
 class Rounded(TorchDispatchMode):
     """Monte Carlo arithmetic (Parker, 1997): every floating-point result is off by a random error of one rounding.
 
-    How far a computation moves under it is how far rounding moves it, cancellation included.
+    How far a computation moves under it is how far rounding moves it, cancellation included: that between ops, and that
+    inside of a softmax's backward, g − pΣg, whose result is off by a rounding of g.
     """
 
     def __init__(self) -> None:
@@ -201,6 +202,11 @@ class Rounded(TorchDispatchMode):
         given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(found):
             if isinstance(x, Tensor) and x.is_floating_point() and x.untyped_storage().data_ptr() not in given:
-                noise = torch.rand(x.shape, generator=self.generator, dtype=torch.float64).to(x) * 2 - 1
-                x.mul_(1 + torch.finfo(x.dtype).eps * noise)
+                x.mul_(1 + self._rounding(x))
+                if "softmax_backward" in func.name():
+                    x.add_(self._rounding(x) * args[0])
         return found
+
+    def _rounding(self, like: Tensor) -> Tensor:
+        noise = torch.rand(like.shape, generator=self.generator, dtype=torch.float64).to(like) * 2 - 1
+        return torch.finfo(like.dtype).eps * noise

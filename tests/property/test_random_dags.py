@@ -194,17 +194,21 @@ def products(model: Dag, batch: Batch, loss: Op, names: Sequence[str], columns: 
     return whole, jacobian.T @ (curvature.reshape(size, size) @ (jacobian @ columns))
 
 
+def columns_of(model: Dag, names: Sequence[str], count: int) -> Tensor:
+    """Random vectors of these parameters, as columns."""
+    own = dict(model.named_parameters())
+    return torch.randn(sum(own[name].numel() for name in names), count).double().to(device.NAME)
+
+
 def check_products(recipe: Recipe) -> None:
     """Writes that other steps see: by parameters, as a leaf between a tensor and its views would part them."""
     model, batch, loss = model_of(recipe), batch_of(BATCH), LOSSES[recipe.loss]
     torch.manual_seed(recipe.seed)
+    state = device.random_states()
     names = differentiable(model, batch, loss)
     require(names)
-    torch.manual_seed(recipe.seed)
-    columns = (
-        torch.randn(sum(dict(model.named_parameters())[name].numel() for name in names), 3).double().to(device.NAME)
-    )
-    state = device.random_states()
+    columns = columns_of(model, names, 3)
+    device.set_random_states(state)
     expected = products(model, batch, loss, names, columns)
     device.set_random_states(state)
     kept = {name: x.clone() for name, x in model.state_dict().items()}
@@ -251,12 +255,11 @@ def check_batches(recipe: Recipe, name: str, reduction: str, sizes: Sequence[int
     require(counted is None or all(counted(t) for _, t in batches))
     option, shares = REDUCTIONS[reduction](batches, counted)
     torch.manual_seed(recipe.seed)
+    state = device.random_states()
     reaching = {n for batch in batches for n in differentiable(model, batch, loss)}
     names = [n for n, _ in model.named_parameters() if n in reaching]
     require(names)
-    torch.manual_seed(recipe.seed)
-    columns = torch.randn(sum(dict(model.named_parameters())[n].numel() for n in names), 2).double().to(device.NAME)
-    state = device.random_states()
+    columns = columns_of(model, names, 2)
 
     def weighted() -> list[list[Tensor]]:
         """H V and GGN V, their terms batch by batch."""
