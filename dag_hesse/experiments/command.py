@@ -36,6 +36,7 @@ def add(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--seeds", type=int, nargs="+", metavar="N", help="(default: 42 to 46; quick: 42 and 43)")
     command.add_argument("--init", action="store_true", help="measure at initialization only; train nothing")
+    command.add_argument("--epochs", type=int, metavar="N", help="train for so many at most; tables say so")
     command.add_argument("--cases", nargs="+", default=["*"], metavar="GLOB", help="only cases of such names, as '8/*'")
     command.add_argument(
         "--out", type=Path, default=Path("experiments-report"), metavar="DIR", help="(default: %(default)s)"
@@ -77,6 +78,7 @@ def run(options: argparse.Namespace) -> None:
         resume=options.resume,
         init=options.init,
         cases=options.cases,
+        epochs=options.epochs,
     )
     chosen_seeds(asked)
     experiments = [load(name) for name in dict.fromkeys(options.names)]

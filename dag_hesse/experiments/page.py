@@ -41,6 +41,8 @@ def what_ran(experiment: Experiment, results: Results) -> list[str]:
     if header["protocol"] == "quick":
         whose = "the paper's" if experiment.paper else "the full"
         lines.append(f"Quick run, not {whose} protocol: {experiment.quick}")
+    if "epochs" in header:
+        lines.append(f"Trained for {header['epochs']} epochs at most, over which the learning rate falls to zero.")
     return [*lines, "; ".join(f"{name} {value}" for name, value in results.versions.items()) + "."]
 
 

@@ -6,7 +6,7 @@ import fnmatch
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Options:
         resume: go on with what is there.
         init: measure at initialization only.
         cases: globs over the names of cases.
+        epochs: train for so many at most; the learning rate then falls to zero over these. None: as the protocol says.
     """
 
     full: bool = False
@@ -45,6 +46,7 @@ class Options:
     resume: bool = False
     init: bool = False
     cases: Sequence[str] = ("*",)
+    epochs: int | None = None
 
 
 def run(experiment: Experiment, options: Options, progress: Report | bool | None = None) -> Results:
@@ -88,8 +90,11 @@ def chosen_seeds(options: Options) -> list[int]:
 
 
 def chosen_cases(experiment: Experiment, options: Options) -> list[Case]:
-    """Those that a glob fits."""
+    """Those that a glob fits, trained as long as is asked for."""
     known = experiment.cases(options.full)
+    if options.epochs is not None:
+        most = integer("epochs", options.epochs, 1, "--init trains nothing")
+        known = [replace(c, recipe=replace(c.recipe, epochs=min(most, c.recipe.epochs))) for c in known]
     found = [case for case in known if any(fnmatch.fnmatchcase(case.name, glob) for glob in options.cases)]
     if not found:
         names = ", ".join(case.name for case in known)
@@ -114,11 +119,13 @@ def opened(folder: Path, experiment: Experiment, data: Data, options: Options) -
         "protocol": "full" if options.full else "quick",
         "data": {"name": data.name, "note": data.note, "digest": data.digest},
     }
+    if options.epochs is not None:
+        header["epochs"] = options.epochs
     path = folder / "results.json"
     if not path.exists():
         return Results(header)
     found = Results.read(path)
-    different = [key for key in header if found.header.get(key) != header[key]]
+    different = [key for key in {**header, **found.header} if found.header.get(key) != header.get(key)]
     if different:
         raise ExperimentError(
             f"{path} is of another run: its {', '.join(different)} differ from what is asked for. Take another --out."

@@ -100,6 +100,20 @@ def test_initialization_first_and_training_later(whole: dict[Any, Any], tmp_path
     assert values(second) == whole
 
 
+def test_fewer_epochs_are_another_run_that_says_so(whole: dict[Any, Any], tmp_path: Path) -> None:
+    shorter = run(EXPERIMENT, Options(out=tmp_path, epochs=2), False)
+    epochs = {"init": 0, "mid": 1, "final": 2}
+    assert {when: epoch for (_, _, when), (epoch, _) in values(shorter).items()} == epochs
+    at_init = {key: cell for key, cell in whole.items() if key[2] == "init"}
+    assert {key: cell for key, cell in values(shorter).items() if key[2] == "init"} == at_init
+    assert "Trained for 2 epochs at most" in "\n".join(page.what_ran(EXPERIMENT, shorter))
+    for other in (Options(out=tmp_path, resume=True), Options(out=tmp_path, resume=True, epochs=3)):
+        with pytest.raises(ExperimentError, match="its epochs differ"):
+            run(EXPERIMENT, other, False)
+    with pytest.raises(OptionError, match="--init trains nothing"):
+        run(EXPERIMENT, Options(out=tmp_path, epochs=0), False)
+
+
 def test_cells_are_those_of_the_protocol(whole: dict[Any, Any]) -> None:
     epochs = {"init": 0, "mid": 2, "final": 4}
     assert {(case, seed, when): e for (case, seed, when), (e, _) in whole.items()} == {
