@@ -257,7 +257,7 @@ class Recorder(TorchDispatchMode):
         lower, upper, training = given + [0.125, 1 / 3, False][len(given) :]
         if training:
             drawing = [placed(arg, nodes) for arg in args[:5]]
-            noise = self.trail.emit(Pure(op, (1,)), drawing, args[1], constant=True)
+            noise = self.trail.emit(Pure(aten.rrelu_with_noise.default, (1,)), drawing, args[1], constant=True)
             out = self.trail.emit(aten.mul.Tensor, (x, At(noise)), args[0], constant=constant)
         else:
             slope = (lower + upper) / 2

@@ -153,7 +153,8 @@ class CurvatureGraph:
         for node in reversed(self.nodes):
             if marked[node.index] and node.kind is not Kind.CONST:
                 for parent in node.inputs:
-                    marked[parent] = marked[parent] or self.nodes[parent].is_float
+                    inner = self.nodes[parent]
+                    marked[parent] = marked[parent] or (inner.is_float and inner.numel > 0)
         return marked
 
     def active(self, sites: Iterable[int]) -> list[bool]:

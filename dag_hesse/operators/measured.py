@@ -25,7 +25,10 @@ class MeasuredOperator(SegmentedOperator):
 
     @checked_options(eigen.eigsh, scipy.sparse.linalg.eigsh)
     def eigsh(self, k: int = 6, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-        """k eigenvalues (k,) and eigenvectors (n, k), by :func:`scipy.sparse.linalg.eigsh`.
+        """k eigenvalues (k,) and eigenvectors (n, k), ascending, by :func:`scipy.sparse.linalg.eigsh`.
+
+        Up to 256 rows, and where no option but ``which`` and ``tol`` is given, they are those of the dense matrix.
+        Lanczos' method, which larger ones are left to, may find a multiple eigenvalue fewer times than it is there.
 
         Args:
             k: how many; those largest in magnitude, or as ``which=`` says (``"LA"``, ``"SA"``, ``"BE"``).

@@ -285,12 +285,17 @@ def _log(a: Any, b: Tensor, y: Tensor) -> Tensor:
     return torch.where((a == 0) & (b >= 0), 0.0, torch.log(a))
 
 
+def _reciprocal(b: Any) -> Any:
+    """1/b; of a number that is 0 infinite, as of a tensor."""
+    return 1 / b if isinstance(b, Tensor) or b else math.copysign(math.inf, b)
+
+
 BINARY: dict[str, Rule] = {
     "aten.add.Tensor": _scaled_sum(1.0),
     "aten.sub.Tensor": _scaled_sum(-1.0),
     "aten.mul.Tensor": binary(lambda a, b, y: b, lambda a, b, y: a, dab=_one),
     "aten.div.Tensor": binary(
-        lambda a, b, y: 1 / b,
+        lambda a, b, y: _reciprocal(b),
         lambda a, b, y: -y / b,
         dab=lambda a, b, y: -1 / (b * b),
         dbb=lambda a, b, y: 2 * y / (b * b),

@@ -46,7 +46,7 @@ class _Linear(Linearized):
                 inputs[slot] = xdot
             return self.forward(self.call, tuple(inputs))
 
-        return _each_probe(apply, *(tangents[slot] for slot in slots))
+        return _each_probe(apply, self.call.value.shape, *(tangents[slot] for slot in slots))
 
     def pull(
         self, abar: Tensor | None, residual: Residual, rows: slice, slots: Sequence[int], into: Buffers
@@ -54,7 +54,8 @@ class _Linear(Linearized):
         assert abar is not None
         transpose = self.transpose
         if transpose is not None:
-            return {slot: _each_probe(lambda g, k=slot: transpose(self.call, g, k), abar) for slot in slots}
+            to = self.call.shape
+            return {slot: _each_probe(lambda g, k=slot: transpose(self.call, g, k), to(slot), abar) for slot in slots}
         return {slot: self._whole(abar, into.get(slot)) for slot in slots}
 
     def _whole(self, abar: Tensor, into: Tensor | None) -> Tensor:
@@ -67,7 +68,7 @@ class _Linear(Linearized):
         return whole
 
     def _selected(self, whole: Tensor) -> Tensor:
-        return _each_probe(lambda x: self.forward(self.call, (x,)), whole)
+        return _each_probe(lambda x: self.forward(self.call, (x,)), self.call.value.shape, whole)
 
 
 def shell(x: Tensor) -> Tensor:
@@ -82,11 +83,16 @@ def _shell(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, devi
     return like
 
 
-def _each_probe(apply: Callable[..., Tensor], *given: Tensor) -> Tensor:
-    """``apply`` for all probes at once; a single one is spared the transformation."""
+def _each_probe(apply: Callable[..., Tensor], shape: torch.Size, *given: Tensor) -> Tensor:
+    """``apply``, which gives a ``shape``, for all probes at once; a single one is spared the transformation.
+
+    Where the transformation mistakes an op for another shape (of index_select it drops an index without axes), probes
+    go one by one.
+    """
     if len(given[0]) == 1:
         return apply(*(x[0] for x in given)).unsqueeze(0)
-    return torch.vmap(apply)(*given)
+    found = torch.vmap(apply)(*given)
+    return found if found.shape[1:] == shape else torch.stack([apply(*one) for one in zip(*given, strict=True)])
 
 
 def _as_it_is(call: Call) -> Call:

@@ -42,9 +42,9 @@ class BlockMatrix(SymmetricOperator):
         form: names, shapes and types of the points' vectors, in topological order.
         cores: the numbers: a basis per point, a core per pair (:mod:`dag_hesse.storage.cores`).
         pairs: what is known of every pair v ≤ w, by number.
-        facts: part, route, band, eps, seconds, sweeps; ``error``, the estimate of ‖B − H‖_F / ‖H‖_F within the band,
-            and ``size``, ‖H‖_F; ``bound`` on ‖B − H‖_F, exceeded with probability ``risk``; and on the norm of what is
-            ``dropped``.
+        facts: part, route, band, eps, seconds, sweeps; ``size``, ‖H‖_F; within the band, ``error``, the estimate of
+            ‖B − H‖_F / ‖H‖_F, and ``bound`` on ‖B − H‖_F, exceeded with probability ``risk``; beyond it, a bound on
+            the norm of what is ``dropped``.
     """
 
     def __init__(

@@ -228,6 +228,18 @@ SITUATIONS: dict[str, Callable[[], nn.Module]] = {
     "dropout that nobody uses": lambda: Around(_unused_dropout),
     "noise": lambda: Around(_noise),
     "RReLU": lambda: Around(lambda m, z: F.rrelu(z, training=True) * F.rrelu(z) + F.rrelu_(z.clone(), 0.1, 0.2)),
+    "RReLU in place": lambda: Around(
+        lambda m, z: F.rrelu_(z * 1.0, training=True) + F.rrelu_(z.clone(), 0.2, 0.3, True)
+    ),
+    "a branch without width": lambda: Around(
+        lambda m, z: z + m.q(m.p(z)), p=nn.Linear(4, 0), q=nn.Linear(0, 4, bias=False)
+    ),
+    "a mask that takes nothing": lambda: Around(
+        lambda m, z: torch.zeros_like(z).masked_scatter(z > 100, z.sin()[z > 100]).cos() + z.tanh()
+    ),
+    "a row at an index without axes": lambda: Around(
+        lambda m, z: z * z.index_select(0, torch.tensor(2, device=z.device)).exp() + z.sin()
+    ),
     "complex parts at odd offsets": lambda: Around(
         lambda m, z: torch.cat([z[:, :1], torch.view_as_real(torch.fft.rfft(z)).flatten(1)], 1)[:, :4]
     ),

@@ -320,7 +320,10 @@ SAMPLES: dict[str, list[Sample]] = {
         s(lambda: (normal(4, 3, 2), [normal(4, 3) > 0, index(2, 1)])),
     ],
     "aten._unsafe_index.Tensor": [s(lambda: (normal(4, 3), [None, index(3, 5)]))],
-    "aten.index_select.default": [s(lambda: (normal(4, 3), 1, index(3, 5)))],
+    "aten.index_select.default": [
+        s(lambda: (normal(4, 3), 1, index(3, 5))),
+        s(lambda: (normal(4, 3), 0, torch.tensor(2))),
+    ],
     "aten.gather.default": [s(lambda: (normal(4, 3), 1, index(3, 2, 4)))],
     "aten.embedding.default": [
         s(lambda: (normal(5, 3), index(5, 2, 4))),
