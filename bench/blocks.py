@@ -14,8 +14,9 @@ from rich.table import Table
 import dag_hesse as dh
 from bench.timing import interleaved, median, write_json
 from bench.workloads import WORKLOADS
+from dag_hesse.budget import human
 from dag_hesse.measure import measured
-from dag_hesse.storage.text import human, needed
+from dag_hesse.storage.text import needed
 
 STAGES = [f"layer{k}.{j}" for k, count in enumerate((3, 4, 6, 3), 1) for j in range(count)]
 LAYERS = ["stem", *(f"layer{k}.{j}" for k in (1, 2, 3, 4) for j in (0, 1)), "head"]

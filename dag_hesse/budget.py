@@ -14,6 +14,19 @@ from dag_hesse.measure import available_memory
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+def human(size: float) -> str:
+    """Bytes with a unit.
+
+    >>> human(512), human(3 << 20)
+    ('512 B', '3.0 MiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return ""
+
+
 def bytes_of(memory: Any) -> int:
     """``memory`` in bytes: an integer, or a text of a number with a unit.
 
@@ -74,7 +87,7 @@ class Budget:
         """Raise :class:`MemoryBudgetError` where a result of ``need`` bytes is more than sweeps may return."""
         if need > self.sweeps:
             raise MemoryBudgetError(
-                f"{what} takes {need / 2**30:.3g} GiB, and {self.sweeps / 2**30:.3g} GiB may be used (half of memory=, "
+                f"{what} takes {human(need)}, and {human(self.sweeps)} may be used (half of memory=, "
                 f"or of what is free): {instead}, or raise memory=."
             )
 

@@ -103,11 +103,12 @@ CASES: dict[str, Case] = {
     "mode": (lambda: dh.analyze(_net(), _batch(), mode="exakt"), errors.OptionError, "'exact'"),
     "batch mode": (lambda: dh.analyze(_net(), _batch(), batch_mode="persample"), errors.OptionError, "per_sample"),
     "space": (lambda: dh.analyze(_net(), _batch(), space="weights"), errors.OptionError, "parameter"),
+    "a reduction of nothing": (lambda: dh.HessianOperator(_net(), [_batch()], reduction=lambda: 1), errors.OptionError, "does not take"),
     "probes": (lambda: dh.analyze(_net(), _batch(), probes=1), errors.OptionError, "at least 2"),
     "rtol": (lambda: dh.analyze(_net(), _batch(), rtol=2.0), errors.OptionError, "between 0 and 1"),
     "memory": (lambda: dh.analyze(_net(), _batch(), memory=0), errors.OptionError, "positive"),
     "exact beyond memory": (
-        lambda: dh.analyze(mlp([3, 400, 400, 3], nn.SiLU), _batch(), mode="exact", memory=100_000), errors.MemoryBudgetError, "GiB.*blocks.*about",
+        lambda: dh.analyze(mlp([3, 400, 400, 3], nn.SiLU), _batch(), mode="exact", memory=100_000), errors.MemoryBudgetError, "4.9 MiB.*blocks.*about",
     ),
     "joint stream": (lambda: dh.analyze(_net(), [_batch(), _batch()], batch_mode="joint"), errors.BatchError, "concatenate"),
     "joint stream of an operator": (lambda: dh.GGNOperator(_net(), [_batch(), _batch()], space="activation", batch_mode="joint"), errors.BatchError, "concatenate"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dag_hesse._capture.batch import Batch
 from dag_hesse._capture.stream import Batches
-from dag_hesse.errors import OptionError
+from dag_hesse.errors import OptionError, takes
 
 REDUCTIONS = ("mean", "sum")
 Option = str | Sequence[float] | Callable[[Any], float] | None
@@ -62,6 +62,8 @@ def given_reduction(option: Option, batches: Batches) -> Reduction:
         return Reduction(option)
     if not callable(option) and not isinstance(option, Sequence):
         raise OptionError(f"reduction={option!r}; expected 'mean', 'sum', a weight per batch, or a callable.")
+    if callable(option):
+        takes("reduction", option, "batch")
     values: list[Any] = [option(as_given(batch)) for batch in batches] if callable(option) else list(option)
     if len(values) != len(batches):
         raise OptionError(f"reduction has {len(values)} weights for {len(batches)} batches; expected one a batch.")

@@ -187,7 +187,7 @@ class Snapshot:
                 continue
             self.undo.append(functools.partial(_restore_cell, cell, value))
             self._queue.append(value)
-        for name in _names(f.__code__):
+        for name in global_names(f.__code__):
             if name in f.__globals__:
                 value = f.__globals__[name]
                 if isinstance(value, (int, float, str, bool, type(None))):
@@ -201,10 +201,10 @@ def _runs(x: Any) -> bool:
     return isinstance(x, (types.FunctionType, functools._lru_cache_wrapper))
 
 
-def _names(code: types.CodeType) -> set[str]:
+def global_names(code: types.CodeType) -> set[str]:
     """Global names of a function and of those defined in it."""
     inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return set(code.co_names).union(*(_names(c) for c in inner))
+    return set(code.co_names).union(*(global_names(c) for c in inner))
 
 
 def _restore_slot(x: Any, name: str, value: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dag_hesse._capture.advice import fitted
 from dag_hesse._capture.batch import NO_BATCHES, Batch, check_finite, check_no_transform, is_one, one_batch
-from dag_hesse.budget import Budget
+from dag_hesse.budget import Budget, human
 from dag_hesse.errors import BatchError, MemoryBudgetError, UnstableLoaderError
 from dag_hesse.randomness import RandomState, preserved
 
@@ -136,7 +136,7 @@ class Batches:
             if used > limit and isinstance(self._batches, Iterator):
                 raise MemoryBudgetError(
                     f"an iterator can be iterated once only, and {len(self)} of its batches already take "
-                    f"{used / 2**30:.2f} GiB of the {limit / 2**30:.2f} GiB allowed (a quarter of memory=, or of "
+                    f"{human(used)} of the {human(limit)} allowed (a quarter of memory=, or of "
                     "what is free): pass what can be iterated again (a DataLoader, say), or raise memory=."
                 )
             if used > limit:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from dag_hesse._structure import Structure
-from dag_hesse.budget import Budget
+from dag_hesse.budget import Budget, human
 from dag_hesse.errors import BatchCouplingError, MemoryBudgetError, choose, integer
 from dag_hesse.plan.cost import Cost
 from dag_hesse.plan.data import Method, Methods, Plan, Source
@@ -160,8 +160,8 @@ def _check_exact(task: Task, pairs: Sequence[Pair]) -> None:
     if need > task.budget:
         side = int((task.budget / element) ** 0.5)
         raise MemoryBudgetError(
-            f"mode='exact' needs {need / 2**30:.1f} GiB for the blocks of '{task.structure.names[source]}' (block "
-            f"{dims[worst[0]]} × {dims[worst[1]]}), {task.budget / 2**30:.1f} GiB are allowed (half of memory=, or "
+            f"mode='exact' needs {human(need)} for the blocks of '{task.structure.names[source]}' (block "
+            f"{dims[worst[0]]} × {dims[worst[1]]}), {human(task.budget)} are allowed (half of memory=, or "
             f"of what is free), which is enough for blocks of about {side} × {side}: raise memory=, choose smaller "
             "points, or use mode='auto' or 'probes'."
         )

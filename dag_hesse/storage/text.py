@@ -9,25 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.cells import cell_len
 
+from dag_hesse.budget import human
 from dag_hesse.storage.pairs import Storage, decay_rate, radius_by_rate
 
 if TYPE_CHECKING:
     from dag_hesse.storage.matrix import BlockMatrix
 
 _ROWS = 160  # of the table of blocks; the rest is counted
-
-
-def human(size: float) -> str:
-    """Bytes with a unit.
-
-    >>> human(512), human(3 << 20)
-    ('512 B', '3.0 MiB')
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return ""
 
 
 def needed(history: Sequence[tuple[int, float]], target: float) -> int | None:

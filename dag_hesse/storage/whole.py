@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dag_hesse.budget import human
 from dag_hesse.errors import MemoryBudgetError
 from dag_hesse.measure import available_memory
 
@@ -20,7 +21,7 @@ def dense_of(matrix: BlockMatrix) -> Tensor:
     need, budget = rows**2 * matrix.dtype.itemsize, available_memory(matrix.device) // 2
     if need > budget:
         raise MemoryBudgetError(
-            f"to_dense() of {rows} rows needs {need / 2**30:.1f} GiB and {budget / 2**30:.1f} GiB may be used: "
+            f"to_dense() of {rows} rows needs {human(need)} and {human(budget)} may be used: "
             "multiply with vectors instead, or take B[v, w].dense()."
         )
     found = torch.empty(rows, rows, dtype=matrix.dtype, device=matrix.device)

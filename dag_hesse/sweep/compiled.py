@@ -6,7 +6,7 @@ of leaves are arguments, so another linearization of the same graph runs the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,10 +17,11 @@ from dag_hesse.ir import CurvatureGraph, Kind, Node
 from dag_hesse.kernels.arena import SYSTEM, Arena
 from dag_hesse.rules.region import Region
 from dag_hesse.rules.table import evaluate, rule_for
+from dag_hesse.sweep.decisions import origins
 from dag_hesse.sweep.emit import split, traced
 from dag_hesse.sweep.engine import Adjoint
 from dag_hesse.sweep.form import Form, by_engine, disagreement
-from dag_hesse.sweep.linearize import Linearization, check_guard, check_loss, guards_of, leaf_values
+from dag_hesse.sweep.linearize import Linearization, Looks, check_loss, leaf_values
 
 Run = Callable[..., Sequence[Tensor]]
 _CHOICES = {"aten.where.self", "aten.masked_fill.Scalar", "aten.masked_fill.Tensor"}  # by a mask that is given
@@ -207,21 +208,16 @@ def _drawn(graph: CurvatureGraph, given: Mapping[int, Tensor], checked: bool) ->
     Raises:
         OtherGraphError: a guard does not hold.
     """
-    guards = guards_of(graph) if checked else {}
+    looks = Looks(graph) if checked and graph.guards else None
     draws = {node.index for node in graph.nodes if node.draws}
-    wanted, values = _origins(graph, {*draws, *guards}), dict(given)
+    looked_at = {guard.node for guard in graph.guards} if checked else set()
+    wanted, values = origins(graph, draws | looked_at), dict(given)
     for node in graph.nodes:
-        if node.index in wanted and node.index not in values:
-            values[node.index] = evaluate(node, tuple(values[k] for k in node.inputs))[1]
-        for guard in guards.get(node.index, ()):
-            check_guard(node, guard, values[node.index])
+        if node.index not in wanted:
+            continue
+        inputs = () if node.target is None else tuple(values[k] for k in node.inputs)
+        if node.index not in values:
+            values[node.index] = evaluate(node, inputs)[1]
+        if looks is not None:
+            looks.check(node, inputs, values[node.index])
     return {k: values[k] for k in sorted(draws)}
-
-
-def _origins(graph: CurvatureGraph, nodes: Set[int]) -> set[int]:
-    """The nodes, and all that they are computed from."""
-    found = set(nodes)
-    for node in reversed(graph.nodes):
-        if node.index in found:
-            found.update(node.inputs)
-    return found

@@ -50,7 +50,7 @@ class Linearizations:
         *,
         tensor_part: bool,
         with_out: bool,
-        again: Callable[[Batch], CurvatureGraph] | None,
+        again: Callable[..., CurvatureGraph] | None,
         budget: Budget,
         compiled: bool,
     ) -> None:
@@ -109,7 +109,7 @@ class Linearizations:
                 if self.again is None:
                     raise
                 start.restore()
-                anew = self.again(batch)
+                anew = self.again(batch, before=entry.graph)
                 if not anew.looked_alike(entry.graph):  # else it looked at what rounding alone decides
                     self._tell(error)
                 entry.graph = fuse(anew)

@@ -14,6 +14,7 @@ from dag_hesse.ir.node import Guard
 from dag_hesse.kernels.arena import SYSTEM, Arena, has_values, is_owned
 from dag_hesse.rules import Call, Linearized, rule_for
 from dag_hesse.rules.table import evaluate, pairs_of
+from dag_hesse.sweep.decisions import Decisions
 
 # What a sweep is to return: GN and T apart, their sum, or one alone.
 PARTS = ("both", "full", "gn", "tensor")
@@ -36,21 +37,25 @@ def check_loss(loss: Tensor) -> None:
 
 
 class OtherGraphError(CaptureError):
-    """With these values the forward takes another way than the one that was captured."""
+    """With these values the forward takes another way than the one that was captured, or may do so."""
 
 
-def check_guard(node: Node, guard: Guard, value: Tensor) -> None:
-    """Raise :class:`OtherGraphError` unless the value is the one that Python saw at capture."""
-    if not guard.holds(value):
-        raise OtherGraphError(f"{node.where} {guard.told(value)} when the graph was captured.")
+class Looks:
+    """Sees that values which Python looked at are those of the capture."""
 
+    def __init__(self, graph: CurvatureGraph) -> None:
+        self.guards: dict[int, list[Guard]] = {}
+        for guard in graph.guards:
+            self.guards.setdefault(guard.node, []).append(guard)
+        self.decisions = Decisions(graph) if graph.guards else None
 
-def guards_of(graph: CurvatureGraph) -> dict[int, list[Guard]]:
-    """The graph's guards by node."""
-    found: dict[int, list[Guard]] = {}
-    for guard in graph.guards:
-        found.setdefault(guard.node, []).append(guard)
-    return found
+    def check(self, node: Node, inputs: Sequence[Tensor], value: Tensor) -> None:
+        """Raise :class:`OtherGraphError` where they are not, or are so by less than rounding."""
+        if self.decisions is not None and self.decisions.see(node, inputs, value):
+            raise OtherGraphError(f"{node.where} is decided by less than rounding.")
+        for guard in self.guards.get(node.index, ()):
+            if not guard.holds(value):
+                raise OtherGraphError(f"{node.where} {guard.told(value)} when the graph was captured.")
 
 
 def leaf_values(graph: CurvatureGraph, model: nn.Module, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -97,7 +102,7 @@ class Linearization:
         arena: Arena = SYSTEM,
     ) -> None:
         self.graph, self.sample, self.tensor_part, self.arena = graph, sample, tensor_part, arena
-        self.inspect, self.guards = inspect, guards_of(graph) if checked else {}
+        self.inspect, self.looks = inspect, Looks(graph) if checked and graph.guards else None
         self.active = graph.active(sites)
         self.in_loss = graph.loss_subgraph
         self.calls: dict[int, Linearized] = {}
@@ -135,12 +140,12 @@ class Linearization:
         for node in self.graph.nodes:
             if node.index in given:
                 values[node.index] = given[node.index]
-                self._check(node, given[node.index])
+                self._check(node, (), given[node.index])
                 continue
             inputs = tuple(values[k] for k in node.inputs)
             known, value = self._evaluate(node, inputs)
             values[node.index] = value
-            self._check(node, value)
+            self._check(node, inputs, value)
             if self.active[node.index] and node.is_differentiable:
                 on = tuple(self.active[k] for k in node.inputs)
                 if any(on):
@@ -154,9 +159,9 @@ class Linearization:
                 del values[node.index]
         return values[self.graph.loss].reshape(())
 
-    def _check(self, node: Node, value: Tensor) -> None:
-        for guard in self.guards.get(node.index, ()):
-            check_guard(node, guard, value)
+    def _check(self, node: Node, inputs: Sequence[Tensor], value: Tensor) -> None:
+        if self.looks is not None:
+            self.looks.check(node, inputs, value)
 
     def _evaluate(self, node: Node, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dag_hesse._capture import Batch, Batches
+from dag_hesse._capture import Batches
 from dag_hesse._capture.reduction import Reduction
 from dag_hesse.alike import described
 from dag_hesse.budget import Budget
@@ -64,7 +64,7 @@ class Problem:
         tensor_part: bool = True,
         with_out: bool = True,
         chunk: int = 8,
-        again: Callable[[Batch], CurvatureGraph] | None = None,
+        again: Callable[..., CurvatureGraph] | None = None,
         loss: Any = None,
         memory: int | str | None = None,
         compiled: bool = False,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from dag_hesse._capture import Batches
 from dag_hesse.errors import StaleError
 from dag_hesse.ir import CurvatureGraph
+from dag_hesse.sweep.settings import settings
 
 _SAMPLES = 64  # elements of a tensor that are looked at
 
@@ -66,18 +65,8 @@ class Watch:
         return self.training_flags() != self._training
 
     def settings(self) -> list[Any]:
-        """What a forward may go by besides tensors: modules and their hooks, numbers, flags, functions, constants."""
-        found: list[Any] = _cells(self.loss)
-        for module in [*self.model.modules(), *(self.loss.modules() if isinstance(self.loss, nn.Module) else ())]:
-            found += (id(module), type(module))
-            for name, value in vars(module).items():
-                if name in _STRUCTURE:
-                    found += (*value, *map(id, value.values()))
-                elif isinstance(value, Tensor):
-                    found.append(value.data_ptr() in self._used and (name, value.data_ptr()))
-                elif not name.startswith("_") and name != "training" and (plain := _plain(value)) is not None:
-                    found += (name, plain)
-        return found
+        """What a forward may go by besides tensors (:func:`~dag_hesse.sweep.settings.settings`)."""
+        return settings(self.model, self.loss, self._used)
 
     def differ(self, settings: list[Any]) -> bool:
         """Whether any of them is another one; a forward that counts its own calls changes them too."""
@@ -115,31 +104,6 @@ def check_unchanged(watch: Watch, what: str, advice: str) -> None:
     if changed:
         named = ", ".join(changed[:4]) + (" …" if len(changed) > 4 else "")
         raise StaleError(f"{named} changed since {what}: {advice}")
-
-
-_STRUCTURE = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _plain(value: Any) -> Any:
-    """A setting that can be compared; None for what is none."""
-    if isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
-        return value
-    if isinstance(value, (list, tuple)) and len(value) <= 64:
-        return tuple(map(_plain, value))
-    if isinstance(value, dict) and len(value) <= 64:
-        return tuple((str(key), _plain(item)) for key, item in value.items())
-    return id(value) if callable(value) else None
-
-
-def _cells(loss: Any) -> list[Any]:
-    """Numbers and functions that a loss function has been given."""
-    if isinstance(loss, functools.partial):
-        return [*_cells(loss.func), _plain(loss.args), _plain(loss.keywords)]
-    found = []
-    for cell in getattr(loss, "__closure__", None) or ():
-        with suppress(ValueError):  # not filled yet
-            found.append(_plain(cell.cell_contents))
-    return [*found, _plain(getattr(loss, "__defaults__", None) or ())]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dag_hesse.budget import human
 from dag_hesse.errors import MemoryBudgetError
 from dag_hesse.estimate.gram import loss_hessian
 from dag_hesse.measure import available_memory
@@ -69,7 +70,7 @@ def edge_maps(scene: Scene) -> EdgeMaps:
     need = 8 * scene.problem.groups * sum(dims[v] * dims[u] for v, u in graph.edges)
     if need > available_memory(scene.problem.device) // 4:
         raise MemoryBudgetError(
-            f"the Jacobians of {len(graph.edges)} edges need {need / 2**30:.1f} GiB: take fewer samples, or points of "
+            f"the Jacobians of {len(graph.edges)} edges need {human(need)}: take fewer samples, or points of "
             "fewer dimensions."
         )
     shares = scene.problem.reduction.shares(scene.problem.batches.sizes)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dag_hesse._capture.losses import Loss
 from dag_hesse._structure import analyze_structure
+from dag_hesse.budget import human
 from dag_hesse.errors import MemoryBudgetError
 from dag_hesse.estimate import exact_blocks
 from dag_hesse.measure import available_memory
@@ -128,7 +129,7 @@ def _check_room(scene: Scene, dims: list[int], samples: int) -> None:
     need = 4 * samples * max(dims) * sum(dims) * scene.problem.dtype.itemsize
     if need > available_memory(scene.problem.device) // 2:
         raise MemoryBudgetError(
-            f"the blocks of one point need {need / 2**30:.1f} GiB: take fewer samples, or points of fewer dimensions."
+            f"the blocks of one point need {human(need)}: take fewer samples, or points of fewer dimensions."
         )
 
 
