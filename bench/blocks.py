@@ -91,6 +91,20 @@ def _run(name: str, case: Case) -> dict[str, Any]:
         "agree": off <= 3 * (facts["error"] + facts["dropped"] / facts["size"]) + AGREED,
         "seconds": seconds,
         "phi_by_distance": _by_distance(matrix),
+    } | (_beside(matrix, operator, work, case) if case.space == "parameter" else {})
+
+
+def _beside(matrix: dh.BlockMatrix, operator: Any, work: Any, case: Case) -> dict[str, Any]:
+    """Largest eigenvalues of what is stored beside the operator's, and Φ by distance from exact norms."""
+    report = dh.analyze(
+        work.model, (work.x, work.y), loss=F.cross_entropy, space=case.space, points=case.points, mode="gram"
+    )
+    squares: dict[int, float] = {}
+    for d, norm in zip(report.distance.flatten().tolist(), report.resonance.flatten().tolist(), strict=True):
+        squares[d] = squares.get(d, 0.0) + norm**2
+    return {
+        "eigenvalues": {"stored": matrix.eigsh(3)[0].tolist(), "operator": operator.eigsh(3)[0].tolist()},
+        "phi_by_distance, exact": {d: x / sum(squares.values()) for d, x in sorted(squares.items())},
     }
 
 

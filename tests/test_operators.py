@@ -457,3 +457,20 @@ def test_multiple_eigenvalues_of_small_operators_are_all_found(which: str) -> No
     assert np.abs(values - np.sort(every[kept[which]])).max() < 1e-12
     assert np.abs(H.dense().numpy() @ vectors - vectors * values).max() < 1e-12
     assert np.abs(vectors.T @ vectors - np.eye(4)).max() < 1e-12
+
+
+def test_a_tied_parameter_goes_by_all_its_names() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"e": nn.Linear(4, 4, bias=False), "o": nn.Linear(4, 4, bias=False)}).double()
+    model["o"].weight = model["e"].weight
+    net = nn.Sequential(model["e"], nn.Tanh(), model["o"])
+    batch = torch.randn(5, 4).double(), torch.arange(5) % 4
+    whole = dh.HessianOperator(net, batch).dense()
+    for options in ({"param_filter": "2.weight"}, {"param_filter": "*.weight"}, {"params": ["2.weight"]}):
+        H = dh.HessianOperator(net, batch, **options)
+        assert list(H.names) == ["0.weight"]
+        assert torch.equal(H.dense(), whole)
+    with pytest.raises(errors.OptionError, match="twice"):
+        dh.HessianOperator(net, batch, params=["0.weight", "2.weight"])
+    with pytest.raises(errors.OptionError, match="seed"):
+        dh.HessianOperator(net, batch).trace(seed="a")

@@ -75,12 +75,14 @@ def chosen_parameters(model: nn.Module, params: Any, param_filter: Any) -> list[
         PointError: ``params`` names or holds a stranger, or nothing is left.
     """
     named = dict(model.named_parameters())
+    first = {id(p): name for name, p in named.items()}
+    names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}  # a tied one has several
     if params is not None:
-        chosen = _own(named, params)
+        chosen = _own(named, names, params)
     else:
         chosen = [name for name, p in named.items() if p.requires_grad]
     if param_filter is not None:
-        chosen = _passing(param_filter, chosen, named)
+        chosen = _passing(param_filter, chosen, named, names)
     if not chosen:
         raise PointError(f"no parameter is left to differentiate by. {suggest(str(param_filter or ''), named)}")
     return chosen
@@ -98,8 +100,8 @@ def read_parameters(chosen: Sequence[str], model: nn.Module, graph: CurvatureGra
     return parameter_points(chosen, model, graph)
 
 
-def _own(named: Mapping[str, nn.Parameter], params: Any) -> list[str]:
-    names = {id(p): name for name, p in named.items()}
+def _own(named: Mapping[str, nn.Parameter], names: Mapping[str, str], params: Any) -> list[str]:
+    first = {id(p): name for name, p in named.items()}
     found: list[str] = []
     expected = "a list of the model's parameters or names"
     if isinstance(params, (Tensor, str)):
@@ -107,7 +109,7 @@ def _own(named: Mapping[str, nn.Parameter], params: Any) -> list[str]:
     for p in several("params", params, expected):
         if not isinstance(p, (str, Tensor)):
             raise OptionError(f"params holds a {type(p).__name__}; expected the model's parameters or their names.")
-        name = p if isinstance(p, str) else names.get(id(p), "")
+        name = names.get(p, p) if isinstance(p, str) else first.get(id(p), "")
         if name not in named:
             what = repr(p) if isinstance(p, str) else f"a tensor of shape {tuple(p.shape)}"
             raise PointError(f"params holds {what}, which is not a parameter of the model. {suggest(name, named)}")
@@ -117,7 +119,9 @@ def _own(named: Mapping[str, nn.Parameter], params: Any) -> list[str]:
     return found
 
 
-def _passing(wanted: Any, names: Sequence[str], named: Mapping[str, nn.Parameter]) -> list[str]:
+def _passing(
+    wanted: Any, chosen: Sequence[str], named: Mapping[str, nn.Parameter], names: Mapping[str, str]
+) -> list[str]:
     """The names that a filter leaves, in their order.
 
     Raises:
@@ -125,17 +129,18 @@ def _passing(wanted: Any, names: Sequence[str], named: Mapping[str, nn.Parameter
     """
     if callable(wanted):
         takes("param_filter", wanted, "name, parameter")
-        return [name for name in names if wanted(name, named[name])]
+        return [name for name in chosen if wanted(name, named[name])]
     expected = "a glob, globs, or a callable of (name, parameter)"
     globs = [wanted] if isinstance(wanted, str) else several("param_filter", wanted, expected)
     if not all(isinstance(glob, str) for glob in globs):
         raise OptionError(f"param_filter={wanted!r}; expected {expected}.")
-    found = set[int]()
+    own = [name for name, first in names.items() if first in chosen]
+    found = set[str]()
     for glob in globs:
-        places = places_of(names, glob)
+        places = places_of(own, glob)
         if not places:
-            wide = wider(glob, names)
-            hint = suggest(glob, names) if wide is None else f"* does not cross dots: '{wide}' does."
+            wide = wider(glob, own)
+            hint = suggest(glob, own) if wide is None else f"* does not cross dots: '{wide}' does."
             raise PointError(f"no parameter is left by param_filter={glob!r}, which matches none. {hint}")
-        found.update(places)
-    return [names[k] for k in sorted(found)]
+        found.update(names[own[k]] for k in places)
+    return [name for name in chosen if name in found]

@@ -56,13 +56,14 @@ def _otherwise(
         MemoryBudgetError: its sketch would not fit.
     """
     choose("method", method, ("hutchinson", *methods, "exact"))
+    seed = integer("seed", seed)
     size = operator.shape[0]
     if method not in methods or (matvecs is None and size <= USUAL):
         return None
     count = USUAL if matvecs is None else checked_count("matvecs", matvecs, size, LEAST[method])
     what = f"a sketch of {size} rows by {count} products"
     operator._budget.check(sketch_bytes(operator, count), what, "take fewer matvecs=, or method='hutchinson'")
-    return methods[method](operator, count, integer("seed", seed))
+    return methods[method](operator, count, seed)
 
 
 def _terms(operator: Square, count: int, exact: bool, seed: int) -> Iterator[list[Tensor]]:
