@@ -170,8 +170,8 @@ def prove(
         raise UnfaithfulCaptureError(
             f"the captured graph of {type(model).__name__} is not the model: {said.removesuffix('; ')}. "
             f"{_first_difference(model, batch, loss, output, list(graph.written))} A tensor hook, a gradient that is "
-            "changed on its way, a custom C++ function, a random state that the forward sets itself, or values that leave "
-            "PyTorch in it may be why; please report it otherwise. verify='none' goes on without this check."
+            "changed on its way, a custom C++ function, a random state that the forward sets itself, or values that "
+            "leave PyTorch in it may be why; please report it otherwise. verify='none' goes on without this check."
         )
 
 
