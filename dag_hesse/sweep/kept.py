@@ -109,10 +109,7 @@ class Linearizations:
                 if self.again is None:
                     raise
                 start.restore()
-                anew = self.again(batch, before=entry.graph)
-                if not anew.looked_alike(entry.graph):  # else it looked at what rounding alone decides
-                    self._tell(error)
-                entry.graph = fuse(anew)
+                entry.graph = self._anew(entry, batch, error)
                 start.restore()
                 lin = self._linearized(entry, batch, checked=False)
             self._went.add(place)
@@ -126,6 +123,17 @@ class Linearizations:
             self._kept[place] = lin
             self._bytes += size
         return lin
+
+    def _anew(self, entry: Entry, batch: Batch, error: CaptureError) -> CurvatureGraph:
+        assert self.again is not None
+        alike = False
+        try:
+            graph = self.again(batch, before=entry.graph)
+            alike = graph.looked_alike(entry.graph)  # then it looked at what rounding alone decides
+        finally:
+            if not alike:
+                self._tell(error)
+        return fuse(graph)
 
     def _linearized(self, entry: Entry, batch: Batch, *, checked: bool) -> AnyLinearization:
         if self._programs is not None:
