@@ -132,6 +132,6 @@ def main(names: Sequence[str] = ()) -> int:
         times = [f"{row['build_seconds']:.0f} s", f"{row['error']:.2%}", f"≤ {row['dropped']:.2%}"]
         shown = faster if row["agree"] else ["differs", f"{row['off']:.1%}"]
         table.add_row(name, str(row["points"]), human(row["bytes"]), row["route"], str(row["sweeps"]), *times, *shown)
-        write_json("blocks", {"cases": rows})
+        write_json("-".join(["blocks", *names]), {"cases": rows})
     Console(width=140).print(table)
     return 0 if all(row["agree"] for row in rows) else 1
