@@ -447,3 +447,17 @@ def test_factors_of_several_batches_and_of_losses_that_are_not_convex() -> None:
     by_points = dh.GGNOperator(model, (x, y), space="activation", points=["1", "3"])
     S = by_points.factor().rows
     assert error(S.T @ S, by_points.dense()) < 1e-10
+
+
+@pytest.mark.parametrize("which", ["LM", "SM", "LA", "SA", "BE"])
+def test_multiple_eigenvalues_of_small_operators_are_all_found(which: str) -> None:
+    torch.manual_seed(0)
+    model, batch = nn.Linear(4, 3).double(), (torch.randn(20, 4).double(), torch.randn(20, 3).double())
+    H = dh.HessianOperator(model, batch, loss=nn.MSELoss())  # XᵀX for each of three outputs
+    values, vectors = H.eigsh(4, which=which)
+    every = torch.linalg.eigvalsh(H.dense()).numpy()
+    by_size = np.argsort(np.abs(every))
+    kept = {"LM": by_size[-4:], "SM": by_size[:4], "LA": slice(-4, None), "SA": slice(0, 4), "BE": [0, 1, -2, -1]}
+    assert np.abs(values - np.sort(every[kept[which]])).max() < 1e-12
+    assert np.abs(H.dense().numpy() @ vectors - vectors * values).max() < 1e-12
+    assert np.abs(vectors.T @ vectors - np.eye(4)).max() < 1e-12

@@ -18,7 +18,7 @@ from dag_hesse.plan.fusion import fuse
 from dag_hesse.plan.memory import linearization_bytes
 from dag_hesse.randomness import RandomState, preserved
 from dag_hesse.sweep.compiled import Compiled, Programs
-from dag_hesse.sweep.linearize import Linearization, leaf_values
+from dag_hesse.sweep.linearize import Linearization, OtherGraphError, leaf_values
 from dag_hesse.sweep.meaning import Entry
 from dag_hesse.sweep.product import AnyLinearization
 from dag_hesse.sweep.replay import Replayed
@@ -125,11 +125,12 @@ class Linearizations:
         return lin
 
     def _anew(self, entry: Entry, batch: Batch, error: CaptureError) -> CurvatureGraph:
+        """The graph of a batch that its entry's graph does not fit, or may not fit."""
         assert self.again is not None
-        alike = False
+        asked, alike = isinstance(error, OtherGraphError), False
         try:
-            graph = self.again(batch, before=entry.graph)
-            alike = graph.looked_alike(entry.graph)  # then it looked at what rounding alone decides
+            graph = self.again(batch, before=entry.graph if asked else None)
+            alike = asked and graph.looked_alike(entry.graph)  # then it looked at what rounding alone decides
         finally:
             if not alike:
                 self._tell(error)

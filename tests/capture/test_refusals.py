@@ -19,6 +19,7 @@ import dag_hesse as dh
 from dag_hesse import errors
 from dag_hesse._capture.refused import in_place_of
 from dag_hesse._capture.writes import drawn, drawn_with_slope
+from dag_hesse.sweep import kept, proof
 from tests import device
 from tests.capture.common import Around, X, Y, module_in_a_list
 from tests.property.steps.parts import Cube
@@ -77,6 +78,24 @@ def test_a_graph_that_is_captured_anew_is_compared_with_the_model_too() -> None:
         pytest.raises(errors.UnfaithfulCaptureError, match="gradient"),
     ):
         operator @ torch.ones(operator.shape[1]).double()
+
+
+def test_a_graph_that_fails_on_a_batch_is_told_of_and_its_successor_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator, proved = dh.HessianOperator(Around(lambda m, z: z.tanh()), (X, Y)), list[object]()
+    expected, original, left = operator.dense(), kept.Linearization, ["it fails"]
+
+    class Failing(original):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            if left:
+                raise errors.CaptureError(left.pop())
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(kept, "Linearization", Failing)
+    monkeypatch.setattr(proof, "prove", lambda *args, **options: proved.append(args))
+    operator.refresh()
+    with pytest.warns(UserWarning, match="captured anew.*it fails"):
+        found = operator.dense()
+    assert torch.equal(found, expected) and len(proved) == 1
 
 
 def test_a_function_that_cannot_be_differentiated_twice_is_named() -> None:
