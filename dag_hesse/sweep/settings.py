@@ -20,6 +20,8 @@ _LONG = 64  # entries beyond which a container is a record, not a setting
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size)
 _STRUCTURE = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OWN = {*vars(nn.Module()), "training"}  # attributes of every module: tensors, flags and hooks, which are watched apart
+# Functions of libraries name each other by globals, thousands of them, and keep no settings there.
+_INSTALLED = "site-packages"
 # Packages whose objects hold settings; others' (a trainer, a logger) change all the time, and are none.
 _CONFIGS = ("__main__", "addict", "argparse", "box", "collections", "easydict", "ml_collections", "omegaconf", "types")
 
@@ -110,12 +112,13 @@ class _Reader:
         if _package(f) not in self.packages:
             return
         yield from (f.__defaults__, f.__kwdefaults__, dict(vars(f)))
+        named = () if _INSTALLED in f.__code__.co_filename else sorted(global_names(f.__code__))
         for cell in f.__closure__ or ():
             try:
                 yield cell.cell_contents
             except ValueError:  # not filled yet
                 yield None
-        for name in sorted(global_names(f.__code__)):
+        for name in named:
             value = f.__globals__.get(name)
             if not isinstance(value, (types.ModuleType, type, Tensor)):
                 yield value
