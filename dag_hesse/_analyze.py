@@ -32,6 +32,7 @@ def analyze(
     mode: str = "auto",
     probes: int = 32,
     rtol: float | None = None,
+    stable_rank: bool = True,
     reduction: Option = None,
     memory: int | str | None = None,
     seed: int = 0,
@@ -60,6 +61,8 @@ def analyze(
         probes: Rademacher probes per source point, where probes are used.
         rtol: instead of so many, eight probes a source, doubled until every norm's relative standard error is below
             this: at most 4096 probes, and a warning says where that is not enough.
+        stable_rank: False: leave out stable ranks that probes do not give (they are NaN). The spectral norms that they
+            need take about half of all sweeps, and more for flat spectra.
         reduction: how the losses of several batches add up: ``"mean"`` over samples, ``"sum"``, a weight per batch, or
             a callable that gives a batch's weight; None: found by evaluating the loss on sub-batches (for a mean,
             a loader that is not held is iterated once more).

@@ -72,6 +72,7 @@ class Mapper:
         mode: str = "auto",
         probes: int = 32,
         rtol: float | None = None,
+        stable_rank: bool = True,
         reduction: Option = None,
         memory: int | str | None = None,
         seed: int = 0,
@@ -83,6 +84,7 @@ class Mapper:
         choose("batch_mode", batch_mode, BATCH_MODES)
         choose("verify", verify, VERIFY)
         flag("compile", compile)
+        flag("stable_rank", stable_rank)
         probes, self.seed = integer("probes", probes, 2, "a standard error needs two"), integer("seed", seed)
         _check_rtol(rtol)
         self._clock = {"start": time.perf_counter()}
@@ -98,6 +100,7 @@ class Mapper:
             "probes=": probes,
             "pairs=": wanted,
             "rtol=": rtol,
+            "stable_rank=": stable_rank,
             "seed=": seed,
         }
         self._asked |= {"batch_mode=": batch_mode, "output=": output, "loss=": loss}
@@ -116,6 +119,7 @@ class Mapper:
                 probes=probes,
                 memory=memory,
                 device=self.batches.device,
+                stable_rank=stable_rank,
             )
             self._set_up()
 

@@ -64,6 +64,9 @@ def parser() -> argparse.ArgumentParser:
         "--rtol", type=float, metavar="X", help="probe until relative standard errors are below X, from eight probes on"
     )
     a.add_argument(
+        "--no-stable-rank", action="store_false", dest="stable_rank", help="leave out what takes half of the sweeps"
+    )
+    a.add_argument(
         "--pair",
         nargs=2,
         action="append",
@@ -167,6 +170,7 @@ def _analyze(options: argparse.Namespace) -> None:
             loss=loss,
             pairs=options.pairs,
             rtol=options.rtol,
+            stable_rank=options.stable_rank,
             seed=options.seed,
             progress=watched() and group.writes,
             mesh=group.mesh,

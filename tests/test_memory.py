@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import dag_hesse as dh
 from bench.timing import peak_bytes
 from dag_hesse._capture import Batches
+from dag_hesse.errors import MemoryBudgetError
 from dag_hesse.plan import fuse
 from dag_hesse.plan.memory import kept_bytes, sweep_bytes
 from dag_hesse.rules.footprint import tensors
@@ -56,3 +57,50 @@ def test_the_peak_of_a_sweep_is_predicted(space: str) -> None:
     graph = fuse(dh.capture(found["model"], found["batch"], loss=nn.functional.cross_entropy, space=space))
     sites = [k for point in graph.points for k in point.sites]
     assert abs(sweep_bytes(graph, sites, sites) / peak_bytes(f"{code}run = lambda: H @ v") - 1) < 0.15
+
+
+MAP = """
+import torch, dag_hesse as dh
+from torch import nn
+torch.manual_seed(0)
+layers = [layer for _ in range(6) for layer in (nn.Linear(512, 512), nn.SiLU())]
+model = nn.Sequential(*layers, nn.Linear(512, 10))
+batch = (torch.randn(8, 512), torch.arange(8) % 10)
+dh.analyze(model, batch, space="parameter", mode="probes", probes=2, points=["12"])
+def made(**options):
+    return dh.analyze(model, batch, space="parameter", **options)
+run = lambda: made({options})
+"""
+PROBED = "mode='probes', probes=32, memory='256MiB'"
+
+
+def test_maps_of_large_points_keep_to_their_memory() -> None:
+    """Products of 28 pairs of 263k rows with 32 probes take 1.1 GiB at once."""
+    assert peak_bytes(MAP.format(options=PROBED)) < 256 << 20
+
+
+def test_less_memory_gives_the_same_map() -> None:
+    code, found = MAP.format(options=PROBED), dict[str, Any]()
+    exec(code, found)
+    tight, roomy = found["run"](), found["made"](mode="probes", probes=32)
+    for norm in ("resonance", "gn_gap"):
+        assert getattr(tight, norm) == pytest.approx(getattr(roomy, norm), rel=1e-4)
+    assert abs(tight.stable_rank / roomy.stable_rank - 1).max() < 0.05
+
+
+def test_gram_factors_keep_to_their_memory_or_are_refused() -> None:
+    """80 rows of 1.6 million numbers: 0.5 GiB."""
+    assert peak_bytes(MAP.format(options="mode='gram', pairs=[('0', '12')], memory='2GiB'")) < 2 << 30
+    found = dict[str, Any]()
+    exec(MAP.format(options="mode='gram', memory='256MiB'"), found)
+    with pytest.raises(MemoryBudgetError, match=r"holds .*MiB .* 128\.0 MiB are allowed"):
+        found["run"]()
+
+
+def test_blocks_are_exact_where_they_have_room() -> None:
+    found = dict[str, Any]()
+    exec(MAP.format(options="probes=8, points=['2', '12.bias'], memory='128MiB'"), found)
+    report = found["run"]()
+    assert report.method["resonance"].tolist() == [["probes", "exact"], ["exact", "exact"]]
+    scarce = found["made"](probes=8, points=["2", "12.bias"], memory="64MiB")
+    assert scarce.method["resonance"].tolist() == [["probes", "probes"], ["probes", "probes"]]

@@ -66,7 +66,7 @@ def test_an_operator_over_a_loader_is_the_one_over_all_its_samples(memory: int |
 @pytest.mark.parametrize("batch_mode", ["shared", "per_sample"])
 @pytest.mark.parametrize("space", ["parameter", "activation"])
 def test_a_map_over_a_loader_that_is_read_again_is_the_one_over_all_its_samples(batch_mode: str, space: str) -> None:
-    options: dict[str, Any] = {"batch_mode": batch_mode, "space": space, "mode": "gram"}
+    options: dict[str, Any] = {"batch_mode": batch_mode, "space": space, "mode": "probes"}
     loader = Passes(_batches())
     whole = dh.analyze(_net(), _whole(), **options)
     found = dh.analyze(_net(), loader, memory=SMALL, **options)

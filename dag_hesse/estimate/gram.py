@@ -111,7 +111,7 @@ def factor_rows(
                 rows.append(joined(graph, point, found, piece, embedding))
             if progress is not None:
                 progress(piece.shape[0])
-    stacked = [torch.cat(rows) for rows in parts]  # (rows, groups or batch, dim)
+    stacked = _joined(parts)  # (rows, groups or batch, dim)
     if alone:
         rows = [s.transpose(0, 1) for s in stacked]  # (batch, r, dim)
         if problem.separate_groups:
@@ -120,6 +120,11 @@ def factor_rows(
     if separable and entry.sample is not None:
         signs = signs[entry.sample : entry.sample + 1]
     return [s.transpose(0, 1) for s in stacked], signs.reshape(1, -1)
+
+
+def _joined(parts: list[list[Tensor]], axis: int = 0) -> list[Tensor]:
+    """Per point its pieces one behind the other; they are let go point by point, so that memory is not taken twice."""
+    return [torch.cat(parts.pop(0), axis) for _ in range(len(parts))]
 
 
 def _gram_roots(s: Tensor) -> Array:
@@ -238,21 +243,21 @@ def gram_factors(problem: Problem, progress: Callable[[int], None] | None = None
     for entry, lin in problem.linearizations():
         found, sign = factor_rows(problem, entry, lin, progress)
         for k, part in enumerate(found):
-            rows[k].append(part * entry.scale**0.5)
+            rows[k].append(part if entry.scale == 1.0 else part * entry.scale**0.5)
         signs.append(sign.to(found[0].dtype))
     if problem.separate_groups:  # every sample has rows of its own
         return GramFactors([[s for part in r for s in part] for r in rows], [s for part in signs for s in part])
-    # one group holds the rows of all batches
-    whole, sign = [torch.cat([part[0] for part in r]) for r in rows], torch.cat([part[0] for part in signs])
+    del found
+    whole, sign = _joined(rows, 1), torch.cat(signs, 1)  # one group holds the rows of all batches
     if problem.ranks is not None:
         *whole, sign = _of_all_shards(problem.ranks, [*whole, sign])
-    return GramFactors([[s] for s in whole], [sign])
+    return GramFactors([list(s) for s in whole], list(sign))
 
 
 def _of_all_shards(ranks: Ranks, tensors: list[Tensor]) -> list[Tensor]:
     """Rows of every shard, one behind the other."""
     every = ranks.of_shards("rows of S", [x.cpu() for x in tensors])
-    return [torch.cat(pieces).to(x.device) for x, pieces in zip(tensors, zip(*every, strict=True), strict=True)]
+    return [torch.cat(pieces, 1).to(x.device) for x, pieces in zip(tensors, zip(*every, strict=True), strict=True)]
 
 
 def _gram_blocks(problem: Problem, progress: Callable[[int], None] | None) -> GramBlocks:

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dag_hesse.estimate.norms import PARTS, Array, NormTable
+from dag_hesse.estimate.norms import PARTS, Array, NormTable, leading
 from dag_hesse.estimate.products import Products
 from dag_hesse.kernels import probe
 from dag_hesse.plan import Source
 from dag_hesse.sweep import Parts, Problem, Request
+from dag_hesse.sweep.runner import pieces
 
 
 def rademacher(problem: Problem, source: int, key: int, first: int, probes: int) -> Tensor:
@@ -51,7 +52,7 @@ class Sketch:
         self.products, self.problem = products, products.problem
         self.source, self.key = source, key
         self.samples: dict[str, dict[int, list[Array]]] = {p: {v: [] for v in source.reads} for p in PARTS}
-        self.start: dict[int, Tensor] = {}  # per read point, left vectors (probes, groups, d_v) for the spectral norm
+        self.start: dict[int, Tensor] = {}  # per read point, where its spectral norm starts: (groups, d_v)
 
     @property
     def count(self) -> int:
@@ -65,12 +66,24 @@ class Sketch:
         return Request({point: rademacher(self.problem, point, self.key, self.count, probes)}, self.source.reads)
 
     def extend(self, probes: int, progress: Callable[[int], None] | None = None) -> None:
-        """Sweep ``probes`` more."""
+        """Sweep ``probes`` more, as many at a time as their products have room."""
+        most = max(1, self.products.room() // self._bytes())
+        for piece in pieces(probes, most):
+            self._sweep(piece.stop - piece.start, progress)
+
+    def _bytes(self) -> int:
+        """Of one probe's products: GN, T and their sum, and the directions that those are compared with."""
+        problem = self.problem
+        size = problem.dim(self.source.point) + 4 * sum(problem.dim(v) for v in self.source.reads)
+        return size * problem.groups * problem.dtype.itemsize
+
+    def _sweep(self, probes: int, progress: Callable[[int], None] | None) -> None:
         for v, parts in self.products.parts([self.request(probes)], progress)[0].items():
             for part, norms in _squares(self.problem, parts, probes).items():
                 self.samples[part][v].append(norms)
-            if (full := parts.full) is not None and (v not in self.start or probes > len(self.start[v])):
-                self.start[v] = full
+            if (full := parts.full) is not None:
+                before = self.start.get(v)
+                self.start[v] = leading(full if before is None else torch.cat([before.unsqueeze(0), full]))
 
     def enter(self, table: NormTable, gn_known: dict[tuple[int, int], Array]) -> None:
         """Enter norms with their pseudo-values; ``gn_known`` holds exact ‖H_GN‖_F² per group."""

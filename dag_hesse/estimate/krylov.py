@@ -3,24 +3,24 @@
 Each half-step is one probe per pair, and probes of one point share a sweep. The stated error is the Ritz residual r of
 the leading Ritz pair, or r²/gap where that is less (gap: to the next Ritz value), as for any symmetric eigenproblem. It
 says how far the value is from *a* singular value; on its way to the largest, a Ritz value may rest at the second for a
-step or two, where r is still some percent of it. So r itself must be small before a pair is done.
+step or two, where r is still some percent of it. So r itself must be small before a pair is done: twice what is allowed
+of the error, at most. 1 to 3 of 100 pairs of a ResNet-18 at initialization end beyond a stated error of 2 %, 4 without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dag_hesse.estimate.norms import NormTable, lengths
+from dag_hesse.estimate.norms import NormTable, lengths, unit
 from dag_hesse.estimate.products import Products
 from dag_hesse.sweep import Request
 
-# Of ‖H‖₂, at most. Of a ResNet-18's pairs at initialization 1 % end beyond their stated error with it, 4 % without.
-_RESIDUAL = 0.04
+Pair = tuple[int, int]  # of point indices
 
 
 @dataclass
@@ -41,13 +41,13 @@ class _Bidiagonal:
         """Hᵀ u_k has come: the next right vector."""
         x = _orthogonal(product, self.right)
         self.alphas.append(norm := lengths(x))
-        self.right.append(_unit(x, norm))
+        self.right.append(unit(x, norm))
 
     def take_left(self, product: Tensor) -> None:
         """H x_k has come: the next left vector; then the Ritz values are known with their Ritz residual."""
         u = _orthogonal(product, self.left)
         self.betas.append(norm := lengths(u))
-        self.left.append(_unit(u, norm))
+        self.left.append(unit(u, norm))
         steps = len(self.alphas)
         lower = torch.zeros(norm.shape[0], steps + 1, steps, dtype=torch.float64)
         for k in range(steps):
@@ -63,13 +63,8 @@ class _Bidiagonal:
 
     def is_open(self, tolerance: float) -> bool:
         """Whether some group's value is not settled."""
-        unsettled = (self.error > tolerance * self.value) | (self.residual > _RESIDUAL * self.value)
+        unsettled = (self.error > tolerance * self.value) | (self.residual > 2 * tolerance * self.value)
         return bool(unsettled.any())
-
-
-def _unit(x: Tensor, length: Tensor) -> Tensor:
-    """x over its length; 0 stays 0."""
-    return x / length.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny).unsqueeze(-1)
 
 
 def _orthogonal(x: Tensor, basis: list[Tensor]) -> Tensor:
@@ -77,16 +72,6 @@ def _orthogonal(x: Tensor, basis: list[Tensor]) -> Tensor:
         for b in basis:
             x = x - (x * b).sum(-1, keepdim=True) * b
     return x
-
-
-def _leading(products: Tensor) -> Tensor:
-    """Leading left singular vector (groups, d) of the products (probes, groups, d)."""
-    y = products.transpose(0, 1)  # (groups, probes, d)
-    y = _unit(y, y.abs().amax((1, 2)).unsqueeze(1))
-    gram = (y @ y.mT).double()
-    _, vectors = torch.linalg.eigh(gram)
-    u = (vectors[..., -1:].to(y.dtype).mT @ y).squeeze(1)
-    return _unit(u, lengths(u))
 
 
 def _half_step(
@@ -116,7 +101,7 @@ def _half_step(
 def spectral_norms(
     products: Products,
     table: NormTable,
-    starts: dict[tuple[int, int], Tensor],
+    starts: dict[Pair, Tensor],
     *,
     tolerance: float,
     steps: int = 12,
@@ -127,21 +112,40 @@ def spectral_norms(
     Args:
         products: of the blocks with vectors.
         table: where to enter.
-        starts: per pair (v, w) products H[v, w] z, (probes, groups, d_v).
+        starts: per pair (v, w) a left vector (groups, d_v), near the leading one.
         tolerance: stop a pair when its error is below this share of its value.
         steps: most steps (two sweeps each).
 
     An error holds but where the start has almost nothing of the largest singular vector and the second lies close: then
     the value is the second's.
     """
-    states = [_Bidiagonal(v, w, [_leading(products)]) for (v, w), products in starts.items()]
-    open_states = states
-    for _ in range(steps):
-        if not open_states:
-            break
-        _half_step(products, open_states, from_left=True, progress=progress)
-        _half_step(products, open_states, from_left=False, progress=progress)
-        open_states = [s for s in open_states if s.is_open(tolerance)]
-    for state in states:
-        pair = (min(state.v, state.w), max(state.v, state.w))
-        table.spectral[pair] = (np.asarray(state.value), np.asarray(state.error))
+    for pairs in _together(products, starts, steps):
+        states = [_Bidiagonal(v, w, [unit(starts[v, w], lengths(starts[v, w]))]) for v, w in pairs]
+        open_states = states
+        for _ in range(steps):
+            if not open_states:
+                break
+            _half_step(products, open_states, from_left=True, progress=progress)
+            _half_step(products, open_states, from_left=False, progress=progress)
+            open_states = [s for s in open_states if s.is_open(tolerance)]
+        for state in states:
+            pair = (min(state.v, state.w), max(state.v, state.w))
+            table.spectral[pair] = (np.asarray(state.value), np.asarray(state.error))
+
+
+def _together(products: Products, pairs: Iterable[Pair], steps: int) -> Iterator[list[Pair]]:
+    """Pairs in groups whose bases and products have room, after so many steps; at least one in each."""
+    problem, room, group = products.problem, products.room(), list[Pair]()
+
+    def size(group: list[Pair]) -> int:
+        bases = (steps + 1) * sum(problem.dim(v) + problem.dim(w) for v, w in group)
+        read = sum(problem.dim(k) for k in {k for pair in group for k in pair})
+        return (bases + len(group) * read) * problem.groups * problem.dtype.itemsize
+
+    for pair in pairs:
+        if group and size([*group, pair]) > room:
+            yield group
+            group = []
+        group.append(pair)
+    if group:
+        yield group

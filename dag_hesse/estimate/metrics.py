@@ -43,7 +43,7 @@ def _stable_rank(table: NormTable, pair: tuple[int, int], resonance: Norm) -> tu
     squares = table.squares[pair]
     spectral, error = table.spectral[pair]
     some = spectral > 0
-    if not some.any():  # zero by proof or measured as zero; NaN where the pair was not asked for
+    if not some.any():  # zero by proof or measured as zero; NaN where it was not asked for
         return float("nan"), float("nan") if np.isnan(spectral).any() else 0.0
     if table.batch_mode == "per_sample":
         value = float((squares[some] / spectral[some] ** 2).mean())
@@ -101,7 +101,7 @@ def _methods(plan: Plan) -> dict[str, NDArray[np.str_]]:
     found = {
         "resonance": full,
         "coupling": coupling,
-        "stable_rank": full,
+        "stable_rank": plan.rank_method,
         "gn_gap": np.where(tensor == Method.ZERO, tensor, _worst(tensor, gn)),
         "gn_norm": gn,
         "tensor_norm": tensor,

@@ -23,6 +23,20 @@ def lengths(x: Tensor) -> Tensor:
     return unit.norm(dim=-1).double() * largest.double()
 
 
+def unit(x: Tensor, length: Tensor) -> Tensor:
+    """x over its length; 0 stays 0."""
+    return x / length.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny).unsqueeze(-1)
+
+
+def leading(products: Tensor) -> Tensor:
+    """Leading left singular vector of the products (probes, groups, d), times its singular value: (groups, d)."""
+    y = products.transpose(0, 1)  # (groups, probes, d)
+    size = y.abs().amax((1, 2))
+    y = unit(y, size.unsqueeze(1))
+    _, vectors = torch.linalg.eigh((y @ y.mT).double())
+    return (vectors[..., -1:].to(y.dtype).mT @ y).squeeze(1) * size.unsqueeze(-1)
+
+
 PARTS = ("full", "gn", "tensor")
 
 

@@ -18,6 +18,11 @@ class Products:
     problem: Problem
     factors: GramFactors | GramBlocks | None = None
 
+    def room(self) -> int:
+        """Bytes that products may take at once, half of what sweeps may use; the same on all ranks."""
+        mine, ranks = self.problem.budget.sweeps // 2, self.problem.ranks
+        return mine if ranks is None else ranks.least("room for products", mine)
+
     def parts(
         self, requests: Sequence[Request], progress: Callable[[int], None] | None = None
     ) -> list[dict[int, Parts]]:

@@ -76,7 +76,7 @@ def estimate(
         problem: model, batches and points, ready to sweep.
         plan: what to sweep.
         rtol: instead of the plan's count, eight probes a source, doubled until its relative standard errors are below
-            this, or until it has 4096; then a warning says so.
+            this, or until it has 4096; then a warning says so. Spectral norms are looked for until theirs are.
         seed: of the probes; the global RNG is not touched.
         progress: called with (stage, sweeps done, sweeps predicted).
     """
@@ -113,15 +113,29 @@ def estimate(
             "is; mode='exact' has none.",
             stacklevel=2,
         )
-    starts = {(v, s.source.point): y for s in sketches for v, y in s.start.items()}
-    missing = [(v, s.source.point) for s in sketches for v in s.source.reads if v not in s.start]
-    for v, w in missing:  # nothing reached v: the block is zero
-        table.spectral[min(v, w), max(v, w)] = (np.zeros(problem.groups), np.zeros(problem.groups))
-    spectral_norms(
-        products,
-        table,
-        starts,
-        tolerance=min(SPECTRAL_TOLERANCE, rtol or 1.0),
-        progress=_Counter("spectra", 2 * SPECTRAL_STEPS * len(starts), progress),
-    )
+    _enter_spectra(products, table, sketches, plan, rtol or SPECTRAL_TOLERANCE, progress)
     return table
+
+
+def _enter_spectra(
+    products: Products,
+    table: NormTable,
+    sketches: list[Sketch],
+    plan: Plan,
+    tolerance: float,
+    progress: Progress | None,
+) -> None:
+    """Spectral norms of sampled pairs: by search where they are asked for, 0 where no product has reached a point."""
+    groups = products.problem.groups
+    starts = {}
+    for s in sketches:
+        for v in s.source.reads:
+            pair = (min(v, s.source.point), max(v, s.source.point))
+            if plan.rank_method[pair] is Method.SKIPPED:
+                table.spectral[pair] = (np.full(groups, np.nan), np.zeros(groups))
+            elif v in s.start:
+                starts[v, s.source.point] = s.start[v]
+            else:
+                table.spectral[pair] = (np.zeros(groups), np.zeros(groups))
+    counter = _Counter("spectra", 2 * SPECTRAL_STEPS * len(starts), progress) if starts else None
+    spectral_norms(products, table, starts, tolerance=tolerance, progress=counter)

@@ -122,7 +122,8 @@ class Monitor:
                 optimizer,
                 training=flag("training", training),
                 options={"loss": loss, "output": output, "memory": memory, "mesh": mesh},
-                mapped={"points": points, "space": space, "mode": mode, "probes": probes, "seed": self._seed},
+                mapped={"points": points, "space": space, "mode": mode, "probes": probes, "seed": self._seed}
+                | {"stable_rank": False},
                 ranks=ranks,
             )
             self.report: CurvatureReport | None = None

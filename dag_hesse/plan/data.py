@@ -46,6 +46,8 @@ class Source:
 class Plan:
     """The plan. ``method`` (n×n) is how the full block's norm is obtained, ``gn_method`` that of its GN part.
 
+    ``rank_method`` is how the stable rank is.
+
     ``gram_columns`` are the pullbacks of the Gram route (0: not taken), ``spectral_cost`` what spectral norms of
     sampled pairs take as a rule. ``chunk`` is the number of probes swept together, ``peak_bytes`` the predicted memory
     of one such sweep and of what is kept between sweeps, but for the linearization.
@@ -55,6 +57,7 @@ class Plan:
     method: Methods
     gn_method: Methods
     tensor_method: Methods
+    rank_method: Methods
     sources: tuple[Source, ...]
     gram_columns: int
     gram_cost: Cost

@@ -32,6 +32,7 @@ def plan(
     memory: int | str | None = None,
     device: torch.device | None = None,
     asked: frozenset[Pair] | None = None,
+    stable_rank: bool = True,
 ) -> Plan:
     """Choose methods, sources and probe chunks.
 
@@ -40,17 +41,18 @@ def plan(
         counts: batches of every structure; None: one each.
         mode: ``"auto"`` takes, per pair, the first that applies: structural zero, Gram (unless sweeps are exact too and
             cost less), exact where it needs no more sweeps than probes would, probes. ``"exact"``: identity probes
-            everywhere. ``"gram"``: Gram for the GN parts whatever it costs. ``"probes"``: estimates everywhere.
+            everywhere. ``"gram"``: Gram for the GN parts whatever time it takes. ``"probes"``: estimates everywhere.
         batch_mode: meaning of the batch axis.
         probes: Rademacher probes per source.
         memory: bytes that the call may use, half of them for sweeps and results; None: what is free.
         device: where that is asked; None: in main memory.
         asked: the pairs of points to look at; None: all.
+        stable_rank: whether sampled pairs' spectral norms are looked for.
 
     Raises:
         OptionError: unknown mode or batch mode, or no count of probes or bytes.
         BatchCouplingError: ``per_sample`` where samples interact.
-        MemoryBudgetError: ``mode="exact"`` beyond memory.
+        MemoryBudgetError: ``mode="exact"`` or ``"gram"`` beyond memory.
     """
     choose("mode", mode, MODES)
     choose("batch_mode", batch_mode, BATCH_MODES)
@@ -65,6 +67,7 @@ def plan(
         _check_exact(task, pairs)
     sources = sources_of(task, pairs)
     whole, method = task.structure, _methods(task, sources)
+    left_out = np.array(method == Method.PROBES) & (not stable_rank)
     gn_method = method if route is None else _unless(task.skipped, _everywhere(Method.GRAM, method.shape))
     per_probe = _bytes_per_probe(task)
     chunk = min(probe_chunk(per_probe, budget), probes)
@@ -73,10 +76,11 @@ def plan(
         method=_where(whole.alive, method),
         gn_method=_where(whole.gn_alive, gn_method),
         tensor_method=_where(whole.tensor_alive, method),
+        rank_method=_where(whole.alive, _unless(left_out, method)),
         sources=tuple(sources),
         gram_columns=0 if route is None else route.columns,
         gram_cost=Cost() if route is None else route.cost,
-        spectral_cost=spectral_cost(task, sources),
+        spectral_cost=spectral_cost(task, sources) if stable_rank else Cost(),
         chunk=chunk,
         peak_bytes=chunk * per_probe + (0 if route is None else route.held),
     )
@@ -87,6 +91,8 @@ def _chosen_route(task: Task) -> GramRoute | None:
     if task.mode not in ("auto", "gram") or not task.structure.gn_alive.any() or not can_gram(task.graphs):
         return None
     route = gram_route(task)
+    if task.mode == "gram":
+        _check_gram(task, route)
     return route if task.mode == "gram" or _pays(task, route) else None
 
 
@@ -113,7 +119,7 @@ def _methods(task: Task, sources: Iterable[Source]) -> Methods:
 
 
 def _unless(skipped: NDArray[np.bool_], method: Methods) -> Methods:
-    """``method`` but where a pair was not asked for."""
+    """``method`` but where it was not asked for."""
     found = method.copy()
     found[skipped] = Method.SKIPPED
     return found
@@ -155,10 +161,9 @@ def _check_exact(task: Task, pairs: Sequence[Pair]) -> None:
         return
     source = min(worst, key=lambda k: dims[k])
     read = sum(dims[v] for v in range(len(dims)) if (v, source) in pairs or (source, v) in pairs)
-    element = 4 * _groups(task) * task.itemsize
-    need = element * dims[source] * read
+    need = task.block_bytes * dims[source] * read
     if need > task.budget:
-        side = int((task.budget / element) ** 0.5)
+        side = int((task.budget / task.block_bytes) ** 0.5)
         raise MemoryBudgetError(
             f"mode='exact' needs {human(need)} for the blocks of '{task.structure.names[source]}' (block "
             f"{dims[worst[0]]} × {dims[worst[1]]}), {human(task.budget)} are allowed (half of memory=, or "
@@ -167,8 +172,10 @@ def _check_exact(task: Task, pairs: Sequence[Pair]) -> None:
         )
 
 
-def _groups(task: Task) -> int:
-    """Blocks that a pair has, one a sample or one in all."""
-    if task.batch_mode != "per_sample":
-        return 1
-    return sum(n * graph.batch_size for n, graph in zip(task.counts, task.graphs, strict=True))
+def _check_gram(task: Task, route: GramRoute) -> None:
+    if route.held > task.budget:
+        raise MemoryBudgetError(
+            f"mode='gram' holds {human(route.held)} (a row of {sum(task.dims)} numbers for every output, "
+            f"or the blocks), {human(task.budget)} are allowed (half of memory=, or of what is free): raise memory=, "
+            "take fewer samples or smaller points, or use mode='auto' or 'probes'."
+        )

@@ -60,9 +60,25 @@ class Task:
 
     @cached_property
     def cheap(self) -> list[bool]:
-        """Per point, whether its blocks are swept exactly: then identity probes are not many more than random ones."""
+        """Per point, whether its blocks are swept exactly: identity probes are not many more than random ones then.
+
+        Blocks are held whole, so there must be room for them as well.
+        """
         few = 0 if self.mode == "probes" else 2 * self.probes
-        return [self.mode == "exact" or dim <= few for dim in self.dims]
+        room = self.budget // (self.block_bytes * sum(self.dims))
+        return [self.mode == "exact" or dim <= min(few, room) for dim in self.dims]
+
+    @property
+    def groups(self) -> int:
+        """Blocks that a pair has, one a sample or one in all."""
+        if self.batch_mode != "per_sample":
+            return 1
+        return sum(n * graph.batch_size for n, graph in zip(self.counts, self.graphs, strict=True))
+
+    @property
+    def block_bytes(self) -> int:
+        """What an element of an exact block takes: in all groups, GN and T, while they are made and put together."""
+        return 4 * self.groups * self.itemsize
 
     @cached_property
     def alive_pairs(self) -> list[Pair]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import isnan
 
+import numpy as np
 from rich.cells import cell_len
 
 from dag_hesse.names import shortened
@@ -40,6 +41,11 @@ def _table(report: CurvatureReport, metric: str) -> list[str]:
     return [" ┃ ".join(head), rule, *(" │ ".join(row) for row in rows)]
 
 
+def _left_out(report: CurvatureReport, metric: str) -> bool:
+    """Whether there is not one value of it, as it was not asked for."""
+    return bool((report.method[metric] == "skipped").any() and np.isnan(report.values[metric]).all())
+
+
 def facts(report: CurvatureReport) -> list[str]:
     """The lines above the maps."""
     f = report.facts
@@ -74,6 +80,6 @@ def facts(report: CurvatureReport) -> list[str]:
 def render(report: CurvatureReport) -> str:
     """The whole report as plain text; ± gives the relative standard error of an estimate."""
     lines = facts(report)
-    for metric in _SHOWN:
+    for metric in (m for m in _SHOWN if not _left_out(report, m)):
         lines += ["", "  ".join(TITLES[metric]), *_table(report, metric)]
     return "\n".join(line.rstrip() for line in lines)
