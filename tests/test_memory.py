@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import dag_hesse as dh
@@ -104,3 +105,28 @@ def test_blocks_are_exact_where_they_have_room() -> None:
     assert report.method["resonance"].tolist() == [["probes", "exact"], ["exact", "exact"]]
     scarce = found["made"](probes=8, points=["2", "12.bias"], memory="64MiB")
     assert scarce.method["resonance"].tolist() == [["probes", "probes"], ["probes", "probes"]]
+
+
+def test_krylov_bases_have_room_or_are_refused() -> None:
+    model, batch = nn.Linear(400, 10), (torch.randn(6, 400), torch.arange(6))
+    roomy, tight, scarce = (dh.HessianOperator(model, batch, memory=size) for size in (None, "900 KB", "300 KB"))
+    found = tight.spectral_density(20, num_repeats=3)  # one start after the other
+    for x, y in zip(found, roomy.spectral_density(20, num_repeats=3), strict=True):
+        assert torch.allclose(x, y, rtol=1e-3, atol=1e-3 * float(y.abs().max()))
+    assert tight.eigsh(1)[0] == pytest.approx(roomy.eigsh(1)[0], rel=1e-4)
+    for refused in (lambda: scarce.eigsh(1), lambda: scarce.spectral_density(20), lambda: tight.eigsh(1, ncv=40)):
+        with pytest.raises(MemoryBudgetError, match=r"Lanczos vectors.*take a smaller"):
+            refused()
+
+
+def test_spectra_of_blocks_have_room_or_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = nn.Linear(400, 10), (torch.randn(6, 400), torch.arange(6))
+    options = {"points": ["weight"], "steps": 20}
+    roomy = dh.theory.block_spectra(model, batch, **options)
+    monkeypatch.setattr("dag_hesse.budget.available_memory", lambda device: 900_000)
+    assert dh.theory.block_spectra(model, batch, **options).scale == pytest.approx(roomy.scale, rel=1e-4)
+    monkeypatch.setattr("dag_hesse.budget.available_memory", lambda device: 300_000)
+    with pytest.raises(MemoryBudgetError, match="steps="):
+        dh.theory.block_spectra(model, batch, **options)
+    with pytest.raises(MemoryBudgetError, match="take a smaller k="):
+        dh.theory.negative_curvature(model, batch)

@@ -78,6 +78,10 @@ class Block(OverForm):
         return self.parent._budget
 
     @property
+    def _together(self) -> Ranks | None:
+        return self.parent._together
+
+    @property
     def T(self) -> Block:
         """The block [w, v]."""
         return Block(self.parent, self.columns, self.rows)

@@ -12,7 +12,6 @@ from torch import Tensor
 from dag_hesse.kernels.arena import SYSTEM, Arena
 from dag_hesse.operators.exports import dense, to_scipy
 from dag_hesse.operators.vectors import OverForm
-from dag_hesse.ranks import Ranks
 
 
 class SegmentedOperator(OverForm, ABC):
@@ -34,11 +33,6 @@ class SegmentedOperator(OverForm, ABC):
         every = [own[k] if k in own else segments[0].new_zeros(count, size) for k, size in sizes]
         found = self._products(every)
         return [found[k] for k in rows]
-
-    @property
-    def _together(self) -> Ranks | None:
-        """The ranks that make its products, if there are several."""
-        return None
 
     @property
     def _arena(self) -> Arena:

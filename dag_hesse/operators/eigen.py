@@ -23,6 +23,7 @@ _LEAST_VECTORS = 8
 _DENSE = (
     256  # rows up to which a matrix is made where nothing is said of the method: Lanczos misses multiple eigenvalues
 )
+BESIDE = 6  # vectors that come and go, beside a basis and what is found
 _MOST_ITERATIONS = 2**31 - 1  # that ARPACK counts to
 
 
@@ -64,6 +65,8 @@ def eigsh(
     if (maxiter := options.get("maxiter")) is not None:
         options["maxiter"] = min(integer("maxiter", maxiter, 1), _MOST_ITERATIONS)
     ncv = min(size, max(2 * k + 2, _LEAST_VECTORS)) if ncv is None else checked_count("ncv", ncv, size + 1)
+    what = f"a basis of {ncv} Lanczos vectors, with the products,"
+    operator._check_room((ncv + k + BESIDE) * size * given.dtype.itemsize, what, "take a smaller k= or ncv=")
     scale, unit = of_unit_size(given, start)
     if not scale:  # what a random vector is mapped to 0 by
         return np.zeros(k, given.dtype), np.eye(size, k, dtype=given.dtype)

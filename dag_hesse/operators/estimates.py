@@ -8,7 +8,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dag_hesse.budget import Budget
 from dag_hesse.errors import OptionError, flag, integer
 from dag_hesse.operators.vectors import VectorForm
 
@@ -32,8 +31,7 @@ class Square(Protocol):
     @property
     def chunk(self) -> int: ...
 
-    @property
-    def _budget(self) -> Budget: ...
+    def _check_room(self, need: int, what: str, instead: str) -> None: ...
 
     def _products(self, segments: list[Tensor]) -> list[Tensor]: ...
 

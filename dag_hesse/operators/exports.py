@@ -10,7 +10,6 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from dag_hesse.budget import Budget
 from dag_hesse.operators.vectors import to_numpy
 
 _INSTEAD = "multiply with vectors instead, or take a block()"
@@ -28,8 +27,7 @@ class Product(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    @property
-    def _budget(self) -> Budget: ...
+    def _check_room(self, need: int, what: str, instead: str) -> None: ...
 
     @property
     def T(self) -> Product: ...
@@ -39,10 +37,15 @@ class Product(Protocol):
 
 def dense(operator: Product) -> Tensor:
     """The matrix of an operator or block, by identity probes."""
-    n, m = operator.shape
-    operator._budget.check(3 * n * m * operator.dtype.itemsize, f"dense() of a {n} × {m} operator", _INSTEAD)
-    found: Tensor = operator @ torch.eye(m, dtype=operator.dtype, device=operator.device)
+    check_dense(operator)
+    found: Tensor = operator @ torch.eye(operator.shape[1], dtype=operator.dtype, device=operator.device)
     return found
+
+
+def check_dense(operator: Product) -> None:
+    """Raise :class:`MemoryBudgetError` where the matrix has no room, with the unit vectors and their products."""
+    n, m = operator.shape
+    operator._check_room(3 * n * m * operator.dtype.itemsize, f"dense() of a {n} × {m} operator", _INSTEAD)
 
 
 def to_scipy(operator: Product) -> LinearOperator:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dag_hesse.errors import OptionError, integer
 from dag_hesse.estimate.norms import lengths
+from dag_hesse.operators.eigen import BESIDE
 
 if TYPE_CHECKING:
     from dag_hesse.operators.core import SegmentedOperator
@@ -32,7 +33,7 @@ def spectral_density(
             raise OptionError(f"{name}={value!r}; expected a number from {least:g} on.")
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randn(num_repeats, operator.shape[0], generator=generator, dtype=torch.float64, device="cpu")
-    rules = [_quadrature(*one) for one in tridiagonals(operator, starts.to(operator.device), ncv)]
+    rules = [quadrature(*one) for one in tridiagonals(operator, starts, ncv, "ncv=")]
     low, high = boundaries or _bounds(rules)
     if not low <= high:
         raise OptionError(f"boundaries={boundaries!r}; expected (lowest, highest).")
@@ -47,19 +48,35 @@ def spectral_density(
     return tuple(x.to(operator.dtype).to(operator.device) for x in (centre + half * grid, density))  # type: ignore[return-value]
 
 
-def tridiagonals(operator: SegmentedOperator, starts: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
-    """Per start (rows), the tridiagonal matrix as (diagonal (m,), off-diagonal (m,)); all starts go in one product.
+def tridiagonals(operator: SegmentedOperator, starts: Tensor, steps: int, option: str) -> list[tuple[Tensor, Tensor]]:
+    """Per start (rows), the tridiagonal matrix as (diagonal (m,), off-diagonal (m,)).
 
-    Vectors are orthogonalized twice against all earlier ones, in the operator's own precision, so that no eigenvalue
-    appears twice. m < ``steps`` where the space is exhausted; the last off-diagonal is what was left over.
+    As many starts as their bases have room for go in one product. Vectors are orthogonalized twice against all earlier
+    ones, in the operator's own precision, so that no eigenvalue appears twice. m < ``steps`` where the space is
+    exhausted; the last off-diagonal is what was left over.
+
+    Raises:
+        MemoryBudgetError: one start's basis does not fit; ``option`` is what says how many vectors it has.
     """
+    size = (steps + BESIDE) * operator.shape[0] * operator.dtype.itemsize
+    operator._check_room(size, f"a basis of {steps} Lanczos vectors", f"take a smaller {option}")
+    most, ranks = operator._budget.sweeps // size, operator._together
+    if ranks is not None:
+        most = ranks.least("room for Lanczos vectors", most)
+    groups = starts.to(operator.device).split(max(1, most))
+    return [one for group in groups for one in _reduced(operator, group, steps)]
+
+
+def _reduced(operator: SegmentedOperator, starts: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
+    """All starts at once."""
     v = (starts / starts.norm(dim=1, keepdim=True)).to(operator.dtype)
-    basis, sizes = [v], list(operator.form.sizes)
+    basis, sizes = v.new_empty(len(v), steps + 1, v.shape[1]), list(operator.form.sizes)
+    basis[:, 0] = v
     alphas, betas = [], []
-    for _ in range(steps):
+    for step in range(steps):
         w = torch.cat(operator._products(list(v.split(sizes, dim=1))), dim=1)
         alphas.append((v * w).sum(1).double())
-        known = torch.stack(basis, dim=1)  # (starts, so many, n)
+        known = basis[:, : step + 1]
         for _ in range(2):
             w = w - (known @ w.unsqueeze(2)).mT.bmm(known).squeeze(1)
         betas.append(lengths(w))
@@ -68,7 +85,7 @@ def tridiagonals(operator: SegmentedOperator, starts: Tensor, steps: int) -> lis
         if bool(over.all()):
             break
         v = torch.where(over[:, None], torch.zeros_like(w), w / betas[-1].to(w.dtype)[:, None])
-        basis.append(v)
+        basis[:, step + 1] = v
     a, b = torch.stack(alphas, dim=1).cpu(), torch.stack(betas, dim=1).cpu()
     return [(a[k, :m], b[k, :m]) for k in range(len(a)) for m in [_length(b[k])]]
 
@@ -78,7 +95,7 @@ def _length(betas: Tensor) -> int:
     return int((betas > 0).long().cumprod(0).sum().clamp(max=len(betas) - 1)) + 1
 
 
-def _quadrature(alphas: Tensor, betas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quadrature(alphas: Tensor, betas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(nodes, weights, what each node may be off by)."""
     matrix = torch.diag(alphas) + torch.diag(betas[:-1], 1) + torch.diag(betas[:-1], -1)
     nodes, vectors = torch.linalg.eigh(matrix)

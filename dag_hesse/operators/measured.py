@@ -39,6 +39,7 @@ class MeasuredOperator(SegmentedOperator):
 
         Raises:
             OptionError: ``k``, ``tol``, ``ncv``, ``which`` or ``seed`` is none of these.
+            MemoryBudgetError: so many vectors do not fit into memory.
             ConvergenceError: they did not converge within SciPy's ``maxiter``.
 
         Examples:
@@ -130,6 +131,7 @@ class MeasuredOperator(SegmentedOperator):
 
         Raises:
             OptionError: ``ncv`` or an option is none of these.
+            MemoryBudgetError: so many vectors do not fit into memory.
 
         Examples:
             >>> import torch, dag_hesse as dh

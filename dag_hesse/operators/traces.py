@@ -62,7 +62,7 @@ def _otherwise(
         return None
     count = USUAL if matvecs is None else checked_count("matvecs", matvecs, size, LEAST[method])
     what = f"a sketch of {size} rows by {count} products"
-    operator._budget.check(sketch_bytes(operator, count), what, "take fewer matvecs=, or method='hutchinson'")
+    operator._check_room(sketch_bytes(operator, count), what, "take fewer matvecs=, or method='hutchinson'")
     return methods[method](operator, count, seed)
 
 

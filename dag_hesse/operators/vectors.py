@@ -15,6 +15,7 @@ from torch import Tensor
 from dag_hesse.budget import Budget
 from dag_hesse.errors import VectorError
 from dag_hesse.kernels.arena import SYSTEM, Arena
+from dag_hesse.ranks import Ranks, together
 
 _PIECE = 1 << 16  # elements
 _DETACHED = (
@@ -171,3 +172,13 @@ class OverForm:
     def _budget(self) -> Budget:
         """What matrices may take that are made of it."""
         return Budget(None, self.device)
+
+    @property
+    def _together(self) -> Ranks | None:
+        """The ranks that make its products, if there are several."""
+        return None
+
+    def _check_room(self, need: int, what: str, instead: str) -> None:
+        """Raise :class:`MemoryBudgetError`, on all ranks, where what takes ``need`` bytes has no room on one."""
+        with together(self._together, what):
+            self._budget.check(need, what, instead)

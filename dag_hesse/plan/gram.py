@@ -10,6 +10,7 @@ from dag_hesse.plan.cost import Cost, path_cost
 from dag_hesse.plan.task import Task
 
 _ROWS = 4096  # most rows of a Gram matrix
+_CORES = 3  # matrices of ∇²L's size, in float64, while it is factored
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,14 @@ def gram_route(task: Task) -> GramRoute:
     cost = Cost(flops, 0.0)
     for (n, c, _), graph in zip(counted, graphs, strict=True):
         cost = cost + path_cost(graph, [k for point in graph.points for k in point.sites]) * (n * c)
-    return GramRoute(columns, held, cost, blocks or height <= _ROWS)
+    factored = max(_hessian_bytes(graph) for graph in graphs)
+    return GramRoute(columns, held + factored, cost, blocks or height <= _ROWS)
+
+
+def _hessian_bytes(graph: CurvatureGraph) -> int:
+    """Of ∇²L over ``out``, while it is factored."""
+    size = sum(graph.nodes[k].numel for k in graph.out)
+    return _CORES * 8 * size * (size // graph.batch_size if graph.separable_loss else size)
 
 
 def columns_of(graph: CurvatureGraph) -> tuple[int, int]:

@@ -200,7 +200,7 @@ def _ahead(tangents: _InMemory, prints: dict[int, Footprint]) -> int:
         residuals += residual.bytes
         for k in _nodes(node, residual.slots):
             tangents.add(k)
-        peak = max(peak, tangents.bytes + residuals)
+        peak = max(peak, tangents.bytes + residuals + _workspace(graph, node, 1))
         for k in set(node.inputs):
             uses[k] -= 1
             if uses[k] == 0 and k in held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from dag_hesse.ir.node import Node
 from dag_hesse.kernels.arena import Arena
 from dag_hesse.kernels.contraction import outer, product
+from dag_hesse.kernels.machine import CPU
 from dag_hesse.rules.base import Call, Rule, Run, Shapes, as_it_is
 from dag_hesse.rules.bilinear import Terms, bilinear
 from dag_hesse.rules.convolution import convolution
@@ -33,8 +35,17 @@ def _flops(node: Node, shapes: Shapes) -> int:
     return 2 * node.numel * shapes[0][-1]
 
 
+def _workspace(node: Node, shapes: Shapes, rows: int) -> int:
+    """What oneDNN makes beside a buffer that it is added to, or copies: the result of a product, or an operand."""
+    if not rows or node.numel * shapes[0][-1] < CPU.onednn or node.dtype is not torch.float32:
+        return 0
+    return max(rows * node.numel, rows * prod(shapes[0]), prod(shapes[1])) * node.dtype.itemsize
+
+
 def _mm(run: Run = as_it_is) -> Rule:
-    return bilinear(lambda c, a, b, into: product(c.arena, a, b, into), _left, _right, run=run, flops=_flops)
+    return bilinear(
+        lambda c, a, b, into: product(c.arena, a, b, into), _left, _right, run=run, flops=_flops, workspace=_workspace
+    )
 
 
 TABLE: dict[str, Rule] = {

@@ -9,9 +9,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from dag_hesse.budget import Budget
 from dag_hesse.errors import OptionError, VectorError
-from dag_hesse.operators.exports import dense, to_scipy
+from dag_hesse.operators.exports import check_dense, dense, to_scipy
 from dag_hesse.operators.vectors import VectorForm, to_numpy
 from dag_hesse.storage.cores import size
 from dag_hesse.storage.pairs import PairFacts, Storage
@@ -87,9 +86,8 @@ class StoredBlock:
         """Where it lies."""
         return self.parent.device
 
-    @property
-    def _budget(self) -> Budget:
-        return self.parent._budget
+    def _check_room(self, need: int, what: str, instead: str) -> None:
+        self.parent._check_room(need, what, instead)
 
     @property
     def T(self) -> StoredBlock:
@@ -116,9 +114,14 @@ class StoredBlock:
         return to_numpy(product) if isinstance(z, np.ndarray) else product
 
     def dense(self) -> Tensor:
-        """The matrix (d_v, d_w); of a live block, by sweeps of identity probes."""
+        """The matrix (d_v, d_w); of a live block, by sweeps of identity probes.
+
+        Raises:
+            MemoryBudgetError: it would not fit.
+        """
         if self.kind is Storage.LIVE:
             return dense(self)
+        check_dense(self)
         if self._core is None:
             return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         blocks = self.parent.cores.dense(self.v, self.w)

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from dag_hesse._capture.losses import Loss
 from dag_hesse.errors import OptionError, integer
 from dag_hesse.operators import HessianOperator
+from dag_hesse.operators.eigen import BESIDE
 from dag_hesse.theory.text import table
 
 Array = NDArray[np.float64]
 _DENSE = 1024  # rows of H up to which all eigenvalues are found
+_VECTORS = 20  # of Lanczos, at least
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def negative_curvature(
 
     Raises:
         OptionError: ``k`` is less than 1.
+        MemoryBudgetError: the vectors of the iteration do not fit into memory.
         CaptureError: H does not part into H_GN and H_T.
         DagHesseError: as :class:`dag_hesse.HessianOperator`.
 
@@ -145,9 +148,12 @@ def _lowest(hessian: HessianOperator, k: int, seed: int) -> tuple[Array, Array, 
         values, vectors = np.linalg.eigh(0.5 * (dense + dense.T))
     else:
         start = np.random.default_rng(seed).standard_normal(rows)
-        operator = hessian.to_scipy()
+        operator, wanted = hessian.to_scipy(), min(k, rows - 1)
+        ncv = min(rows, max(2 * wanted + 1, _VECTORS))
+        need = (ncv + wanted + BESIDE) * rows * operator.dtype.itemsize
+        hessian._check_room(need, f"a basis of {ncv} Lanczos vectors, with the directions,", "take a smaller k=")
         try:
-            values, vectors = eigsh(operator, k=min(k, rows - 1), which="SA", v0=start.astype(operator.dtype))
+            values, vectors = eigsh(operator, k=wanted, which="SA", v0=start.astype(operator.dtype), ncv=ncv)
         except ArpackNoConvergence as error:  # those that it has are good
             values, vectors = error.eigenvalues, error.eigenvectors
         order = np.argsort(values)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from dag_hesse._capture.losses import Loss
 from dag_hesse.errors import choose, flag, integer
 from dag_hesse.operators import GGNOperator, HessianOperator, TensorOperator
-from dag_hesse.theory.spectral import tridiagonal
+from dag_hesse.operators.block import Submatrix
+from dag_hesse.operators.lanczos import quadrature, tridiagonals
 from dag_hesse.theory.text import table
 
 Array = NDArray[np.float64]
@@ -103,6 +104,7 @@ def block_spectra(
 
     Raises:
         OptionError: an option has another value than it may have.
+        MemoryBudgetError: the basis of one direction does not fit into memory.
         DagHesseError: as :class:`dag_hesse.HessianOperator`.
 
     Examples:
@@ -116,8 +118,8 @@ def block_spectra(
     probes, steps, seed = integer("probes", probes, 1), integer("steps", steps, 2), integer("seed", seed)
     operator = _PARTS[part](model, batch, loss=loss, output=output, points=points, space=space)
     values, weights, exact = [], [], []
-    for name in operator.form.names:
-        block = operator.block(name, name)
+    for number in range(len(operator.form.names)):
+        block = Submatrix(operator, [number])
         exact.append(block.shape[0] <= _DENSE)
         if exact[-1]:
             dense = block.dense().double()
@@ -125,38 +127,10 @@ def block_spectra(
             weights.append(np.full(len(values[-1]), 1.0 / len(values[-1])))
             continue
         generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(block.shape[0], probes, generator=generator, dtype=torch.float64, device="cpu")
-        product = _product(block.__matmul__, block.dtype)
-        nodes, shares = quadrature(product, start.to(block.device), steps)
-        values.append(nodes)
-        weights.append(shares)
+        starts = torch.randn(probes, block.shape[0], generator=generator, dtype=torch.float64, device="cpu")
+        rules = [quadrature(*one) for one in tridiagonals(block, starts, steps, "steps=")]
+        nodes, shares = (torch.cat([rule[k] for rule in rules]).numpy() for k in (0, 1))
+        order = nodes.argsort()
+        values.append(nodes[order])
+        weights.append(shares[order] / probes)
     return BlockSpectra(operator.form.names, tuple(values), tuple(weights), np.array(exact))
-
-
-def _product(multiply: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """A product of columns in float64 with what multiplies in another type."""
-    return lambda x: multiply(x.to(dtype)).double()
-
-
-def quadrature(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Array, Array]:
-    """Nodes in ascending order and weights of a symmetric matrix's spectrum, from columns (n, probes)."""
-    rows, probes = start.shape
-    basis, diagonal, beside = [start / start.norm(dim=0)], list[Tensor](), list[Tensor]()
-    largest = torch.zeros(probes, dtype=start.dtype, device=start.device)
-    for _ in range(min(steps, rows)):
-        x = product(basis[-1])
-        largest = torch.maximum(largest, x.norm(dim=0))
-        diagonal.append((x * basis[-1]).sum(0))
-        stacked = torch.stack(basis)  # (step, n, probes)
-        for _ in range(2):  # once leaves what rounding put back
-            x = x - torch.einsum("knp,kp->np", stacked, torch.einsum("knp,np->kp", stacked, x))
-        size = x.norm(dim=0)
-        alive = size > rows * torch.finfo(start.dtype).eps * largest
-        beside.append(torch.where(alive, size, torch.zeros_like(size)))
-        if not bool(alive.any()):
-            break
-        basis.append(torch.where(alive, x / size.clamp_min(1e-300), torch.zeros_like(x)))
-    nodes, vectors = torch.linalg.eigh(tridiagonal(diagonal, beside[: len(diagonal) - 1]))
-    shares = vectors[:, 0, :].pow(2) / probes
-    order = nodes.flatten().argsort()
-    return nodes.flatten()[order].cpu().numpy(), shares.flatten()[order].cpu().numpy()

@@ -86,7 +86,7 @@ def test_implementations_agree_with_their_reference(
     dtype: torch.dtype, least: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if least == "always":
-        for name in ("program", "rows", "norm", "row_kernel", "product"):
+        for name in ("program", "rows", "norm", "row_kernel", "product", "onednn"):
             monkeypatch.setattr(machine.CPU, name, 0)
         monkeypatch.setattr(machine.CPU, "cells", 4)
         monkeypatch.setattr(machine.CPU, "scores", 8)

@@ -10,6 +10,7 @@ from torch import nn
 
 import dag_hesse as dh
 from dag_hesse.errors import OptionError
+from dag_hesse.operators.lanczos import quadrature, tridiagonals
 from dag_hesse.theory import spectra as module
 from tests.theory.models import batch, chain, truth
 
@@ -44,12 +45,24 @@ def test_quadrature_is_close_to_all_eigenvalues(monkeypatch: pytest.MonkeyPatch)
     assert off < 0.02 * span
 
 
+class Quadratic(nn.Module):
+    """Σ λ_i w_i² / 2: its Hessian is the diagonal matrix of λ = 1 … 6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(6).double())
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return (values * self.w**2).sum() / 2
+
+
 def test_quadrature_has_the_moments_of_one_direction() -> None:
     """Of diag(1 … 6) and one start: Σ w λ^k = xᵀAᵏx for all k below 2·3."""
     values = torch.arange(1.0, 7.0).double()
-    start = torch.randn(6, 1, generator=torch.Generator().manual_seed(0)).double()
-    nodes, weights = module.quadrature(lambda x: values[:, None] * x, start, 3)
-    unit = (start / start.norm()).squeeze(1)
+    start = torch.randn(1, 6, generator=torch.Generator().manual_seed(0)).double()
+    operator = dh.HessianOperator(Quadratic(), (values, torch.zeros(6)), loss=lambda output, _: output)
+    nodes, weights, _ = quadrature(*tridiagonals(operator, start, 3, "steps=")[0])
+    unit = (start / start.norm()).squeeze(0)
     for k in range(6):
         assert (weights * nodes**k).sum() == pytest.approx(float((unit**2 * values**k).sum()), rel=1e-9)
 

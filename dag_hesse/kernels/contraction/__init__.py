@@ -1,6 +1,6 @@
 """Matrix products of operands with a leading axis of rows, of size 1 where all rows share the operand."""
 
-from dag_hesse.kernels.contraction import reference, torch, triton
+from dag_hesse.kernels.contraction import onednn, reference, torch, triton
 from dag_hesse.kernels.dispatch import Implementation, Kernel
 
 product = Kernel(
@@ -8,6 +8,7 @@ product = Kernel(
     reference.product,
     (
         Implementation("triton", triton.product, triton.refuse_product, compiled=True),
+        Implementation("onednn", onednn.product, onednn.refuse_product),
         Implementation("torch", torch.product),
     ),
     writes=1,
@@ -17,6 +18,7 @@ outer = Kernel(
     reference.outer,
     (
         Implementation("triton", triton.outer, triton.refuse_outer, compiled=True),
+        Implementation("onednn", onednn.outer, onednn.refuse_outer),
         Implementation("torch", torch.outer),
     ),
     writes=1,

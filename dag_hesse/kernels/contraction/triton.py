@@ -8,7 +8,6 @@ in registers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena
+from dag_hesse.kernels.contraction.outer import outer_by, refuse_outer_by
 from dag_hesse.kernels.generated import HEAD, available, elsewhere, interpreted, launch_grid, load, loop
 from dag_hesse.kernels.machine import machine
 from dag_hesse.measure import rounds_to_tf32
@@ -219,12 +219,6 @@ def _slower(count: int, rows: int, columns: int, terms: int, device: torch.devic
     return None if gain >= machine(device).gain else "too few tiles keep the device busy"
 
 
-def refuse_outer(terms: Sequence[tuple[Tensor, Tensor]], turned: bool, into: Tensor | None) -> str | None:
-    whole = None if into is None else into.mT if turned else into
-    pairs = [(g.mT, a) if turned else (a.mT, g) for g, a in terms]
-    return next((why for pair in pairs if (why := refuse_product(*pair, whole))), None)
-
-
 def product(arena: Arena, a: Tensor, b: Tensor, into: Tensor | None) -> Tensor:
     to = arena.empty(a, *_shape(a, b)) if into is None else into
     x, y, place = _views(a, b, to)
@@ -262,14 +256,19 @@ def _apart(arena: Arena, y: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     return high, low, [0 if outer == 1 else inner * step, 0 if inner == 1 else step]
 
 
-def outer(arena: Arena, terms: Sequence[tuple[Tensor, Tensor]], turned: bool, into: Tensor | None) -> Tensor:
-    for g, a in terms:
-        if turned:
-            into = product(arena, g.mT, a, None if into is None else into.mT).mT
-        else:
-            into = product(arena, a.mT, g, into)
-    assert into is not None
-    return into
+outer = outer_by(product)
+refuse_outer = refuse_outer_by(refuse_product)
 
-
-__all__ = ["DEPTH", "STAGES", "TILES", "Tile", "compiled", "compiled_apart", "outer", "product", "tile"]
+__all__ = [
+    "DEPTH",
+    "STAGES",
+    "TILES",
+    "Tile",
+    "compiled",
+    "compiled_apart",
+    "outer",
+    "product",
+    "refuse_outer",
+    "refuse_product",
+    "tile",
+]
