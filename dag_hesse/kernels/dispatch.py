@@ -31,13 +31,15 @@ def _never(*args: Any, **options: Any) -> str | None:
 class Implementation:
     """One way to run a kernel: ``run(arena, *args)``, unless ``refuse(*args)`` says why it cannot.
 
-    ``compiled``: it is compiled as it is called, and that may fail.
+    ``compiled``: it is compiled as it is called, and that may fail. ``traced``: ops of torch that a compiler takes
+    over as they are, so that compiled programs hold it rather than the reference.
     """
 
     name: str
     run: Callable[..., Any]
     refuse: Callable[..., str | None] = _never
     compiled: bool = False
+    traced: bool = False
 
 
 @dataclass
@@ -70,7 +72,10 @@ class Kernel(Generic[Arguments, Result]):
         self._chosen = self._ordered(forced().get(self.name))
 
     def __call__(self, arena: Arena, *args: Arguments.args, **options: Arguments.kwargs) -> Result:
-        for one in () if _DEFINED.get() else self._chosen:
+        traced = _DEFINED.get()
+        for one in self._chosen:
+            if traced and not one.traced:
+                continue
             reason = self._reason(one, *args, **options)
             if reason is not None:
                 self._refused(one.name, reason)
@@ -120,7 +125,7 @@ class Kernel(Generic[Arguments, Result]):
 
 @contextmanager
 def as_defined() -> Iterator[None]:
-    """Every kernel runs by its reference: what is traced is plain torch."""
+    """Every kernel runs by its reference, or what may be traced in its place: what is traced is plain torch."""
     token = _DEFINED.set(True)
     try:
         yield

@@ -8,7 +8,7 @@ product = Kernel(
     reference.product,
     (
         Implementation("triton", triton.product, triton.refuse_product, compiled=True),
-        Implementation("onednn", onednn.product, onednn.refuse_product),
+        Implementation("onednn", onednn.product, onednn.refuse_product, traced=True),
         Implementation("torch", torch.product),
     ),
     writes=1,
@@ -18,7 +18,7 @@ outer = Kernel(
     reference.outer,
     (
         Implementation("triton", triton.outer, triton.refuse_outer, compiled=True),
-        Implementation("onednn", onednn.outer, onednn.refuse_outer),
+        Implementation("onednn", onednn.outer, onednn.refuse_outer, traced=True),
         Implementation("torch", torch.outer),
     ),
     writes=1,

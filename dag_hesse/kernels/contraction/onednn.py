@@ -14,6 +14,22 @@ from dag_hesse.kernels.arena import Arena, added
 from dag_hesse.kernels.contraction.outer import outer_by, refuse_outer_by
 from dag_hesse.kernels.machine import machine
 
+# Inductor compiles oneDNN's own op for constant weights alone; this one it calls as it is.
+_LIBRARY = torch.library.Library("dag_hesse", "FRAGMENT")
+_LIBRARY.define("times_transpose(Tensor x, Tensor y) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "times_transpose", "CPU")
+def _times_transpose(x: Tensor, y: Tensor) -> Tensor:
+    """x yᵀ of (n, k) and (m, k)."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
+    return found
+
+
+@torch.library.impl(_LIBRARY, "times_transpose", "Meta")
+def _shape(x: Tensor, y: Tensor) -> Tensor:
+    return x.new_empty(len(x), len(y))
+
 
 def refuse_product(a: Tensor, b: Tensor, into: Tensor | None) -> str | None:
     if a.device.type != "cpu":
@@ -45,7 +61,7 @@ def _mm(a: Tensor, b: Tensor, to: Tensor | None) -> Tensor:
     """a @ b of (n, k) and (k, m), laid out like ``to`` if that is no slower."""
     turned = _copied(b.mT, a.mT, None if to is None else to.mT, turned=True) < _copied(a, b, to, turned=False)
     x, y = (b.mT, a) if turned else (a, b.mT)
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")  # x yᵀ
+    found: Tensor = torch.ops.dag_hesse.times_transpose(x, y)
     return found.mT if turned else found
 
 
