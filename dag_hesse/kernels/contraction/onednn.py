@@ -40,7 +40,7 @@ def refuse_product(a: Tensor, b: Tensor, into: Tensor | None) -> str | None:
         return "operands have other axes than one of rows and two of a matrix"
     shared = len(a) if len(b) == 1 else 1
     if shared * a.shape[1] * a.shape[2] * b.shape[2] < machine(a.device).onednn:
-        return "MKL has AVX-512 here, or products are small"
+        return "MKL is as fast on this processor, or products are small"
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return "oneDNN is switched off, or PyTorch was built without it"
     return None
