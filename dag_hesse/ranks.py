@@ -8,6 +8,7 @@ calls.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,11 @@ from torch import Tensor, nn
 
 from dag_hesse.alike import content, described, of_modules
 from dag_hesse.errors import OptionError, RankError
+
+# Its functions take the group of the hour as a default, which then lives past destroy_process_group: gloo's threads
+# would meet an interpreter that is being taken down, and abort it. Dynamo imports it at some time; now, it takes none.
+if dist.is_available() and not dist.is_initialized():
+    importlib.import_module("torch.distributed.nn.functional")
 
 AXES = ("data", "probe")
 _HEARD = "_other_ranks_know"  # mark of an error that the other ranks were told of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,9 +73,6 @@ def working(axis: str | None, device: str) -> Iterator[Group]:
     kind = device.partition(":")[0]
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    # Its functions take the group of the hour as a default, which then lives past destroy_process_group: gloo's threads
-    # would meet an interpreter that is being taken down, and abort it. Imported first, it takes none.
-    importlib.import_module("torch._dynamo")
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
         yield Group(init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=(axis,)), axis)

@@ -289,3 +289,18 @@ def test_the_command_line_under_torchrun(tmp_path: Path, capfd: pytest.CaptureFi
 def test_a_mesh_needs_a_process_group() -> None:
     with pytest.raises(OptionError, match="init_process_group"):
         dh.HessianOperator(work.model(), work.samples(), loss=F.cross_entropy, mesh="data")
+
+
+def test_no_group_lives_past_its_end() -> None:
+    """gloo's threads abort a process that ends before them; Dynamo would import what keeps a group as a default."""
+    code = """if True:
+        import sys, tempfile, torch.distributed as dist
+        import dag_hesse
+        dist.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
+        import torch._dynamo
+        group = dist.group.WORLD
+        dist.destroy_process_group()
+        print(sys.getrefcount(group))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("2\n", 0), done.stderr
