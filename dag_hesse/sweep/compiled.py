@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dag_hesse.errors import CompileError, out_of_memory
 from dag_hesse.ir import CurvatureGraph, Kind, Node
 from dag_hesse.kernels.arena import SYSTEM, Arena
+from dag_hesse.kernels.contraction.onednn import substituted
 from dag_hesse.rules.region import Region
 from dag_hesse.rules.table import evaluate, rule_for
 from dag_hesse.sweep.decisions import origins
@@ -123,7 +124,7 @@ class Compiled:
         loss, *kept = prepare(*self._inputs)
         check_loss(loss)
         # Gates decide bit for bit, and a compiler rounds otherwise: before one, values stay PyTorch's own.
-        first = prepare if has_gates(self.graph) else _compiled(prepare, self._inputs)
+        first = prepare if has_gates(self.graph) else _compiled(substituted(prepare), self._inputs)
         second = _compiled(product, [*kept, *(self._inputs[k] for k in used), *seeds])
         program = Program(first, second, used, tuple(results))
         self._confirm(form, program, seeds)

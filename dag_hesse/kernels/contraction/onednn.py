@@ -8,7 +8,7 @@ first, and 260 to 430 are reached.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from dag_hesse.kernels.arena import Arena, added
 from dag_hesse.kernels.contraction.outer import outer_by, refuse_outer_by
@@ -74,7 +74,27 @@ def _copied(x: Tensor, y: Tensor, to: Tensor | None, turned: bool) -> int:
     return (x.numel() if x.stride(-1) != 1 else 0) + (len(x) * y.shape[1] if wrong else 0)
 
 
+def substituted(part: fx.GraphModule) -> fx.GraphModule:
+    """A program with its products by oneDNN, where they are not refused; the given one is changed."""
+    aten = torch.ops.aten
+    for node in part.graph.nodes:
+        if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+            continue
+        *bias, a, b = node.args
+        if refuse_product(a.meta["val"][None], b.meta["val"][None], None) is not None:
+            continue
+        with part.graph.inserting_before(node):
+            turned = part.graph.call_function(aten.t.default, (b,))
+            made = part.graph.call_function(torch.ops.dag_hesse.times_transpose.default, (a, turned))
+            if bias:
+                made = part.graph.call_function(aten.add.Tensor, (made, *bias))
+        node.replace_all_uses_with(made)
+        part.graph.erase_node(node)
+    part.recompile()
+    return part
+
+
 outer = outer_by(product)
 refuse_outer = refuse_outer_by(refuse_product)
 
-__all__ = ["outer", "product", "refuse_outer", "refuse_product"]
+__all__ = ["outer", "product", "refuse_outer", "refuse_product", "substituted"]
