@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena
+from dag_hesse.kernels.contraction import product
 from dag_hesse.kernels.convolution.probes import add, apart, beside, fold, with_weight
 from dag_hesse.kernels.convolution.sizes import Geometry
 from dag_hesse.kernels.layout import laid_out
@@ -54,16 +55,20 @@ def _spread(geo: Geometry, rows: Tensor) -> Tensor:
     return x
 
 
+def _times(arena: Arena, a: Tensor, b: Tensor) -> Tensor:
+    return product(arena, a[None], b[None], None)[0]
+
+
 def _forward(arena: Arena, geo: Geometry, x: Tensor, w: Tensor) -> Tensor:
     if geo.is_matrix(len(x)):
-        return _grid(_patches(geo, x) @ w.reshape(w.shape[:2]).T, geo.out)
+        return _grid(_times(arena, _patches(geo, x), w.reshape(w.shape[:2]).T), geo.out)
     y = aten.convolution(laid_out(arena, x, geo.inside(len(x))), w, None, *geo.arguments)
     return laid_out(arena, y, geo.outside)
 
 
 def _input_transpose(arena: Arena, geo: Geometry, g: Tensor, w: Tensor) -> Tensor:
     if geo.is_matrix(len(g)):
-        return _spread(geo, _rows(g) @ w.reshape(w.shape[:2]))
+        return _spread(geo, _times(arena, _rows(g), w.reshape(w.shape[:2])))
     layout, channels = geo.inside(len(g)), w.shape[0] if geo.transposed else w.shape[1] * geo.groups
     g = laid_out(arena, g, layout)
     like = torch.empty(len(g), channels, *geo.side, dtype=g.dtype, device=g.device, memory_format=layout)  # a shape
@@ -119,7 +124,7 @@ def _of_patches(arena: Arena, geo: Geometry, terms: Terms, probes: int) -> Tenso
 
     g, x = (list(tensors) for tensors in zip(*terms, strict=True))
     left, right = side(g, _rows).mT, side(x, lambda t: _patches(geo, t))
-    found = torch.bmm(left, right, out=arena.empty(left, probes, left.shape[1], right.shape[2]))
+    found = product(arena, left, right, None)
     return found.reshape(probes, *geo.weight[:2], *geo.kernel)
 
 
