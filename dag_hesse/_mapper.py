@@ -259,7 +259,7 @@ def _why_one(points: Sequence[Point], asked: Names | None) -> str:
 
 
 def _check_rtol(rtol: Any) -> None:
-    if rtol is not None and not (isinstance(rtol, Real) and 0 < float(rtol) < 1):
+    if rtol is not None and not (isinstance(rtol, Real) and 0 < rtol < 1):  # type: ignore[operator]
         raise OptionError(f"rtol={rtol!r}; expected a relative error between 0 and 1, or None.")
 
 

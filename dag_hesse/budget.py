@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,10 @@ def bytes_of(memory: Any) -> int:
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", memory)
         if found is None or found[2].upper() not in _UNITS:
             raise OptionError(f"memory={memory!r}; expected bytes, or a text such as '4GiB' or '500 MB'.")
-        memory = int(float(found[1]) * _UNITS[found[2].upper()])
+        size = float(found[1]) * _UNITS[found[2].upper()]
+        if size == math.inf:
+            raise OptionError(f"memory={memory[:40]!r}…: that is more than a number of bytes can be.")
+        memory = int(size)
     return integer("memory", memory, 1, "a positive number of bytes, or a text such as '4GiB'")
 
 

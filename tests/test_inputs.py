@@ -281,6 +281,8 @@ def test_peft_models_have_the_points_of_what_they_adapt() -> None:
         (lambda m: dh.capture(m, (X, Y), points=lambda g: None), errors.OptionError, "points is a NoneType; expected"),
         (lambda m: dh.capture(m, (X, Y), points=lambda g: ["0"]), errors.OptionError, "points returned a str"),
         (lambda m: dh.analyze(m, (X, Y), memory="much"), errors.OptionError, "'4GiB'"),
+        (lambda m: dh.analyze(m, (X, Y), memory="9" * 400 + "GiB"), errors.OptionError, "more than a number of bytes"),
+        (lambda m: dh.analyze(m, (X, Y), rtol=10**400), errors.OptionError, "between 0 and 1"),
         (lambda m: dh.HessianOperator(m, (X, Y), param_filter="*.wieght"), errors.PointError, "'0.weight'"),
         (lambda m: dh.HessianOperator(OfKeys(), (X, Y), param_filter="*.bias"), errors.PointError, r"\*\*.bias' does"),
     ],

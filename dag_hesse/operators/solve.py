@@ -62,7 +62,7 @@ def solved(
     """As :meth:`dag_hesse.HessianOperator.solve`."""
     shift = checked_damping(damping)
     choose("method", method, METHODS)
-    if not (isinstance(rtol, Real) and 0 < float(rtol) < 1):
+    if not (isinstance(rtol, Real) and 0 < rtol < 1):
         raise OptionError(f"rtol={rtol!r}; expected a relative residual between 0 and 1.")
     if maxiter is not None:
         integer("maxiter", maxiter, 1)

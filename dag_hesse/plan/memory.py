@@ -43,6 +43,10 @@ def _workspace(graph: CurvatureGraph, node: Node, rows: int) -> int:
     return rule_for(node).workspace(node, [graph.nodes[k].shape for k in node.inputs], rows)
 
 
+def _unpooled(graph: CurvatureGraph, node: Node, rows: int) -> int:
+    return rule_for(node).unpooled(node, [graph.nodes[k].shape for k in node.inputs], rows)
+
+
 def _views(graph: CurvatureGraph) -> Iterator[int]:
     """Nodes that lie in their first input's memory; a reshape of a transposed tensor is none, as it copies.
 
@@ -183,7 +187,8 @@ def sweep_bytes(
     """
     prints, tangents = footprints(graph, graph.active(sites)), _InMemory(graph)
     share = graph.batch_size if batch_mode == "shared" else 1
-    return max(_ahead(tangents, prints), _back(tangents, prints, set(reads), channels, share))
+    pooled = max(_ahead(tangents, prints), _back(tangents, prints, set(reads), channels, share))
+    return pooled + max((_unpooled(graph, graph.nodes[k], channels) for k in prints), default=0)
 
 
 def _ahead(tangents: _InMemory, prints: dict[int, Footprint]) -> int:
@@ -200,7 +205,7 @@ def _ahead(tangents: _InMemory, prints: dict[int, Footprint]) -> int:
         residuals += residual.bytes
         for k in _nodes(node, residual.slots):
             tangents.add(k)
-        peak = max(peak, tangents.bytes + residuals + _workspace(graph, node, 1))
+        peak = max(peak, tangents.bytes + residuals)
         for k in set(node.inputs):
             uses[k] -= 1
             if uses[k] == 0 and k in held:

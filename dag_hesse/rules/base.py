@@ -181,6 +181,7 @@ class Rule:
         shifted: position of the argument that names an axis along which a constant may be added without effect.
         workspace: ``(node, shapes, rows) -> bytes`` that a product of so many rows takes beside what it reads and
             returns; of 0 rows, the op itself.
+        unpooled: the same of what the pool does not give: its free memory lies idle meanwhile.
     """
 
     kind: Kind
@@ -195,6 +196,7 @@ class Rule:
     shifted: int | None = None
     flops: Callable[[Node, Shapes], int] = per_element
     workspace: Callable[[Node, Shapes, int], int] = no_workspace
+    unpooled: Callable[[Node, Shapes, int], int] = no_workspace
 
 
 def no_pairs(node: Node) -> Pairs:

@@ -148,6 +148,7 @@ def bilinear(
     samples: Samples = Samples.PRODUCT,
     flops: Callable[[Node, Shapes], int],
     workspace: Callable[[Node, Shapes, int], int] = no_workspace,
+    unpooled: Callable[[Node, Shapes, int], int] = no_workspace,
 ) -> Rule:
     """A product of two operands, with an optional third input added per image channel (a convolution's bias).
 
@@ -170,6 +171,7 @@ def bilinear(
         run=run,
         flops=flops,
         workspace=workspace,
+        unpooled=unpooled,
     )
 
 

@@ -35,16 +35,16 @@ def _flops(node: Node, shapes: Shapes) -> int:
     return 2 * node.numel * shapes[0][-1]
 
 
-def _workspace(node: Node, shapes: Shapes, rows: int) -> int:
-    """What oneDNN makes beside a buffer that it is added to, or copies: the result of a product, or an operand."""
-    if not rows or node.numel * shapes[0][-1] < CPU.onednn or node.dtype is not torch.float32:
+def _unpooled(node: Node, shapes: Shapes, rows: int) -> int:
+    """The largest of what oneDNN makes or copies: it is not the pool's, whose free memory it does not take."""
+    if node.numel * shapes[0][-1] < CPU.onednn or node.dtype is not torch.float32:
         return 0
     return max(rows * node.numel, rows * prod(shapes[0]), prod(shapes[1])) * node.dtype.itemsize
 
 
 def _mm(run: Run = as_it_is) -> Rule:
     return bilinear(
-        lambda c, a, b, into: product(c.arena, a, b, into), _left, _right, run=run, flops=_flops, workspace=_workspace
+        lambda c, a, b, into: product(c.arena, a, b, into), _left, _right, run=run, flops=_flops, unpooled=_unpooled
     )
 
 

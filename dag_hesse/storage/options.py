@@ -79,7 +79,7 @@ def check_room(dims: Sequence[int], pairs: int, number: int, memory: int | None)
 
 
 def _share(name: str, value: Any, least: float | None = None) -> float:
-    good = isinstance(value, Real) and not isinstance(value, bool) and float(value) < 1
+    good = isinstance(value, Real) and not isinstance(value, bool) and value < 1  # type: ignore[operator]
     if not good or not (value > 0 or value == least):
         low = "from 0" if least is not None else "above 0"
         raise OptionError(f"{name}={value!r}; expected a relative size {low} and below 1.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from dag_hesse.kernels.arena import Arena, added
-from dag_hesse.kernels.contraction.outer import outer_by, refuse_outer_by
+from dag_hesse.kernels.contraction.by_product import outer_by, refuse_outer_by
 from dag_hesse.kernels.machine import machine
 
 # Inductor compiles oneDNN's own op for constant weights alone; this one it calls as it is.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena
-from dag_hesse.kernels.contraction.outer import outer_by, refuse_outer_by
+from dag_hesse.kernels.contraction.by_product import outer_by, refuse_outer_by
 from dag_hesse.kernels.generated import HEAD, available, elsewhere, interpreted, launch_grid, load, loop
 from dag_hesse.kernels.machine import machine
 from dag_hesse.measure import rounds_to_tf32

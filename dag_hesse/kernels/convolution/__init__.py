@@ -9,7 +9,7 @@ forward = Kernel(
     reference.forward,
     (
         Implementation("pointwise", pointwise.forward, pointwise.refuse_forward),
-        Implementation("torch", torch.forward),
+        Implementation("torch", torch.forward, traced=True),
     ),
     writes=1,
 )
@@ -18,7 +18,7 @@ input_transpose = Kernel(
     reference.input_transpose,
     (
         Implementation("pointwise", pointwise.input_transpose, pointwise.refuse_input_transpose),
-        Implementation("torch", torch.input_transpose),
+        Implementation("torch", torch.input_transpose, traced=True),
     ),
     writes=1,
 )
@@ -27,7 +27,7 @@ weight_transpose = Kernel(
     reference.weight_transpose,
     (
         Implementation("pointwise", pointwise.weight_transpose, pointwise.refuse_weight_transpose),
-        Implementation("torch", torch.weight_transpose),
+        Implementation("torch", torch.weight_transpose, traced=True),
     ),
     writes=1,
 )
