@@ -64,7 +64,9 @@ def eigsh(
     start = _start(v0, integer("seed", seed, 0), size, given.dtype)
     if (maxiter := options.get("maxiter")) is not None:
         options["maxiter"] = min(integer("maxiter", maxiter, 1), _MOST_ITERATIONS)
-    ncv = min(size, max(2 * k + 2, _LEAST_VECTORS)) if ncv is None else checked_count("ncv", ncv, size + 1)
+    ncv = min(size, max(2 * k + 2, _LEAST_VECTORS)) if ncv is None else integer("ncv", ncv, 2)
+    if ncv > size:
+        raise OptionError(f"ncv={ncv}; expected at most as many Lanczos vectors as the operator has rows, {size}.")
     what = f"a basis of {ncv} Lanczos vectors, with the products,"
     operator._check_room((ncv + k + BESIDE) * size * given.dtype.itemsize, what, "take a smaller k= or ncv=")
     scale, unit = of_unit_size(given, start)

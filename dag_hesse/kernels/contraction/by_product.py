@@ -1,4 +1,4 @@
-"""Σ aᵀ g by a product of matrices, for implementations that have no other way."""
+"""Σ aᵀ g by an implementation's product of matrices."""
 
 from __future__ import annotations
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from dag_hesse.kernels.arena import Arena, added
+from dag_hesse.kernels.contraction.by_product import outer_by
 from dag_hesse.kernels.machine import machine
 
 
@@ -26,16 +25,6 @@ def product(arena: Arena, a: Tensor, b: Tensor, into: Tensor | None) -> Tensor:
     return _each(arena, a, b, into)
 
 
-def outer(arena: Arena, terms: Sequence[tuple[Tensor, Tensor]], turned: bool, into: Tensor | None) -> Tensor:
-    for g, a in terms:
-        if turned:
-            into = _each(arena, g.mT, a, None if into is None else into.mT).mT
-        else:
-            into = _each(arena, a.mT, g, into)
-    assert into is not None
-    return into
-
-
 def _each(arena: Arena, a: Tensor, b: Tensor, into: Tensor | None) -> Tensor:
     """One product a row, where batched ones are slow."""
     if a.ndim != 3 or a.shape[1] * a.shape[2] * b.shape[2] < machine(a.device).product:
@@ -45,3 +34,6 @@ def _each(arena: Arena, a: Tensor, b: Tensor, into: Tensor | None) -> Tensor:
         pair = a[min(k, len(a) - 1)], b[min(k, len(b) - 1)]
         torch.mm(*pair, out=row) if into is None else row.addmm_(*pair)
     return out
+
+
+outer = outer_by(_each)
