@@ -14,8 +14,8 @@ from setuptools import find_packages, setup
 flags = [] if sys.platform == "win32" else ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 extension = Pybind11Extension(
     "dag_hesse._core",
-    ["csrc/reachability.cpp", "csrc/program.cpp"],
-    depends=["csrc/program.hpp"],
+    ["csrc/reachability.cpp", "csrc/program.cpp", "csrc/transpose.cpp"],
+    depends=["csrc/bindings.hpp", "csrc/processor.hpp"],
     cxx_std=17,
     extra_compile_args=flags,
     optional=True,

@@ -23,7 +23,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from bench.timing import RESULTS, device_seconds, interleaved, median, write_json
 from dag_hesse.ir import Kind, Node, Ref
-from dag_hesse.kernels import attention, batch_affine, contraction, convolution, elementwise, probe, program, rowwise
+from dag_hesse.kernels import (
+    attention,
+    batch_affine,
+    contraction,
+    convolution,
+    elementwise,
+    layout,
+    probe,
+    program,
+    rowwise,
+)
 from dag_hesse.kernels.arena import SYSTEM
 from dag_hesse.kernels.dispatch import Kernel
 from dag_hesse.rules.chain import fuse_members
@@ -78,7 +88,12 @@ def cases(device: torch.device, count: int) -> Iterator[Case]:
 
 
 def images(x: Tensor, tangents: Tensor) -> Iterator[Case]:
-    """BatchNorm of images of 32² in 64 channels."""
+    """Layouts and BatchNorm of images of 32² in 64 channels, layouts of 16² in 256 too."""
+    for channels, side in ((64, 32), (256, 16)):
+        given = x.view(-1, channels, side, side)
+        last = given.contiguous(memory_format=torch.channels_last)
+        for to, one, what in ((torch.channels_last, given, "last"), (torch.contiguous_format, last, "first")):
+            yield Case(f"channels {what}, {channels} of {side}²", layout.laid_out, (one, to), 8 * x.numel())
     x, tangents = x.view(-1, 64, 32, 32), tangents.view(PROBES, -1, 64, 32, 32)
     gain, mean, numbers = torch.ones(64, device=x.device), torch.zeros(64, device=x.device), tangents[:, 0, :, 0, 0]
     numbers, size = numbers.contiguous(), 4 * x.numel()

@@ -1,9 +1,10 @@
 // Programs: a list of instructions on registers, run over all elements of some tensors in one pass. Most work element by
 // element; some on rows of elements that lie beside each other, which are then taken whole.
 // Elements are taken in pieces that stay in the first-level cache, so only operands and results move through memory.
-// Knows pointers, sizes and strides; nothing of torch, whose thread pool is found at run time (see in_parallel).
+// Knows pointers, sizes and strides; nothing of torch, whose thread pool is found at run time (see processor.hpp).
 
-#include "program.hpp"
+#include "bindings.hpp"
+#include "processor.hpp"
 
 #include <pybind11/stl.h>
 
@@ -16,19 +17,6 @@
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
-
-#if defined(__linux__)
-#include <dlfcn.h>
-#endif
-
-// One body, compiled for several instruction sets; the best one that the processor has is taken when the module loads.
-#if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
-#define FOR_EACH_ISA __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define INLINE inline __attribute__((always_inline))
-#else
-#define FOR_EACH_ISA
-#define INLINE inline
-#endif
 
 namespace py = pybind11;
 
@@ -250,20 +238,6 @@ void gather(const Operand& from, const std::vector<std::int64_t>& sizes, std::in
             place[d] = 0;
         }
     }
-}
-
-// Calls part(data) in so many threads of the OpenMP runtime that torch has loaded: a second pool of
-// threads would compete with torch's, which wait busily. One thread where that runtime is not GNU's.
-void in_parallel(void (*part)(void*), void* data, unsigned threads) {
-#if defined(__linux__)
-    using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-    static const Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    if (parallel != nullptr && threads > 1) {
-        parallel(part, data, threads, 0);
-        return;
-    }
-#endif
-    part(data);
 }
 
 // How the elements of an operand are come by: where a piece of them lies, or copied into a register.

@@ -1,7 +1,7 @@
 // Structure analysis on the curvature graph: who reaches whom, which points meet, and how wide the way out is.
 // Nodes are numbered in topological order; edges are given as parallel arrays (input < child).
 
-#include "program.hpp"
+#include "bindings.hpp"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -182,8 +182,10 @@ std::int64_t min_cut(const Ints& from_array, const Ints& to_array, const Ints& c
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-    m.doc() = "Structure analysis of curvature graphs (reachability, meetings, node-capacity min-cut), elementwise programs.";
+    m.doc() = "Structure analysis of curvature graphs (reachability, meetings, node-capacity min-cut), elementwise programs, "
+              "transposes.";
     bind_program(m);
+    bind_transpose(m);
     m.def("reach", &reach, py::arg("nodes"), py::arg("inputs"), py::arg("children"), py::arg("sites"),
           py::arg("points"), py::arg("count"), "uint8 (nodes, points): who is reached by which point.");
     m.def("meetings", &meetings, py::arg("reached"), py::arg("left"), py::arg("right"),

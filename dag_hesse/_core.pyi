@@ -17,6 +17,9 @@ def min_cut(
     sites: NDArray[int64],
     sinks: NDArray[int64],
 ) -> int: ...
+def transpose(
+    source: int, target: int, matrices: int, rows: int, columns: int, itemsize: int, threads: int
+) -> None: ...
 
 class Program:
     """A program: (name, slots, number) a row."""

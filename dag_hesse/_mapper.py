@@ -223,10 +223,11 @@ class Mapper:
             if self.model is not self._given:
                 self.model = self._whole_model()
                 self._set_up()
-            elif not self.problem.renewed():
-                self._set_up()
-            else:
+            elif self.problem.watch.alike():
+                self.problem.renew()
                 self.problem.meet()
+            else:
+                self._set_up()
 
     def release(self) -> None:
         """Give back the memory of linearizations and sweeps."""

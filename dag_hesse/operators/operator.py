@@ -222,10 +222,11 @@ class CurvatureOperator(SymmetricOperator):
             follows = self._follows()
             if batch is not None:
                 self._take(batch, self._batches(batch), self._known if follows else None)
-            elif not follows or not self._problem.renewed():
-                self._take(self._given, self._swept)
-            else:
+            elif follows and (self._origin is None or self._problem.watch.alike()):
+                self._problem.renew()
                 self._problem.meet()
+            else:
+                self._take(self._given, self._swept)
 
     def with_batch(self, batch: Any) -> Self:
         """The same operator on another batch, at the parameters' present values; this one stays as it is.

@@ -117,7 +117,7 @@ def overview(report: CurvatureReport, metrics: Sequence[str], path: str | Path |
         OptionError: ``metrics`` is no list of metrics' names, or ``path`` names no file of a kind that can be drawn.
     """
     if isinstance(metrics, str) or not isinstance(metrics, Sequence) or not metrics:
-        raise OptionError(f"metrics={metrics!r}; expected a list of metrics' names.")
+        raise OptionError(f"metrics={metrics!r}; expected a list of names among {', '.join(METRICS)}.")
     for metric in metrics:
         choose("metric", metric, METRICS)
     if path is not None:

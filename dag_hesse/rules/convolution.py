@@ -35,7 +35,8 @@ def _kept(c: Call, slot: int, value: Tensor) -> Tensor:
     geo = _of(c)
     if slot == 1:
         return crop(geo, value).contiguous()[None]
-    return laid_out(c.arena, value, geo.inside(len(value)))[None]
+    layout = geo.outside if geo.is_matrix(len(value)) else geo.inside(len(value))  # a matrix product takes whole rows
+    return laid_out(c.arena, value, layout)[None]
 
 
 def _run(node: Node, inputs: Sequence[Tensor], arena: Arena) -> Tensor:

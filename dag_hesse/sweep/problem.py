@@ -50,7 +50,7 @@ class Problem:
             :class:`~dag_hesse.sweep.meaning.Meaning`.
         budget: what may be used.
         watch: notices changes of what was linearized.
-        renewals: how often :meth:`renewed` took changes for granted.
+        renewals: how often :meth:`renew` took changes for granted.
     """
 
     def __init__(
@@ -192,20 +192,14 @@ class Problem:
         """Let the kept linearizations go; the next sweep makes them anew."""
         self._kept.release()
 
-    def renewed(self) -> bool:
-        """Take everything for what it is now, so that the next sweep linearizes anew.
+    def renew(self) -> None:
+        """Take tensors for what they are now, so that the next sweep linearizes anew.
 
-        Returns:
-            False, and nothing is done, where it must be captured anew: a module has another training flag or other
-            settings, or a loss function has.
+        It must be captured anew instead where training flags or settings are others (:meth:`Watch.alike`).
         """
-        settings = self.watch.settings()
-        if not self.watch.alike(settings):
-            return False
         self.release()
-        self.watch.note(settings)
+        self.watch.note_values()
         self.renewals += 1
-        return True
 
     def check(self, what: str, advice: str) -> None:
         """Raise :class:`StaleError` if something changed since the problem was posed (or last noted)."""

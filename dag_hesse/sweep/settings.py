@@ -63,12 +63,11 @@ class _Reader:
         own = vars(module)
         self.found += (id(module), type(module))
         for name in _STRUCTURE:
-            held = own.get(name) or {}
-            self.found += (*held, *map(id, held.values()))
-        rest = {name: value for name, value in own.items() if name not in _OWN}
+            if held := own.get(name):
+                self.found += (name, *held, *map(id, held.values()))
+        rest = [name for name in own if name not in _OWN]
         self.found += rest
-        self.read(rest.values())
-        self.read(self._of_class(type(module)))
+        self.read([*map(own.get, rest), *self._of_class(type(module))])
 
     def read(self, values: Iterable[Any]) -> None:
         """What is reachable from some values, breadth first."""

@@ -40,16 +40,25 @@ class Watch:
         self._constants = {
             f"'{graph.nodes[k].name}'": value for graph in graphs for k, value in graph.constants.items()
         }
+        self._identities: dict[str, tuple[Any, ...]] = {}
+        self._views: dict[str, Tensor] = {}
         self.note()
 
-    def note(self, settings: list[Any] | None = None) -> None:
-        """Take everything as it is now for what it should be; :meth:`settings`, where they are known already."""
+    def note(self) -> None:
+        """Take everything as it is now for what it should be."""
         self._training = self.training_flags()
         self._used = {x.data_ptr() for x in self._constants.values()}
-        self._settings = self.settings() if settings is None else settings
-        now = self._present()
+        self._settings = self.settings()
+        self.note_values()
+
+    def note_values(self) -> None:
+        """Take tensors as they are now for what they should be."""
+        now, old = self._present(), self._identities
         self._identities = {name: _identity(x) for name, x in now.items()}
-        self._views = {name: _some(x) for name, x in now.items()}
+        self._views = {
+            name: self._views[name] if old.get(name, ())[:-1] == self._identities[name][:-1] else _some(x)
+            for name, x in now.items()
+        }
         alike: dict[Any, list[str]] = {}
         for name, view in self._views.items():
             alike.setdefault((view.dtype, view.device), []).append(name)
@@ -68,13 +77,9 @@ class Watch:
         """What a forward may go by besides tensors (:func:`~dag_hesse.sweep.settings.settings`)."""
         return settings(self.model, self.loss, self._used)
 
-    def differ(self, settings: list[Any]) -> bool:
-        """Whether any of them is another one; a forward that counts its own calls changes them too."""
-        return settings != self._settings
-
-    def alike(self, settings: list[Any] | None = None) -> bool:
-        """Whether training flags and settings are what they were; :meth:`settings` of now, where they are known."""
-        return not self.changed_training_flags() and not self.differ(settings or self.settings())
+    def alike(self) -> bool:
+        """Whether training flags and settings are what they were; a forward that counts its own calls changes them."""
+        return not self.changed_training_flags() and self.settings() == self._settings
 
     def changes(self) -> list[str]:
         """Names of what is not what it was."""
@@ -111,8 +116,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _identity(x: Tensor) -> Any:
-    return id(x), x.data_ptr(), 0 if x.is_inference() else x._version, x.shape
+def _identity(x: Tensor) -> tuple[Any, ...]:
+    """What stays while a tensor is this one; its version, which counts writes, comes last."""
+    return id(x), x.data_ptr(), x.shape, 0 if x.is_inference() else x._version
 
 
 def _some(x: Tensor) -> Tensor:

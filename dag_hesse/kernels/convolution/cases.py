@@ -15,6 +15,7 @@ from dag_hesse.kernels.convolution import forward, geometry, input_transpose, we
 _CALLS: tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], ...] = (
     ((2, 3, 5, 6), (4, 3, 3, 3), ([1], [1], [1], False, [0], 1)),
     ((1, 4, 7, 5), (8, 4, 1, 1), ([2], [0], [1], False, [0], 1)),
+    ((8, 4, 8, 8), (8, 4, 1, 1), ([2], [0], [1], False, [0], 1)),  # oneDNN's own weight adjoint is wrong, channels last
     ((2, 6, 5, 4), (4, 6, 1, 1), ([1], [0], [1], False, [0], 1)),
     ((40, 30, 1, 1), (36, 30, 1, 1), ([1], [0], [1], False, [0], 1)),  # weight adjoints larger than an image
     ((2, 4, 2, 2), (64, 4, 3, 3), ([1], [1], [1], False, [0], 1)),  # a large weight: by patches

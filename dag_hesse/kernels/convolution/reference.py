@@ -43,6 +43,7 @@ def weight_transpose(
     for g, x in terms:
         rows = []
         for a, b in _rows(g, x):
+            a, b = a.contiguous(), b.contiguous()  # of channels that lie last, oneDNN's may be wrong (its issue 6035)
             whole = a.new_zeros(geo.weight)
             part = aten.convolution_backward(a, b, crop(geo, whole), [0], *geo.arguments, [False, True, False])[1]
             crop(geo, whole).copy_(part)

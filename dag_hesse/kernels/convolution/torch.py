@@ -83,13 +83,18 @@ def _weight_transpose(arena: Arena, geo: Geometry, terms: Sequence[tuple[Tensor,
             (_weight_transpose(arena, geo, [term]) for term in terms[1:]),
             start=_weight_transpose(arena, geo, terms[:1]),
         )
-    layout = geo.inside(sum(len(g) for g, _ in terms))
+    layout, arguments = geo.inside(sum(len(g) for g, _ in terms)), geo.arguments
+    if geo.unit and not geo.transposed:
+        # Positions that no output reads are left out here: where oneDNN does so, of few channels that lie last, it
+        # writes beyond its memory or is wrong (its issue 6035).
+        terms = [(g, x[geo.strided]) for g, x in terms]
+        arguments = ([1] * len(geo.stride), *arguments[1:])
     sides = [[laid_out(arena, t, layout) for t in side] for side in zip(*terms, strict=True)]
     g, x = (side[0] if len(side) == 1 else torch.cat(side) for side in sides)
     inner, outer = x.shape[1] // geo.groups, g.shape[1]
     shape = (inner * geo.groups, outer // geo.groups) if geo.transposed else (outer, inner)
     like = g.new_empty(*shape, *geo.kernel)  # only its shape is read
-    return aten.convolution_backward(g, x, like, [0], *geo.arguments, [False, True, False])[1]
+    return aten.convolution_backward(g, x, like, [0], *arguments, [False, True, False])[1]
 
 
 def forward(arena: Arena, geo: Geometry, x: Tensor, w: Tensor, into: Tensor | None) -> Tensor:
