@@ -59,8 +59,8 @@ def draw(panels: Sequence[Panel], width: float = 4.2) -> Any:
     figure = new_figure(figsize=(width * columns, 3.4 * rows))
     for k, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, k + 1)
-        for curve in panel.curves:
-            _draw_curve(axes, curve, panel.log)
+        for number, curve in enumerate(panel.curves):  # one colour in all panels, though curves be missing
+            _draw_curve(axes, curve, panel.log, f"C{number}")
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel(panel.xlabel)
         axes.set_ylabel(panel.ylabel)
@@ -74,7 +74,7 @@ def draw(panels: Sequence[Panel], width: float = 4.2) -> Any:
     return figure
 
 
-def _draw_curve(axes: Any, curve: Curve, log: bool) -> None:
+def _draw_curve(axes: Any, curve: Curve, log: bool, color: str) -> None:
     usable: Callable[[Stat | None], bool] = lambda stat: stat is not None and (stat.mean > 0 or not log)  # noqa: E731
     ours = [(x, stat) for x, stat in zip(curve.x, curve.ours, strict=True) if usable(stat)]
     paper = [(x, stat) for x, stat in zip(curve.x, curve.paper, strict=True) if usable(stat)]
@@ -82,9 +82,8 @@ def _draw_curve(axes: Any, curve: Curve, log: bool) -> None:
         return
     x, stats = zip(*ours, strict=True)
     bars = [stat.std or 0.0 for stat in stats]
-    line = axes.errorbar(
-        x, [stat.mean for stat in stats], bars, fmt=f"o{curve.style}", markersize=3, capsize=2, label=curve.label
-    )
+    style: dict[str, Any] = {"fmt": f"o{curve.style}", "markersize": 3, "capsize": 2}
+    axes.errorbar(x, [stat.mean for stat in stats], bars, label=curve.label, color=color, **style)
     if paper:
         x, stats = zip(*paper, strict=True)
-        axes.plot(x, [stat.mean for stat in stats], "x", color=line[0].get_color(), markersize=7, alpha=0.8)
+        axes.plot(x, [stat.mean for stat in stats], "x", color=color, markersize=7, alpha=0.8)

@@ -113,7 +113,8 @@ def claims(found: Findings) -> list[Claim]:
 
 
 def _decay(found: Findings, checkpoint: str, plain: Sequence[str]) -> Claim:
-    return decay(found, [case for case in plain if depth_of(case) in DEPTHS], checkpoint)
+    """Of all depths at initialization; once trained, R̄(d) has a minimum at L = 32 (Appendix N.2)."""
+    return decay(found, [case for case in plain if checkpoint == "init" or depth_of(case) in DEPTHS], checkpoint)
 
 
 def figures(found: Findings, name: str = "exp1") -> dict[str, Any]:
