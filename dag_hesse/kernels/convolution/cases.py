@@ -20,6 +20,7 @@ _CALLS: tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], ...] = (
     ((40, 30, 1, 1), (36, 30, 1, 1), ([1], [0], [1], False, [0], 1)),  # weight adjoints larger than an image
     ((2, 4, 2, 2), (64, 4, 3, 3), ([1], [1], [1], False, [0], 1)),  # a large weight: by patches
     ((2, 4, 1, 1), (16, 4, 3, 3), ([1], [1], [1], False, [0], 1)),  # one kernel tap meets the input
+    ((2, 3, 1, 4), (2, 3, 1, 1), ([3], [1], [1], False, [0], 1)),  # the output reads padding alone
     ((2, 4, 6, 6), (6, 2, 3, 3), ([1], [0], [2], False, [0], 2)),
     ((2, 6, 6, 6), (6, 1, 3, 3), ([1], [1], [1], False, [0], 6)),
     ((2, 4, 3, 3), (4, 3, 2, 2), ([2], [0], [1], True, [1], 1)),

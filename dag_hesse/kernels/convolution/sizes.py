@@ -104,6 +104,8 @@ class Geometry:
 def _live(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[slice, int]:
     """The kernel taps that some output reads the input through, and the padding in front of the first of them."""
     reads = [any(0 <= o * stride - padding + t * dilation < size for o in range(out)) for t in range(kernel)]
+    if not any(reads):  # padding alone
+        return slice(0, kernel), padding
     first, last = reads.index(True), kernel - reads[::-1].index(True)
     rest = padding - first * dilation
     same = rest >= 0 and (size + 2 * rest - dilation * (last - first - 1) - 1) // stride + 1 == out
