@@ -238,12 +238,13 @@ def measure(name: str) -> dict[str, Any]:
 
 def _written(names: list[str] | None) -> tuple[str, dict[str, dict[str, Any]]]:
     """The results' file, and its rows. Some workloads alone do not replace those of another machine."""
-    own = "hvp-" + "-".join(re.findall(r"\w+", machine()["cpu"]))
+    here = machine()
+    own = "-".join(re.findall(r"\w+", f"hvp {here['cpu']} {here['instructions']}"))
     for stem in ("hvp", own) if names else ():
         file = RESULTS / f"{stem}.json"
-        empty: dict[str, Any] = {"machine": machine(), "workloads": []}
+        empty: dict[str, Any] = {"machine": here, "workloads": []}
         data = json.loads(file.read_text()) if file.exists() else empty
-        if data["machine"] == machine():
+        if data["machine"] == here:
             return stem, {row["workload"]: row for row in data["workloads"]}
     return (own if names else "hvp"), {}
 

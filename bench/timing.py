@@ -75,6 +75,7 @@ def machine() -> dict[str, Any]:
             model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
     return {
         "cpu": model,
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # processors of one name may differ in them
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -84,11 +84,12 @@ def _weight_transpose(arena: Arena, geo: Geometry, terms: Sequence[tuple[Tensor,
             start=_weight_transpose(arena, geo, terms[:1]),
         )
     layout, arguments = geo.inside(sum(len(g) for g, _ in terms)), geo.arguments
-    if geo.unit and not geo.transposed:
-        # Positions that no output reads are left out here: where oneDNN does so, of few channels that lie last, it
-        # writes beyond its memory or is wrong (its issue 6035).
-        terms = [(g, x[geo.strided]) for g, x in terms]
-        arguments = ([1] * len(geo.stride), *arguments[1:])
+    if geo.unit:
+        # Positions that meet no other are left out here: where oneDNN does so, of few channels that lie last, it writes
+        # beyond its memory or is wrong (its issue 6035).
+        terms = [(g[geo.strided], x) if geo.transposed else (g, x[geo.strided]) for g, x in terms]
+        ones, zeros = [1] * len(geo.stride), [0] * len(geo.stride)
+        arguments = (ones, zeros, ones, geo.transposed, zeros, geo.groups)
     sides = [[laid_out(arena, t, layout) for t in side] for side in zip(*terms, strict=True)]
     g, x = (side[0] if len(side) == 1 else torch.cat(side) for side in sides)
     inner, outer = x.shape[1] // geo.groups, g.shape[1]
