@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -113,7 +114,10 @@ class CurvatureOperator(SymmetricOperator):
             self.model, self._loss, self._memory = module, loss, memory
             batches = self._batches(batch)
             batches.check_batch_mode(batch_mode)
-            own = chosen_parameters(module, params, param_filter) if points is None and space == "parameter" else []
+            parameters = points is None and space == "parameter"
+            own = chosen_parameters(module, params, param_filter) if parameters else []
+            named = None if params is None else own
+            self._chosen = partial(chosen_parameters, module, named, param_filter) if parameters else list
             budget = Budget.of(memory, batches.device)
             options = points, space, output, batch_mode, reduction, verify, budget, compile
             asked = {"model": None if isinstance(model, nn.Module) else model, "space=": space, "output=": output}
@@ -132,6 +136,8 @@ class CurvatureOperator(SymmetricOperator):
     def _take(self, batch: Any, batches: Batches, known: Known | None = None) -> None:
         """Capture what is not ``known``, prove and pose the problem."""
         self._given, self._swept = batch, batches
+        if known is None:
+            self._pose = replace(self._pose, own=self._chosen())
         if self._float64 and known is None:
             self._pose = replace(self._pose, module=widened(self.model), loss=widened_loss(self._loss))
         if self._ranks is not None and self._sharded and known is None:
@@ -220,6 +226,8 @@ class CurvatureOperator(SymmetricOperator):
         """
         with together(self._ranks, "refresh()"):
             follows = self._follows()
+            if batch is None and self._float64 and not isinstance(self._given, Iterator):
+                batch = self._given  # of which what is swept is a copy
             if batch is not None:
                 self._take(batch, self._batches(batch), self._known if follows else None)
             elif follows and (self._origin is None or self._problem.watch.alike()):

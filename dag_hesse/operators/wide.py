@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from dag_hesse._capture.batch import is_one, one_batch
 from dag_hesse.errors import OptionError
 from dag_hesse.gathered import is_sharded, local
 from dag_hesse.ir import CurvatureGraph
+from dag_hesse.sweep.settings import settings
 from dag_hesse.sweep.watch import Watch
 
 
@@ -81,15 +82,14 @@ class Origin(Watch):
     """Watches the model, and the held batches, that a copy in double precision was made of."""
 
     def __init__(self, model: nn.Module, batches: Any, graphs: Iterable[CurvatureGraph], loss: Any) -> None:
-        graphs = list(graphs)
-        self._buffers = {graph.nodes[k].name for graph in graphs for k in graph.constants}
         held = batches if is_one(batches) or isinstance(batches, list) else []
         super().__init__(model, graphs, _Held(held), loss)  # type: ignore[arg-type]
 
-    def _present(self) -> dict[str, Tensor]:
-        buffers = {f"buffer '{n}'": x for n, x in self.model.named_buffers() if n in self._buffers}
-        own = {f"parameter '{n}'": p for n, p in self.model.named_parameters() if n in self._parameters}
-        return own | buffers | {f"the batch's tensor {k}": x for k, x in enumerate(self.batches.tensors)}
+    def settings(self) -> list[Any]:
+        return settings(self.model, self.loss, None)  # which tensors the copy was made of is not known
+
+    def _others(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {}  # the copy's own
 
 
 class Shards(Origin):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dag_hesse._capture.state import global_names
 
@@ -26,11 +27,13 @@ _INSTALLED = "site-packages"
 _CONFIGS = ("__main__", "addict", "argparse", "box", "collections", "easydict", "ml_collections", "omegaconf", "types")
 
 
-def settings(model: nn.Module, loss: Any, used: set[int]) -> list[Any]:
+def settings(model: nn.Module, loss: Any, used: set[int] | None) -> list[Any]:
     """Modules and their hooks, numbers, flags, functions, and objects that hold them, in an order that stays.
 
     Read are attributes, containers, closures, defaults, globals that functions name, and attributes of classes, of what
-    the packages of the model and of the loss define. Tensors count where they lie among the memory that is ``used``.
+    the packages of the model and of the loss define. Parameters count by their form and by which of them are one,
+    buffers and other tensors where they lie among the memory that is ``used``. None: others than buffers all count, by
+    writes to them too.
 
     Examples:
         >>> model = nn.LeakyReLU(0.1)
@@ -52,10 +55,11 @@ def _package(x: Any) -> str:
 
 
 class _Reader:
-    def __init__(self, packages: set[str], used: set[int]) -> None:
+    def __init__(self, packages: set[str], used: set[int] | None) -> None:
         self.packages = {*packages, *_CONFIGS} - {"torch", "builtins", ""}
         self.used, self.found = used, list[Any]()
         self._seen: dict[int, Any] = {}
+        self._order: dict[int, int] = {}  # of parameters, by identity
 
     def module(self, module: nn.Module) -> None:
         """One module without those inside it."""
@@ -65,9 +69,22 @@ class _Reader:
         for name in _STRUCTURE:
             if held := own.get(name):
                 self.found += (name, *held, *map(id, held.values()))
+        parameters, buffers = own.get("_parameters") or {}, own.get("_buffers") or {}
+        self.found += [(name, self._form(x)) for name, x in parameters.items()]
+        self.found += [(name, x is None or self.used is None or self._place(x)) for name, x in buffers.items()]
         rest = [name for name in own if name not in _OWN]
         self.found += rest
         self.read([*map(own.get, rest), *self._of_class(type(module))])
+
+    def _form(self, x: Tensor | None) -> Any:
+        if x is None or is_lazy(x):
+            return type(x)
+        return self._order.setdefault(id(x), len(self._order)), x.shape, x.dtype, x.device, x.requires_grad
+
+    def _place(self, x: Tensor) -> Any:
+        if self.used is None:
+            return x.data_ptr(), 0 if x.is_inference() else x._version
+        return x.data_ptr() in self.used and x.data_ptr()
 
     def read(self, values: Iterable[Any]) -> None:
         """What is reachable from some values, breadth first."""
@@ -77,7 +94,7 @@ class _Reader:
             if isinstance(x, _PLAIN):
                 self.found.append(x if x == x else "NaN")  # which would differ from itself
             elif isinstance(x, Tensor):
-                self.found.append(x.data_ptr() in self.used and x.data_ptr())
+                self.found.append(self._place(x))
             elif isinstance(x, (np.ndarray, bytearray, array)):
                 self.found.append(zlib.crc32(np.ascontiguousarray(x).tobytes() if isinstance(x, np.ndarray) else x))
             elif id(x) not in self._seen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,9 +37,8 @@ class Watch:
         self.model, self.batches, self.loss = model, batches, loss
         graphs = list({id(graph): graph for graph in graphs}.values())
         self._parameters = {name for graph in graphs for name in graph.parameters}
-        self._constants = {
-            f"'{graph.nodes[k].name}'": value for graph in graphs for k, value in graph.constants.items()
-        }
+        self._constants = {graph.nodes[k].name: value for graph in graphs for k, value in graph.constants.items()}
+        self._used: set[int] | None = {x.data_ptr() for x in self._constants.values()}
         self._identities: dict[str, tuple[Any, ...]] = {}
         self._views: dict[str, Tensor] = {}
         self.note()
@@ -47,7 +46,6 @@ class Watch:
     def note(self) -> None:
         """Take everything as it is now for what it should be."""
         self._training = self.training_flags()
-        self._used = {x.data_ptr() for x in self._constants.values()}
         self._settings = self.settings()
         self.note_values()
 
@@ -83,7 +81,9 @@ class Watch:
 
     def changes(self) -> list[str]:
         """Names of what is not what it was."""
-        found = [name for name, x in self._present().items() if self._identities.get(name) != _identity(x)]
+        now = self._present()
+        found = [name for name, x in now.items() if self._identities.get(name) != _identity(x)]
+        found += [name for name in self._identities if name not in now]
         for names, old in zip(self._groups, self._values, strict=True):
             new = self._elements(names)
             if not _equal(new, old):
@@ -98,9 +98,16 @@ class Watch:
         return [len(self._views[name]) for name in names]
 
     def _present(self) -> dict[str, Tensor]:
-        own = {f"parameter '{n}'": p for n, p in self.model.named_parameters() if n in self._parameters}
-        held = {f"the batch's tensor {k}": x for k, x in enumerate(self.batches.tensors)}
-        return own | {f"constant {name}": x for name, x in self._constants.items()} | held
+        buffers = {name: x for name, x in self.model.named_buffers() if name in self._constants}
+        own: dict[str, Tensor] = {
+            f"parameter '{n}'": p for n, p in self.model.named_parameters() if n in self._parameters
+        }
+        own |= {f"buffer '{name}'": x for name, x in buffers.items()} | self._others(buffers)
+        return own | {f"the batch's tensor {k}": x for k, x in enumerate(self.batches.tensors)}
+
+    def _others(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Constants of the graph that are no buffers."""
+        return {f"constant '{name}'": x for name, x in self._constants.items() if name not in buffers}
 
 
 def check_unchanged(watch: Watch, what: str, advice: str) -> None:
@@ -118,7 +125,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _identity(x: Tensor) -> tuple[Any, ...]:
     """What stays while a tensor is this one; its version, which counts writes, comes last."""
-    return id(x), x.data_ptr(), x.shape, 0 if x.is_inference() else x._version
+    strides = x.stride() if x.layout is torch.strided else None
+    return id(x), x.data_ptr(), x.shape, strides, x.dtype, 0 if x.is_inference() else x._version
 
 
 def _some(x: Tensor) -> Tensor:
