@@ -84,8 +84,10 @@ def slower(found: Findings, checkpoint: str) -> Claim:
         own, plain = (found.line(name, checkpoint, "R")[0] for name in (case, case.replace("residual", "plain")))
         if own and plain:
             ratios[depth_of(case)] = plain[0] / own[0]
-    text = ", ".join(f"L = {depth}: {ratio:.1f} times" for depth, ratio in ratios.items())
-    holds = all(ratio > 0 and round(math.log10(ratio)) >= 2 for ratio in ratios.values()) if ratios else None
+    text = ", ".join(
+        f"L = {depth}: {abs(ratio):.1f} times{', and rises' if ratio < 0 else ''}" for depth, ratio in ratios.items()
+    )
+    holds = all(round(math.log10(abs(ratio))) >= 2 for ratio in ratios.values()) if ratios else None
     return Claim(f"residual: R̄(d) falls two orders of magnitude slower than plain at {checkpoint}", text, holds)
 
 

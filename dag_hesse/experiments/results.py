@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dag_hesse import __version__
-from dag_hesse.errors import ExperimentError
+from dag_hesse.errors import ExperimentError, is_integer
 from dag_hesse.files import write_text
 
 Key = tuple[str, int, str]  # case, seed, checkpoint
@@ -126,11 +126,10 @@ class Results:
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            cells = {
-                (row.pop("case"), row.pop("seed"), row.pop("checkpoint")): {**row, "values": _numbers(row["values"])}
-                for row in data.pop("cells")
-            }
-            return cls({k: v for k, v in data.items() if k != "versions"}, cells, data["versions"])
+            rows = [_cell(row) for row in data.pop("cells")]
+            if len(dict(rows)) < len(rows):
+                raise ValueError("a case, seed and checkpoint is there twice")
+            return cls({k: v for k, v in data.items() if k != "versions"}, dict(rows), dict(data["versions"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ExperimentError(
                 f"{path} does not hold an experiment's results ({error}): take another --out."
@@ -141,8 +140,18 @@ def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
-def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: float("nan") if value is None else value for name, value in values.items()}
+def _cell(row: dict[str, Any]) -> tuple[Key, dict[str, Any]]:
+    """What was written of one.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is something else.
+    """
+    case, seed, when = row.pop("case"), row.pop("seed"), row.pop("checkpoint")
+    values = {name: math.nan if value is None else value for name, value in row["values"].items()}
+    fits = isinstance(case, str) and is_integer(seed) and isinstance(when, str) and is_integer(row["epoch"])
+    if not fits or not values or not all(isinstance(value, (int, float)) for value in values.values()):
+        raise ValueError(f"of case {case!r}, seed {seed!r}, checkpoint {when!r}")
+    return (case, seed, when), {**row, "values": values}
 
 
 def versions() -> dict[str, str]:

@@ -126,9 +126,11 @@ def opened(folder: Path, experiment: Experiment, data: Data, options: Options) -
         return Results(header)
     found = Results.read(path)
     different = [key for key in {**header, **found.header} if found.header.get(key) != header.get(key)]
+    known = {case.name for case in experiment.cases(options.full)}
+    different += sorted({f"cases: '{case}'" for case, _, _ in found.cells if case not in known})
     if different:
         raise ExperimentError(
-            f"{path} is of another run: its {', '.join(different)} differ from what is asked for. Take another --out."
+            f"{path} is of another run ({', '.join(f'other {key}' for key in different)}): take another --out."
         )
     return found
 

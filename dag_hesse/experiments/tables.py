@@ -33,8 +33,8 @@ def number(value: float) -> str:
 def shown(stat: Stat | None) -> str:
     """Mean ± std, and of how many seeds where these are not the paper's five.
 
-    >>> shown(Stat(0.5, 0.25)), shown(Stat(0.5, 0.25, 2)), shown(Stat(0.0, 0.0)), shown(None)
-    ('0.5 ± 0.25', '0.5 ± 0.25 (2 seeds)', 'exactly 0', '–')
+    >>> shown(Stat(0.5, 0.25)), shown(Stat(0.5, 0.25, 2)), shown(Stat(0.5, 0.0, 1)), shown(Stat(0.0, 0.0)), shown(None)
+    ('0.5 ± 0.25', '0.5 ± 0.25 (2 seeds)', '0.5 (1 seed)', 'exactly 0', '–')
     """
     if stat is None:
         return "–"
@@ -43,7 +43,7 @@ def shown(stat: Stat | None) -> str:
     if stat.std is None:
         return number(stat.mean)
     seeds = "" if stat.count == len(SEEDS) else f" ({stat.count} seed{'s' if stat.count > 1 else ''})"
-    return f"{number(stat.mean)} ± {stat.std:.2g}{seeds}"
+    return f"{number(stat.mean)}{f' ± {stat.std:.2g}' if stat.count > 1 else ''}{seeds}"
 
 
 def cells(table: Table, row: Row) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def test_fewer_epochs_are_another_run_that_says_so(whole: dict[Any, Any], tmp_pa
     assert {key: cell for key, cell in values(shorter).items() if key[2] == "init"} == at_init
     assert "Trained for 2 epochs at most" in "\n".join(page.what_ran(EXPERIMENT, shorter))
     for other in (Options(out=tmp_path, resume=True), Options(out=tmp_path, resume=True, epochs=3)):
-        with pytest.raises(ExperimentError, match="its epochs differ"):
+        with pytest.raises(ExperimentError, match="other epochs"):
             run(EXPERIMENT, other, False)
     with pytest.raises(OptionError, match="--init trains nothing"):
         run(EXPERIMENT, Options(out=tmp_path, epochs=0), False)
@@ -153,7 +154,7 @@ def test_results_are_not_written_over(tmp_path: Path) -> None:
     run(EXPERIMENT, Options(out=tmp_path, init=True), False)
     with pytest.raises(ExperimentError, match="--resume"):
         run(EXPERIMENT, Options(out=tmp_path), False)
-    with pytest.raises(ExperimentError, match="protocol differ"):
+    with pytest.raises(ExperimentError, match="other protocol"):
         run(EXPERIMENT, Options(out=tmp_path, full=True, resume=True), False)
 
 
@@ -187,6 +188,29 @@ def test_a_file_that_holds_no_results(text: str, tmp_path: Path) -> None:
     (tmp_path / "exp3" / "results.json").write_text(text)
     with pytest.raises(ExperimentError, match="does not hold"):
         run(EXPERIMENT, Options(out=tmp_path, resume=True), False)
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        ({"seed": "42"}, "does not hold"),
+        ({"values": {"R 0": "x"}}, "does not hold"),
+        ({"values": {"R 0": [1]}}, "does not hold"),
+        ({"values": {}}, "does not hold"),
+        ({"epoch": None}, "does not hold"),
+        ({"seed": 43}, "twice"),
+        ({"case": "nope"}, "other cases: 'nope'"),
+    ],
+)
+def test_cells_that_were_edited(edit: dict[str, Any], message: str, tmp_path: Path) -> None:
+    options = Options(out=tmp_path, init=True, seeds=[42, 43])
+    run(EXPERIMENT, options, False)
+    file = tmp_path / EXPERIMENT.name / "results.json"
+    data = json.loads(file.read_text())
+    next(cell for cell in data["cells"] if cell["seed"] == 42).update(edit)
+    file.write_text(json.dumps(data))
+    with pytest.raises(ExperimentError, match=message):
+        run(EXPERIMENT, replace(options, resume=True), False)
 
 
 def test_results_come_back_from_their_file(tmp_path: Path) -> None:
