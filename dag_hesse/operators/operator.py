@@ -222,7 +222,8 @@ class CurvatureOperator(SymmetricOperator):
 
         Nothing is captured again, unless a module has another training flag (``train()``, ``eval()``) or other
         settings: numbers, flags and functions among its attributes, submodules, hooks, what a loss function was given;
-        or a batch has other shapes or types than those before, or leads the forward another way.
+        it has other parameters, or of other shapes, or other buffers; or a batch has other shapes or types than those
+        before, or leads the forward another way.
         """
         with together(self._ranks, "refresh()"):
             follows = self._follows()
