@@ -38,7 +38,7 @@ class Watch:
         graphs = list({id(graph): graph for graph in graphs}.values())
         self._parameters = {name for graph in graphs for name in graph.parameters}
         self._constants = {graph.nodes[k].name: value for graph in graphs for k, value in graph.constants.items()}
-        self._used: set[int] | None = {x.data_ptr() for x in self._constants.values()}
+        self._used = {x.data_ptr() for x in self._constants.values()}
         self._identities: dict[str, tuple[Any, ...]] = {}
         self._views: dict[str, Tensor] = {}
         self.note()
