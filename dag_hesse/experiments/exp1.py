@@ -87,7 +87,7 @@ def slower(found: Findings, checkpoint: str) -> Claim:
     text = ", ".join(
         f"L = {depth}: {abs(ratio):.1f} times{', and rises' if ratio < 0 else ''}" for depth, ratio in ratios.items()
     )
-    holds = all(round(math.log10(abs(ratio))) >= 2 for ratio in ratios.values()) if ratios else None
+    holds = all(ratio > 0 and round(math.log10(ratio)) >= 2 for ratio in ratios.values()) if ratios else None
     return Claim(f"residual: R̄(d) falls two orders of magnitude slower than plain at {checkpoint}", text, holds)
 
 

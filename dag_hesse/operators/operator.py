@@ -115,13 +115,12 @@ class CurvatureOperator(SymmetricOperator):
             batches = self._batches(batch)
             batches.check_batch_mode(batch_mode)
             parameters = points is None and space == "parameter"
-            own = chosen_parameters(module, params, param_filter) if parameters else []
-            named = None if params is None else own
+            named = None if params is None else chosen_parameters(module, params, None)
             self._chosen = partial(chosen_parameters, module, named, param_filter) if parameters else list
             budget = Budget.of(memory, batches.device)
             options = points, space, output, batch_mode, reduction, verify, budget, compile
             asked = {"model": None if isinstance(model, nn.Module) else model, "space=": space, "output=": output}
-            self._pose = Pose(module, loss, own, *options, self._part, self._ranks, {**self._asked(), **asked})
+            self._pose = Pose(module, loss, (), *options, self._part, self._ranks, {**self._asked(), **asked})
             self._take(batch, batches)
 
     def _asked(self) -> dict[str, Any]:

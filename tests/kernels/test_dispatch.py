@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -60,6 +61,14 @@ def test_refusals_are_counted_and_shown() -> None:
     assert sum(sums.refusals["torch"].values()) == before + 1
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
     assert "as if it were contiguous" in str(dh.profile(net, (torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1]))))
+
+
+def test_a_tensor_that_lies_as_it_is_wanted_is_no_refusal() -> None:
+    x, last = torch.randn(2, 3, 4, 5), torch.channels_last
+    for given, layout in ((x, torch.contiguous_format), (x.contiguous(memory_format=last), last)):
+        before = copy.deepcopy(KERNELS["layout"].refusals)
+        assert KERNELS["layout"](SYSTEM, given, layout) is given
+        assert KERNELS["layout"].refusals == before
 
 
 def test_what_fails_to_compile_is_left_out_and_named(capsys: pytest.CaptureFixture[str]) -> None:

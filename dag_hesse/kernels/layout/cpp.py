@@ -20,6 +20,8 @@ def _gathered(x: Tensor) -> bool:
 
 
 def refuse(x: Tensor, layout: torch.memory_format) -> str | None:
+    if x.is_contiguous(memory_format=layout):  # nothing is to be done
+        return None
     if native.core is None:
         return native.MISSING
     if x.device.type != "cpu" or x.itemsize not in (4, 8):
