@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 
 import numpy as np
@@ -57,12 +57,17 @@ class Arena:
 
     def empty_as(self, probes: Tensor, value: Tensor) -> Tensor:
         """Uninitialized, (probes, *value), each laid out as ``value`` (in order of the axes, where that has gaps)."""
+        return self.in_order(probes, (len(probes), *value.shape), value)
+
+    def in_order(self, like: Tensor, shape: Sequence[int], value: Tensor) -> Tensor:
+        """Uninitialized, with the last axes in the order that ``value`` has them in (their own, where it has gaps)."""
         if not is_dense(value):
-            return self.empty(probes, len(probes), *value.shape)
-        strides = value.stride()
+            return self.empty(like, *shape)
+        strides, lead = value.stride(), len(shape) - value.ndim
         order = sorted(range(value.ndim), key=lambda axis: -strides[axis])
-        places = [order.index(axis) + 1 for axis in range(value.ndim)]
-        return self.empty(probes, len(probes), *(value.shape[axis] for axis in order)).permute(0, *places)
+        places = [order.index(axis) + lead for axis in range(value.ndim)]
+        lying = self.empty(like, *shape[:lead], *(shape[lead + axis] for axis in order))
+        return lying.permute(*range(lead), *places)
 
 
 SYSTEM = Arena()

@@ -60,10 +60,11 @@ def _tiled(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
 
 
 def _of(dtype: torch.dtype, samples: int, heads: int, s: int, t: int, d: int = 3, **options: Any) -> Operands:
-    """Operands of normal numbers; k lies as products want it, or turned."""
+    """Operands of normal numbers; k lies as products want it, or turned, and q by matrices, or by its rows."""
     n = samples * heads
     k = torch.randn(n, t, d, dtype=dtype).mT if s % 2 else torch.randn(n, d, t, dtype=dtype)
-    q, v = torch.randn(n, s, d, dtype=dtype), torch.randn(n, t, 2, dtype=dtype)
+    q = torch.randn(n, s, d, dtype=dtype) if s % 2 else torch.randn(s, n, d, dtype=dtype).transpose(0, 1)
+    v = torch.randn(n, t, 2, dtype=dtype)
     return Operands(q, k, v, (samples, heads), **options)
 
 

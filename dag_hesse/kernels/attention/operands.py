@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dag_hesse.kernels.arena import Arena
+
 ALL = slice(None)
 
 
@@ -72,6 +74,14 @@ class Adjoint(NamedTuple):
         if self.abar is not None:
             return len(self.abar)
         return 0 if self.residual is None else len(self.residual.mu)
+
+    def places(self, arena: Arena, a: Operands) -> dict[int, Tensor]:
+        """Per slot, where its result goes: to its buffer, or to new memory, laid out as the operand."""
+        operands, found = (a.q, a.k, a.v), dict(self.into)
+        for slot in self.slots:
+            if slot not in found:
+                found[slot] = arena.in_order(a.q, (self.height, *operands[slot].shape), operands[slot])
+        return found
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ class _Scores:
 
 
 def value(arena: Arena, a: Operands) -> Tensor:
-    found, matrix = arena.empty(a.q, *a.q.shape[:2], a.v.shape[2]), a.q.shape[1] * a.k.shape[2]
+    found = arena.in_order(a.q, (*a.q.shape[:2], a.v.shape[2]), a.q)  # what goes back to q's axes needs no copy then
+    matrix = a.q.shape[1] * a.k.shape[2]
     a = a._replace(spans=None)
     for chunk in chunks(a, max(_largest(a), min(matrix, _WHOLE))):
         at = _Scores(a, chunk)
@@ -84,8 +85,8 @@ def value(arena: Arena, a: Operands) -> Tensor:
 
 
 def tangent(arena: Arena, a: Operands, out: Tensor, tangents: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
-    rows, shape = len(next(iter(tangents.values()))), a.q.shape[:2]
-    found, mus = arena.empty(a.q, rows, *shape, a.v.shape[2]), a.q.new_zeros(rows, *shape, 1)
+    rows = len(next(iter(tangents.values())))
+    found, mus = arena.in_order(a.q, (rows, *out.shape), out), a.q.new_zeros(rows, *out.shape[:2], 1)
     for chunk in chunks(a, _largest(a)):
         at = _Scores(a, chunk)
         weights = at.weights() if 2 in tangents else None
@@ -104,8 +105,10 @@ def tangent(arena: Arena, a: Operands, out: Tensor, tangents: Mapping[int, Tenso
 
 
 def adjoints(arena: Arena, a: Operands, out: Tensor, bound: Bound | None, of: Adjoint) -> dict[int, Tensor]:
-    count, abar, into, operands = of.height, of.abar, of.into, (a.q, a.k, a.v)
-    found = {s: into[s] if s in into else arena.empty(a.q, count, *operands[s].shape).zero_() for s in of.slots}
+    count, abar, found = of.height, of.abar, of.places(arena, a)
+    for slot in of.slots:
+        if slot not in of.into:
+            found[slot].zero_()
     of_row = {row: n for n, row in enumerate(range(count)[of.rows])} if of.residual is not None else {}
     overlaps = None if abar is None else (abar * out).sum(-1, keepdim=True)
     for chunk in chunks(a, _largest(a)):

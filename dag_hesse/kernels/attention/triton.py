@@ -121,7 +121,7 @@ def refuse_tangent(a: Operands, out: Tensor, tangents: Mapping[int, Tensor]) -> 
 
 def tangent(arena: Arena, a: Operands, out: Tensor, tangents: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
     call, probes = _Call(a), len(next(iter(tangents.values())))
-    moved = arena.empty(a.q, probes, *out.shape)
+    moved = arena.in_order(a.q, (probes, *out.shape), out)
     call.given |= {"out": out, "moved": moved, **_moving(tangents)}
     call.vectors["mu"] = mu = arena.empty(a.q, probes, *a.q.shape[:2], 1)
     call.launch(call.form("tangent", sorted(tangents)), probes)
@@ -138,9 +138,8 @@ def refuse_adjoints(a: Operands, out: Tensor, bound: Bound | None, of: Adjoint) 
 
 
 def adjoints(arena: Arena, a: Operands, out: Tensor, bound: Bound | None, of: Adjoint) -> dict[int, Tensor]:
-    call, whole, count = _Call(a), (a.q, a.k, a.v), of.height
+    call, count, found = _Call(a), of.height, of.places(arena, a)
     abar, residual, rows, slots, into = of
-    found = {slot: into[slot] if slot in into else arena.empty(a.q, count, *whole[slot].shape) for slot in slots}
     call.given["out"] = out
     tangents: Mapping[int, Tensor] = {}
     if residual is not None and bound is not None:
