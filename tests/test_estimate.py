@@ -12,6 +12,7 @@ from scipy.stats import binom, t
 from torch import Tensor, nn
 
 import dag_hesse as dh
+from dag_hesse.estimate.exact import spectral_norm
 from dag_hesse.estimate.krylov import spectral_norms
 from dag_hesse.estimate.norms import NormTable
 from dag_hesse.experiments.models import mlp
@@ -127,6 +128,28 @@ def test_a_ritz_value_that_rests_at_the_second_singular_value_is_not_taken(secon
     spectral_norms(_Dense(singular.diag()), table, {(0, 1): start}, tolerance=0.02)
     value, error = table.spectral[0, 1]
     assert 1 - value[0] <= error[0] <= 0.02 * value[0]
+
+
+@pytest.mark.parametrize("size", [1, 32, 33, 70])
+def test_the_spectral_norm_of_a_matrix_is_its_largest_singular_value(size: int) -> None:
+    torch.manual_seed(0)
+    turned = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0]
+    corner = torch.zeros(size, size + 1)
+    corner[-1, 0] = 1e-20
+    near = torch.block_diag(turned, turned) * torch.linspace(1, 1 + 1e-7, 2 * size, dtype=torch.float64)
+    for matrix in (
+        torch.eye(size),
+        torch.zeros(size, size),
+        corner,
+        turned,
+        near,
+        torch.randn(size, 1) @ torch.randn(1, size),
+        torch.randn(2 * size, size) * 1e-30,
+        torch.randn(size, 2 * size) * 1e18,
+    ):
+        expected = float(torch.linalg.matrix_norm(matrix.double(), 2))
+        assert spectral_norm(matrix) == pytest.approx(expected, rel=1e-10, abs=0)
+    assert spectral_norm(torch.zeros(0, size)) == 0
 
 
 def test_the_spectral_norm_is_right_to_its_stated_error() -> None:

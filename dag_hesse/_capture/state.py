@@ -9,6 +9,7 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ Undo = Callable[[], None]
 
 def _content(x: dict[Any, Any]) -> dict[Any, Any]:
     """What a mapping holds, whatever its class makes of look-ups."""
-    return {key: dict.__getitem__(x, key) for key in _plain(x).keys(x)}
+    return dict(x) if type(x) is dict else {key: dict.__getitem__(x, key) for key in _plain(x).keys(x)}
 
 
 def _plain(x: dict[Any, Any]) -> type[dict[Any, Any]]:
@@ -35,8 +36,7 @@ def _plain(x: dict[Any, Any]) -> type[dict[Any, Any]]:
 
 def _restore_mapping(into: dict[Any, Any], saved: dict[Any, Any]) -> None:
     now = _content(into)
-    same = len(now) == len(saved) and all(a is b and now[a] is saved[b] for a, b in zip(now, saved, strict=True))
-    if not same:
+    if len(now) != len(saved) or not (all(map(is_, now, saved)) and all(map(is_, now.values(), saved.values()))):
         _plain(into).clear(into)
         for key, value in saved.items():
             _plain(into).__setitem__(into, key, value)

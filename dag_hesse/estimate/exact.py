@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, svds
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from dag_hesse.estimate.norms import NormTable
 from dag_hesse.sweep import Parts, Problem, Request
 
-_DENSE = 512
+_DENSE = 32
 
 
 def identity(problem: Problem, source: int) -> Tensor:
@@ -37,15 +37,25 @@ def squares(block: Tensor | None, groups: int) -> np.ndarray:
 
 
 def spectral_norm(matrix: Tensor) -> float:
-    """Largest singular value: dense for small matrices, Lanczos to machine precision for large ones."""
-    if min(matrix.shape) <= _DENSE:
-        return float(torch.linalg.matrix_norm(matrix.double(), 2))
-    if not bool(matrix.any()):
-        return 0.0
-    dense = matrix.double().cpu().numpy()
-    operator = LinearOperator(dense.shape, matvec=dense.__matmul__, rmatvec=dense.T.__matmul__, dtype=np.float64)
-    start = np.random.default_rng(0).standard_normal(min(dense.shape))
-    return float(svds(operator, k=1, tol=0, v0=start, return_singular_vectors=False)[0])
+    """Largest singular value: dense for small matrices, Lanczos to machine precision for large ones.
+
+    Products are PyTorch's: other libraries' threads and its own wait for each other.
+    """
+    wide = matrix.double().cpu()
+    wide = wide if len(wide) <= wide.shape[1] else wide.mT
+    if len(wide) <= _DENSE:
+        return float(torch.linalg.matrix_norm(wide, 2)) if wide.numel() else 0.0
+    scale = float(wide.abs().max())
+    if not scale > 0:
+        return scale
+    wide = wide / scale  # Lanczos converges to so much of 1
+
+    def product(x: np.ndarray) -> np.ndarray:
+        return (wide @ (wide.mT @ torch.from_numpy(x))).numpy()
+
+    start = np.random.default_rng(0).standard_normal(len(wide))
+    operator = LinearOperator((len(wide),) * 2, matvec=product, dtype=np.float64)
+    return scale * float(eigsh(operator, k=1, tol=0, v0=start, return_eigenvectors=False)[0]) ** 0.5
 
 
 def enter(problem: Problem, table: NormTable, source: int, blocks: dict[int, Parts]) -> None:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.linalg import eigh
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
+from dag_hesse.estimate.exact import spectral_norm
 from dag_hesse.estimate.norms import Array, NormTable
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.plan.gram import gram_in_blocks
@@ -127,23 +126,13 @@ def _joined(parts: list[list[Tensor]], axis: int = 0) -> list[Tensor]:
     return [torch.cat(parts.pop(0), axis) for _ in range(len(parts))]
 
 
-def _gram_roots(s: Tensor) -> Array:
+def _gram_roots(s: Tensor) -> Tensor:
     """A matrix G (rows, rank) with G Gᵀ = S Sᵀ: S itself, or from the eigenvectors of its Gram matrix."""
     if s.shape[1] <= s.shape[0]:
-        return s.double().cpu().numpy()
-    values, vectors = eigh((s @ s.T).double().cpu().numpy())
-    keep = values > values.max(initial=0.0) * np.finfo(np.float64).eps * len(values)
-    return vectors[:, keep] * np.sqrt(values[keep])
-
-
-def _top(matrix: Array) -> float:
-    """Largest singular value of a small dense matrix, by Lanczos on the smaller side."""
-    small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    if small.shape[0] <= 32:
-        return float(np.linalg.norm(small, 2)) if small.size else 0.0
-    operator = LinearOperator((small.shape[0],) * 2, matvec=lambda x: small @ (small.T @ x), dtype=np.float64)
-    start = small @ np.ones(small.shape[1]) + 1e-3
-    return float(np.sqrt(eigsh(operator, k=1, tol=0, v0=start, return_eigenvectors=False)[0]))
+        return s.double().cpu()
+    values, vectors = torch.linalg.eigh((s @ s.T).double().cpu())
+    keep = values > values[-1:] * torch.finfo(values.dtype).eps * len(values)
+    return vectors[:, keep] * values[keep].sqrt()
 
 
 @dataclass(frozen=True)
@@ -168,10 +157,10 @@ class GramFactors:
             ‖H_GN‖_F² per pair and group.
         """
 
-        def cores() -> Iterator[tuple[tuple[int, int], int, Array]]:
+        def cores() -> Iterator[tuple[tuple[int, int], int, Tensor]]:
             for g, sign in enumerate(self.signs):
                 roots = [_gram_roots(rows[g]) for rows in self.rows]
-                sigma = sign.double().cpu().numpy()[:, None]
+                sigma = sign.double().cpu()[:, None]
                 for v, w in _pairs(len(roots)):
                     yield (v, w), g, roots[v].T @ (sigma * roots[w])
 
@@ -199,7 +188,7 @@ class GramBlocks:
     def enter(self, table: NormTable, full: set[tuple[int, int]]) -> dict[tuple[int, int], Array]:
         """As :meth:`GramFactors.enter`."""
         count = max(w for _, w in self.blocks) + 1
-        cores = ((pair, 0, block.cpu().numpy()) for pair, block in self.blocks.items())
+        cores = ((pair, 0, block) for pair, block in self.blocks.items())
         return _entered(cores, count, 1, table, full)
 
 
@@ -208,7 +197,7 @@ def _pairs(count: int) -> list[tuple[int, int]]:
 
 
 def _entered(
-    cores: Iterator[tuple[tuple[int, int], int, Array]],
+    cores: Iterator[tuple[tuple[int, int], int, Tensor]],
     count: int,
     groups: int,
     table: NormTable,
@@ -218,9 +207,9 @@ def _entered(
     squares = {pair: np.zeros(groups) for pair in _pairs(count)}
     spectral = {pair: np.zeros(groups) for pair in full}
     for pair, g, core in cores:
-        squares[pair][g] = (core**2).sum()
+        squares[pair][g] = float(core.square().sum())
         if pair in full:
-            spectral[pair][g] = _top(core)
+            spectral[pair][g] = spectral_norm(core)
     for pair, value in squares.items():
         if pair not in table.frobenius["gn"]:  # zero by structure, or not asked for
             table.set_exact("gn", pair, value)
