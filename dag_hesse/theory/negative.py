@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dag_hesse._capture.losses import Loss
 from dag_hesse.errors import OptionError, integer
 from dag_hesse.operators import HessianOperator
-from dag_hesse.operators.eigen import BESIDE
+from dag_hesse.operators.eigen import BESIDE, of_unit_size
 from dag_hesse.theory.text import table
 
 Array = NDArray[np.float64]
@@ -148,16 +148,21 @@ def _lowest(hessian: HessianOperator, k: int, seed: int) -> tuple[Array, Array, 
         values, vectors = np.linalg.eigh(0.5 * (dense + dense.T))
     else:
         start = np.random.default_rng(seed).standard_normal(rows)
+        start /= np.linalg.norm(start)
         operator, wanted = hessian.to_scipy(), min(k, rows - 1)
         ncv = min(rows, max(2 * wanted + 1, _VECTORS))
         need = (ncv + wanted + BESIDE) * rows * operator.dtype.itemsize
         hessian._check_room(need, f"a basis of {ncv} Lanczos vectors, with the directions,", "take a smaller k=")
+        start = start.astype(operator.dtype)
+        scale, unit = of_unit_size(operator, start)
+        if not scale:  # what a random vector is mapped to 0 by
+            return np.zeros(0), np.zeros((rows, 0)), 0.0, True
         try:
-            values, vectors = eigsh(operator, k=wanted, which="SA", v0=start.astype(operator.dtype), ncv=ncv)
+            values, vectors = eigsh(unit, k=wanted, which="SA", v0=start, ncv=ncv)
         except ArpackNoConvergence as error:  # those that it has are good
             values, vectors = error.eigenvalues, error.eigenvectors
         order = np.argsort(values)
-        values, vectors = values[order].astype(float), vectors[:, order].astype(float)
+        values, vectors = values[order].astype(float) * scale, vectors[:, order].astype(float)
     floor = np.abs(values).max(initial=0.0) * rows * torch.finfo(hessian.dtype).eps  # below, it is rounding
     negative = values < -floor
     mass = float(np.abs(values[negative]).sum())

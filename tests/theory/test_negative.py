@@ -68,6 +68,17 @@ def test_the_loss_falls_as_predicted(make) -> None:
         assert change == pytest.approx(found.predicted(step, number), rel=1e-2, abs=1e-9)
 
 
+def test_a_small_hessian_s_eigenvalues_are_as_right_as_a_large_one_s() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 5))
+    x, y = torch.randn(20, 30), torch.randn(20, 5)
+    values = [
+        dh.theory.negative_curvature(model, (x, y), loss=lambda o, t, c=c: c * (o - t).pow(2).mean(), k=3).values / c
+        for c in (1.0, 1e-14)
+    ]
+    assert values[1] == pytest.approx(values[0], rel=1e-4)
+
+
 def test_sign_matters_away_from_a_saddle() -> None:
     """Proposition 85 says ±; with a gradient one of the two leads uphill."""
     torch.manual_seed(1)
