@@ -18,7 +18,7 @@ from torch import multiprocessing, nn
 import dag_hesse as dh
 from dag_hesse.cli import main
 from dag_hesse.errors import OptionError
-from tests.distributed import work
+from tests.distributed import training, work
 from tests.distributed.gang import Gang
 
 pytestmark = pytest.mark.xdist_group("ranks")  # one process has the gang
@@ -40,7 +40,7 @@ DIFFER = {  # what is another one on rank 1: what the error says of rank 0
     "order of rows": "'0.weight' is float64 (6, 4) with bits",
     "two signs": "'0.weight' is float64 (6, 4) with bits",
     "loss": "loss= is torch.nn.functional.cross_entropy on rank 0, and tests.distributed.work.ignoring with code",
-    "lambda": "loss= is tests.distributed.work.unlike.<locals>.<lambda> with code",
+    "lambda": "loss= is tests.distributed.differing.unlike.<locals>.<lambda> with code",
     "weights of a loss": "loss= is CrossEntropyLoss() in training mode; weight float64 (3,) with bits",
     "inferred loss": "the loss is cross-entropy, as targets are integers on rank 0, and mean squared error",
     "mode of dropout": "the model is Sequential() in evaluation mode on rank 0, and Sequential() in training mode on rank 1",
@@ -74,7 +74,7 @@ DIFFER = {  # what is another one on rank 1: what the error says of rank 0
 
 
 def test_ranks_that_differ_are_told_in_what(tmp_path: Path) -> None:
-    for found in run("unlike", 2, tmp_path):
+    for found in run("differing.unlike", 2, tmp_path):
         assert found.keys() == DIFFER.keys()
         for name, text in DIFFER.items():
             assert found[name].startswith("VectorError" if "VectorError" in text else "RankError"), (name, found[name])
@@ -82,7 +82,7 @@ def test_ranks_that_differ_are_told_in_what(tmp_path: Path) -> None:
 
 
 def test_what_may_differ_between_ranks_is_no_error(tmp_path: Path) -> None:
-    for found in run("likewise", 2, tmp_path):
+    for found in run("differing.likewise", 2, tmp_path):
         assert found == dict.fromkeys(found, "") and len(found) == 5
 
 
@@ -98,7 +98,7 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_shards_make_the_operator_of_all_samples(ranks: int, tmp_path: Path) -> None:
-    every = run("by_data", ranks, tmp_path)
+    every = run("work.by_data", ranks, tmp_path)
     for found in every:
         for name in work.LOSSES:
             same(found[name], alone(name))
@@ -127,7 +127,7 @@ def test_shards_make_the_operator_of_all_samples(ranks: int, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_batches_of_several_ranks_count_as_in_one(ranks: int, tmp_path: Path) -> None:
-    for found in run("added_up", ranks, tmp_path):
+    for found in run("work.added_up", ranks, tmp_path):
         for name in work.ADDED:
             same(found[name], work.added(name))
         assert "none of this rank's batches counts" in found["nothing"]
@@ -138,20 +138,20 @@ def test_shares_of_the_vectors_give_the_bits_of_one_process(ranks: int, tmp_path
     H = dh.HessianOperator(work.model(), work.samples(), loss=F.cross_entropy)
     H._problem.chunk = 2
     expected = work.figures(H)
-    for found in run("by_probe", ranks, tmp_path):
+    for found in run("work.by_probe", ranks, tmp_path):
         for key, x in expected.items():
             assert torch.equal(found["mean"][key], x), key
 
 
 def test_shards_and_shares_at_once(tmp_path: Path) -> None:
-    for found in run("by_both", 4, tmp_path):
+    for found in run("work.by_both", 4, tmp_path):
         same(found["ignoring"], alone("ignoring"))
 
 
 @pytest.mark.parametrize("axis", ["data", "probe"])
 def test_a_map_of_several_ranks_is_that_of_one(axis: str, tmp_path: Path) -> None:
     expected = work.maps(work.samples(), work.ignoring)
-    for found in run(f"map_by_{axis}", 2, tmp_path):
+    for found in run(f"work.map_by_{axis}", 2, tmp_path):
         for name, report in expected.items():
             mine = found[name]
             assert mine.facts["batch_size"] == report.facts["batch_size"]
@@ -167,7 +167,7 @@ def test_a_map_of_several_ranks_is_that_of_one(axis: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_stored_blocks_of_shards_are_those_of_all_samples(ranks: int, tmp_path: Path) -> None:
-    expected, every = work.stored(work.samples(), work.ignoring), run("stored_by_data", ranks, tmp_path)
+    expected, every = work.stored(work.samples(), work.ignoring), run("work.stored_by_data", ranks, tmp_path)
     routes = {name: route for name, (route, *_) in expected.items()}
     assert {"gram", "exact", "one pass", "two passes"} <= set(routes.values()), routes
     for rank, found in enumerate(every):
@@ -187,7 +187,7 @@ def test_stored_blocks_of_shards_are_those_of_all_samples(ranks: int, tmp_path: 
 
 def test_shares_of_the_vectors_store_the_bits_of_one_process(tmp_path: Path) -> None:
     expected = work.stored(work.samples(), work.ignoring)
-    for found in run("stored_by_probe", 2, tmp_path):
+    for found in run("work.stored_by_probe", 2, tmp_path):
         for name, (route, kinds, _, dense) in expected.items():
             assert found[name][:2] == (route, kinds) and torch.equal(found[name][3], dense), name
         assert found["apart"].startswith("RankError: ranks along 'probe' have the losses")
@@ -195,7 +195,7 @@ def test_shares_of_the_vectors_store_the_bits_of_one_process(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_monitors_of_several_ranks_measure_as_one(ranks: int, tmp_path: Path) -> None:
-    every = run("monitored", ranks, tmp_path)
+    every = run("training.monitored", ranks, tmp_path)
     first, alone = every[0], every[0]["alone"]
     assert [x is not None for x in alone] == [True, False] * 3
     assert {"curvature/stability", "curvature/update_tensor", "curvature/gn_gap/stem"} <= alone[4].keys()
@@ -211,7 +211,7 @@ def test_monitors_of_several_ranks_measure_as_one(ranks: int, tmp_path: Path) ->
             assert going_on == resumed and (going_on is None) == (step == 7)
         assert found["differ"].startswith("RankError: of the ranks' monitors, the next is [99, 8")
         assert found["refused"].startswith("OptionError: mesh= takes training=False")
-        assert found["paced"] == work.paced(work.net(), work.samples(), None, 0)
+        assert found["paced"] == training.paced(training.net(), work.samples(), None, 0)
 
     check_failures([found["failures"] for found in every])
 
@@ -232,7 +232,7 @@ def check_failures(every: list[list[Any]]) -> None:
 
 
 def test_a_rank_that_ended_is_not_waited_for(tmp_path: Path) -> None:
-    multiprocessing.spawn(work.enter, (2, str(tmp_path), "left_alone"), nprocs=2)
+    multiprocessing.spawn(work.enter, (2, str(tmp_path), "work.left_alone"), nprocs=2)
     text = torch.load(tmp_path / "0", weights_only=False)
     assert text.startswith("RankError: a rank does not answer")
 
@@ -241,7 +241,7 @@ def test_parameters_in_parts_are_gathered_into_a_copy(tmp_path: Path) -> None:
     expected, given = alone("mean"), {"loss": F.cross_entropy}
     resonance = dh.analyze(work.model(), work.samples(), points=["0", "2"], **given).resonance
     blocks = dh.BlockMatrix.from_model(work.model(), work.samples(), points=["0"], progress=False, **given).to_dense()
-    for rank, found in enumerate(run("sharded", 2, tmp_path)):
+    for rank, found in enumerate(run("work.sharded", 2, tmp_path)):
         same(found["figures"], expected)
         np.testing.assert_allclose(found["map"], resonance, 1e-12)
         torch.testing.assert_close(found["blocks"], blocks, rtol=0, atol=1e-12 * float(blocks.norm()))

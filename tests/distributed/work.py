@@ -1,4 +1,4 @@
-"""What the ranks of the tests do; every function runs in each of them."""
+"""What the ranks of the tests do with operators, maps and stored blocks; every function runs in each of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -20,9 +21,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import dag_hesse as dh
 from dag_hesse.errors import DagHesseError
 from dag_hesse.estimate import gram
-from dag_hesse.monitor.quantities import QUANTITIES
 from dag_hesse.sweep.runner import Runner
-from tests.monitor.common import net, state_of, train_step
+from tests.monitor.common import train_step
 
 SAMPLES = 11
 
@@ -291,115 +291,6 @@ def stored_by_probe(rank: int, ranks: int) -> dict[str, Any]:
     return found
 
 
-class Clock:
-    """A clock that is set by hand."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Training:
-    """A model in DistributedDataParallel, whose BatchNorm goes its own way on every rank."""
-
-    def __init__(self, rank: int) -> None:
-        self.inside = net()
-        torch.manual_seed(rank)
-        self.model = nn.parallel.DistributedDataParallel(self.inside)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.02)
-        self.batch = torch.randn(4 + rank, 4, dtype=torch.float64), torch.arange(4 + rank) % 3
-
-    def step(self, number: int) -> None:
-        torch.manual_seed(number)
-        train_step(self.model, self.optimizer, self.batch)
-
-
-def monitored(rank: int, ranks: int) -> dict[str, Any]:
-    """Measurements by all ranks, beside those that each makes by itself with all samples."""
-    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))
-    watched, plain = Training(rank), Training(rank)
-    options: dict[str, Any] = {"every": 2, "optimizer": watched.optimizer, "points": ["stem", "body"]}
-    several = dh.Monitor(watched.model, shard(rank, ranks), mesh=mesh, **options)
-    alone = dh.Monitor(watched.model, samples(), **options)
-    found: dict[str, Any] = {"several": [], "alone": [], "states": [], "failures": []}
-    for step in range(6):
-        plain.step(step)
-        found["states"].append(state_of(plain.inside, plain.optimizer))
-        watched.step(step)
-        found["alone"].append(alone.step(step))
-        found["several"].append(several.step(step))
-        assert all(map(torch.equal, found["states"][-1], state_of(watched.inside, watched.optimizer)))
-    found["report"] = several.report["gn_gap"], alone.report["gn_gap"]
-    found["shared"] = shared(watched, rank, ranks)
-    again = dh.Monitor(watched.model, shard(rank, ranks), mesh=mesh, **options)
-    again.load_state_dict(several.state_dict())
-    for step in (6, 7):
-        watched.step(step)
-        found[f"resumed {step}"] = several.step(step), again.step(step)
-    found["differ"] = said(lambda: differing(again, several, rank))
-    found["refused"] = said(lambda: dh.Monitor(watched.model, shard(rank, ranks), mesh=mesh, training=True))
-    found["failures"] = failing(watched, shard(rank, ranks), mesh, rank)
-    found["paced"] = paced(watched.model, shard(rank, ranks), mesh, rank)
-    return found
-
-
-def shared(training: Training, rank: int, ranks: int) -> list[Any]:
-    """One measurement by all ranks with the same samples, and by each itself."""
-    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("probe",))
-    return [dh.Monitor(training.model, samples(), mesh=m, points=["stem"]).step(0) for m in (mesh, None)]
-
-
-def differing(monitor: dh.Monitor, other: dh.Monitor, rank: int) -> None:
-    """A state that is loaded on one rank alone."""
-    state = other.state_dict()
-    if not rank:
-        state["pace"]["next"] = 99
-    monitor.load_state_dict(state)
-    monitor.step(8)
-
-
-def failing(training: Training, batch: Any, mesh: DeviceMesh, rank: int) -> list[Any]:
-    """What all measure, and what each says, where one of them cannot."""
-    monitor = dh.Monitor(training.model, batch, 1, optimizer=training.optimizer, mesh=mesh, points=["stem"])
-    weight, group = training.inside.stem[0].weight, training.optimizer.param_groups[0]
-
-    def full(*given: Any, **options: Any) -> Any:
-        raise MemoryError("nothing is left")
-
-    def spoiled(step: int) -> Any:
-        return monitor.step(step), [(name, text) for _, name, text in monitor.failures if _ == step]
-
-    found = [spoiled(0)]
-    with mock.patch.object(Runner, "run", full) if rank == 1 else nullcontext():  # in the midst of a sweep
-        found.append(spoiled(1))
-    with mock.patch.dict(QUANTITIES, {"sharpness": full}) if rank == 1 else nullcontext():
-        found.append(spoiled(2))
-    kept = weight.detach().clone()
-    with torch.no_grad():
-        weight[0, 0] = torch.nan if rank == 1 else kept[0, 0]
-        found.append(spoiled(3))
-        weight.copy_(kept)
-    group["lr"] *= 1 + rank
-    found.append(spoiled(4))
-    group["lr"] /= 1 + rank
-    return [*found, spoiled(5)]
-
-
-def paced(net: nn.Module, batch: Any, mesh: DeviceMesh | None, rank: int) -> list[int]:
-    """Steps that are measured, where the clocks of the ranks differ."""
-    monitor = dh.Monitor(net, batch, 2, budget=0.1, quantities=["loss", "update"], mesh=mesh)
-    clock = monitor._pace.clock = Clock()
-    monitor._pace.cost, found = 0.5, []
-    for step in range(30):
-        before = monitor._pace.spent
-        found += [step] if monitor.step(step) is not None else []
-        monitor._pace.spent = before + (0.5 if found and found[-1] == step else 0.0)
-        monitor._pace.cost = 0.5
-        clock.now += 1.0 + 5 * rank
-    return found
-
-
 def divided(mesh: DeviceMesh) -> nn.Module:
     """A model of which every rank has a part."""
     whole = model()
@@ -449,130 +340,6 @@ def sharded(rank: int, ranks: int) -> dict[str, Any]:
     return found
 
 
-class Applied(nn.Module):
-    """A model whose forward applies a function that no module says."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.inside, self.function = nn.Linear(4, 3).double(), function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self.inside(x))
-
-
-def of(*between: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), *between, nn.Linear(6, 3)).double()
-
-
-def rewritten(rank: int, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    net = model()
-    if rank:
-        with torch.no_grad():
-            net[0].weight.copy_(change(net[0].weight.clone()))
-    return net
-
-
-def two_signs(w: Tensor) -> Tensor:
-    w[:2, 0] *= -1
-    return w
-
-
-def unlike(rank: int, ranks: int) -> dict[str, str]:
-    """What all ranks say where one of them asks for something else; they are in step afterwards."""
-    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))
-    x, y = samples()
-    even, uneven = (x[rank * 5 : rank * 5 + 5], y[rank * 5 : rank * 5 + 5]), (x[: 4 + rank], y[: 4 + rank])
-    given: dict[str, Any] = {"loss": F.cross_entropy, "mesh": mesh}
-    function = torch.sin if rank else torch.sigmoid
-    mine = (lambda o, t: 2 * F.cross_entropy(o, t)) if rank else (lambda o, t: F.cross_entropy(o, t))
-    weight = torch.tensor([1.0, 2.0, 3.0 + rank]).double()
-    dropout = of(nn.Dropout()).train(bool(rank))
-    H = dh.HessianOperator(model(), even, **given)
-    D = dh.HessianOperator(of(nn.Dropout()).eval(), even, **given)
-    D.model.train(bool(rank))
-    v, k = vectors(H)[:, 0], 1 + rank
-    report = dh.analyze(model(), even, points=["0", "2", "4"], **given)
-
-    def operator(net: nn.Module, batch: Any = even, kind: Any = dh.HessianOperator, **options: Any) -> Any:
-        return lambda: kind(net, batch, **{**given, **options})
-
-    def mapped(**options: Any) -> Any:
-        return lambda: dh.analyze(model(), even, **given, **options)
-
-    calls: dict[str, Callable[[], Any]] = {
-        "activation module": operator(of(nn.Softplus() if rank else nn.Tanh())),
-        "setting of a module": operator(of(nn.Softplus(1.0 + rank))),
-        "activation function": operator(Applied(function)),
-        "function of another size": operator(Applied(function), uneven),
-        "order of rows": operator(rewritten(rank, lambda w: w.flip(0))),
-        "two signs": operator(rewritten(rank, two_signs)),
-        "loss": operator(model(), loss=ignoring if rank else F.cross_entropy),
-        "lambda": operator(model(), loss=mine, reduction="mean"),
-        "weights of a loss": operator(model(), loss=nn.CrossEntropyLoss(weight=weight)),
-        "inferred loss": operator(model(), (even[0], torch.ones(5, 3).double()) if rank else even, loss=None),
-        "mode of dropout": operator(dropout),
-        "operator": operator(model(), kind=dh.GGNOperator if rank else dh.HessianOperator),
-        "points": operator(of(nn.Tanh()), space="activation", points=["1"] if rank else ["0"]),
-        "params": operator(model(), params=["0.bias", "0.weight"] if rank else ["0.weight", "0.bias"]),
-        "drawn targets": operator(model(), kind=partial(dh.FisherOperator, kind="mc"), seed=rank, reduction="mean"),
-        "kind of call": mapped(points=["0"]) if rank else operator(model(), space="activation", points=["0"]),
-        "map mode": mapped(mode="probes" if rank else "exact"),
-        "map probes": mapped(mode="probes", probes=8 * k),
-        "map seed": mapped(mode="probes", seed=rank),
-        "map rtol": mapped(rtol=0.1 * k),
-        "map pairs": mapped(points=["0", "2", "4"], pairs=[("2", "4") if rank else ("0", "4")]),
-        "stored error": lambda: dh.BlockMatrix.from_model(model(), even, error=0.1 * k, progress=False, **given),
-        "monitor": lambda: dh.Monitor(model(), even, loss=ignoring if rank else F.cross_entropy, mesh=mesh),
-        "refreshed": D.refresh,
-        "eigsh": lambda: H.eigsh(k),
-        "option of eigsh": lambda: H.eigsh(1, which="SA" if rank else "LA"),
-        "eigsh of a sum": lambda: (2 * H + H.shifted(1.0)).eigsh(k),
-        "eigsh of a block": lambda: H["0.weight", "0.weight"].eigsh(k),
-        "top_eigenvectors": lambda: H.top_eigenvectors(k),
-        "trace": lambda: H.trace(20 + rank),
-        "diagonal": lambda: H.diagonal(20, seed=rank),
-        "spectral_density": lambda: H.spectral_density(5 + rank),
-        "solve": lambda: H.solve(v.flip(0) if rank else v),
-        "landscape": lambda: H.landscape(v, points=5 if rank else 3),
-        "block": lambda: H["2.bias" if rank else "0.bias", "4.bias"] @ v[:3],
-        "order of a vector": lambda: H @ (v.flip(0) if rank else v),
-        "block of a report": lambda: report.block("2" if rank else "0", "4"),
-    }
-    found = {name: said(call) for name, call in calls.items()}
-    step: list[Any] = [None] * ranks
-    dist.all_gather_object(step, "the user's own")
-    assert step == ["the user's own"] * ranks
-    return found
-
-
-def _by_size(z: Tensor) -> Tensor:
-    return z - z.mean(0) if len(z) > 4 else 2 * z
-
-
-def _by_value(z: Tensor) -> Tensor:
-    return z.sigmoid() if float(z.detach().sum()) > 0 else z.tanh()
-
-
-def likewise(rank: int, ranks: int) -> dict[str, str]:
-    """What may be another one on every rank."""
-    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))
-    given: dict[str, Any] = {"loss": F.cross_entropy, "mesh": mesh}
-    x, y = samples()
-    batch, several = (x[: 4 + rank], y[: 4 + rank]), [(x[k : k + 2], y[k : k + 2]) for k in range(0, 4 + 4 * rank, 2)]
-    sign = (2 * rank - 1) * float(Applied(torch.clone)(x[:4]).sum().sign())  # of either branch one rank
-    dropout = of(nn.Dropout()).train()
-    torch.manual_seed(rank)
-    return {
-        "sizes": said(lambda: dh.HessianOperator(model(), batch, **given)),
-        "numbers of batches": said(lambda: dh.HessianOperator(model(), several, **given)),
-        "draws": said(lambda: dh.HessianOperator(dropout, batch, **given)),
-        "branches by size": said(lambda: dh.HessianOperator(Applied(_by_size), batch, reduction="mean", **given)),
-        "branches by value": said(lambda: dh.HessianOperator(Applied(_by_value), (sign * x[:4], y[:4]), **given)),
-    }
-
-
 def left_alone(rank: int, ranks: int) -> str:
     """The last rank ends without a word."""
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))
@@ -583,10 +350,12 @@ def left_alone(rank: int, ranks: int) -> str:
 
 
 def enter(rank: int, ranks: int, folder: str, what: str) -> None:
-    """One rank: what it found is left in a file."""
+    """One rank: what it found is left in a file. ``what`` is a function's module here, and its name."""
+    module, name = what.split(".")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     try:
-        torch.save(globals()[what](rank, ranks), f"{folder}/{rank}")
+        run = getattr(import_module(f"tests.distributed.{module}"), name)
+        torch.save(run(rank, ranks), f"{folder}/{rank}")
     finally:
         dist.destroy_process_group()
