@@ -157,11 +157,21 @@ def integer(option: str, value: Any, least: int | None = None, why: str = "") ->
     32
     """
     if not is_integer(value) or (least is not None and value < least) or abs(int(value)) >= 2**63:
-        received = f"{option}={value!r}" + ("" if is_integer(value) else f" is a {type(value).__name__}")
+        received = f"{option}={value!r}" + ("" if is_integer(value) else f" is {kind_of(value)}")
         bound = " of 64 bits" if is_integer(value) and abs(int(value)) >= 2**63 else ""
         bound += "" if least is None else f" of at least {least}"
         raise OptionError(f"{received}; expected an integer{bound}{f' ({why})' if why else ''}.")
     return int(value)
+
+
+def kind_of(value: object) -> str:
+    """The type of a value, with its article.
+
+    >>> kind_of(3), kind_of("3")
+    ('an int', 'a str')
+    """
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
 
 
 def flag(option: str, value: Any) -> bool:
@@ -171,7 +181,7 @@ def flag(option: str, value: Any) -> bool:
         OptionError: it is something else.
     """
     if not isinstance(value, bool):
-        raise OptionError(f"{option}={value!r} is a {type(value).__name__}; expected True or False.")
+        raise OptionError(f"{option}={value!r} is {kind_of(value)}; expected True or False.")
     return value
 
 
@@ -187,7 +197,7 @@ def several(option: str, value: Any, expected: str) -> list[Any]:
     try:
         return list(value)
     except TypeError as error:
-        raise OptionError(f"{option} is a {type(value).__name__}; expected {expected}.") from error
+        raise OptionError(f"{option} is {kind_of(value)}; expected {expected}.") from error
 
 
 def takes(option: str, function: Any, arguments: str) -> None:

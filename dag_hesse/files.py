@@ -14,13 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dag_hesse.errors import OptionError, WriteError
+from dag_hesse.errors import OptionError, WriteError, kind_of
 
 
 def check_path(path: object) -> None:
     """Raise :class:`OptionError` for what names no file."""
     if not isinstance(path, (str, os.PathLike)):
-        raise OptionError(f"path is a {type(path).__name__}; expected a file's name.")
+        raise OptionError(f"path is {kind_of(path)}; expected a file's name.")
     if not os.fspath(path) or "\0" in os.fspath(path) or os.path.isdir(path):
         raise OptionError(f"path={os.fspath(path)!r} is no file's name; expected one, as 'report.json'.")
 

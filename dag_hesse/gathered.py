@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dag_hesse.budget import Budget
-from dag_hesse.errors import OptionError
+from dag_hesse.errors import OptionError, kind_of
 from dag_hesse.ranks import Ranks
 
 _OF_FSDP = "torch.distributed.fsdp"
@@ -51,7 +51,7 @@ def gathered(model: nn.Module, ranks: Ranks, budget: Budget) -> nn.Module:
                 vars(shells[id(module)]).update(copy.deepcopy(_unmarked(module), memo))
             except Exception as error:
                 raise OptionError(
-                    f"parameters in pieces are gathered into a copy of the model, and a {type(module).__name__} of it "
+                    f"parameters in pieces are gathered into a copy of the model, and {kind_of(module)} of it "
                     f"cannot be copied ({error}): give a model with whole parameters, with .full_tensor() of each, say."
                 ) from error
     found: nn.Module = shells[id(model)]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dag_hesse.alike import content, described, of_modules
-from dag_hesse.errors import OptionError, RankError
+from dag_hesse.errors import OptionError, RankError, kind_of
 
 # Its functions take the group of the hour as a default, which then lives past destroy_process_group: gloo's threads
 # would meet an interpreter that is being taken down, and abort it. Dynamo imports it at some time; now, it takes none.
@@ -48,7 +48,7 @@ class Ranks:
             )
         names = getattr(mesh, "mesh_dim_names", None)
         if not isinstance(mesh, dist.DeviceMesh):
-            raise OptionError(f"mesh is a {type(mesh).__name__}; {advice}")
+            raise OptionError(f"mesh is {kind_of(mesh)}; {advice}")
         if not names or not set(names) <= set(AXES):
             raise OptionError(f"the mesh's axes are called {names}; expected 'data', 'probe' or both.")
         self.members: set[int] = set(mesh.mesh.flatten().tolist())

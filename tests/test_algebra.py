@@ -363,7 +363,7 @@ def test_preconditioners_that_are_none(method: str) -> None:
     b, eye = torch.randn(n).double(), torch.eye(n).double()
     cases: list[tuple[Any, str]] = [
         (nn.Linear, "is the class Linear; expected"),
-        (3, "is a int; expected"),
+        (3, "is an int; expected"),
         (1j * torch.ones(n), "complex64; expected real numbers"),
         (nan := torch.full((n,), float("nan")), "gives NaN or infinity"),
         (torch.diag(nan), "gives NaN or infinity"),

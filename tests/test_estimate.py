@@ -150,6 +150,8 @@ def test_the_spectral_norm_of_a_matrix_is_its_largest_singular_value(size: int) 
         expected = float(torch.linalg.matrix_norm(matrix.double(), 2))
         assert spectral_norm(matrix) == pytest.approx(expected, rel=1e-10, abs=0)
     assert spectral_norm(torch.zeros(0, size)) == 0
+    assert np.isnan(spectral_norm(torch.full((size, size), torch.nan)))
+    assert np.isinf(spectral_norm(torch.full((size, size), torch.inf)))
 
 
 def test_the_spectral_norm_is_right_to_its_stated_error() -> None:

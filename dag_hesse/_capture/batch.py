@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
 
-from dag_hesse.errors import BatchError, CaptureError, NonFiniteError
+from dag_hesse.errors import BatchError, CaptureError, NonFiniteError, kind_of
 from dag_hesse.randomness import preserved
 
 NO_BATCHES = "the iterable of batches is empty or used up: give at least one batch."
@@ -197,7 +197,7 @@ def check_tensors(model: torch.nn.Module, batch: Batch) -> None:
     for name, x in [*own, *given]:
         if hasattr(x, "placements"):
             raise BatchError(
-                f"'{name}' is a {type(x).__name__}, of which this rank has a part (FSDP, tensor parallelism): give "
+                f"'{name}' is {kind_of(x)}, of which this rank has a part (FSDP, tensor parallelism): give "
                 "mesh= on all ranks, which gathers what fully_shard divides, or a model with whole parameters, with "
                 ".full_tensor() of each, say."
             )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dag_hesse._capture.batch import Batch
-from dag_hesse.errors import LossError, OptionError
+from dag_hesse.errors import LossError, OptionError, kind_of
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -42,7 +42,7 @@ def check_loss(loss: Any) -> None:
         raise OptionError(f"loss is the class {loss.__name__}; expected a callable made of it: {loss.__name__}().")
     if loss is not None and not callable(loss):
         raise OptionError(
-            f"loss={loss!r} is a {type(loss).__name__}; expected callable(output, targets) -> scalar tensor, as "
+            f"loss={loss!r} is {kind_of(loss)}; expected callable(output, targets) -> scalar tensor, as "
             "torch.nn.functional.cross_entropy."
         )
 
@@ -140,7 +140,7 @@ def evaluate(output: Any, batch: Batch, targets: Any, kwargs: dict[str, Any], lo
     else:
         value = inferred(output, targets)
     if not isinstance(value, Tensor):
-        raise LossError(f"the loss is a {type(value).__name__}; expected a scalar tensor.")
+        raise LossError(f"the loss is {kind_of(value)}; expected a scalar tensor.")
     if value.numel() != 1:
         raise LossError(f"the loss has shape {tuple(value.shape)}; expected a scalar: reduce it (.mean() or .sum()).")
     if not value.is_floating_point():

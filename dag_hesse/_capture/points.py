@@ -9,7 +9,16 @@ from math import prod
 from torch import nn
 
 from dag_hesse._capture.heads import split_heads
-from dag_hesse.errors import NonDifferentiableError, OptionError, PointError, choose, is_integer, several, suggest
+from dag_hesse.errors import (
+    NonDifferentiableError,
+    OptionError,
+    PointError,
+    choose,
+    is_integer,
+    kind_of,
+    several,
+    suggest,
+)
 from dag_hesse.ir import CurvatureGraph, Interaction, Kind, Node, Point
 from dag_hesse.names import innermost, matches, wider
 
@@ -154,7 +163,7 @@ def resolve_points(
     """
     choose("space", space, SPACES)
     if not isinstance(names, Iterable):
-        raise OptionError(f"points is a {type(names).__name__}; expected names or glob patterns.")
+        raise OptionError(f"points is {kind_of(names)}; expected names or glob patterns.")
     if isinstance(names, Mapping):
         if not names:
             raise PointError("points is an empty mapping: name at least one group, or pass None.")
@@ -167,8 +176,7 @@ def resolve_points(
         if not isinstance(name, str):
             hint = f" ({str(name)!r} is the module of that name; reports and operators take positions.)"
             raise OptionError(
-                f"points holds a {type(name).__name__}; expected names or glob patterns."
-                + (hint if is_integer(name) else "")
+                f"points holds {kind_of(name)}; expected names or glob patterns." + (hint if is_integer(name) else "")
             )
         exact = _named(graph, model, name, space)
         if exact is not None:

@@ -19,7 +19,7 @@ from dag_hesse._capture.losses import Loss, check_loss
 from dag_hesse._capture.points import Names, points_like, resolve_points
 from dag_hesse._capture.record import record
 from dag_hesse._capture.stream import Batches
-from dag_hesse.errors import BatchError, CaptureError, NonDifferentiableError, OptionError, several
+from dag_hesse.errors import BatchError, CaptureError, NonDifferentiableError, OptionError, kind_of, several
 from dag_hesse.ir import CurvatureGraph, Node, Point, verify
 from dag_hesse.options import checked_options
 from dag_hesse.randomness import preserved
@@ -35,7 +35,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _check(model: nn.Module, batch: Batch) -> None:
     if not isinstance(model, nn.Module):
-        raise OptionError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
+        raise OptionError(f"model is {kind_of(model)}; expected a torch.nn.Module.")
     check_no_transform()
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -81,7 +81,7 @@ def captured(model: nn.Module, batch: Any, *, loss: Loss | None = None, output: 
     batch = fitted(one_batch(batch), model, loss)
     check_loss(loss)
     if output is not None and not isinstance(output, str):
-        raise OptionError(f"output is a {type(output).__name__}; expected the name of a module or tap.")
+        raise OptionError(f"output is {kind_of(output)}; expected the name of a module or tap.")
     _check(model, batch)
     try:
         recording = record(model, batch, loss)
@@ -149,12 +149,12 @@ def _points_by(choose: Callable[[CurvatureGraph], Sequence[Point]], graph: Curva
         OptionError: it is a class or a module, or returns something else than points.
     """
     if isinstance(choose, (type, nn.Module)):
-        given = f"the class {choose.__name__}" if isinstance(choose, type) else f"a {type(choose).__name__}"
+        given = f"the class {choose.__name__}" if isinstance(choose, type) else kind_of(choose)
         raise OptionError(f"points is {given}; expected names or glob patterns.")
     points = tuple(several("points", choose(graph), "a function of the graph that returns points"))
     for point in points:
         if not isinstance(point, Point):
-            raise OptionError(f"points returned a {type(point).__name__}; expected points of the captured graph.")
+            raise OptionError(f"points returned {kind_of(point)}; expected points of the captured graph.")
     return points
 
 

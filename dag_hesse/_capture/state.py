@@ -6,7 +6,7 @@ import functools
 import random
 import types
 from array import array
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import is_
@@ -22,6 +22,7 @@ from dag_hesse.randomness import preserved
 _MOST = 200_000  # objects looked at
 _FOREIGN = ("torch", "numpy", "scipy", "builtins", "_thread", "threading", "logging", "weakref", "dag_hesse", "typing")
 _PLAIN = (str, bytes, int, float, bool, complex, type(None), type, types.ModuleType)
+_UNSET = object()
 Undo = Callable[[], None]
 
 
@@ -49,7 +50,7 @@ def _restore_list(into: list[Any], saved: list[Any]) -> None:
 
 def _restore_others(into: Any, saved: list[Any]) -> None:
     """Sets and deques."""
-    if list(into) != saved:
+    if len(into) != len(saved) or not all(map(is_, into, saved)):
         into.clear()
         for item in saved:
             (into.append if isinstance(into, deque) else into.add)(item)
@@ -107,23 +108,13 @@ class Snapshot:
         self._queue.extend(x for x in items if not isinstance(x, _PLAIN))
 
     def _note(self, x: Any) -> None:
-        if isinstance(x, Tensor):
+        if isinstance(x, (dict, list, tuple, set, deque)):
+            self._container(x)
+        elif isinstance(x, Tensor):
             if type(x) in (Tensor, nn.Parameter) and x.layout is torch.strided and x.is_leaf:
                 self.undo.append(functools.partial(_restore_tensor, x, x.detach(), x.grad, x.requires_grad))
         elif isinstance(x, _PLAIN):
             return
-        elif isinstance(x, dict):
-            saved = _content(x)
-            self.undo.append(functools.partial(_restore_mapping, x, saved))
-            self._more(saved.values())
-        elif isinstance(x, list):
-            self.undo.append(functools.partial(_restore_list, x, list(list.__iter__(x))))
-            self._more(list.__iter__(x))
-        elif isinstance(x, tuple):
-            self._more(x)
-        elif isinstance(x, (set, deque)):
-            self.undo.append(functools.partial(_restore_others, x, list(x)))
-            self._more(x)
         elif isinstance(x, functools._lru_cache_wrapper):
             if x.cache_info().currsize == 0:
                 self.undo.append(x.cache_clear)
@@ -144,14 +135,34 @@ class Snapshot:
         else:
             self._object(x)
 
+    def _container(self, x: Any) -> None:
+        """What it holds, and what it has besides."""
+        if isinstance(x, dict):
+            saved = _content(x)
+            self.undo.append(functools.partial(_restore_mapping, x, saved))
+            self._more(saved.values())
+        elif isinstance(x, list):
+            self.undo.append(functools.partial(_restore_list, x, list(list.__iter__(x))))
+            self._more(list.__iter__(x))
+        elif isinstance(x, tuple):
+            self._more(x)
+        else:
+            self.undo.append(functools.partial(_restore_others, x, list(x)))
+            self._more(x)
+        if isinstance(x, defaultdict):
+            self.undo.append(functools.partial(_restore_slot, x, "default_factory", x.default_factory))
+            self._queue.append(x.default_factory)
+        if type(x) is OrderedDict and not vars(x):  # a module has a dozen of these
+            self.undo.append(vars(x).clear)
+        elif type(x) not in (dict, list, tuple, set, deque):
+            self._object(x)
+
     def _object(self, x: Any) -> None:
         kind = type(x)
-        for base in kind.__mro__ if kind.__module__.split(".")[0] not in _FOREIGN else ():
-            slots = base.__dict__.get("__slots__", ())
-            for name in (slots,) if isinstance(slots, str) else slots:
-                if hasattr(x, name):
-                    self.undo.append(functools.partial(_restore_slot, x, name, getattr(x, name)))
-                    self._queue.append(getattr(x, name))
+        for name in _slots(kind):
+            value = getattr(x, name, _UNSET)
+            self.undo.append(functools.partial(_restore_slot, x, name, value))
+            self._queue.append(value)
         is_module = isinstance(x, nn.Module)
         if (not is_module and kind.__module__.split(".")[0] in _FOREIGN) or not isinstance(
             getattr(x, "__dict__", None), dict
@@ -197,6 +208,17 @@ class Snapshot:
                     self._queue.append(value)
 
 
+def _slots(kind: type) -> Iterator[str]:
+    """Names of the slots of a class of the user's."""
+    for base in kind.__mro__ if kind.__module__.split(".")[0] not in _FOREIGN else ():
+        names = base.__dict__.get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            if not name.startswith("__"):
+                yield name
+            elif not name.endswith("__"):
+                yield f"_{base.__name__.lstrip('_')}{name}"
+
+
 def _runs(x: Any) -> bool:
     return isinstance(x, (types.FunctionType, functools._lru_cache_wrapper))
 
@@ -208,7 +230,11 @@ def global_names(code: types.CodeType) -> set[str]:
 
 
 def _restore_slot(x: Any, name: str, value: Any) -> None:
-    if getattr(x, name, None) is not value:
+    if getattr(x, name, _UNSET) is value:
+        return
+    if value is _UNSET:
+        delattr(x, name)
+    else:
         setattr(x, name, value)
 
 

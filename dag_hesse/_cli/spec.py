@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from dag_hesse.errors import DependencyError, OptionError, integer, suggest
+from dag_hesse.errors import DependencyError, OptionError, integer, kind_of, suggest
 from dag_hesse.experiments import models
 
 Built = tuple[nn.Module, Any]
@@ -77,9 +77,7 @@ def load_spec(spec: str, batch: int | None, side: int | None, seed: int) -> tupl
     except (ImportError, AttributeError) as error:
         raise OptionError(f"SPEC '{spec}' cannot be loaded: {error}.") from error
     if not callable(function):
-        raise OptionError(
-            f"SPEC '{spec}' is a {type(function).__name__}; expected a callable that returns (model, batch)."
-        )
+        raise OptionError(f"SPEC '{spec}' is {kind_of(function)}; expected a callable that returns (model, batch).")
     made = function()
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
         raise OptionError(

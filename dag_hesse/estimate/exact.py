@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 import numpy as np
 import torch
@@ -43,11 +44,11 @@ def spectral_norm(matrix: Tensor) -> float:
     """
     wide = matrix.double().cpu()
     wide = wide if len(wide) <= wide.shape[1] else wide.mT
-    if len(wide) <= _DENSE:
-        return float(torch.linalg.matrix_norm(wide, 2)) if wide.numel() else 0.0
-    scale = float(wide.abs().max())
-    if not scale > 0:
+    scale = float(wide.abs().max()) if wide.numel() else 0.0
+    if not 0 < scale < inf:
         return scale
+    if len(wide) <= _DENSE:
+        return float(torch.linalg.matrix_norm(wide, 2))
     wide = wide / scale  # Lanczos converges to so much of 1
 
     def product(x: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dag_hesse._capture.losses import Loss
 from dag_hesse._capture.points import Names
-from dag_hesse.errors import NonFiniteError, OptionError, RankError, flag, integer
+from dag_hesse.errors import NonFiniteError, OptionError, RankError, flag, integer, kind_of
 from dag_hesse.monitor import optimizers
 from dag_hesse.monitor.log import Log
 from dag_hesse.monitor.pace import Pace, share
@@ -298,5 +298,5 @@ def _of_the_first(ranks: Ranks, step: int, mine: bool) -> bool:
 
 def _prefix(prefix: Any) -> str:
     if not isinstance(prefix, str):
-        raise OptionError(f"prefix={prefix!r} is a {type(prefix).__name__}; expected a string.")
+        raise OptionError(f"prefix={prefix!r} is {kind_of(prefix)}; expected a string.")
     return f"{prefix.rstrip('/')}/" if prefix else ""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dag_hesse.errors import OptionError
+from dag_hesse.errors import OptionError, kind_of
 
 Settings = Mapping[str, Any]  # a group's, or a parameter's state
 
@@ -66,7 +66,7 @@ def bare(optimizer: Any) -> Any:
     while hasattr(inner := getattr(optimizer, "optimizer", None), "param_groups"):
         optimizer = inner
     if not hasattr(optimizer, "param_groups") or not isinstance(getattr(optimizer, "state", None), Mapping):
-        raise OptionError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, or None.")
+        raise OptionError(f"optimizer is {kind_of(optimizer)}; expected a torch.optim.Optimizer, or None.")
     return optimizer
 
 

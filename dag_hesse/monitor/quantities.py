@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dag_hesse.errors import OptionError, choose
+from dag_hesse.errors import OptionError, choose, kind_of
 from dag_hesse.monitor import optimizers
 from dag_hesse.monitor.subject import Subject
 from dag_hesse.operators.base import SymmetricOperator
@@ -166,7 +166,7 @@ def _adapts(optimizer: Any) -> bool:
 
 def _missing(optimizer: Any) -> dict[str, str]:
     """Quantities that there are not, and where they are."""
-    received = "none was given" if optimizer is None else f"received a {type(optimizer).__name__}"
+    received = "none was given" if optimizer is None else f"received {kind_of(optimizer)}"
     known = [kind for kind, found in optimizers.RULES.items() if found.scale is not None]
     found: dict[str, str] = {}
     if not _adapts(optimizer):

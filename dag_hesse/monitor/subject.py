@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from dag_hesse._capture.batch import check_finite
 from dag_hesse._mapper import Mapper
-from dag_hesse.errors import OptionError, PointError, RankError
+from dag_hesse.errors import OptionError, PointError, RankError, kind_of
 from dag_hesse.operators import HessianOperator
 from dag_hesse.randomness import preserved
 from dag_hesse.ranks import Ranks
@@ -29,7 +29,7 @@ def bare(model: Any) -> nn.Module:
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, wrappers) else model._orig_mod
     if not isinstance(model, nn.Module):
-        raise OptionError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
+        raise OptionError(f"model is {kind_of(model)}; expected a torch.nn.Module.")
     for name, p in model.named_parameters():
         if hasattr(p, "placements") or "_flat_param" in name:
             raise OptionError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dag_hesse.errors import DependencyError, OptionError
+from dag_hesse.errors import DependencyError, OptionError, kind_of
 from dag_hesse.monitor.monitor import Monitor
 from dag_hesse.monitor.quantities import Numbers
 
@@ -35,7 +35,7 @@ class MonitorWriter:
         self.monitor = monitor
         self._own = isinstance(writer, (str, Path))
         if not self._own and not hasattr(writer, "add_scalar"):
-            raise OptionError(f"writer is a {type(writer).__name__}; expected a SummaryWriter, or a folder's name.")
+            raise OptionError(f"writer is {kind_of(writer)}; expected a SummaryWriter, or a folder's name.")
         self.writer = _open(writer) if self._own else writer
 
     def step(self, step: int) -> Numbers | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dag_hesse.errors import OptionError, PointError
+from dag_hesse.errors import OptionError, PointError, kind_of
 from dag_hesse.names import selected
 from dag_hesse.operators.measured import MeasuredOperator
 
@@ -70,7 +70,7 @@ class SymmetricOperator(MeasuredOperator):
         by = number(factor)
         if by is None:
             raise OptionError(
-                f"an operator is multiplied by a {type(factor).__name__}; expected a real number (use @ for vectors)."
+                f"an operator is multiplied by {kind_of(factor)}; expected a real number (use @ for vectors)."
             )
         return Scaled(self, by)
 
@@ -102,7 +102,7 @@ class SymmetricOperator(MeasuredOperator):
 
         if not isinstance(other, SymmetricOperator):
             raise OptionError(
-                f"a {type(other).__name__} is added to an operator; expected an operator. H.shifted(λ) is H + λI."
+                f"{kind_of(other)} is added to an operator; expected an operator. H.shifted(λ) is H + λI."
             )
         return Sum(self, other)
 

@@ -17,7 +17,7 @@ from dag_hesse._capture.advice import own_labels
 from dag_hesse._capture.losses import Loss, check_loss, inferred, prediction
 from dag_hesse._capture.state import restored
 from dag_hesse._capture.writes import Written
-from dag_hesse.errors import LossError, OptionError, choose, integer
+from dag_hesse.errors import LossError, OptionError, choose, integer, kind_of
 from dag_hesse.operators.operator import CurvatureOperator
 from dag_hesse.operators.wide import widened_batches, widened_loss
 from dag_hesse.options import checked_options
@@ -187,7 +187,7 @@ class Drawn:
     def _draw(self, batch: Batch) -> tuple[Tensor, ...]:
         targets = batch.targets
         if not isinstance(targets, Tensor):
-            raise LossError(f"targets are a {type(targets).__name__}; kind='mc' draws tensors: give (inputs, targets).")
+            raise LossError(f"targets are {kind_of(targets)}; kind='mc' draws tensors: give (inputs, targets).")
         with restored(self.model) as before, torch.no_grad():
             before.written += [Written.of(x) for x in self.model.buffers()]  # as a BatchNorm's statistics
             output = prediction(self.model(*batch.args, **batch.kwargs))

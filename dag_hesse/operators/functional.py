@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dag_hesse._capture import parameter_points, unwrapped
-from dag_hesse.errors import OptionError, PointError, several, suggest, takes
+from dag_hesse.errors import OptionError, PointError, kind_of, several, suggest, takes
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.names import places_of, wider
 
@@ -29,7 +29,7 @@ class FunctionModule(nn.Module):
         for number, (key, value) in enumerate(items):
             if not isinstance(key, str) or not isinstance(value, Tensor) or not value.is_floating_point():
                 raise OptionError(
-                    f"params[{key!r}] is a {type(value).__name__}; expected floating-point tensors under names (a flat "
+                    f"params[{key!r}] is {kind_of(value)}; expected floating-point tensors under names (a flat "
                     "dict), or a list of them."
                 )
             self.user_keys[f"p{number}"] = key
@@ -59,11 +59,11 @@ def as_module(model: Any, params: Any) -> tuple[nn.Module, Any]:
         return unwrapped(model), params
     if not callable(model) or params is None:
         raise OptionError(
-            f"model is a {type(model).__name__}; expected a torch.nn.Module, or a callable of (params, inputs) with "
+            f"model is {kind_of(model)}; expected a torch.nn.Module, or a callable of (params, inputs) with "
             "params= given."
         )
     if isinstance(params, (Tensor, str)) or not isinstance(params, (Mapping, Sequence)):
-        raise OptionError(f"params is a {type(params).__name__}; expected a dict or a list of tensors.")
+        raise OptionError(f"params is {kind_of(params)}; expected a dict or a list of tensors.")
     return FunctionModule(model, params), None
 
 
@@ -105,10 +105,10 @@ def _own(named: Mapping[str, nn.Parameter], names: Mapping[str, str], params: An
     found: list[str] = []
     expected = "a list of the model's parameters or names"
     if isinstance(params, (Tensor, str)):
-        raise OptionError(f"params is a {type(params).__name__}; expected {expected}.")
+        raise OptionError(f"params is {kind_of(params)}; expected {expected}.")
     for p in several("params", params, expected):
         if not isinstance(p, (str, Tensor)):
-            raise OptionError(f"params holds a {type(p).__name__}; expected the model's parameters or their names.")
+            raise OptionError(f"params holds {kind_of(p)}; expected the model's parameters or their names.")
         name = names.get(p, p) if isinstance(p, str) else first.get(id(p), "")
         if name not in named:
             what = repr(p) if isinstance(p, str) else f"a tensor of shape {tuple(p.shape)}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dag_hesse.errors import OptionError, VectorError
+from dag_hesse.errors import OptionError, VectorError, kind_of
 from dag_hesse.operators.vectors import VectorForm
 from dag_hesse.sweep import Linearization, Problem
 from dag_hesse.sweep.embed import joined, seed
@@ -77,7 +77,7 @@ def output_rows(problem: Problem, u: Tensor) -> tuple[Tensor, bool]:
 
 
 def _described(u: object) -> str:
-    return f"{u.dtype} on {u.device}" if isinstance(u, Tensor) else f"a {type(u).__name__}"
+    return f"{u.dtype} on {u.device}" if isinstance(u, Tensor) else kind_of(u)
 
 
 def check_output(problem: Problem) -> None:

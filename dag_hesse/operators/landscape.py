@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dag_hesse._capture.evidence import loss_at
 from dag_hesse._capture.losses import Loss
-from dag_hesse.errors import OptionError, integer
+from dag_hesse.errors import OptionError, integer, kind_of
 from dag_hesse.figures import new_figure, save_figure
 from dag_hesse.operators.algebra import number
 from dag_hesse.operators.eigen import Eigenpair
@@ -118,7 +118,7 @@ def _several(operator: CurvatureOperator, directions: Any) -> list[Any]:
     alone = isinstance(directions, (Eigenpair, Tensor, dict, np.ndarray))
     given = [directions] if alone else directions
     if not isinstance(given, Sequence) or isinstance(given, str) or len(given) not in (1, 2):
-        what = f"{len(given)} of them" if isinstance(given, Sequence) else f"a {type(given).__name__}"
+        what = f"{len(given)} of them" if isinstance(given, Sequence) else kind_of(given)
         raise OptionError(f"directions are {what}; expected one vector or eigenpair, or a list of one or two.")
     return list(given)
 

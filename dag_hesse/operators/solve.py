@@ -12,7 +12,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, cg, minres
 from torch import Tensor
 
-from dag_hesse.errors import NonFiniteError, OptionError, choose, integer
+from dag_hesse.errors import NonFiniteError, OptionError, choose, integer, kind_of
 from dag_hesse.operators.eigen import of_unit_size
 from dag_hesse.operators.vectors import to_numpy
 
@@ -118,7 +118,7 @@ def _product(operator: SegmentedOperator, preconditioner: Any) -> Callable[[Tens
     matched = hasattr(preconditioner, "__matmul__") or callable(preconditioner)
     if isinstance(preconditioner, type) or not matched:
         is_class = isinstance(preconditioner, type)
-        given = f"the class {preconditioner.__name__}" if is_class else f"a {type(preconditioner).__name__}"
+        given = f"the class {preconditioner.__name__}" if is_class else kind_of(preconditioner)
         raise OptionError(
             f"preconditioner is {given}; expected what approximates the inverse: an operator, a tensor (n, n), "
             "its diagonal (n,), or a callable of a vector (n,)."
@@ -139,8 +139,8 @@ def _numbers(result: Any, size: int) -> np.ndarray:
     """
     y = to_numpy(result.detach()) if isinstance(result, Tensor) else result
     if not isinstance(y, np.ndarray) or y.size != size or y.dtype.kind not in "fiu":
-        gave = f"{type(result).__name__}{f' {tuple(y.shape)} of {y.dtype}' if isinstance(y, np.ndarray) else ''}"
-        raise OptionError(f"preconditioner gives a {gave} for a vector; expected a tensor of {size} real numbers.")
+        gave = f"{kind_of(result)}{f' {tuple(y.shape)} of {y.dtype}' if isinstance(y, np.ndarray) else ''}"
+        raise OptionError(f"preconditioner gives {gave} for a vector; expected a tensor of {size} real numbers.")
     return y.reshape(size)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dag_hesse.budget import Budget
-from dag_hesse.errors import VectorError
+from dag_hesse.errors import VectorError, kind_of
 from dag_hesse.kernels.arena import SYSTEM, Arena
 from dag_hesse.ranks import Ranks, together
 
@@ -95,7 +95,7 @@ class VectorForm:
             segments, unpack = self._shaped(list(v))
             return segments, lambda out: type(v)(unpack(out))
         raise VectorError(
-            f"a {type(v).__name__} is no vector; expected a tensor, an array, a list of tensors or a dict of them."
+            f"{kind_of(v)} is no vector; expected a tensor, an array, a list of tensors or a dict of them."
         )
 
     def _from_numpy(self, v: np.ndarray) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dag_hesse._structure import Structure
-from dag_hesse.errors import OptionError, is_integer
+from dag_hesse.errors import OptionError, is_integer, kind_of
 from dag_hesse.ir import CurvatureGraph
 from dag_hesse.names import selected
 
@@ -114,7 +114,7 @@ def checked_pairs(pairs: Any) -> list[tuple[Any, Any]] | None:
         raise OptionError(f"pairs={pairs!r}; expected pairs of points, as [('layer1', 'layer3'), ('layer1', 'fc')].")
     for end in itertools.chain(*listed):
         if not isinstance(end, str) and not is_integer(end):
-            raise OptionError(f"pairs holds a {type(end).__name__} as a point; expected a name, a glob or a position.")
+            raise OptionError(f"pairs holds {kind_of(end)} as a point; expected a name, a glob or a position.")
     return [(v, w) for v, w in listed]
 
 

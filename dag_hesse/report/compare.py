@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dag_hesse.errors import OptionError, PointError, choose
+from dag_hesse.errors import OptionError, PointError, choose, kind_of
 from dag_hesse.estimate import METRICS
 from dag_hesse.report.pairs import data_frame, number
 
@@ -79,7 +79,7 @@ class Comparison:
 def compared(before: CurvatureReport, after: Any) -> Comparison:
     """As :meth:`dag_hesse.CurvatureReport.compare`."""
     if not isinstance(after, type(before)):
-        raise OptionError(f"a report is compared with a {type(after).__name__}; expected a CurvatureReport.")
+        raise OptionError(f"a report is compared with {kind_of(after)}; expected a CurvatureReport.")
     for what in ("space", "batch_mode"):
         if before.facts[what] != after.facts[what]:
             raise OptionError(

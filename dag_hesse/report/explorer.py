@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch.export import ExportedProgram
 
-from dag_hesse.errors import OptionError, PointError, choose, suggest
+from dag_hesse.errors import OptionError, PointError, choose, kind_of, suggest
 from dag_hesse.estimate import METRICS
 from dag_hesse.files import check_output, write_text
 from dag_hesse.report.colour import colours
@@ -29,7 +29,7 @@ def write_model_explorer(
     check_output(path)
     choose("metric", metric, METRICS)
     if program is not None and not isinstance(program, ExportedProgram):
-        raise OptionError(f"program is a {type(program).__name__}; expected what torch.export.export() returns.")
+        raise OptionError(f"program is {kind_of(program)}; expected what torch.export.export() returns.")
     ids = dict(enumerate(report.names)) if program is None else _nodes(report, program)
     values = report.values[metric]
     column = values.diagonal() if point is None else values[:, report.index(point)]

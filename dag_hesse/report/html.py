@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dag_hesse.errors import OptionError
+from dag_hesse.errors import OptionError, kind_of
 from dag_hesse.files import check_output, write_text
 from dag_hesse.report.page_data import as_json, page_data
 from dag_hesse.report.report import CurvatureReport
@@ -60,7 +60,7 @@ def write_html(
     check_output(path)
     if spectra is not None and not isinstance(spectra, BlockSpectra):
         raise OptionError(
-            f"spectra is a {type(spectra).__name__}; expected what dag_hesse.theory.block_spectra() returns, or None."
+            f"spectra is {kind_of(spectra)}; expected what dag_hesse.theory.block_spectra() returns, or None."
         )
     page, style, script = _template()
     parts = {

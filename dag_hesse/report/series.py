@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dag_hesse.errors import OptionError, PointError, choose, is_integer, several
+from dag_hesse.errors import OptionError, PointError, choose, is_integer, kind_of, several
 from dag_hesse.estimate import METRICS
 from dag_hesse.report.pairs import data_frame
 from dag_hesse.report.report import CurvatureReport
@@ -130,11 +130,11 @@ def concat(reports: Iterable[CurvatureReport], steps: Iterable[float] | None = N
     if isinstance(reports, Mapping):
         steps, reports = (reports.keys() if steps is None else steps), reports.values()
     if isinstance(reports, CurvatureReport) or not isinstance(reports, Iterable):
-        raise OptionError(f"concat() got a {type(reports).__name__}; expected a list of reports.")
+        raise OptionError(f"concat() got {kind_of(reports)}; expected a list of reports.")
     found = tuple(several("reports", reports, "a list of reports"))
     for report in found:
         if not isinstance(report, CurvatureReport):
-            raise OptionError(f"concat() got a list with a {type(report).__name__}; expected reports.")
+            raise OptionError(f"concat() got a list with {kind_of(report)}; expected reports.")
     times = tuple(range(len(found)) if steps is None else several("steps", steps, "a number for each report"))
     numbers = all(isinstance(step, Real) and not isinstance(step, bool) for step in times)
     if not found or not numbers or len(times) != len(found) or len(set(times)) < len(times):

@@ -9,7 +9,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from dag_hesse.errors import OptionError, VectorError
+from dag_hesse.errors import OptionError, VectorError, kind_of
 from dag_hesse.operators.exports import check_dense, dense, to_scipy
 from dag_hesse.operators.vectors import VectorForm, to_numpy
 from dag_hesse.storage.cores import size
@@ -105,7 +105,7 @@ class StoredBlock:
             VectorError: it does not fit.
         """
         if not isinstance(z, (Tensor, np.ndarray)):
-            raise VectorError(f"a {type(z).__name__} is no vector of a block; expected a tensor or an array.")
+            raise VectorError(f"{kind_of(z)} is no vector of a block; expected a tensor or an array.")
         whole, flat = self.parent.form, z.ndim == 1
         only = VectorForm((whole.names[self.w],), (whole.shapes[self.w],), whole.dtype, whole.device)
         rows = only.pack(z)[0][0]

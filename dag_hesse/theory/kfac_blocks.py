@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dag_hesse.errors import BatchError, DependencyError, MemoryBudgetError, OptionError
+from dag_hesse.errors import BatchError, DependencyError, MemoryBudgetError, OptionError, kind_of
 from dag_hesse.operators import HessianOperator
 from dag_hesse.randomness import preserved
 from dag_hesse.theory.text import table
@@ -93,12 +93,10 @@ def _check(model: nn.Module, batch: Any) -> None:
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
         raise BatchError("kfac_error() takes one batch of two tensors, (inputs, targets).")
     if not isinstance(model, nn.Module):
-        raise OptionError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
+        raise OptionError(f"model is {kind_of(model)}; expected a torch.nn.Module.")
     for name, module in model.named_modules():
         if any(True for _ in module.parameters(recurse=False)) and not isinstance(module, (nn.Linear, nn.Conv2d)):
-            raise OptionError(
-                f"'{name}' is a {type(module).__name__} with parameters; K-FAC knows nn.Linear and nn.Conv2d."
-            )
+            raise OptionError(f"'{name}' is {kind_of(module)} with parameters; K-FAC knows nn.Linear and nn.Conv2d.")
     count = sum(p.numel() for p in model.parameters())
     if count > _MOST:
         raise MemoryBudgetError(

@@ -21,6 +21,7 @@ from dag_hesse.theory.text import table
 Array = NDArray[np.float64]
 _DENSE = 1024  # rows of H up to which all eigenvalues are found
 _VECTORS = 20  # of Lanczos, at least
+_ROUNDINGS = 100  # of ‖H‖_F, that may be left of an eigenvalue that is 0
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ def _lowest(hessian: HessianOperator, k: int, seed: int) -> tuple[Array, Array, 
     if complete:
         dense = hessian.dense().double().cpu().numpy()
         values, vectors = np.linalg.eigh(0.5 * (dense + dense.T))
+        norm = float(np.linalg.norm(values))
     else:
         start = np.random.default_rng(seed).standard_normal(rows)
         start /= np.linalg.norm(start)
@@ -163,7 +165,8 @@ def _lowest(hessian: HessianOperator, k: int, seed: int) -> tuple[Array, Array, 
             values, vectors = error.eigenvalues, error.eigenvectors
         order = np.argsort(values)
         values, vectors = values[order].astype(float) * scale, vectors[:, order].astype(float)
-    floor = np.abs(values).max(initial=0.0) * rows * torch.finfo(hessian.dtype).eps  # below, it is rounding
+        norm = scale * rows**0.5  # of a random direction's image: its mean square is ‖H‖²_F / n
+    floor = _ROUNDINGS * torch.finfo(hessian.dtype).eps * norm
     negative = values < -floor
     mass = float(np.abs(values[negative]).sum())
     every = complete or bool((~negative).any())  # the next one up was found, and it is not negative

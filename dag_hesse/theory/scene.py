@@ -21,7 +21,7 @@ from dag_hesse._capture import (
 from dag_hesse._capture.additivity import find_reduction
 from dag_hesse._capture.losses import Loss
 from dag_hesse._structure import analyze_structure
-from dag_hesse.errors import BatchCouplingError, OptionError, PointError, choose, position
+from dag_hesse.errors import BatchCouplingError, OptionError, PointError, choose, kind_of, position
 from dag_hesse.ir import CurvatureGraph, Point
 from dag_hesse.plan import fuse_all
 from dag_hesse.report import CurvatureReport
@@ -155,7 +155,7 @@ def position_of(scene: Scene, name: str | int) -> int:
 def check_report(report: Any) -> None:
     """Raise :class:`OptionError` for what is no report."""
     if not isinstance(report, CurvatureReport):
-        raise OptionError(f"report is a {type(report).__name__}; expected one of analyze() or load().")
+        raise OptionError(f"report is {kind_of(report)}; expected one of analyze() or load().")
 
 
 def fraction(option: str, value: Any) -> float:

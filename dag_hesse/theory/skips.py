@@ -8,7 +8,7 @@ from itertools import combinations
 from math import comb, exp, log
 from numbers import Real
 
-from dag_hesse.errors import OptionError, integer
+from dag_hesse.errors import OptionError, integer, kind_of
 
 Skip = tuple[int, int]
 _MOST = 50_000  # placements that are tried
@@ -90,7 +90,7 @@ def skip_placement(rho: Sequence[float], budget: int) -> SkipPlacement:
 
 def _logs(rho: Sequence[float]) -> list[float]:
     if not isinstance(rho, Sequence) and not hasattr(rho, "__array__"):
-        raise OptionError(f"rho is a {type(rho).__name__}; expected the positive norms of a chain's edges.")
+        raise OptionError(f"rho is {kind_of(rho)}; expected the positive norms of a chain's edges.")
     if isinstance(rho, str) or not all(isinstance(x, Real) and float(x) > 0 for x in rho) or not len(rho):
         raise OptionError("rho: expected the positive norms of a chain's edges, one or more.")
     return [log(float(x)) for x in rho]

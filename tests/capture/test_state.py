@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -98,3 +99,90 @@ def test_nothing_of_a_run_stays_behind(call: str, training: bool, fail: bool) ->
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (np.random.get_state()[1] == states[1]).all()
     assert "apply" not in vars(torch.autograd.function._SingleLevelFunction)
+
+
+class _Counted:
+    """What classes of containers may have besides their items."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.hits, self.log = 0, [0]
+
+
+class _Mapping(_Counted, dict):
+    pass
+
+
+class _Items(_Counted, list):
+    pass
+
+
+class _Members(_Counted, set):
+    pass
+
+
+class _Queue(_Counted, deque):
+    pass
+
+
+class _Slotted(dict):
+    __slots__ = ("__own", "hits", "new")
+
+    def __init__(self) -> None:
+        self.hits, self.__own = 0, 0
+
+    def hit(self) -> None:
+        self.hits, self.new = self.hits + 1, 1
+        self.__own += 1
+
+    @property
+    def picture(self) -> Any:
+        return self.hits, self.__own, hasattr(self, "new")
+
+
+class _Equal:
+    """Equal to all of its kind."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Equal)
+
+    def __hash__(self) -> int:
+        return 1
+
+
+class _Keeps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3).double()
+        self.counted = [_Mapping({1: 2}), _Items([1]), _Members([1]), _Queue([1]), OrderedDict(a=1)]
+        self.counted[-1].hits, self.counted[-1].log = 0, [0]
+        self.slotted, self.plain = _Slotted(), OrderedDict(a=1)
+        self.made = defaultdict(list)
+        self.queue, self.members = deque([_Equal(), torch.zeros(2)]), {_Equal()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for each in self.counted:
+            each.hits += 1
+            each.log.append(each.hits)
+        self.slotted.hit()
+        self.plain.hits = 1
+        self.made.default_factory = int
+        self.queue.popleft()
+        self.queue.appendleft(_Equal())
+        self.members.clear()
+        self.members.add(_Equal())
+        return self.layer(x)
+
+    def picture(self) -> Any:
+        counted = [(dict(vars(each)), list(each.log)) for each in self.counted]
+        items = [id(each) for kept in (self.queue, self.members) for each in kept]
+        return counted, items, self.slotted.picture, dict(vars(self.plain)), self.made.default_factory
+
+
+@pytest.mark.parametrize("call", ["capture", "analyze", "operator"])
+def test_containers_come_out_with_their_own_attributes_and_items(call: str) -> None:
+    model = _Keeps()
+    before = model.picture()
+    run = {"capture": dh.capture, "analyze": dh.analyze, "operator": dh.HessianOperator}[call]
+    run(model, (X, Y))
+    assert model.picture() == before

@@ -79,6 +79,15 @@ def test_a_small_hessian_s_eigenvalues_are_as_right_as_a_large_one_s() -> None:
     assert values[1] == pytest.approx(values[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("width", [20, 40], ids=["dense", "Lanczos"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_is_no_negative_curvature(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(width, 30).to(dtype)  # convex, and flat along most directions
+    found = dh.theory.negative_curvature(model, (torch.randn(10, width, dtype=dtype), torch.randn(10, 30, dtype=dtype)))
+    assert (len(found.values), found.mass, found.complete) == (0, 0, True)
+
+
 def test_sign_matters_away_from_a_saddle() -> None:
     """Proposition 85 says ±; with a gradient one of the two leads uphill."""
     torch.manual_seed(1)
