@@ -44,15 +44,14 @@ def spectral_norm(matrix: Tensor) -> float:
     """
     wide = matrix.double().cpu()
     wide = wide if len(wide) <= wide.shape[1] else wide.mT
-    scale = float(wide.abs().max()) if wide.numel() else 0.0
+    scale = float(torch.linalg.vector_norm(wide, inf)) if wide.numel() else 0.0
     if not 0 < scale < inf:
         return scale
     if len(wide) <= _DENSE:
         return float(torch.linalg.matrix_norm(wide, 2))
-    wide = wide / scale  # Lanczos converges to so much of 1
 
-    def product(x: np.ndarray) -> np.ndarray:
-        return (wide @ (wide.mT @ torch.from_numpy(x))).numpy()
+    def product(x: np.ndarray) -> np.ndarray:  # of a matrix of unit size: Lanczos converges to so much of 1
+        return (wide @ (wide.mT @ torch.from_numpy(x) / scale) / scale).numpy()
 
     start = np.random.default_rng(0).standard_normal(len(wide))
     operator = LinearOperator((len(wide),) * 2, matvec=product, dtype=np.float64)
