@@ -26,7 +26,8 @@ print(rounds_to_tf32(), rounds_to_tf32(convolutions=True), precision(torch.devic
         ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "True,True,TF32 in matrix products and convolutions"),
         ("torch.backends.cudnn.allow_tf32 = False", "False,False,"),
         ("torch.backends.cudnn.conv.fp32_precision = 'ieee'", "False,False,"),
-        ("torch.backends.fp32_precision = 'ieee'", "False,False,"),
+        # PyTorch 2.11's convolutions do not take it over from all backends
+        ("torch.backends.fp32_precision = torch.backends.cudnn.conv.fp32_precision = 'ieee'", "False,False,"),
     ],
 )
 def test_both_of_pytorchs_ways_to_allow_tf32_are_understood(said: str, expected: str) -> None:
